@@ -1,0 +1,290 @@
+//! Puts received pages into the target's memory.
+//!
+//! One owner, one thread: batches of all streams pass through one [`PageApplier`].
+//!
+//! Two things keep an old copy of a page from overwriting a newer one. By design, the source begins a round only after
+//! the target has confirmed the one before. And here every page remembers the round of its copy, so that a copy of an
+//! older round is dropped whatever order streams deliver in; nothing rests on the peer's manners alone.
+
+use crate::{
+    bitmap::PageBitmap,
+    machine::{PAGE_BYTES, TargetVm, VmError},
+    proof::{HashedMemory, MemoryProof, PageHashes},
+    wire::{
+        BatchReader, PageFrame, WireError,
+        batch::{RUN_PAGES_MAX, Round},
+    },
+};
+use proto::PageIndex;
+use std::ops::Range;
+
+/// A batch can't be applied.
+#[derive(Debug, thiserror::Error)]
+pub enum ApplyError {
+    /// Not the format.
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    /// The machine failed.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// Pages that the machine does not have.
+    #[error("pages {first} and {count} on are outside of the machine's {page_count} pages")]
+    OutOfRange {
+        /// First page named.
+        first: PageIndex,
+        /// Pages named.
+        count: u64,
+        /// Pages of the machine.
+        page_count: u64,
+    },
+    /// A compressed block does not unpack to its pages.
+    #[error("the compressed pages from {first} on do not unpack")]
+    Block {
+        /// First page of the block.
+        first: PageIndex,
+    },
+    /// A stream's rounds are not 1, 2, 3…, or a frame belongs to a finished one.
+    #[error("a frame of round {found} after the end of round {ended}", found = found.0, ended = ended.0)]
+    RoundOrder {
+        /// Round of the frame.
+        found: Round,
+        /// Last round that the stream had ended.
+        ended: Round,
+    },
+    /// A stream carried another number of pages than it says.
+    #[error("round {round} announced {announced} pages and brought {received}", round = round.0)]
+    PageTotal {
+        /// The round.
+        round: Round,
+        /// In its end frame.
+        announced: u64,
+        /// Counted.
+        received: u64,
+    },
+    /// The first round left a page out.
+    #[error("the first round did not bring page {first}")]
+    Missing {
+        /// The first such page.
+        first: PageIndex,
+    },
+    /// A batch on a stream that the handshake did not announce.
+    #[error("batch on unknown stream {stream}")]
+    Stream {
+        /// Its index.
+        stream: u8,
+    },
+}
+
+#[derive(Debug, Clone, Copy)]
+struct StreamProgress {
+    ended: Round,
+    pages: u64,
+}
+
+/// The target's memory as far as it has arrived.
+#[derive(Debug)]
+pub struct PageApplier {
+    /// Round of the copy that each page holds; 0: none yet.
+    rounds: Vec<u32>,
+    /// Pages that hold something.
+    written: PageBitmap,
+    hashes: Option<PageHashes>,
+    streams: Vec<StreamProgress>,
+    completed: Round,
+    unpacked: Vec<u8>,
+}
+
+/// Whether page hashes are kept for a proof.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeepHashes {
+    /// A proof will be asked for.
+    Yes,
+    /// Nobody compares.
+    No,
+}
+
+impl PageApplier {
+    /// For an empty machine of `page_count` pages that is filled over `streams` streams.
+    #[must_use]
+    pub fn new(page_count: u64, streams: u8, hashes: KeepHashes) -> Self {
+        Self {
+            rounds: vec![0; usize::try_from(page_count).expect("guest memory fits in memory")],
+            written: PageBitmap::new(page_count),
+            hashes: (hashes == KeepHashes::Yes).then(|| PageHashes::new(page_count)),
+            streams: vec![StreamProgress { ended: Round(0), pages: 0 }; usize::from(streams)],
+            completed: Round(0),
+            unpacked: vec![0; RUN_PAGES_MAX * PAGE_BYTES],
+        }
+    }
+
+    /// Applies one batch (without its length). Returns the rounds that it completed on all streams.
+    ///
+    /// # Errors
+    /// The migration can't go on; the memory is as good as lost.
+    pub fn apply<V: TargetVm>(&mut self, vm: &V, stream: u8, batch: &[u8]) -> Result<Vec<Round>, ApplyError> {
+        let mut completed = Vec::new();
+        for frame in BatchReader::new(batch) {
+            completed.extend(self.frame(vm, stream, frame?)?);
+        }
+        Ok(completed)
+    }
+
+    /// The proof of what was received; `None` when no hashes are kept.
+    #[must_use]
+    pub fn proof(&self) -> Option<MemoryProof> {
+        self.hashes.as_ref().map(PageHashes::combine)
+    }
+
+    fn frame<V: TargetVm>(
+        &mut self,
+        vm: &V,
+        stream: u8,
+        frame: PageFrame<'_>,
+    ) -> Result<Option<Round>, ApplyError> {
+        match frame {
+            PageFrame::Zero { round, first, count } => {
+                self.admit(stream, round, first, u64::from(count))?;
+                self.zero(vm, round, first.0..first.0 + u64::from(count))?;
+            }
+            PageFrame::Raw { round, first, data } => {
+                self.admit(stream, round, first, (data.len() / PAGE_BYTES) as u64)?;
+                self.write(vm, round, first, data)?;
+            }
+            PageFrame::Lz4 { round, first, count, block } => {
+                self.admit(stream, round, first, u64::from(count))?;
+                let mut unpacked = std::mem::take(&mut self.unpacked);
+                let want = count as usize * PAGE_BYTES;
+                match lz4_flex::block::decompress_into(block, &mut unpacked[..want]) {
+                    Ok(bytes) if bytes == want => self.write(vm, round, first, &unpacked[..want])?,
+                    _ => return Err(ApplyError::Block { first }),
+                }
+                self.unpacked = unpacked;
+            }
+            PageFrame::RoundEnd { round, pages } => return self.round_end(stream, round, pages),
+        }
+        Ok(None)
+    }
+
+    /// Checks that the frame may come on its stream now, and counts its pages.
+    fn admit(&mut self, stream: u8, round: Round, first: PageIndex, count: u64) -> Result<(), ApplyError> {
+        let page_count = self.written.page_count();
+        if first.0.checked_add(count).is_none_or(|end| end > page_count) {
+            return Err(ApplyError::OutOfRange { first, count, page_count });
+        }
+        let progress = self.streams.get_mut(usize::from(stream)).ok_or(ApplyError::Stream { stream })?;
+        if round.0 != progress.ended.0.saturating_add(1) {
+            return Err(ApplyError::RoundOrder { found: round, ended: progress.ended });
+        }
+        progress.pages = progress.pages.saturating_add(count);
+        Ok(())
+    }
+
+    /// Whether a copy of `round` is not older than what the page holds; if so the page is of that round now.
+    fn accept(&mut self, page: u64, round: Round) -> bool {
+        let held = &mut self.rounds[page as usize];
+        let is_newer = *held <= round.0;
+        if is_newer {
+            *held = round.0;
+        }
+        is_newer
+    }
+
+    fn write<V: TargetVm>(
+        &mut self,
+        vm: &V,
+        round: Round,
+        first: PageIndex,
+        data: &[u8],
+    ) -> Result<(), ApplyError> {
+        let mut fresh = 0..0;
+        for (index, content) in data.chunks_exact(PAGE_BYTES).enumerate() {
+            let page = first.0 + index as u64;
+            if !self.accept(page, round) {
+                Self::write_part(vm, first, data, &fresh)?;
+                fresh = index + 1..index + 1;
+                continue;
+            }
+            fresh.end = index + 1;
+            self.written.insert(PageIndex(page));
+            if let Some(hashes) = &mut self.hashes {
+                hashes.set(PageIndex(page), content);
+            }
+        }
+        Ok(Self::write_part(vm, first, data, &fresh)?)
+    }
+
+    fn write_part<V: TargetVm>(
+        vm: &V,
+        first: PageIndex,
+        data: &[u8],
+        part: &Range<usize>,
+    ) -> Result<(), VmError> {
+        if part.is_empty() {
+            return Ok(());
+        }
+        let bytes = &data[part.start * PAGE_BYTES..part.end * PAGE_BYTES];
+        vm.write_pages(PageIndex(first.0 + part.start as u64), bytes)
+    }
+
+    fn zero<V: TargetVm>(&mut self, vm: &V, round: Round, pages: Range<u64>) -> Result<(), ApplyError> {
+        let mut cleared = pages.start..pages.start;
+        for page in pages.clone() {
+            let held_something = self.accept(page, round) && self.written.contains(PageIndex(page));
+            if held_something {
+                self.written.remove(PageIndex(page));
+                if let Some(hashes) = &mut self.hashes {
+                    hashes.set_zero(PageIndex(page));
+                }
+                cleared.end = page + 1;
+            } else {
+                Self::zero_part(vm, &cleared)?;
+                cleared = page + 1..page + 1;
+            }
+        }
+        Ok(Self::zero_part(vm, &cleared)?)
+    }
+
+    fn zero_part<V: TargetVm>(vm: &V, part: &Range<u64>) -> Result<(), VmError> {
+        if part.is_empty() { Ok(()) } else { vm.zero_pages(PageIndex(part.start)..PageIndex(part.end)) }
+    }
+
+    fn round_end(&mut self, stream: u8, round: Round, announced: u64) -> Result<Option<Round>, ApplyError> {
+        self.admit(stream, round, PageIndex(0), 0)?;
+        let progress = &mut self.streams[usize::from(stream)];
+        let received = std::mem::take(&mut progress.pages);
+        progress.ended = round;
+        if announced != received {
+            return Err(ApplyError::PageTotal { round, announced, received });
+        }
+        let slowest = self.streams.iter().map(|progress| progress.ended).min().unwrap_or(Round(0));
+        if slowest <= self.completed {
+            return Ok(None);
+        }
+        self.completed = slowest;
+        if slowest == Round(1)
+            && let Some(missing) = self.rounds.iter().position(|&held| held == 0)
+        {
+            return Err(ApplyError::Missing { first: PageIndex(missing as u64) });
+        }
+        Ok(Some(slowest))
+    }
+}
+
+/// The target's memory, for the full re-hash. It reads every page, also those without memory.
+#[derive(Debug)]
+pub struct OfTarget<'a, V>(pub &'a V);
+
+impl<V: TargetVm> HashedMemory for OfTarget<'_, V> {
+    fn page_count(&self) -> u64 {
+        self.0.page_count()
+    }
+    fn present(&self, range: Range<PageIndex>) -> Result<Vec<Range<PageIndex>>, VmError> {
+        Ok(vec![range])
+    }
+    fn read(&self, first: PageIndex, out: &mut [u8]) -> Result<(), VmError> {
+        self.0.read_pages(first, out)
+    }
+}
+
+#[cfg(test)]
+mod tests;

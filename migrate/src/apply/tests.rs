@@ -1,0 +1,109 @@
+use super::*;
+use crate::wire::{BatchWriter, batch::BATCH_PREFIX_BYTES};
+use proptest::prelude::*;
+use std::sync::Mutex;
+
+struct Memory(Mutex<Vec<u8>>, Mutex<Vec<Range<u64>>>);
+
+impl Memory {
+    fn new(pages: usize) -> Self {
+        Self(Mutex::new(vec![0; pages * PAGE_BYTES]), Mutex::default())
+    }
+    fn first_byte(&self, page: usize) -> u8 {
+        self.0.lock().unwrap()[page * PAGE_BYTES]
+    }
+}
+
+impl TargetVm for Memory {
+    fn page_count(&self) -> u64 {
+        (self.0.lock().unwrap().len() / PAGE_BYTES) as u64
+    }
+    fn write_pages(&self, first: PageIndex, data: &[u8]) -> Result<(), VmError> {
+        let start = first.0 as usize * PAGE_BYTES;
+        self.0.lock().unwrap()[start..start + data.len()].copy_from_slice(data);
+        Ok(())
+    }
+    fn zero_pages(&self, range: Range<PageIndex>) -> Result<(), VmError> {
+        let bytes = range.start.0 as usize * PAGE_BYTES..range.end.0 as usize * PAGE_BYTES;
+        self.0.lock().unwrap()[bytes].fill(0);
+        self.1.lock().unwrap().push(range.start.0..range.end.0);
+        Ok(())
+    }
+    fn read_pages(&self, first: PageIndex, out: &mut [u8]) -> Result<(), VmError> {
+        let start = first.0 as usize * PAGE_BYTES;
+        out.copy_from_slice(&self.0.lock().unwrap()[start..start + out.len()]);
+        Ok(())
+    }
+    fn load_state(&self, _state: &[u8]) -> Result<(), VmError> {
+        Ok(())
+    }
+}
+
+fn batch(frames: &[PageFrame<'_>]) -> Vec<u8> {
+    let mut writer = BatchWriter::default();
+    assert!(frames.iter().all(|frame| writer.push(frame).is_none()));
+    writer.take().unwrap()[BATCH_PREFIX_BYTES..].to_vec()
+}
+
+fn zero(round: u32, first: u64, count: u32) -> PageFrame<'static> {
+    PageFrame::Zero { round: Round(round), first: PageIndex(first), count }
+}
+
+fn end(round: u32, pages: u64) -> PageFrame<'static> {
+    PageFrame::RoundEnd { round: Round(round), pages }
+}
+
+/// Stream 1 is a round behind stream 0: its copies of the pages are older and must not win.
+#[test]
+fn a_page_of_an_older_round_never_overwrites_a_newer_one() {
+    let (old, new) = (vec![1; 3 * PAGE_BYTES], vec![2; PAGE_BYTES]);
+    let raw = |round, first, data| PageFrame::Raw { round: Round(round), first: PageIndex(first), data };
+    let memory = Memory::new(4);
+    let mut applier = PageApplier::new(4, 2, KeepHashes::Yes);
+    let newer = batch(&[zero(1, 0, 4), end(1, 4), raw(2, 1, &new), end(2, 1)]);
+    assert_eq!(applier.apply(&memory, 0, &newer).unwrap(), []);
+    let older = batch(&[raw(1, 0, &old), zero(1, 1, 1), end(1, 4)]);
+    assert_eq!(applier.apply(&memory, 1, &older).unwrap(), [Round(1)]);
+    assert_eq!([0, 1, 2, 3].map(|page| memory.first_byte(page)), [1, 2, 1, 0]);
+    let fresh = crate::proof::hash_memory(&OfTarget(&memory), 1, &std::sync::atomic::AtomicBool::new(false));
+    assert_eq!(applier.proof(), fresh.unwrap());
+}
+
+#[test]
+fn pages_never_written_are_not_touched_by_zero_runs() {
+    let data = vec![9; PAGE_BYTES];
+    let memory = Memory::new(8);
+    let mut applier = PageApplier::new(8, 1, KeepHashes::Yes);
+    let page = PageFrame::Raw { round: Round(1), first: PageIndex(3), data: &data };
+    applier.apply(&memory, 0, &batch(&[zero(1, 0, 8), page, end(1, 9)])).unwrap();
+    assert!(memory.1.lock().unwrap().is_empty());
+    applier.apply(&memory, 0, &batch(&[zero(2, 0, 8), end(2, 8)])).unwrap();
+    assert_eq!(*memory.1.lock().unwrap(), [3..4]);
+    assert_eq!(applier.proof(), Some(PageHashes::new(8).combine()));
+}
+
+#[test]
+fn lies_of_the_peer_are_typed_errors() {
+    let memory = Memory::new(4);
+    let apply = |stream, frames: &[PageFrame<'_>]| {
+        PageApplier::new(4, 1, KeepHashes::No).apply(&memory, stream, &batch(frames)).unwrap_err()
+    };
+    assert!(matches!(apply(0, &[zero(1, 2, 3)]), ApplyError::OutOfRange { .. }));
+    assert!(matches!(apply(0, &[zero(1, u64::MAX, 3)]), ApplyError::OutOfRange { .. }));
+    assert!(matches!(apply(0, &[zero(2, 0, 1)]), ApplyError::RoundOrder { .. }));
+    assert!(matches!(apply(0, &[zero(1, 0, 4), end(1, 3)]), ApplyError::PageTotal { .. }));
+    assert!(matches!(apply(0, &[zero(1, 0, 3), end(1, 3)]), ApplyError::Missing { first: PageIndex(3) }));
+    assert!(matches!(apply(1, &[zero(1, 0, 1)]), ApplyError::Stream { stream: 1 }));
+    let block = PageFrame::Lz4 { round: Round(1), first: PageIndex(0), count: 2, block: &[0xff; 40] };
+    assert!(matches!(apply(0, &[block]), ApplyError::Block { .. }));
+}
+
+proptest! {
+    #[test]
+    fn any_block_is_refused_or_unpacked_without_a_panic(count in 1u32..=16, block in prop::collection::vec(any::<u8>(), 0..500)) {
+        let memory = Memory::new(16);
+        let mut applier = PageApplier::new(16, 1, KeepHashes::Yes);
+        let frame = PageFrame::Lz4 { round: Round(1), first: PageIndex(0), count, block: &block };
+        let _ = applier.apply(&memory, 0, &batch(&[frame]));
+    }
+}

@@ -1,0 +1,261 @@
+//! Turns a round of guest pages into batches.
+//!
+//! Pages are taken chunk by chunk, in an order that loses nothing:
+//! ```text
+//! clear the dirty bits of the chunk → ask which of its pages have memory → read them
+//! ```
+//! A page that the guest touches after the clear is dirty again and comes with the next round; a page that gets memory
+//! after the question has been written after the clear. Turned around, either could slip through.
+//!
+//! A chunk always goes to the same stream (chunk index modulo streams), so copies of one page stay in order on it.
+
+use crate::{
+    bitmap::PageBitmap,
+    codec::Codec,
+    machine::{PAGE_BYTES, SourceVm, VmError},
+    proof::is_zero,
+    stats::PageCounts,
+    wire::{
+        BatchWriter, PageFrame,
+        batch::{RUN_PAGES_MAX, Round},
+    },
+};
+use bytes::Bytes;
+use proto::PageIndex;
+use std::ops::Range;
+
+/// Words of a chunk: 4 MiB of guest memory for one clear call. Larger chunks are read longer after their clear, which
+/// only makes more pages dirty again; smaller ones cost more calls.
+const CHUNK_WORDS: usize = 16;
+
+/// Which pages a round carries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RoundScope {
+    /// Every page of the machine.
+    Everything,
+    /// The pages of the dirty bitmap, while the guest runs.
+    Dirty,
+    /// The pages of the dirty bitmap, with the guest paused: nothing can get dirty any more, so no bit is cleared.
+    Last,
+}
+
+/// The link does not take batches any more, or the round was called off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stopped;
+
+/// Where batches go.
+pub trait BatchSink {
+    /// Hands over a batch that carries `page_bytes` of non-zero pages; blocks while the link is busy.
+    ///
+    /// # Errors
+    /// [`Stopped`] when the round shall end here.
+    fn send(&mut self, stream: u8, batch: Bytes, page_bytes: u64) -> Result<(), Stopped>;
+
+    /// How the next run of pages shall be packed.
+    fn codec(&self) -> Codec;
+
+    /// So many pages of the round are still to come.
+    fn remaining(&mut self, pages: u64);
+}
+
+/// Why a round did not go out whole.
+#[derive(Debug, thiserror::Error)]
+pub enum EncodeError {
+    /// The machine failed.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// Called off.
+    #[error("the round was called off")]
+    Stopped,
+}
+
+impl From<Stopped> for EncodeError {
+    fn from(Stopped: Stopped) -> Self {
+        Self::Stopped
+    }
+}
+
+/// What a round came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct RoundTotals {
+    /// Its pages.
+    pub pages: PageCounts,
+    /// Bytes of its batches.
+    pub bytes: u64,
+}
+
+/// Sends the pages of `pages` as `round` over `streams` streams.
+///
+/// # Errors
+/// The machine failed, or the sink stopped.
+pub fn send_round<V: SourceVm, S: BatchSink>(
+    vm: &V,
+    round: Round,
+    scope: RoundScope,
+    pages: &PageBitmap,
+    streams: u8,
+    sink: &mut S,
+) -> Result<RoundTotals, EncodeError> {
+    let lanes = (0..streams).map(|_| Lane::default()).collect();
+    let mut encoder = Encoder { round, lanes, totals: RoundTotals::default(), sink, scratch: Vec::new() };
+    let mut left = pages.count();
+    for (chunk, first_word) in (0..pages.words().len()).step_by(CHUNK_WORDS).enumerate() {
+        let words = first_word..(first_word + CHUNK_WORDS).min(pages.words().len());
+        let runs = pages.runs(words.clone());
+        let (Some(first), Some(last)) = (runs.first(), runs.last()) else { continue };
+        if scope != RoundScope::Last {
+            vm.clear_dirty(words.start, &pages.words()[words.clone()])?;
+        }
+        let resident = vm.resident(first.start..last.end)?;
+        let lane = chunk % usize::from(streams);
+        for run in &runs {
+            encoder.run(vm, lane, run, &resident)?;
+            left -= run.end.0 - run.start.0;
+        }
+        encoder.sink.remaining(left);
+    }
+    encoder.finish()
+}
+
+/// One stream in one round.
+#[derive(Default)]
+struct Lane {
+    writer: BatchWriter,
+    pages: u64,
+    page_bytes: u64,
+}
+
+struct Encoder<'a, S> {
+    round: Round,
+    lanes: Vec<Lane>,
+    totals: RoundTotals,
+    sink: &'a mut S,
+    scratch: Vec<u8>,
+}
+
+impl<S: BatchSink> Encoder<'_, S> {
+    /// Sends one run of selected pages: the parts with memory as data, the rest as zero.
+    fn run<V: SourceVm>(
+        &mut self,
+        vm: &V,
+        lane: usize,
+        run: &Range<PageIndex>,
+        resident: &[Range<PageIndex>],
+    ) -> Result<(), EncodeError> {
+        let mut at = run.start.0;
+        for part in resident {
+            let (start, end) = (part.start.0.max(at), part.end.0.min(run.end.0));
+            if start >= end {
+                continue;
+            }
+            self.zero(lane, at..start)?;
+            self.present(vm, lane, start..end)?;
+            at = end;
+        }
+        self.zero(lane, at..run.end.0)
+    }
+
+    /// Reads pages and sends each stretch of zero or non-zero ones.
+    fn present<V: SourceVm>(&mut self, vm: &V, lane: usize, pages: Range<u64>) -> Result<(), EncodeError> {
+        let mut first = pages.start;
+        let mut scratch = std::mem::take(&mut self.scratch);
+        scratch.resize(RUN_PAGES_MAX * PAGE_BYTES, 0);
+        while first < pages.end {
+            let count = (pages.end - first).min(RUN_PAGES_MAX as u64);
+            let bytes = &mut scratch[..count as usize * PAGE_BYTES];
+            vm.read_pages(PageIndex(first), bytes)?;
+            self.classify(lane, first, bytes)?;
+            first += count;
+        }
+        self.scratch = scratch;
+        Ok(())
+    }
+
+    fn classify(&mut self, lane: usize, first: u64, bytes: &[u8]) -> Result<(), EncodeError> {
+        let mut at = first;
+        let end = first + (bytes.len() / PAGE_BYTES) as u64;
+        let page = |index: u64| &bytes[(index - first) as usize * PAGE_BYTES..][..PAGE_BYTES];
+        while at < end {
+            let zero = is_zero(page(at));
+            let stop = (at + 1..end).find(|&next| is_zero(page(next)) != zero).unwrap_or(end);
+            if zero {
+                self.zero(lane, at..stop)?;
+            } else {
+                let from = (at - first) as usize * PAGE_BYTES;
+                let to = (stop - first) as usize * PAGE_BYTES;
+                self.data(lane, at, &bytes[from..to])?;
+            }
+            at = stop;
+        }
+        Ok(())
+    }
+
+    fn zero(&mut self, lane: usize, pages: Range<u64>) -> Result<(), EncodeError> {
+        if pages.is_empty() {
+            return Ok(());
+        }
+        let count = u32::try_from(pages.end - pages.start).expect("a run lies within one chunk");
+        self.totals.pages.zero += u64::from(count);
+        self.push(
+            lane,
+            &PageFrame::Zero { round: self.round, first: PageIndex(pages.start), count },
+            u64::from(count),
+            0,
+        )
+    }
+
+    fn data(&mut self, lane: usize, first: u64, data: &[u8]) -> Result<(), EncodeError> {
+        let (round, first, pages) = (self.round, PageIndex(first), (data.len() / PAGE_BYTES) as u64);
+        let page_bytes = data.len() as u64;
+        if self.sink.codec() == Codec::Lz4 {
+            let block = lz4_flex::block::compress(data);
+            if block.len() < data.len() {
+                let count = u32::try_from(pages).expect("at most RUN_PAGES_MAX");
+                self.totals.pages.compressed += pages;
+                return self.push(
+                    lane,
+                    &PageFrame::Lz4 { round, first, count, block: &block },
+                    pages,
+                    page_bytes,
+                );
+            }
+        }
+        self.totals.pages.raw += pages;
+        self.push(lane, &PageFrame::Raw { round, first, data }, pages, page_bytes)
+    }
+
+    fn push(
+        &mut self,
+        lane: usize,
+        frame: &PageFrame<'_>,
+        pages: u64,
+        page_bytes: u64,
+    ) -> Result<(), EncodeError> {
+        let slot = &mut self.lanes[lane];
+        slot.pages += pages;
+        let full = slot.writer.push(frame);
+        if let Some(batch) = full {
+            self.send(lane, batch)?;
+        }
+        self.lanes[lane].page_bytes += page_bytes;
+        Ok(())
+    }
+
+    fn send(&mut self, lane: usize, batch: Bytes) -> Result<(), EncodeError> {
+        self.totals.bytes += batch.len() as u64;
+        let page_bytes = std::mem::take(&mut self.lanes[lane].page_bytes);
+        let stream = u8::try_from(lane).expect("streams are counted in a byte");
+        Ok(self.sink.send(stream, batch, page_bytes)?)
+    }
+
+    fn finish(mut self) -> Result<RoundTotals, EncodeError> {
+        for lane in 0..self.lanes.len() {
+            let end = PageFrame::RoundEnd { round: self.round, pages: self.lanes[lane].pages };
+            self.push(lane, &end, 0, 0)?;
+            if let Some(batch) = self.lanes[lane].writer.take() {
+                self.send(lane, batch)?;
+            }
+        }
+        Ok(self.totals)
+    }
+}

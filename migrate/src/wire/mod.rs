@@ -1,0 +1,127 @@
+//! The wire format between source and target.
+//!
+//! One QUIC connection carries:
+//! ```text
+//! control  (bidi, opened by the source)  u32 length │ postcard of ToTarget / ToSource
+//! bulk × n (uni)                         u8 1 │ u8 stream │ batch … batch        batch = u32 length │ frame … frame
+//! state    (uni)                         u8 2 │ u64 length │ bytes
+//! ```
+//! All numbers are little-endian. Every length is checked against its limit before memory is taken for it.
+//!
+//! - [`batch`]: page frames, many in one batch, so that the receiver takes one buffer for up to 256 KiB of frames.
+//! - [`control`]: the messages of the two state machines.
+//!
+//! Absent on purpose: acknowledgements of single batches (the target confirms whole rounds) and checksums of frames
+//! (QUIC authenticates every packet).
+
+pub mod batch;
+pub mod control;
+
+pub use batch::{BatchReader, BatchWriter, PageFrame};
+pub use control::{Refusal, ToSource, ToTarget};
+
+/// Version of everything in this module. 1: the first.
+pub const WIRE_VERSION: u16 = 1;
+
+/// Largest machine state in bytes. State of 64 vCPUs and 32 devices is below 2 MiB; the rest is room.
+pub const STATE_BYTES_MAX: usize = 16 << 20;
+
+/// Largest control message in bytes: a memory proof has at most 1024 groups of 36 bytes, plus volumes.
+pub const CONTROL_BYTES_MAX: usize = 256 << 10;
+
+/// Volumes of one machine in a control message.
+pub const VOLUMES_MAX: usize = 64;
+
+/// Bulk streams of one migration: more only add frames in flight, never speed, on one connection.
+pub const BULK_STREAMS_MAX: u8 = 16;
+
+/// First byte of a one-way stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StreamKind {
+    /// Pages.
+    Bulk,
+    /// Machine state.
+    State,
+}
+
+impl StreamKind {
+    /// The byte on the wire.
+    #[must_use]
+    pub fn to_byte(self) -> u8 {
+        match self {
+            Self::Bulk => 1,
+            Self::State => 2,
+        }
+    }
+
+    /// The kind of a received byte.
+    ///
+    /// # Errors
+    /// [`WireError::StreamKind`] for any other byte.
+    pub fn from_byte(byte: u8) -> Result<Self, WireError> {
+        match byte {
+            1 => Ok(Self::Bulk),
+            2 => Ok(Self::State),
+            _ => Err(WireError::StreamKind { byte }),
+        }
+    }
+}
+
+/// The peer sent something that is not this format.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum WireError {
+    /// A length is over its limit.
+    #[error("{what} of {length} bytes is over the limit of {limit}")]
+    TooLong {
+        /// The thing with the length.
+        what: &'static str,
+        /// As announced.
+        length: u64,
+        /// What is allowed.
+        limit: u64,
+    },
+    /// A batch ends within a frame.
+    #[error("a batch ends within a frame: {needed} bytes needed, {left} left")]
+    Truncated {
+        /// Bytes that the frame needs.
+        needed: usize,
+        /// Bytes that the batch still has.
+        left: usize,
+    },
+    /// A frame contradicts itself.
+    #[error("frame of kind {kind} with {count} pages and {payload} bytes is malformed")]
+    Frame {
+        /// First byte of the frame.
+        kind: u8,
+        /// Its page count.
+        count: u32,
+        /// Its payload length.
+        payload: u32,
+    },
+    /// Unknown first byte of a one-way stream.
+    #[error("stream of unknown kind {byte}")]
+    StreamKind {
+        /// The byte.
+        byte: u8,
+    },
+    /// A control message does not decode.
+    #[error("malformed control message")]
+    Control,
+    /// A stream index is out of range or used twice.
+    #[error("bulk stream {index} is out of range or was opened twice")]
+    StreamIndex {
+        /// The index.
+        index: u8,
+    },
+}
+
+/// Checks a received length.
+///
+/// # Errors
+/// [`WireError::TooLong`] above `limit`.
+pub fn check_length(what: &'static str, length: u64, limit: usize) -> Result<usize, WireError> {
+    match usize::try_from(length) {
+        Ok(length) if length <= limit => Ok(length),
+        _ => Err(WireError::TooLong { what, length, limit: limit as u64 }),
+    }
+}
