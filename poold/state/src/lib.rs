@@ -1,1 +1,30 @@
-//! placeholder
+//! The pure core of the control plane: the pool's state, the only function that changes it, and the decisions that follow
+//! from it. No I/O, no clock, no randomness, no async: time comes with entries and arguments.
+//!
+//! ```text
+//!  API, hosts, planner ──Command──▶ Entry ──log──▶ PoolState::apply ──▶ Outcome | Rejection
+//!                                                        │
+//!          lease (who is alive) ─────────────────────────┤ reads
+//!          planner (what the leader proposes) ───────────┤
+//!          reconcile (what one host must do) ────────────┘
+//! ```
+//! - [`state`]: the data. [`command`], [`entry`], [`outcome`], [`rejection`]: what goes in and comes out.
+//! - [`timing`], [`limits`]: intervals and bounds.
+//!
+//! Invariants: `apply` is deterministic; a rejected entry changes nothing but the revision; a clone of the state is cheap.
+//! Absent on purpose: heartbeats, statistics and progress, which never enter the log.
+
+pub mod command;
+pub mod entry;
+pub mod limits;
+pub mod outcome;
+pub mod rejection;
+pub mod state;
+pub mod timing;
+
+pub use command::Command;
+pub use entry::{Entry, EntryError, Seed};
+pub use outcome::Outcome;
+pub use rejection::{Rejection, RejectionClass};
+pub use state::PoolState;
+pub use timing::Timing;

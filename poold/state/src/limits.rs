@@ -1,0 +1,73 @@
+//! Bounds of the pool's state. Together they keep it far below the 128 MiB that a snapshot may have.
+
+/// Hosts of one pool, removed ones not counted: full-mesh leases and a full log at each host stay cheap up to here.
+pub const HOSTS_MAX: usize = 64;
+/// Tombstones of removed hosts that are kept, so that a late one is told what happened to it.
+pub const REMOVED_HOSTS_MAX: usize = 256;
+/// Join tokens; one is small, but each is a secret that an operator should be able to survey.
+pub const TOKENS_MAX: usize = 256;
+/// Virtual machines: about 1 KiB each.
+pub const VMS_MAX: usize = 10_000;
+/// Volumes: about 400 bytes each with their history.
+pub const VOLUMES_MAX: usize = 20_000;
+/// Images.
+pub const IMAGES_MAX: usize = 1_000;
+/// Tasks kept, ended ones included; the oldest ended ones go first.
+pub const TASKS_MAX: usize = 2_000;
+/// Migrations kept, ended ones included; the oldest ended ones go first.
+pub const MIGRATIONS_MAX: usize = 1_000;
+/// Events kept for watchers that reconnect: hours of a busy pool.
+pub const EVENTS_MAX: usize = 4_096;
+/// Request ids kept for retries: at 100 changes a second a client has 40 s to come back.
+pub const REQUESTS_MAX: usize = 4_096;
+
+/// Longest request id in bytes, as the API promises.
+pub const REQUEST_ID_BYTES_MAX: usize = 64;
+/// Longest principal in bytes: a certificate's common name.
+pub const PRINCIPAL_BYTES_MAX: usize = 128;
+/// Longest kernel command line in bytes: what x86 kernels accept.
+pub const CMDLINE_BYTES_MAX: usize = 2_047;
+/// Longest address in bytes: a DNS name and a port.
+pub const ADDRESS_BYTES_MAX: usize = 262;
+/// Longest free text that a reporter may store (a problem, a reason) in bytes; longer ones are cut.
+pub const TEXT_BYTES_MAX: usize = 512;
+/// Largest public key of a joining host in bytes: RSA-4096 in DER with room.
+pub const PUBLIC_KEY_BYTES_MAX: usize = 1_024;
+/// Largest PEM of the pool's CA certificate or key in bytes.
+pub const PEM_BYTES_MAX: usize = 16 << 10;
+/// Lifetime of a join token in milliseconds at most: a week; it is a key to the pool.
+pub const TOKEN_TTL_MS_MAX: u64 = 7 * 24 * 3_600_000;
+
+/// vCPUs of one VM.
+pub const VCPUS_MAX: u32 = 64;
+/// Smallest memory of a VM in bytes: a kernel that unpacks itself needs this much.
+pub const VM_MEMORY_BYTES_MIN: u64 = 16 << 20;
+/// Largest memory of a VM in bytes: 1 TiB.
+pub const VM_MEMORY_BYTES_MAX: u64 = 1 << 40;
+/// Disks of one VM: one virtio-mmio window and interrupt each.
+pub const VM_DISKS_MAX: usize = 8;
+/// Smallest volume in bytes.
+pub const VOLUME_BYTES_MIN: u64 = 1 << 20;
+/// Largest volume in bytes: 64 TiB.
+pub const VOLUME_BYTES_MAX: u64 = 64 << 40;
+/// Most replicas of a volume.
+pub const REPLICAS_MAX: u32 = 5;
+/// Replicas of a volume whose creator names no number, if the pool has as many hosts.
+pub const REPLICAS_DEFAULT: u32 = 3;
+/// Epoch starts kept for a volume. A replica that is behind the oldest copies everything anew.
+pub const EPOCH_HISTORY_MAX: usize = 64;
+/// Rounds kept in a migration's record; the first ones are dropped.
+pub const ROUNDS_MAX: usize = 64;
+
+/// Restarts in a row of a VM that does not stay up, before the pool gives up on it.
+pub const RESTARTS_MAX: u32 = 5;
+/// Wait before the second restart in a row in milliseconds; it doubles with each further one.
+pub const RESTART_BACKOFF_MS: u64 = 1_000;
+/// A VM that ran this long in milliseconds counts as up, and its restarts count from zero again.
+pub const RESTART_STABLE_MS: u64 = 60_000;
+
+/// Commands that one planning round proposes: the rest follows in the next round, a lost host of 500 VMs in eight.
+pub const PLAN_COMMANDS_MAX: usize = 64;
+
+const _: () = assert!(CMDLINE_BYTES_MAX + 4 * PEM_BYTES_MAX < proto::limits::RAFT_ENTRY_BYTES_MAX);
+const _: () = assert!(VM_MEMORY_BYTES_MIN <= VM_MEMORY_BYTES_MAX && VOLUME_BYTES_MIN <= VOLUME_BYTES_MAX);

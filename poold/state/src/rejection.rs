@@ -1,0 +1,506 @@
+//! Why an entry or a reference was refused. A rejection changes nothing and is safe to repeat.
+//!
+//! Every variant names its objects as operators know them; [`guidance`] adds the stable code, the class for exit codes, and
+//! what to do next.
+
+mod guidance;
+
+pub use guidance::RejectionClass;
+
+use crate::{
+    state::{HostState, MigrationPhase},
+    timing::TimingError,
+};
+use proto::{ByteCount, Epoch, IsrVersion, MigrationId, TaskId, VolumeId};
+use serde::{Deserialize, Serialize};
+
+/// Kinds of objects that can be referred to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum ObjectKind {
+    /// A host.
+    Host,
+    /// A VM.
+    Vm,
+    /// A volume.
+    Volume,
+    /// An image.
+    Image,
+    /// A task.
+    Task,
+    /// A migration.
+    Migration,
+    /// A join token.
+    Token,
+}
+
+impl ObjectKind {
+    /// The word that operators see.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Host => "host",
+            Self::Vm => "vm",
+            Self::Volume => "volume",
+            Self::Image => "image",
+            Self::Task => "task",
+            Self::Migration => "migration",
+            Self::Token => "token",
+        }
+    }
+}
+
+impl std::fmt::Display for ObjectKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// A number of a request that is out of its range.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Field {
+    /// Number of vCPUs.
+    Vcpus,
+    /// Bytes of guest memory.
+    Memory,
+    /// Bytes of a volume.
+    VolumeSize,
+    /// Bytes of a kernel command line.
+    Cmdline,
+    /// Number of disks.
+    Disks,
+    /// Number of replicas.
+    Replicas,
+    /// Bytes of a host's address.
+    Address,
+    /// Bytes of a public key.
+    PublicKey,
+    /// Bytes of a PEM text.
+    Pem,
+    /// Milliseconds of a token's lifetime.
+    TokenTtl,
+    /// First sequence of an epoch.
+    StartSequence,
+    /// Bytes of a short text: CPU vendor, boot id, pool id, incarnation.
+    ShortText,
+}
+
+impl Field {
+    /// The word that operators see.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Vcpus => "vcpus",
+            Self::Memory => "memory",
+            Self::VolumeSize => "size",
+            Self::Cmdline => "cmdline",
+            Self::Disks => "disks",
+            Self::Replicas => "replicas",
+            Self::Address => "address",
+            Self::PublicKey => "public key",
+            Self::Pem => "PEM text",
+            Self::TokenTtl => "ttl",
+            Self::StartSequence => "start sequence",
+            Self::ShortText => "text",
+        }
+    }
+}
+
+impl std::fmt::Display for Field {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// Why an entry or a reference was refused. Fields named after a kind (`vm`, `host`, …) hold the object's name.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
+pub enum Rejection {
+    /// There is no pool yet.
+    #[error("the pool is not initialised")]
+    PoolNotInitialised,
+    /// The pool was founded before.
+    #[error("the pool is already initialised")]
+    PoolAlreadyInitialised,
+    /// The timings contradict each other.
+    #[error(transparent)]
+    BadTiming(TimingError),
+    /// The request id was used for another change.
+    #[error("request id `{request_id}` was already used for another change")]
+    RequestIdReused {
+        /// The id.
+        request_id: String,
+    },
+    /// No object matches a reference or id.
+    #[error("there is no {kind} `{text}`")]
+    NotFound {
+        /// Its kind.
+        kind: ObjectKind,
+        /// What was looked for.
+        text: String,
+    },
+    /// Several objects match a reference.
+    #[error("`{text}` could be {kind} {}", matches.join(" or "))]
+    Ambiguous {
+        /// Their kind.
+        kind: ObjectKind,
+        /// What was looked for.
+        text: String,
+        /// Names of the first few matches.
+        matches: Vec<String>,
+    },
+    /// The name is no valid one.
+    #[error("`{name}` is not a valid name")]
+    BadName {
+        /// The name.
+        name: String,
+    },
+    /// Another object has the name.
+    #[error("there is already a {kind} `{name}`")]
+    NameTaken {
+        /// Their kind.
+        kind: ObjectKind,
+        /// The name.
+        name: String,
+    },
+    /// Another host has the address.
+    #[error("address {address} belongs to host {host}")]
+    AddressTaken {
+        /// The address.
+        address: String,
+        /// The other host.
+        host: String,
+    },
+    /// A number is out of range.
+    #[error("{field} {value} is out of range ({min} to {max})")]
+    OutOfRange {
+        /// The number's meaning.
+        field: Field,
+        /// The number.
+        value: u64,
+        /// Smallest allowed.
+        min: u64,
+        /// Largest allowed.
+        max: u64,
+    },
+    /// A size is no multiple of the block size.
+    #[error("{field} of {value} bytes is not a multiple of 4 KiB")]
+    NotAligned {
+        /// The number's meaning.
+        field: Field,
+        /// The number.
+        value: u64,
+    },
+    /// The pool can't hold more objects of the kind.
+    #[error("the pool already has {max} objects of kind {kind}, the most it can hold")]
+    TooMany {
+        /// The kind.
+        kind: ObjectKind,
+        /// The limit.
+        max: u64,
+    },
+    /// The secret belongs to no token.
+    #[error("the join token is unknown")]
+    TokenUnknown,
+    /// The token's time is over.
+    #[error("the join token has expired")]
+    TokenExpired,
+    /// The token admitted another host.
+    #[error("the join token was already used by host {host}")]
+    TokenUsed {
+        /// The other host.
+        host: String,
+    },
+    /// The token was withdrawn.
+    #[error("the join token was revoked")]
+    TokenRevoked,
+    /// The daemon is older than the pool.
+    #[error("the host has feature level {host_level}, the pool needs {pool_level}")]
+    FeatureLevelTooLow {
+        /// Level of the host.
+        host_level: u32,
+        /// Level of the pool.
+        pool_level: u32,
+    },
+    /// The host is no member any more.
+    #[error("host {host} was removed from the pool")]
+    HostRemoved {
+        /// The host.
+        host: String,
+    },
+    /// The host is in the wrong state for it.
+    #[error("host {host} is {state}")]
+    HostNotUp {
+        /// The host.
+        host: String,
+        /// Its state.
+        state: HostState,
+    },
+    /// The host is not lost.
+    #[error("host {host} is {state}, not lost")]
+    HostNotLost {
+        /// The host.
+        host: String,
+        /// Its state.
+        state: HostState,
+    },
+    /// VMs are placed on the host.
+    #[error("host {host} still has {count} VMs, among them {example}")]
+    HostHasVms {
+        /// The host.
+        host: String,
+        /// How many.
+        count: u64,
+        /// One of them.
+        example: String,
+    },
+    /// The host has the only up-to-date copy of a volume.
+    #[error("host {host} has the last in-sync replica of volume {volume}")]
+    LastInSyncReplica {
+        /// The host.
+        host: String,
+        /// The volume.
+        volume: String,
+    },
+    /// The pool can't be left without a host.
+    #[error("host {host} is the last host of the pool")]
+    LastHost {
+        /// The host.
+        host: String,
+    },
+    /// A VM boots from the image.
+    #[error("image {image} is used by vm {vm}")]
+    ImageInUse {
+        /// The image.
+        image: String,
+        /// The VM.
+        vm: String,
+    },
+    /// An image needs somebody who has it.
+    #[error("image {image} has no holder")]
+    ImageWithoutHolder {
+        /// The image.
+        image: String,
+    },
+    /// There are fewer hosts than replicas.
+    #[error("{wanted} replicas need {wanted} hosts that are up, there are {up}")]
+    NotEnoughHosts {
+        /// Wanted replicas.
+        wanted: u64,
+        /// Hosts that can take one.
+        up: u64,
+    },
+    /// A VM has the volume among its disks.
+    #[error("volume {volume} is a disk of vm {vm}")]
+    VolumeInUse {
+        /// The volume.
+        volume: String,
+        /// The VM.
+        vm: String,
+    },
+    /// A disk is named twice.
+    #[error("volume {volume} is given twice")]
+    DuplicateDisk {
+        /// The volume.
+        volume: String,
+    },
+    /// The proposer saw an older epoch or version of the volume.
+    #[error("volume {volume} is at epoch {epoch} version {isr_version}, the change was made for another")]
+    StaleVolume {
+        /// The volume.
+        volume: String,
+        /// Its epoch.
+        epoch: Epoch,
+        /// Its version.
+        isr_version: IsrVersion,
+    },
+    /// An epoch starts at one sequence only.
+    #[error("epoch {epoch} of volume {volume} already starts at another sequence")]
+    StartAlreadyRecorded {
+        /// The volume.
+        volume: String,
+        /// The epoch.
+        epoch: Epoch,
+    },
+    /// The change would leave no in-sync replica.
+    #[error("volume {volume} would have no in-sync replica")]
+    IsrWouldBeEmpty {
+        /// The volume.
+        volume: String,
+    },
+    /// The host is not in the in-sync set in this life.
+    #[error("host {host} is not an in-sync replica of volume {volume} in that incarnation")]
+    NotInIsr {
+        /// The volume.
+        volume: String,
+        /// The host.
+        host: String,
+    },
+    /// The host holds no replica.
+    #[error("host {host} has no replica of volume {volume}")]
+    NotAReplica {
+        /// The volume.
+        volume: String,
+        /// The host.
+        host: String,
+    },
+    /// The host's store lives another life by now.
+    #[error("host {host} has another incarnation by now")]
+    StaleIncarnation {
+        /// The host.
+        host: String,
+    },
+    /// The VM has a placement.
+    #[error("vm {vm} already runs or is starting")]
+    VmAlreadyPlaced {
+        /// The VM.
+        vm: String,
+    },
+    /// The VM has no placement.
+    #[error("vm {vm} is stopped")]
+    VmIsStopped {
+        /// The VM.
+        vm: String,
+    },
+    /// The VM is being stopped.
+    #[error("vm {vm} is stopping")]
+    VmIsStopping {
+        /// The VM.
+        vm: String,
+    },
+    /// The VM does not run now.
+    #[error("vm {vm} is not running")]
+    VmNotRunning {
+        /// The VM.
+        vm: String,
+    },
+    /// The VM is not paused.
+    #[error("vm {vm} is not paused")]
+    VmNotPaused {
+        /// The VM.
+        vm: String,
+    },
+    /// The VM is locked by a migration.
+    #[error("vm {vm} is being moved by {migration}")]
+    VmIsMigrating {
+        /// The VM.
+        vm: String,
+        /// The migration.
+        migration: MigrationId,
+    },
+    /// The VM has nothing to boot.
+    #[error("vm {vm} has no kernel")]
+    VmWithoutKernel {
+        /// The VM.
+        vm: String,
+    },
+    /// The reporter is about an older life of the VM.
+    #[error("vm {vm} is at epoch {actual}, not {expected}")]
+    StaleEpoch {
+        /// The VM.
+        vm: String,
+        /// Epoch of the report.
+        expected: Epoch,
+        /// Epoch of the VM.
+        actual: Epoch,
+    },
+    /// The VM may still run at its lost host, as it needs no lease.
+    #[error("vm {vm} has no lease (ha none) and may still run on the lost host {host}")]
+    MayStillRun {
+        /// The VM.
+        vm: String,
+        /// The host.
+        host: String,
+    },
+    /// The VM is not to be started by the pool.
+    #[error("vm {vm} has ha none")]
+    NotHighlyAvailable {
+        /// The VM.
+        vm: String,
+    },
+    /// Recovery is halted.
+    #[error("recovery is halted: more than half of the hosts vanished at once")]
+    Braked,
+    /// Memory of the host is reserved already.
+    #[error("host {host} has {free} of memory free, {needed} are needed")]
+    NotEnoughMemory {
+        /// The host.
+        host: String,
+        /// Needed.
+        needed: ByteCount,
+        /// Free.
+        free: ByteCount,
+    },
+    /// No host has room.
+    #[error("no host that is up and fits has {needed} of memory free")]
+    NoHostFits {
+        /// The VM.
+        vm: String,
+        /// Needed.
+        needed: ByteCount,
+    },
+    /// The VM is there already.
+    #[error("vm {vm} is already on host {host}")]
+    TargetIsSource {
+        /// The VM.
+        vm: String,
+        /// The host.
+        host: String,
+    },
+    /// The target's CPU can't go on where the source's stopped.
+    #[error("host {target} has another CPU ({target_cpu}) than host {source_host} ({source_cpu})")]
+    CpuMismatch {
+        /// The source.
+        source_host: String,
+        /// The target.
+        target: String,
+        /// CPU of the source.
+        source_cpu: String,
+        /// CPU of the target.
+        target_cpu: String,
+    },
+    /// The migration is in another phase.
+    #[error("{migration} is in phase {phase}")]
+    WrongPhase {
+        /// The migration.
+        migration: MigrationId,
+        /// Its phase.
+        phase: MigrationPhase,
+    },
+    /// The migration has ended.
+    #[error("{migration} has already ended")]
+    MigrationEnded {
+        /// The migration.
+        migration: MigrationId,
+    },
+    /// The VM belongs to the target.
+    #[error("{migration} is already committed")]
+    AlreadyCommitted {
+        /// The migration.
+        migration: MigrationId,
+    },
+    /// The sequences are not those of the VM's disks.
+    #[error("{migration} gives no single last sequence for {volume}")]
+    LastSequenceMismatch {
+        /// The migration.
+        migration: MigrationId,
+        /// A volume that is missing, given twice or too much.
+        volume: VolumeId,
+    },
+    /// The task has ended.
+    #[error("{task} has already ended")]
+    TaskEnded {
+        /// The task.
+        task: TaskId,
+    },
+    /// A stop can't be taken back.
+    #[error("{task} can't be cancelled: a VM that has begun to stop does not come back")]
+    TaskNotCancellable {
+        /// The task.
+        task: TaskId,
+    },
+    /// The task still has time.
+    #[error("{task} is not past its deadline")]
+    TaskNotExpired {
+        /// The task.
+        task: TaskId,
+    },
+}

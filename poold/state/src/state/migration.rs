@@ -1,0 +1,194 @@
+//! Moves of running VMs.
+//!
+//! ```text
+//! Intent ─▶ Prepared ─▶ Copying ─▶ Paused ─▶ Committed ─▶ Done
+//!    └──────────┴───────────┴─────────┘           └─▶ (failed: the target was lost, the VM starts anew)
+//!                      ▼
+//!                   Aborted (failed or cancelled; the source runs on)
+//! ```
+//! `Committed` is the point of no return. Copying may go to Committed at once: the entry for `Paused` is only for display
+//! and must not lengthen the blackout.
+
+use super::record::MigrationRecord;
+use proto::{CertificateFingerprint, Epoch, HostId, MigrationId, TaskId, VmId};
+use serde::{Deserialize, Serialize};
+use std::fmt;
+
+/// One attempt to move a VM.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Migration {
+    /// Index of the entry that created it.
+    pub id: MigrationId,
+    /// The VM.
+    pub vm: VmId,
+    /// Name of the VM when the move began.
+    pub vm_name: String,
+    /// Where it ran.
+    pub source: HostId,
+    /// Where it goes.
+    pub target: HostId,
+    /// How it copies.
+    pub options: MigrationOptions,
+    /// The VM's epoch at the source. At the target it is the next one.
+    pub from_epoch: Epoch,
+    /// The step reached last.
+    pub phase: MigrationPhase,
+    /// Whether and how it ended.
+    pub outcome: MigrationOutcome,
+    /// Why it failed or was cancelled.
+    pub error: Option<String>,
+    /// Its task.
+    pub task: TaskId,
+    /// Certificate of the source's process.
+    pub source_fingerprint: Option<CertificateFingerprint>,
+    /// Where the target's process listens; set from `Prepared` on.
+    pub target_endpoint: Option<TargetEndpoint>,
+    /// Unix time of its beginning.
+    pub created_ms: u64,
+    /// Unix time at which the leader ends the current phase.
+    pub deadline_ms: u64,
+    /// Unix time of its end.
+    pub ended_ms: Option<u64>,
+    /// What it did; final.
+    pub record: Option<MigrationRecord>,
+}
+
+/// Where the target's process listens, and as whom.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct TargetEndpoint {
+    /// `IP:PORT` (UDP).
+    pub address: String,
+    /// Certificate that it shows.
+    pub fingerprint: CertificateFingerprint,
+}
+
+/// How a VM is copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+pub struct MigrationOptions {
+    /// What to do when the guest writes faster than the link.
+    pub policy: MigrationPolicy,
+    /// Cap of the link in bytes per second; 0: none.
+    pub bandwidth_bytes_per_s: u64,
+    /// Wanted blackout in milliseconds; 0: the engine's default.
+    pub downtime_ms: u32,
+}
+
+/// What to do when the guest writes faster than the link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+pub enum MigrationPolicy {
+    /// Never slows the guest; gives up instead.
+    Gentle,
+    /// Slows the guest within limits.
+    #[default]
+    Default,
+    /// Runs at the target and fetches the rest on demand.
+    PostCopy,
+    /// Takes a longer blackout if need be.
+    MustFinish,
+}
+
+/// The step that a migration has reached, in order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum MigrationPhase {
+    /// Memory is reserved at the target and the VM is locked.
+    Intent,
+    /// The target's process listens.
+    Prepared,
+    /// Memory is being copied while the VM runs.
+    Copying,
+    /// The source has stopped its vCPUs and sent the rest.
+    Paused,
+    /// Placement and epochs have moved: the target must run it.
+    Committed,
+    /// The VM runs at the target.
+    Done,
+    /// Given up before the commit; the source runs on.
+    Aborted,
+}
+
+/// Whether and how a migration ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MigrationOutcome {
+    /// Under way.
+    Running,
+    /// The VM runs at the target.
+    Done,
+    /// It did not succeed.
+    Failed,
+    /// An operator took it back.
+    Cancelled,
+}
+
+impl MigrationPolicy {
+    /// The word that operators see and write.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Gentle => "gentle",
+            Self::Default => "default",
+            Self::PostCopy => "post-copy",
+            Self::MustFinish => "must-finish",
+        }
+    }
+}
+
+impl MigrationPhase {
+    /// The word that operators see.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Intent => "intent",
+            Self::Prepared => "prepared",
+            Self::Copying => "copying",
+            Self::Paused => "paused",
+            Self::Committed => "committed",
+            Self::Done => "done",
+            Self::Aborted => "aborted",
+        }
+    }
+}
+
+impl fmt::Display for MigrationPhase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl MigrationOutcome {
+    /// The word that operators see.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Running => "running",
+            Self::Done => "done",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+        }
+    }
+}
+
+impl Migration {
+    /// Whether it has not ended.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        self.outcome == MigrationOutcome::Running
+    }
+
+    /// Whether the VM belongs to the target for good, also when the migration failed afterwards.
+    #[must_use]
+    pub fn is_committed(&self) -> bool {
+        matches!(self.phase, MigrationPhase::Committed | MigrationPhase::Done)
+    }
+
+    /// Whether it holds a reservation of memory at the target besides the placement at the source.
+    #[must_use]
+    pub fn reserves_target(&self) -> bool {
+        self.is_running() && !self.is_committed()
+    }
+
+    /// The VM's epoch at the target.
+    #[must_use]
+    pub fn to_epoch(&self) -> Epoch {
+        self.from_epoch.next()
+    }
+}

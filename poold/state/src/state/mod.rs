@@ -1,0 +1,105 @@
+//! The replicated state of the pool. Each file holds one kind of object as plain data.
+//!
+//! - [`table`], [`event`], [`request`]: collections that are cheap to clone.
+//! - [`view`]: what follows from the data (a VM's state, reserved memory, who may run what).
+//! - [`resolve`]: from what an operator typed to an object.
+
+pub mod event;
+pub mod host;
+pub mod image;
+pub mod migration;
+pub mod record;
+pub mod request;
+pub mod resolve;
+pub mod table;
+pub mod task;
+pub mod view;
+pub mod vm;
+pub mod volume;
+
+pub use event::{Event, EventKind, EventLog};
+pub use host::{FIRST_HOST, Host, HostState, Token, TokenState};
+pub use image::{ContentHash, Image, ParseContentHashError};
+pub use migration::{
+    Migration, MigrationOptions, MigrationOutcome, MigrationPhase, MigrationPolicy, TargetEndpoint,
+};
+pub use proto::{AttachmentSecret, CertificateFingerprint};
+pub use record::{BlackoutParts, MigrationRecord, PageCounts, RoundRecord};
+pub use request::{Answer, RequestTable};
+pub use table::Table;
+pub use task::{Task, TaskKind, TaskState};
+pub use vm::{Desired, HaPolicy, Intent, StartCause, StopMode, Vm, VmSpec, VmState};
+pub use volume::{EpochStart, IsrMember, Volume, VolumeOwner};
+
+use crate::timing::Timing;
+use proto::{HostId, ImageId, MigrationId, TaskId, TokenId, VmId, VolumeId};
+use serde::{Deserialize, Serialize};
+
+/// Everything that the hosts of a pool agree on. Cloning costs a few reference counts.
+///
+/// Fields are public to be read; only [`apply`](PoolState::apply) changes a state that is replicated.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct PoolState {
+    /// Identity and settings.
+    pub settings: Settings,
+    /// Index of the last entry seen, rejected ones included.
+    pub revision: u64,
+    /// Hosts, removed ones included.
+    pub hosts: Table<HostId, Host>,
+    /// Join tokens.
+    pub tokens: Table<TokenId, Token>,
+    /// VMs.
+    pub vms: Table<VmId, Vm>,
+    /// Volumes.
+    pub volumes: Table<VolumeId, Volume>,
+    /// Images.
+    pub images: Table<ImageId, Image>,
+    /// Tasks, the newest ended ones included.
+    pub tasks: Table<TaskId, Task>,
+    /// Migrations, the newest ended ones included.
+    pub migrations: Table<MigrationId, Migration>,
+    /// What happened lately.
+    pub events: EventLog,
+    /// What was answered lately.
+    pub requests: RequestTable,
+}
+
+/// Identity and settings of the pool.
+#[derive(Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Settings {
+    /// Random id; empty before the pool was founded.
+    pub pool_id: String,
+    /// Name.
+    pub name: String,
+    /// Timings.
+    pub timing: Timing,
+    /// Certificate of the pool's CA.
+    pub ca_cert_pem: String,
+    /// Key of the pool's CA.
+    pub ca_key_pem: String,
+    /// Feature level of all daemons.
+    pub feature_level: u32,
+    /// Recovery is halted until an operator permits it or the hosts return.
+    pub ha_braked: bool,
+}
+
+impl std::fmt::Debug for Settings {
+    /// Leaves the CA's key out, so that it can't reach a log.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Settings")
+            .field("pool_id", &self.pool_id)
+            .field("name", &self.name)
+            .field("timing", &self.timing)
+            .field("feature_level", &self.feature_level)
+            .field("ha_braked", &self.ha_braked)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Settings {
+    /// Whether the pool was founded.
+    #[must_use]
+    pub fn is_initialised(&self) -> bool {
+        !self.pool_id.is_empty()
+    }
+}

@@ -1,0 +1,92 @@
+//! Long operations. Each ends: done, failed or cancelled, whatever dies.
+
+use proto::{HostId, MigrationId, TaskId, VmId};
+use serde::{Deserialize, Serialize};
+
+/// A long operation on a VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Task {
+    /// Index of the entry that created it.
+    pub id: TaskId,
+    /// What it does.
+    pub kind: TaskKind,
+    /// The VM that it changes.
+    pub vm: VmId,
+    /// Name of the VM when the task began; the VM may be gone by now.
+    pub vm_name: String,
+    /// Who asked for it.
+    pub principal: String,
+    /// The host that works on it.
+    pub executor: Option<HostId>,
+    /// How far it is.
+    pub state: TaskState,
+    /// Unix time of its beginning.
+    pub created_ms: u64,
+    /// Unix time at which the leader ends it.
+    pub deadline_ms: u64,
+    /// Unix time of its end.
+    pub ended_ms: Option<u64>,
+}
+
+/// What a task does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TaskKind {
+    /// Starts a VM.
+    VmStart,
+    /// Stops a VM.
+    VmStop,
+    /// Moves a VM.
+    VmMigrate {
+        /// The move, whose id is the task's number too.
+        migration: MigrationId,
+    },
+}
+
+/// `Running → Done | Failed | Cancelled`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TaskState {
+    /// Under way.
+    Running,
+    /// Succeeded.
+    Done,
+    /// Did not succeed.
+    Failed {
+        /// Why.
+        problem: String,
+    },
+    /// An operator took it back.
+    Cancelled,
+}
+
+impl TaskKind {
+    /// The word that operators see.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::VmStart => "vm.start",
+            Self::VmStop => "vm.stop",
+            Self::VmMigrate { .. } => "vm.migrate",
+        }
+    }
+}
+
+impl TaskState {
+    /// The word that operators see.
+    #[must_use]
+    pub fn as_str(&self) -> &'static str {
+        match self {
+            Self::Running => "running",
+            Self::Done => "done",
+            Self::Failed { .. } => "failed",
+            Self::Cancelled => "cancelled",
+        }
+    }
+}
+
+impl Task {
+    /// Whether it has not ended.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        self.state == TaskState::Running
+    }
+}

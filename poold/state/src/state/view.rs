@@ -1,0 +1,130 @@
+//! What follows from the data.
+
+use super::{Desired, HaPolicy, Host, HostState, MigrationOutcome, PoolState, StartCause, Vm, VmState};
+use crate::rejection::{ObjectKind, Rejection};
+use proto::{ByteCount, Epoch, HostId, ImageId, MigrationId, TaskId, TokenId, VmId, VolumeId};
+use std::collections::BTreeMap;
+
+macro_rules! lookup {
+    ($(#[$doc:meta])* $name:ident, $table:ident, $id:ty, $object:ty, $kind:ident) => {
+        $(#[$doc])*
+        ///
+        /// # Errors
+        /// When there is none.
+        pub fn $name(&self, id: $id) -> Result<&$object, Rejection> {
+            self.$table
+                .get(&id)
+                .ok_or_else(|| Rejection::NotFound { kind: ObjectKind::$kind, text: id.to_string() })
+        }
+    };
+}
+
+impl PoolState {
+    lookup!(
+        /// A host by id, also a removed one.
+        host, hosts, HostId, Host, Host);
+    lookup!(
+        /// A VM by id.
+        vm, vms, VmId, Vm, Vm);
+    lookup!(
+        /// A volume by id.
+        volume, volumes, VolumeId, super::Volume, Volume);
+    lookup!(
+        /// An image by id.
+        image, images, ImageId, super::Image, Image);
+    lookup!(
+        /// A task by id.
+        task, tasks, TaskId, super::Task, Task);
+    lookup!(
+        /// A migration by id.
+        migration, migrations, MigrationId, super::Migration, Migration);
+    lookup!(
+        /// A join token by id.
+        token, tokens, TokenId, super::Token, Token);
+
+    /// Hosts that are not removed.
+    pub fn members(&self) -> impl Iterator<Item = &Host> {
+        self.hosts.values().filter(|host| host.is_member())
+    }
+
+    /// Name of a host, or its id when it is not known.
+    #[must_use]
+    pub fn host_name(&self, id: HostId) -> String {
+        self.hosts.get(&id).map_or_else(|| id.to_string(), |host| host.name.clone())
+    }
+
+    /// State of a VM as operators see it.
+    #[must_use]
+    pub fn vm_state(&self, vm: &Vm) -> VmState {
+        let Some(placement) = vm.placement else {
+            return if vm.problem.is_some() { VmState::Failed } else { VmState::Stopped };
+        };
+        let lost = self.hosts.get(&placement).is_none_or(|host| host.state != HostState::Up);
+        match (vm.desired, vm.spec.ha) {
+            (Desired::Stopped, _) => VmState::Stopping,
+            (_, HaPolicy::Restart) if lost => VmState::Recovering,
+            (_, HaPolicy::None) if lost => VmState::Failed,
+            _ if vm.intent.is_some() => VmState::Migrating,
+            _ if !vm.is_reported_running() && vm.start_cause == StartCause::Recovery => VmState::Recovering,
+            _ if !vm.is_reported_running() => VmState::Starting,
+            (Desired::Paused, _) => VmState::Paused,
+            (Desired::Running, _) => VmState::Running,
+        }
+    }
+
+    /// Whether a VM's process of this epoch may run at this host: the answer that a fenced process needs, from a
+    /// linearizable read, before it resumes. False when the host was declared lost.
+    #[must_use]
+    pub fn may_run(&self, host: HostId, vm: VmId, epoch: Epoch) -> bool {
+        let up = self.hosts.get(&host).is_some_and(Host::is_up);
+        up && self.vms.get(&vm).is_some_and(|vm| vm.placement == Some(host) && vm.epoch == epoch)
+    }
+
+    /// Memory that VMs placed on, or moving to, each host have reserved.
+    #[must_use]
+    pub fn reserved_memory(&self) -> BTreeMap<HostId, ByteCount> {
+        let mut reserved: BTreeMap<HostId, ByteCount> = BTreeMap::new();
+        let mut reserve = |host: HostId, bytes: ByteCount| reserved.entry(host).or_default().0 += bytes.0;
+        for vm in self.vms.values() {
+            if let Some(host) = vm.placement {
+                reserve(host, vm.spec.memory);
+            }
+            let migration = vm.intent.and_then(|intent| self.migrations.get(&intent.migration));
+            if let Some(migration) = migration.filter(|migration| migration.reserves_target()) {
+                reserve(migration.target, vm.spec.memory);
+            }
+        }
+        reserved
+    }
+
+    /// VMs placed on a host.
+    pub fn vms_on(&self, host: HostId) -> impl Iterator<Item = &Vm> {
+        self.vms.values().filter(move |vm| vm.placement == Some(host))
+    }
+
+    /// Migrations that have not ended.
+    pub fn running_migrations(&self) -> impl Iterator<Item = &super::Migration> {
+        self.migrations.values().filter(|migration| migration.outcome == MigrationOutcome::Running)
+    }
+
+    /// How many of a VM's disks have a current in-sync replica at a host.
+    #[must_use]
+    pub fn local_disks(&self, vm: &Vm, host: &Host) -> usize {
+        let volumes = vm.spec.disks.iter().filter_map(|id| self.volumes.get(id));
+        volumes
+            .filter(|volume| {
+                volume
+                    .isr_member(host.id)
+                    .is_some_and(|member| Some(&member.incarnation) == host.incarnation.as_ref())
+            })
+            .count()
+    }
+
+    /// Whether an in-sync entry names the present life of a member's store.
+    #[must_use]
+    pub fn is_current(&self, member: &super::IsrMember) -> bool {
+        self.hosts
+            .get(&member.host)
+            .is_some_and(|host| host.is_member() && host.incarnation.as_ref() == Some(&member.incarnation))
+    }
+}

@@ -1,0 +1,75 @@
+//! Volumes: replica sets, in-sync sets and epochs.
+
+use proto::{ByteCount, Epoch, HostId, Incarnation, IsrVersion, Sequence, VmId, VolumeId};
+use serde::{Deserialize, Serialize};
+
+pub use proto::AttachmentSecret;
+
+/// A replicated volume.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Volume {
+    /// Index of the entry that created it.
+    pub id: VolumeId,
+    /// Unique among volumes.
+    pub name: String,
+    /// Size of the virtual disk.
+    pub size: ByteCount,
+    /// Hosts that hold a replica, distinct.
+    pub replicas: Vec<HostId>,
+    /// Replicas that have every acknowledged write; a subset of `replicas`, never empty.
+    pub isr: Vec<IsrMember>,
+    /// Raised by every change of `isr` or `replicas`.
+    pub isr_version: IsrVersion,
+    /// Generation of the ownership.
+    pub epoch: Epoch,
+    /// The epochs that were active and the current one, ascending. A start is unknown until its owner recorded it,
+    /// which it does before it serves. A replica whose last epoch is older than all of them copies everything.
+    pub epoch_history: Vec<EpochStart>,
+    /// The VM that has it among its disks.
+    pub attached_to: Option<VmId>,
+    /// The process that may write to it.
+    pub owner: Option<VolumeOwner>,
+    /// What the owner shows to replicas; of this epoch only.
+    pub secret: Option<AttachmentSecret>,
+}
+
+/// A member of the in-sync set.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct IsrMember {
+    /// The host.
+    pub host: HostId,
+    /// The life of its store that has every write.
+    pub incarnation: Incarnation,
+}
+
+/// Where an epoch begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EpochStart {
+    /// The epoch.
+    pub epoch: Epoch,
+    /// The first sequence written under it; none: not known yet.
+    pub start_seq: Option<Sequence>,
+}
+
+/// Who may write to a volume.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeOwner {
+    /// The VM.
+    pub vm: VmId,
+    /// The host where its process is.
+    pub host: HostId,
+}
+
+impl Volume {
+    /// Fewest in-sync replicas with which writes go on: 2 of 3 or more, else 1.
+    #[must_use]
+    pub fn min_isr(&self) -> usize {
+        if self.replicas.len() >= 3 { 2 } else { 1 }
+    }
+
+    /// The in-sync entry of a host.
+    #[must_use]
+    pub fn isr_member(&self, host: HostId) -> Option<&IsrMember> {
+        self.isr.iter().find(|member| member.host == host)
+    }
+}
