@@ -1,0 +1,180 @@
+//! The network under a pool: loopback addresses, or a namespace for each host around a switch.
+//!
+//! ```text
+//!   namespace TAG-h1        namespace TAG-sw                       namespace TAG-h2
+//!   eth0 10.99.0.1 ──veth── p1 ─┐                         ┌─ p2 ──veth── eth0 10.99.0.2
+//!                               ├── bridge br0 10.99.0.254 ┤        poolctl runs in TAG-sw
+//!                               └── bridge cut1, cut2 … while the network is cut
+//! ```
+//!
+//! A cut moves ports to bridges of their own: links stay up, packets go nowhere, as behind a broken switch. `poolctl` stays
+//! with the first group. Everything lives in namespaces named after the run, so deleting those deletes all of it.
+
+use anyhow::{Context, Result, bail};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
+use std::process::Command;
+
+/// Port of every host: each has an address of its own.
+const PORT: u16 = 7443;
+
+/// Loopback addresses tried for a pool before giving up; each is one that another pool may hold.
+const LOOPBACK_TRIES: u32 = 64;
+
+/// How the hosts of a pool reach each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Network {
+    /// Addresses in 127/8; needs no privilege.
+    Loopback,
+    /// A network namespace for each host; needs root and iproute2, and can be cut.
+    Namespaces,
+}
+
+/// The network of one pool.
+#[derive(Debug)]
+pub(crate) enum Fabric {
+    Loopback { network: u32 },
+    Namespaces { tag: String },
+}
+
+impl Fabric {
+    /// Sets up the shared part.
+    pub(crate) fn new(network: Network, tag: &str) -> Result<Self> {
+        match network {
+            Network::Loopback => Ok(Self::Loopback { network: free_loopback_network()? }),
+            Network::Namespaces => {
+                check_namespaces_work()?;
+                let switch = format!("{tag}-sw");
+                ip(&["netns", "add", &switch])?;
+                ip(&["-n", &switch, "link", "set", "lo", "up"])?;
+                ip(&["-n", &switch, "link", "add", "br0", "type", "bridge"])?;
+                ip(&["-n", &switch, "addr", "add", "10.99.0.254/24", "dev", "br0"])?;
+                ip(&["-n", &switch, "link", "set", "br0", "up"])?;
+                Ok(Self::Namespaces { tag: tag.to_owned() })
+            }
+        }
+    }
+
+    /// Sets up host `index` (from 0) and returns the address that it listens on.
+    pub(crate) fn add_host(&self, index: usize) -> Result<SocketAddr> {
+        let number = u8::try_from(index + 1).context("a test pool has at most 250 hosts")?;
+        match self {
+            Self::Loopback { network } => {
+                Ok(SocketAddr::from((Ipv4Addr::from_bits(network + u32::from(number)), PORT)))
+            }
+            Self::Namespaces { tag } => {
+                let (switch, host, port) =
+                    (format!("{tag}-sw"), host_namespace(tag, index), format!("p{number}"));
+                ip(&["netns", "add", &host])?;
+                ip(&[
+                    "link", "add", &port, "netns", &switch, "type", "veth", "peer", "name", "eth0", "netns",
+                    &host,
+                ])?;
+                ip(&["-n", &switch, "link", "set", &port, "master", "br0", "up"])?;
+                ip(&["-n", &host, "link", "set", "lo", "up"])?;
+                ip(&["-n", &host, "addr", "add", &format!("10.99.0.{number}/24"), "dev", "eth0"])?;
+                ip(&["-n", &host, "link", "set", "eth0", "up"])?;
+                Ok(SocketAddr::from((Ipv4Addr::new(10, 99, 0, number), PORT)))
+            }
+        }
+    }
+
+    /// A command that runs `program` at a host.
+    pub(crate) fn at_host(&self, index: usize, program: &std::path::Path) -> Command {
+        match self {
+            Self::Loopback { .. } => Command::new(program),
+            Self::Namespaces { tag } => in_namespace(&host_namespace(tag, index), program),
+        }
+    }
+
+    /// A command that runs `program` where the operator sits.
+    pub(crate) fn at_operator(&self, program: &std::path::Path) -> Command {
+        match self {
+            Self::Loopback { .. } => Command::new(program),
+            Self::Namespaces { tag } => in_namespace(&format!("{tag}-sw"), program),
+        }
+    }
+
+    /// Lets only hosts of one group reach each other; the operator is with the first group.
+    pub(crate) fn cut(&self, groups: &[&[usize]]) -> Result<()> {
+        let Self::Namespaces { tag } = self else { bail!("only a pool in namespaces can be cut") };
+        let switch = format!("{tag}-sw");
+        for (group, hosts) in groups.iter().enumerate() {
+            let bridge = if group == 0 { "br0".to_owned() } else { format!("cut{group}") };
+            if group > 0 && ip(&["-n", &switch, "link", "show", &bridge]).is_err() {
+                ip(&["-n", &switch, "link", "add", &bridge, "type", "bridge"])?;
+                ip(&["-n", &switch, "link", "set", &bridge, "up"])?;
+            }
+            for host in *hosts {
+                ip(&["-n", &switch, "link", "set", &format!("p{}", host + 1), "master", &bridge])?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Deletes the namespaces.
+    pub(crate) fn remove(&self) {
+        if let Self::Namespaces { tag } = self {
+            remove_namespaces(tag);
+        }
+    }
+}
+
+fn host_namespace(tag: &str, index: usize) -> String {
+    format!("{tag}-h{}", index + 1)
+}
+
+fn in_namespace(name: &str, program: &std::path::Path) -> Command {
+    // nsenter replaces itself by the program: the child's pid is the program's own.
+    let mut command = Command::new("nsenter");
+    command.arg(format!("--net=/run/netns/{name}")).arg("--").arg(program);
+    command
+}
+
+/// Deletes every namespace of a run; errors are left to the next run.
+pub(crate) fn remove_namespaces(tag: &str) {
+    let prefix = format!("{tag}-");
+    let names = std::fs::read_dir("/run/netns").into_iter().flatten().flatten();
+    for name in names.filter_map(|entry| entry.file_name().into_string().ok()) {
+        if name.starts_with(&prefix) {
+            ip(&["netns", "delete", &name]).ok();
+        }
+    }
+}
+
+/// Says exactly what is missing for namespaces.
+fn check_namespaces_work() -> Result<()> {
+    if !nix::unistd::Uid::effective().is_root() {
+        bail!("a pool in network namespaces needs root; run it with sudo, or use the loopback network");
+    }
+    if Command::new("ip").arg("-V").output().is_err() {
+        bail!("`ip` is missing; run `apt-get install iproute2`");
+    }
+    if Command::new("nsenter").arg("-V").output().is_err() {
+        bail!("`nsenter` is missing; run `apt-get install util-linux`");
+    }
+    Ok(())
+}
+
+fn ip(arguments: &[&str]) -> Result<()> {
+    let output = Command::new("ip").args(arguments).output().context("start `ip`; is iproute2 installed?")?;
+    if !output.status.success() {
+        bail!("ip {}: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(())
+}
+
+/// A /24 in 127/8 of which the first address is free, so that all are: pools take whole networks.
+fn free_loopback_network() -> Result<u32> {
+    static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+    for _ in 0..LOOPBACK_TRIES {
+        let turn = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        // 127.64.0.0/10 holds 16384 networks; the pid spreads concurrent runs over them.
+        let slot = (std::process::id().wrapping_mul(LOOPBACK_TRIES) + turn) % 16384;
+        let network = Ipv4Addr::new(127, 64, 0, 0).to_bits() + (slot << 8);
+        let first = (Ipv4Addr::from_bits(network + 1), PORT);
+        if TcpListener::bind(first).is_ok() && UdpSocket::bind(first).is_ok() {
+            return Ok(network);
+        }
+    }
+    bail!("no free loopback network in {LOOPBACK_TRIES} tries; are other pools running?")
+}

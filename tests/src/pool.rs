@@ -1,0 +1,448 @@
+//! A pool of real daemons.
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::time::Duration;
+
+use crate::fabric::{Fabric, Network};
+use crate::leftovers::{self, RUNS_DIR, Run};
+use crate::output::{self, Output};
+use crate::wait::{wait_for, wait_until};
+use crate::{Binaries, Host};
+
+/// Longest run of one `poolctl` or `poold` command: above every deadline that the programs have themselves.
+const COMMAND_DEADLINE: Duration = Duration::from_secs(90);
+/// A host is up within this after its start: election, join and log replay on two busy cores.
+const HOST_UP_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Timing profile of a pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Timing {
+    /// Scaled down, for tests that wait for many leases.
+    Fast,
+    /// What an operator gets.
+    Default,
+}
+
+impl Timing {
+    /// Its name on the command line.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Fast => "fast",
+            Self::Default => "default",
+        }
+    }
+}
+
+/// What a pool shall be like.
+#[derive(Debug, Clone)]
+pub struct PoolBuilder {
+    name: String,
+    hosts: usize,
+    network: Network,
+    timing: Timing,
+    vm_memory_bytes: Option<u64>,
+    disk_bytes: Option<u64>,
+    root: PathBuf,
+    binaries: Option<Binaries>,
+    keep: bool,
+}
+
+impl PoolBuilder {
+    /// Name of the pool (`lab`).
+    #[must_use]
+    pub fn name(mut self, name: &str) -> Self {
+        self.name = name.to_owned();
+        self
+    }
+
+    /// Number of hosts (3).
+    #[must_use]
+    pub fn hosts(mut self, hosts: usize) -> Self {
+        self.hosts = hosts;
+        self
+    }
+
+    /// How they reach each other (loopback).
+    #[must_use]
+    pub fn network(mut self, network: Network) -> Self {
+        self.network = network;
+        self
+    }
+
+    /// Timing profile (default).
+    #[must_use]
+    pub fn timing(mut self, timing: Timing) -> Self {
+        self.timing = timing;
+        self
+    }
+
+    /// Bytes that VMs may use at each host (what the daemon finds).
+    #[must_use]
+    pub fn vm_memory_bytes(mut self, bytes: u64) -> Self {
+        self.vm_memory_bytes = Some(bytes);
+        self
+    }
+
+    /// Gives each host a disk of this size, a tmpfs (no limit). Needs root.
+    #[must_use]
+    pub fn disk_bytes(mut self, bytes: u64) -> Self {
+        self.disk_bytes = Some(bytes);
+        self
+    }
+
+    /// Folder for the run (`/tmp/pool-tests`); keep it short, unix sockets live below it.
+    #[must_use]
+    pub fn data_root(mut self, root: &Path) -> Self {
+        root.clone_into(&mut self.root);
+        self
+    }
+
+    /// Programs that are built already.
+    #[must_use]
+    pub fn binaries(mut self, binaries: Binaries) -> Self {
+        self.binaries = Some(binaries);
+        self
+    }
+
+    /// Leaves the logs in place at the end.
+    #[must_use]
+    pub fn keep_logs(mut self) -> Self {
+        self.keep = true;
+        self
+    }
+
+    /// Makes the pool and waits until every host is up.
+    ///
+    /// # Errors
+    /// When a step fails; what was made so far is removed.
+    pub fn start(self) -> Result<Pool> {
+        let binaries = match &self.binaries {
+            Some(binaries) => binaries.clone(),
+            None => Binaries::build()?,
+        };
+        let run = Run::new(&self.root)?;
+        let fabric = Fabric::new(self.network, &run.tag).inspect_err(|_| leftovers::remove_run(&run.dir))?;
+        // From here on the drop of the pool cleans up.
+        let hosts = self.hosts;
+        let mut pool = Pool { settings: self, binaries, run, fabric, hosts: Vec::new() };
+        for _ in 0..hosts {
+            pool.add_host()?;
+        }
+        pool.wait_hosts_up()?;
+        Ok(pool)
+    }
+}
+
+/// A running pool; its drop removes it.
+#[derive(Debug)]
+pub struct Pool {
+    settings: PoolBuilder,
+    binaries: Binaries,
+    run: Run,
+    fabric: Fabric,
+    hosts: Vec<Host>,
+}
+
+impl Pool {
+    /// A pool to be.
+    #[must_use]
+    pub fn builder() -> PoolBuilder {
+        PoolBuilder {
+            name: "lab".to_owned(),
+            hosts: 3,
+            network: Network::Loopback,
+            timing: Timing::Default,
+            vm_memory_bytes: None,
+            disk_bytes: None,
+            root: PathBuf::from(RUNS_DIR),
+            binaries: None,
+            keep: false,
+        }
+    }
+
+    /// Its hosts, in the order in which they joined.
+    #[must_use]
+    pub fn hosts(&self) -> &[Host] {
+        &self.hosts
+    }
+
+    /// Host by position, from 0.
+    ///
+    /// # Panics
+    /// When there is none.
+    #[must_use]
+    pub fn host(&self, index: usize) -> &Host {
+        &self.hosts[index]
+    }
+
+    /// Host by name.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn host_named(&self, name: &str) -> Result<&Host> {
+        self.hosts
+            .iter()
+            .find(|host| host.name == name)
+            .with_context(|| format!("the pool has no host `{name}`"))
+    }
+
+    /// Any host but the named ones.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn host_besides(&self, names: &[&str]) -> Result<&Host> {
+        let other = self.hosts.iter().find(|host| !names.contains(&host.name.as_str()));
+        other.with_context(|| format!("the pool has no host besides {names:?}"))
+    }
+
+    /// Folder of the run: `h1/` … data directories, `h1.log` … logs.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.run.dir
+    }
+
+    /// The administrator's configuration.
+    #[must_use]
+    pub fn admin_config(&self) -> PathBuf {
+        self.run.dir.join("h1/admin.toml")
+    }
+
+    /// Runs `poolctl`; any exit code is an answer.
+    ///
+    /// # Errors
+    /// When it can't be run or hangs.
+    pub fn poolctl(&self, arguments: &[&str]) -> Result<Output> {
+        let mut command = self.fabric.at_operator(&self.binaries.poolctl);
+        output::run(command.arg("--config").arg(self.admin_config()).args(arguments), COMMAND_DEADLINE)
+    }
+
+    /// Runs `poolctl … -o json` and returns what it prints.
+    ///
+    /// # Errors
+    /// When the exit code is not 0 or the output is no JSON.
+    pub fn json(&self, arguments: &[&str]) -> Result<Value> {
+        self.poolctl(&[arguments, &["-o", "json"]].concat())?.ok()?.json()
+    }
+
+    /// The `items` of a list.
+    ///
+    /// # Errors
+    /// As [`Pool::json`].
+    pub fn items(&self, arguments: &[&str]) -> Result<Vec<Value>> {
+        let list = self.json(arguments)?;
+        list["items"]
+            .as_array()
+            .cloned()
+            .with_context(|| format!("`items` of {arguments:?} is no list: {list}"))
+    }
+
+    /// Runs `poold` at a host, e.g. to join.
+    ///
+    /// # Errors
+    /// When it can't be run or hangs.
+    pub fn poold_at(&self, host: usize, arguments: &[&str]) -> Result<Output> {
+        output::run(self.fabric.at_host(host, &self.binaries.poold).args(arguments), COMMAND_DEADLINE)
+    }
+
+    /// Makes a directory and an address for one more host, without joining it.
+    ///
+    /// # Errors
+    /// When the network or the disk refuses.
+    pub fn prepare_host(&mut self) -> Result<&Host> {
+        let index = self.hosts.len();
+        let address = self.fabric.add_host(index)?;
+        let name = format!("h{}", index + 1);
+        let data_dir = self.run.dir.join(&name);
+        fs::create_dir_all(&data_dir)?;
+        if let Some(bytes) = self.settings.disk_bytes {
+            mount_disk(&data_dir, bytes)?;
+        }
+        let mut serve = self.fabric.at_host(index, &self.binaries.poold);
+        serve.arg("serve").arg("--data").arg(&data_dir);
+        let words = std::iter::once(serve.get_program()).chain(serve.get_args());
+        self.hosts.push(Host {
+            index,
+            log_path: self.run.dir.join(format!("{name}.log")),
+            serve: words.map(ToOwned::to_owned).collect(),
+            name,
+            data_dir,
+            address,
+            daemon: Mutex::new(None),
+        });
+        Ok(&self.hosts[index])
+    }
+
+    /// Adds a host: the first one makes the pool, the others join it.
+    ///
+    /// # Errors
+    /// When `poold init` or `poold join` refuses.
+    pub fn add_host(&mut self) -> Result<&Host> {
+        let index = self.prepare_host()?.index;
+        if index == 0 {
+            self.init_first()?;
+        } else {
+            let token = self.create_token(&[])?;
+            self.join(index, &token)?.ok()?;
+        }
+        let host = &self.hosts[index];
+        host.start_daemon()?;
+        if index == 0 {
+            wait_for(HOST_UP_DEADLINE, "the first host leads", || {
+                Ok(self.json(&["pool", "status"])?["leader"] == host.name.as_str())
+            })
+            .with_context(|| format!("log of {}:\n{}", host.name, host.log_tail()))?;
+        }
+        Ok(host)
+    }
+
+    /// A join token.
+    ///
+    /// # Errors
+    /// When `poolctl` fails.
+    pub fn create_token(&self, arguments: &[&str]) -> Result<String> {
+        let created = self.json(&[&["host", "token", "create"], arguments].concat())?;
+        created["token"].as_str().map(ToOwned::to_owned).with_context(|| format!("no token in {created}"))
+    }
+
+    /// `poold join` of a prepared host.
+    ///
+    /// # Errors
+    /// When it can't be run; any exit code is an answer.
+    pub fn join(&self, index: usize, token: &str) -> Result<Output> {
+        let host = &self.hosts[index];
+        let (data, listen) = (host.data_dir.to_string_lossy().into_owned(), host.address.to_string());
+        let memory = self.memory_arguments();
+        let mut arguments = vec!["join", "--data", &data, "--host-name", &host.name, "--listen", &listen];
+        arguments.extend(memory.iter().map(String::as_str));
+        arguments.push(token);
+        self.poold_at(index, &arguments)
+    }
+
+    /// Waits until every host is up.
+    ///
+    /// # Errors
+    /// Shows the log of a host that isn't.
+    pub fn wait_hosts_up(&self) -> Result<()> {
+        for host in &self.hosts {
+            self.wait_host_state(&host.name, "up", HOST_UP_DEADLINE)
+                .with_context(|| format!("log of {}:\n{}", host.name, host.log_tail()))?;
+        }
+        Ok(())
+    }
+
+    /// Waits until `host show` gives the state.
+    ///
+    /// # Errors
+    /// At the deadline.
+    pub fn wait_host_state(&self, name: &str, state: &str, deadline: Duration) -> Result<()> {
+        wait_for(deadline, &format!("host {name} is {state}"), || {
+            Ok(self.json(&["host", "show", name])?["state"] == state)
+        })
+    }
+
+    /// The host that leads.
+    ///
+    /// # Errors
+    /// When none does within the time that an election may take.
+    pub fn leader(&self) -> Result<&Host> {
+        let name = wait_until(HOST_UP_DEADLINE, "the pool has a leader", || {
+            let status = self.json(&["pool", "status"])?;
+            Ok(status["leader"].as_str().filter(|name| !name.is_empty()).map(ToOwned::to_owned))
+        })?;
+        self.host_named(&name)
+    }
+
+    /// Lets only hosts of one group (by position) reach each other. The operator stays with the first group.
+    ///
+    /// # Errors
+    /// When the pool is not in namespaces.
+    pub fn cut(&self, groups: &[&[usize]]) -> Result<()> {
+        self.fabric.cut(groups)
+    }
+
+    /// Undoes [`Pool::cut`].
+    ///
+    /// # Errors
+    /// When the pool is not in namespaces.
+    pub fn heal(&self) -> Result<()> {
+        let all: Vec<usize> = (0..self.hosts.len()).collect();
+        self.fabric.cut(&[&all])
+    }
+
+    fn init_first(&self) -> Result<()> {
+        let host = &self.hosts[0];
+        let (data, listen) = (host.data_dir.to_string_lossy().into_owned(), host.address.to_string());
+        let memory = self.memory_arguments();
+        let mut arguments =
+            vec!["init", "--data", &data, "--name", &self.settings.name, "--host-name", &host.name];
+        arguments.extend(["--listen", &listen, "--timing", self.settings.timing.name()]);
+        arguments.extend(memory.iter().map(String::as_str));
+        self.poold_at(0, &arguments)?.ok()?;
+        Ok(())
+    }
+
+    fn memory_arguments(&self) -> Vec<String> {
+        let bytes = self.settings.vm_memory_bytes.map(|bytes| bytes.to_string());
+        bytes.map_or(Vec::new(), |bytes| vec!["--vm-memory".to_owned(), bytes])
+    }
+
+    /// Bytes that VMs may use at a host, if it was set.
+    #[must_use]
+    pub fn vm_memory_bytes(&self) -> Option<u64> {
+        self.settings.vm_memory_bytes
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        if std::thread::panicking() || self.settings.keep {
+            self.save_logs();
+        }
+        for host in &self.hosts {
+            host.kill9_daemon().ok();
+        }
+        self.fabric.remove();
+        leftovers::remove_run(&self.run.dir);
+    }
+}
+
+impl Pool {
+    /// Copies the logs of the daemons and of the VM processes to `TAG-logs` next to the run, for a post-mortem.
+    fn save_logs(&self) {
+        let kept = self.run.dir.with_file_name(format!("{}-logs", self.run.tag));
+        self.copy_logs(&kept);
+        #[expect(clippy::print_stderr, reason = "the reader of a failed test needs the place of the logs")]
+        {
+            eprintln!("logs of the pool: {}", kept.display());
+        }
+    }
+
+    /// Copies the logs of the daemons and of the VM processes into a folder.
+    pub fn copy_logs(&self, to: &Path) {
+        fs::create_dir_all(to).ok();
+        for host in &self.hosts {
+            fs::copy(&host.log_path, to.join(format!("{}.log", host.name))).ok();
+            for entry in fs::read_dir(host.data_dir.join("vms")).into_iter().flatten().flatten() {
+                let name = entry.file_name().to_string_lossy().into_owned();
+                fs::copy(entry.path().join("log"), to.join(format!("{}-{name}.log", host.name))).ok();
+            }
+        }
+    }
+}
+
+fn mount_disk(dir: &Path, bytes: u64) -> Result<()> {
+    let options = format!("size={bytes},mode=0700");
+    nix::mount::mount(
+        Some("pool-tests"),
+        dir,
+        Some("tmpfs"),
+        nix::mount::MsFlags::empty(),
+        Some(options.as_str()),
+    )
+    .with_context(|| format!("mount a tmpfs at {}; a pool with small disks needs root", dir.display()))
+}

@@ -1,0 +1,63 @@
+//! Waiting for a condition: the one place of the tests that polls.
+
+use anyhow::{Result, bail};
+use std::time::{Duration, Instant};
+
+/// Pause between two looks at a condition: short against every bound that tests check, long against the cost of a look.
+const LOOK_AGAIN: Duration = Duration::from_millis(15);
+
+/// Calls `look` until it yields a value, and returns that.
+///
+/// `Ok(None)` means "not yet". An error also means "not yet", because a host that is being killed gives errors; the last
+/// one is part of the message.
+///
+/// # Errors
+/// When `deadline` has passed: says `what` was awaited and the last error seen.
+pub fn wait_until<T>(
+    deadline: Duration,
+    what: &str,
+    mut look: impl FnMut() -> Result<Option<T>>,
+) -> Result<T> {
+    let start = Instant::now();
+    loop {
+        let last = match look() {
+            Ok(Some(value)) => return Ok(value),
+            Ok(None) => None,
+            Err(error) => Some(error),
+        };
+        if start.elapsed() >= deadline {
+            match last {
+                Some(error) => return Err(error.context(format!("waited {deadline:?} in vain: {what}"))),
+                None => bail!("waited {deadline:?} in vain: {what}"),
+            }
+        }
+        std::thread::sleep(LOOK_AGAIN);
+    }
+}
+
+/// [`wait_until`] for a plain condition.
+///
+/// # Errors
+/// As [`wait_until`].
+pub fn wait_for(deadline: Duration, what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
+    wait_until(deadline, what, || Ok(holds()?.then_some(())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wait_ends_with_the_value_or_names_what_was_missing() {
+        let mut looks = 0;
+        let third = wait_until(Duration::from_secs(5), "third look", || {
+            looks += 1;
+            Ok((looks == 3).then_some(looks))
+        });
+        assert_eq!(third.unwrap(), 3);
+        let error =
+            wait_until::<()>(Duration::from_millis(1), "the moon", || bail!("no rocket")).unwrap_err();
+        let text = format!("{error:#}");
+        assert!(text.contains("the moon") && text.contains("no rocket"), "{text}");
+    }
+}
