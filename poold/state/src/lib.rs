@@ -14,6 +14,8 @@
 //! Invariants: `apply` is deterministic; a rejected entry changes nothing but the revision; a clone of the state is cheap.
 //! Absent on purpose: heartbeats, statistics and progress, which never enter the log.
 
+mod apply;
+
 pub mod command;
 pub mod entry;
 pub mod limits;

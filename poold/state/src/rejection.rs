@@ -260,6 +260,14 @@ pub enum Rejection {
         /// The volume.
         volume: String,
     },
+    /// The host has the only copy of an image.
+    #[error("host {host} is the only one that holds image {image}")]
+    LastImageHolder {
+        /// The host.
+        host: String,
+        /// The image.
+        image: String,
+    },
     /// The pool can't be left without a host.
     #[error("host {host} is the last host of the pool")]
     LastHost {

@@ -44,6 +44,7 @@ impl Rejection {
             Self::HostNotLost { .. } => "HOST_NOT_LOST",
             Self::HostHasVms { .. } => "HOST_HAS_VMS",
             Self::LastInSyncReplica { .. } => "LAST_IN_SYNC_REPLICA",
+            Self::LastImageHolder { .. } => "LAST_IMAGE_HOLDER",
             Self::LastHost { .. } => "LAST_HOST",
             Self::ImageInUse { .. } => "IMAGE_IN_USE",
             Self::ImageWithoutHolder { .. } => "IMAGE_WITHOUT_HOLDER",
@@ -131,6 +132,7 @@ impl Rejection {
             | Self::HostNotLost { host, .. }
             | Self::HostHasVms { host, .. }
             | Self::LastInSyncReplica { host, .. }
+            | Self::LastImageHolder { host, .. }
             | Self::LastHost { host }
             | Self::StaleIncarnation { host }
             | Self::NotEnoughMemory { host, .. } => format!("host {host}"),
@@ -210,6 +212,9 @@ impl Rejection {
                 format!(
                     "wait for another replica to catch up (`poolctl volume show {volume}`), or delete the volume"
                 )
+            }
+            Self::LastImageHolder { image, .. } => {
+                format!("let another host fetch it, or delete it: `poolctl image delete {image}`")
             }
             Self::LastHost { .. } => "stop the daemon and delete its data to end the pool".into(),
             Self::ImageInUse { vm, .. } => format!("delete the VM first: `poolctl vm delete {vm}`"),

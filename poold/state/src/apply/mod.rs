@@ -1,0 +1,242 @@
+//! The only function that changes the pool: pure and deterministic.
+//!
+//! Every rule that must never break is checked here, where the entry is committed, and not only where it was planned. An
+//! entry works on a clone of the state (cheap: see [`Table`](crate::state::Table)), which takes its place only when the
+//! entry is accepted; so no rejection can leave half a change behind.
+//!
+//! - `pool`, `hosts`, `tokens`, `images`, `volumes`: one kind of object each.
+//! - `vms`: creating, deleting and what an operator wants of a VM. `run`: starts, ends, restarts and recovery.
+//! - `migrations`: the moves. `tasks`: long operations and their ends.
+//! - `ownership`: placements and epochs, which always change together.
+
+mod hosts;
+mod images;
+mod migrations;
+mod ownership;
+mod placement;
+mod pool;
+mod tasks;
+mod tokens;
+mod vms;
+mod volumes;
+
+mod run;
+
+use crate::{
+    command::Command,
+    entry::{Entry, Seed},
+    limits::TEXT_BYTES_MAX,
+    outcome::Outcome,
+    rejection::{Field, ObjectKind, Rejection},
+    state::{Answer, Event, EventKind, Host, Migration, PoolState, Table, Vm, Volume},
+};
+use proto::{HostId, MigrationId, VmId, VolumeId, limits::is_valid_name};
+use std::fmt::Display;
+
+type Applied = Result<Outcome, Rejection>;
+
+impl PoolState {
+    /// Applies the entry at this index of the log.
+    ///
+    /// # Errors
+    /// When a rule forbids it; then nothing but the revision has changed.
+    ///
+    /// # Panics
+    /// When the index is not higher than that of the entry before: an entry is applied once.
+    pub fn apply(&mut self, index: u64, entry: &Entry) -> Applied {
+        self.note_applied(index);
+        let command_hash = entry.request_id.as_ref().map(|_| entry.command.hash());
+        if let (Some(id), Some(hash)) = (&entry.request_id, command_hash)
+            && let Some(answer) = self.requests.get(id)
+        {
+            return if answer.command_hash == hash {
+                Ok(answer.outcome)
+            } else {
+                Err(Rejection::RequestIdReused { request_id: id.clone() })
+            };
+        }
+        let mut next = self.clone();
+        let mut change = Change {
+            state: &mut next,
+            index,
+            time_ms: entry.time_ms,
+            seed: &entry.seed,
+            principal: &entry.principal,
+            ordinal: 0,
+        };
+        let outcome = change.dispatch(&entry.command)?;
+        if let (Some(id), Some(command_hash)) = (&entry.request_id, command_hash) {
+            next.requests.insert(id, Answer { command_hash, outcome });
+        }
+        *self = next;
+        Ok(outcome)
+    }
+
+    /// Moves the revision past an entry that carries no command (blank, membership).
+    ///
+    /// # Panics
+    /// When the index is not higher than that of the entry before.
+    pub fn note_applied(&mut self, index: u64) {
+        assert!(
+            index > self.revision,
+            "entry {index} comes after {}: the log is applied in order",
+            self.revision
+        );
+        self.revision = index;
+    }
+}
+
+/// One entry at work on a copy of the state.
+struct Change<'a> {
+    state: &'a mut PoolState,
+    index: u64,
+    time_ms: u64,
+    seed: &'a Seed,
+    principal: &'a str,
+    ordinal: u32,
+}
+
+impl Change<'_> {
+    fn dispatch(&mut self, command: &Command) -> Applied {
+        if let Command::InitPool(init) = command {
+            return self.init_pool(init);
+        }
+        if !self.state.settings.is_initialised() {
+            return Err(Rejection::PoolNotInitialised);
+        }
+        match command {
+            Command::InitPool(_) => Err(Rejection::PoolAlreadyInitialised),
+            Command::CreateToken { secret_hash, ttl_ms } => self.create_token(*secret_hash, *ttl_ms),
+            Command::RevokeToken { token } => self.revoke_token(*token),
+            Command::JoinHost(join) => self.join_host(join),
+            Command::UpdateHost(update) => self.update_host(update),
+            Command::HostLost { host } => self.host_lost(*host),
+            Command::HostReturned { host } => self.host_returned(*host),
+            Command::RemoveHost { host, mode } => self.remove_host(*host, *mode),
+            Command::CreateImage { name, blake3, size, holders } => {
+                self.create_image(name, *blake3, *size, holders)
+            }
+            Command::AddImageHolder { image, host } => self.add_image_holder(*image, *host),
+            Command::DeleteImage { image } => self.delete_image(*image),
+            Command::CreateVolume { name, size, replicas } => self.create_volume(name, *size, *replicas),
+            Command::DeleteVolume { volume } => self.delete_volume(*volume),
+            Command::RecordVolumeStart { volume, start } => self.record_volume_start(*volume, *start),
+            Command::RemoveFromIsr(change) => self.remove_from_isr(change),
+            Command::AddToIsr(change) => self.add_to_isr(change),
+            Command::SetBrake => self.set_brake(),
+            Command::HaResume => self.ha_resume(),
+            _ => self.dispatch_vm(command),
+        }
+    }
+
+    /// The commands about VMs, their migrations and their tasks.
+    fn dispatch_vm(&mut self, command: &Command) -> Applied {
+        match command {
+            Command::CreateVm(create) => self.create_vm(create),
+            Command::DeleteVm { vm } => self.delete_vm(*vm),
+            Command::StartVm { vm, host } => self.start_vm(*vm, *host),
+            Command::StopVm { vm, mode } => self.stop_vm(*vm, *mode),
+            Command::PauseVm { vm } => self.pause_vm(*vm),
+            Command::ResumeVm { vm } => self.resume_vm(*vm),
+            Command::VmRunning { vm, epoch } => self.vm_running(*vm, *epoch),
+            Command::VmStopped { vm, epoch, reason } => self.vm_stopped(*vm, *epoch, *reason),
+            Command::VmFailed { vm, epoch, problem } => self.vm_failed(*vm, *epoch, problem),
+            Command::RestartVm { vm, expect_epoch, cause } => self.restart_vm(*vm, *expect_epoch, cause),
+            Command::RecoverVm { vm, expect_epoch, host } => self.recover_vm(*vm, *expect_epoch, *host),
+            Command::StartMigration { vm, target, options } => self.start_migration(*vm, *target, *options),
+            Command::MigrationSourceReady { migration, fingerprint } => {
+                self.migration_source_ready(*migration, *fingerprint)
+            }
+            Command::MigrationPrepared { migration, endpoint } => {
+                self.migration_prepared(*migration, endpoint)
+            }
+            Command::MigrationCopying { migration } => self.migration_copying(*migration),
+            Command::MigrationPaused { migration } => self.migration_paused(*migration),
+            Command::MigrationCommit { migration, last_sequences } => {
+                self.migration_commit(*migration, last_sequences)
+            }
+            Command::MigrationAbort { migration, reason } => self.migration_abort(*migration, reason),
+            Command::MigrationDone { migration, record } => {
+                self.migration_done(*migration, record.as_deref())
+            }
+            Command::CancelMigration { migration } => self.cancel_migration(*migration),
+            Command::CancelTask { task } => self.cancel_task(*task),
+            Command::ExpireTask { task } => self.expire_task(*task),
+            _ => unreachable!("dispatch handles the commands that are not about VMs"),
+        }
+    }
+
+    fn event(&mut self, kind: EventKind, object: String, message: String) {
+        let event = Event {
+            revision: self.index,
+            ordinal: self.ordinal,
+            time_ms: self.time_ms,
+            kind,
+            object,
+            message,
+        };
+        self.ordinal += 1;
+        self.state.events.push(event);
+    }
+
+    fn vm_event(&mut self, kind: EventKind, vm: VmId, message: String) {
+        let object = self.state.vms.get(&vm).map_or_else(|| vm.to_string(), |vm| format!("vm {}", vm.name));
+        self.event(kind, object, message);
+    }
+
+    fn vm_mut(&mut self, id: VmId) -> Result<&mut Vm, Rejection> {
+        find_mut(&mut self.state.vms, &id, ObjectKind::Vm)
+    }
+
+    fn host_mut(&mut self, id: HostId) -> Result<&mut Host, Rejection> {
+        find_mut(&mut self.state.hosts, &id, ObjectKind::Host)
+    }
+
+    fn volume_mut(&mut self, id: VolumeId) -> Result<&mut Volume, Rejection> {
+        find_mut(&mut self.state.volumes, &id, ObjectKind::Volume)
+    }
+
+    fn migration_mut(&mut self, id: MigrationId) -> Result<&mut Migration, Rejection> {
+        find_mut(&mut self.state.migrations, &id, ObjectKind::Migration)
+    }
+}
+
+fn find_mut<'t, K: Ord + Clone + Display, V: Clone>(
+    table: &'t mut Table<K, V>,
+    id: &K,
+    kind: ObjectKind,
+) -> Result<&'t mut V, Rejection> {
+    table.get_mut(id).ok_or_else(|| Rejection::NotFound { kind, text: id.to_string() })
+}
+
+/// Checks a new object's name against the rules and its namesakes.
+fn check_name<'a>(
+    kind: ObjectKind,
+    name: &str,
+    mut others: impl Iterator<Item = &'a str>,
+) -> Result<(), Rejection> {
+    if !is_valid_name(name) {
+        return Err(Rejection::BadName { name: cut(name) });
+    }
+    if others.any(|other| other == name) {
+        return Err(Rejection::NameTaken { kind, name: name.to_owned() });
+    }
+    Ok(())
+}
+
+fn check_range(field: Field, value: u64, min: u64, max: u64) -> Result<(), Rejection> {
+    if (min..=max).contains(&value) { Ok(()) } else { Err(Rejection::OutOfRange { field, value, min, max }) }
+}
+
+fn check_length(field: Field, text: &[u8], max: usize) -> Result<(), Rejection> {
+    check_range(field, text.len() as u64, 1, max as u64)
+}
+
+fn check_room(kind: ObjectKind, count: usize, max: usize) -> Result<(), Rejection> {
+    if count < max { Ok(()) } else { Err(Rejection::TooMany { kind, max: max as u64 }) }
+}
+
+/// A reporter's text, cut to what the state keeps.
+fn cut(text: &str) -> String {
+    text[..text.floor_char_boundary(TEXT_BYTES_MAX)].to_owned()
+}

@@ -1,0 +1,143 @@
+//! Placements and epochs. A VM's placement, its epoch, and the epoch, owner and secret of all its volumes change in one
+//! step, here and nowhere else; so no entry can move a VM without fencing its old copy at the replicas.
+
+use super::Change;
+use crate::{
+    command::LastSequence,
+    limits::EPOCH_HISTORY_MAX,
+    rejection::Rejection,
+    state::{AttachmentSecret, EpochStart, EventKind, IsrMember, StartCause, VolumeOwner},
+};
+use proto::{Epoch, HostId, Sequence, VmId, VolumeId};
+
+/// What the new epoch of a VM begins with.
+pub(super) enum Beginning<'a> {
+    /// The guest boots: after a loss of power its disks hold what was flushed.
+    Cold(StartCause),
+    /// The guest goes on in the middle of its work, after these sequences.
+    Live(&'a [LastSequence]),
+}
+
+impl Change<'_> {
+    /// Places a VM at a host under the next epoch.
+    pub(super) fn place(
+        &mut self,
+        id: VmId,
+        host: HostId,
+        beginning: &Beginning<'_>,
+    ) -> Result<Epoch, Rejection> {
+        let vm = self.vm_mut(id)?;
+        vm.placement = Some(host);
+        vm.epoch = vm.epoch.next();
+        vm.running_epoch = None;
+        vm.start_cause = match beginning {
+            Beginning::Cold(cause) => *cause,
+            Beginning::Live(_) => StartCause::Migration,
+        };
+        let (epoch, disks) = (vm.epoch, vm.spec.disks.clone());
+        let owner = VolumeOwner { vm: id, host };
+        for volume in disks {
+            let start = match beginning {
+                Beginning::Cold(_) => {
+                    self.readmit_after_power_loss(volume)?;
+                    None
+                }
+                Beginning::Live(last) => {
+                    last.iter().find(|last| last.volume == volume).map(|last| last.sequence.next())
+                }
+            };
+            self.raise_volume(volume, Some(owner), start)?;
+        }
+        let message = format!("placed on host {} at epoch {epoch}", self.state.host_name(host));
+        self.vm_event(EventKind::VmPlaced, id, message);
+        Ok(epoch)
+    }
+
+    /// Takes the placement of a VM whose process has ended.
+    pub(super) fn release(&mut self, id: VmId) -> Result<(), Rejection> {
+        let vm = self.vm_mut(id)?;
+        vm.placement = None;
+        vm.running_epoch = None;
+        for volume in vm.spec.disks.clone() {
+            let volume = self.volume_mut(volume)?;
+            volume.owner = None;
+            volume.secret = None;
+        }
+        Ok(())
+    }
+
+    /// Takes the placement of a VM whose process can't be asked: the epochs are raised, so that it stays fenced.
+    pub(super) fn fence(&mut self, id: VmId) -> Result<(), Rejection> {
+        self.release(id)?;
+        let vm = self.vm_mut(id)?;
+        vm.epoch = vm.epoch.next();
+        for volume in vm.spec.disks.clone() {
+            self.raise_volume(volume, None, None)?;
+        }
+        Ok(())
+    }
+
+    fn raise_volume(
+        &mut self,
+        id: VolumeId,
+        owner: Option<VolumeOwner>,
+        start_seq: Option<Sequence>,
+    ) -> Result<(), Rejection> {
+        let seed = self.seed.0;
+        let volume = self.volume_mut(id)?;
+        // The epoch before never accepted a write if its owner recorded no start.
+        if volume.epoch_history.last().is_some_and(|last| last.start_seq.is_none()) {
+            volume.epoch_history.pop();
+        }
+        volume.epoch = volume.epoch.next();
+        volume.epoch_history.push(EpochStart { epoch: volume.epoch, start_seq });
+        if volume.epoch_history.len() > EPOCH_HISTORY_MAX {
+            volume.epoch_history.remove(0);
+        }
+        volume.secret = owner.map(|_| derive_secret(seed, id, volume.epoch));
+        volume.owner = owner;
+        Ok(())
+    }
+
+    /// Puts the in-sync set back after all of its members lost power.
+    ///
+    /// Each of them has every flushed write, because each had acknowledged it; the unflushed ones may be gone, which a guest
+    /// that boots expects of a disk after a loss of power. As long as one member lives its first life, it has more, and the
+    /// others stay out.
+    fn readmit_after_power_loss(&mut self, id: VolumeId) -> Result<(), Rejection> {
+        let volume = self.state.volume(id)?;
+        if volume.isr.iter().any(|member| self.state.is_current(member)) {
+            return Ok(());
+        }
+        let isr: Vec<IsrMember> = volume
+            .isr
+            .iter()
+            .filter_map(|member| {
+                let incarnation = self.state.hosts.get(&member.host)?.incarnation.clone()?;
+                Some(IsrMember { host: member.host, incarnation })
+            })
+            .collect();
+        if isr.is_empty() {
+            return Ok(());
+        }
+        let object = format!("volume {}", volume.name);
+        let volume = self.volume_mut(id)?;
+        volume.isr = isr;
+        volume.isr_version = volume.isr_version.next();
+        self.event(
+            EventKind::VolumeIsr,
+            object,
+            "every in-sync replica had lost power; their flushed content is in sync again".into(),
+        );
+        Ok(())
+    }
+}
+
+/// The secret of one attachment. Its inputs never repeat, since an epoch is given once.
+fn derive_secret(seed: [u8; 32], volume: VolumeId, epoch: Epoch) -> AttachmentSecret {
+    let mut hasher = blake3::Hasher::new_keyed(&seed);
+    hasher.update(b"attachment of a volume");
+    hasher.update(&volume.0.to_le_bytes());
+    hasher.update(&epoch.0.to_le_bytes());
+    AttachmentSecret(*hasher.finalize().as_bytes())
+}

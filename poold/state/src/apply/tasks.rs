@@ -1,0 +1,117 @@
+//! Long operations and their ends. Every running task is a VM's `task` or the task of its `intent`, so whatever ends those
+//! ends the task too.
+
+use super::{Applied, Change};
+use crate::{
+    limits::TASKS_MAX,
+    outcome::Outcome,
+    rejection::Rejection,
+    state::{EventKind, MigrationOutcome, StopMode, Task, TaskKind, TaskState},
+};
+use proto::{HostId, TaskId, VmId};
+
+impl Change<'_> {
+    /// Creates the task of this entry. The VM or migration must refer to it.
+    pub(super) fn create_task(
+        &mut self,
+        kind: TaskKind,
+        vm: VmId,
+        executor: Option<HostId>,
+        duration_ms: u64,
+    ) -> TaskId {
+        let id = TaskId(self.index);
+        self.forget_ended_tasks();
+        let vm_name = self.state.vms.get(&vm).map(|vm| vm.name.clone()).unwrap_or_default();
+        let task = Task {
+            id,
+            kind,
+            vm,
+            vm_name,
+            principal: self.principal.to_owned(),
+            executor,
+            state: TaskState::Running,
+            created_ms: self.time_ms,
+            deadline_ms: self.time_ms.saturating_add(duration_ms),
+            ended_ms: None,
+        };
+        self.state.tasks.insert(id, task);
+        id
+    }
+
+    /// Ends a task, unless it has ended before.
+    pub(super) fn end_task(&mut self, id: TaskId, state: TaskState) {
+        let time_ms = self.time_ms;
+        let Some(task) = self.state.tasks.get_mut(&id).filter(|task| task.is_running()) else { return };
+        task.ended_ms = Some(time_ms);
+        let message = match &state {
+            TaskState::Failed { problem } => format!("{} failed: {problem}", task.kind.as_str()),
+            state => format!("{} {}", task.kind.as_str(), state.as_str()),
+        };
+        task.state = state;
+        self.event(EventKind::Task, format!("task {id}"), message);
+    }
+
+    /// Ends the start or stop that a VM is in; `end` chooses by its kind.
+    pub(super) fn end_vm_task(&mut self, vm: VmId, end: impl FnOnce(TaskKind) -> TaskState) {
+        let Some(id) = self.state.vms.get_mut(&vm).and_then(|vm| vm.task.take()) else { return };
+        if let Some(kind) = self.state.tasks.get(&id).map(|task| task.kind) {
+            self.end_task(id, end(kind));
+        }
+    }
+
+    pub(super) fn cancel_task(&mut self, id: TaskId) -> Applied {
+        let task = self.state.task(id)?;
+        if !task.is_running() {
+            return Err(Rejection::TaskEnded { task: id });
+        }
+        let vm = task.vm;
+        match task.kind {
+            TaskKind::VmMigrate { migration } => {
+                self.cancel_migration(migration)?;
+            }
+            TaskKind::VmStop => return Err(Rejection::TaskNotCancellable { task: id }),
+            TaskKind::VmStart => {
+                self.stop_vm(vm, StopMode::Force)?;
+            }
+        }
+        Ok(Outcome::Task(id))
+    }
+
+    pub(super) fn expire_task(&mut self, id: TaskId) -> Applied {
+        let task = self.state.task(id)?;
+        if !task.is_running() {
+            return Err(Rejection::TaskEnded { task: id });
+        }
+        if self.time_ms < task.deadline_ms {
+            return Err(Rejection::TaskNotExpired { task: id });
+        }
+        let (kind, vm) = (task.kind, task.vm);
+        match kind {
+            TaskKind::VmStart | TaskKind::VmStop => {
+                let problem = "it was not over in time; the pool goes on trying".to_owned();
+                self.end_vm_task(vm, |_| TaskState::Failed { problem });
+            }
+            TaskKind::VmMigrate { migration } => {
+                let phase = self.state.migration(migration)?.phase;
+                let reason = format!("not over in time, in phase {phase}");
+                self.give_up_migration(migration, MigrationOutcome::Failed, reason)?;
+            }
+        }
+        Ok(Outcome::Task(id))
+    }
+
+    fn forget_ended_tasks(&mut self) {
+        let surplus = (self.state.tasks.len() + 1).saturating_sub(TASKS_MAX);
+        let old: Vec<TaskId> = self
+            .state
+            .tasks
+            .values()
+            .filter(|task| !task.is_running())
+            .map(|task| task.id)
+            .take(surplus)
+            .collect();
+        for id in old {
+            self.state.tasks.remove(&id);
+        }
+    }
+}
