@@ -1,4 +1,23 @@
-//! Live migration of virtual machines.
+//! The live-migration engine: moves a running machine's memory and state to another process.
+//!
+//! Two pure state machines, [`source::Source`] and [`target::Target`], decide; they know no socket, thread or clock. Page data
+//! does not pass through them: [`encode`] turns guest memory into batches and [`apply`] turns batches into guest memory,
+//! both synchronous. The shells run all of it over QUIC; the tests run the same code in memory, in virtual time, with
+//! faults at every message.
+//!
+//! - [`machine`]: what a virtual machine must offer at either side.
+//! - [`source`], [`target`]: the state machines, with their diagrams.
+//! - [`wire`]: streams, batches and messages.
+//! - [`encode`], [`apply`], [`codec`], [`rate`], [`bitmap`]: page data.
+//! - [`converge`]: when to stop the machine, and how hard to try.
+//! - [`proof`]: both sides hold the same memory.
+//! - [`stats`]: what a migration did.
+//! - [`SourceTask`], [`TargetTask`], [`Identity`]: the shells.
+//!
+//! Absent on purpose: anything about KVM, volumes or the pool. The process that owns the machine implements
+//! [`machine::SourceVm`] and [`machine::TargetVm`], and carries the commit between the daemon and the handles. Post-copy,
+//! deltas and references by hash are not built; [`converge::Policy`] refuses what needs them.
+
 pub mod apply;
 pub mod bitmap;
 pub mod codec;
@@ -8,5 +27,24 @@ pub mod machine;
 pub mod moment;
 pub mod proof;
 pub mod rate;
+mod shell;
+pub mod source;
 pub mod stats;
+pub mod target;
 pub mod wire;
+
+pub use bitmap::PageBitmap;
+pub use converge::{DOWNTIME_LIMIT_DEFAULT, Policy, PolicyError};
+pub use machine::{PAGE_BYTES, PausedVm, SourceVm, TargetVm, VmError};
+pub use shell::{
+    SpawnError,
+    identity::{Identity, IdentityError},
+    source::{Proof, SourceConfig, SourceHandle, SourceTask},
+    target::{Rehash, TargetConfig, TargetHandle, TargetTask},
+};
+pub use source::{
+    AbortCause, CancelRefused, CommitRefused, Outcome, OutcomeConflict, ResumedParts, SourcePhase,
+    SourceProgress,
+};
+pub use stats::MigrationStats;
+pub use target::{TargetFailure, TargetPhase};

@@ -1,0 +1,64 @@
+//! Sockets, threads and clocks around the state machines.
+//!
+//! Each side of a migration is one thread with its own single-threaded runtime and its own UDP socket, so that neither the
+//! vCPUs nor the API of the process wait for it. Work that blocks (reading pages, hashing, applying) runs on further
+//! threads, one for each kind, connected by short bounded queues:
+//!
+//! ```text
+//! source:  page reader ─▶ batches ─▶ stream writer ⋯ QUIC ⋯ stream reader ─▶ batches ─▶ page applier  :target
+//!                │ events                  ▲ commands              │                        │ events
+//!                └──────▶ Source ──────────┘                       └─────▶ Target ◀─────────┘
+//! ```
+
+pub(crate) mod endpoint;
+pub(crate) mod identity;
+pub(crate) mod source;
+mod source_link;
+mod source_worker;
+pub(crate) mod target;
+mod target_link;
+mod tls;
+
+use std::io;
+
+/// Batches waiting between two threads, for each stream: 1 MiB, enough to hide a wake-up and little to throw away on cancel.
+const QUEUE_BATCHES: usize = 4;
+
+/// Events waiting for a driver. Each comes from a command of its own or from one of four readers, which wait.
+const QUEUE_EVENTS: usize = 64;
+
+/// Control messages waiting to be written: a round has one.
+const QUEUE_MESSAGES: usize = 16;
+
+/// A migration could not even begin.
+#[derive(Debug, thiserror::Error)]
+pub enum SpawnError {
+    /// The socket.
+    #[error("can't open a UDP socket on {ip}")]
+    Socket {
+        /// The address.
+        ip: std::net::IpAddr,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A thread or its runtime.
+    #[error("can't start the migration's thread")]
+    Thread(#[source] io::Error),
+    /// The TLS settings.
+    #[error("can't set up TLS with this process's own certificate")]
+    Tls(#[source] rustls::Error),
+}
+
+/// Starts the thread of one side and its runtime.
+fn spawn_driver<F, D>(name: &str, driver: D) -> Result<(), SpawnError>
+where
+    D: FnOnce() -> F + Send + 'static,
+    F: Future<Output = ()>,
+{
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(SpawnError::Thread)?;
+    let body = move || runtime.block_on(async { driver().await });
+    std::thread::Builder::new().name(name.to_owned()).spawn(body).map_err(SpawnError::Thread)?;
+    Ok(())
+}

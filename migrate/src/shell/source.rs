@@ -1,0 +1,441 @@
+//! Runs a [`Source`] against a real machine and a real link.
+
+use super::{
+    QUEUE_EVENTS, SpawnError,
+    identity::Identity,
+    source_link::{self, Dial, Link},
+    source_worker::{Done, Job, Shared, Worker},
+    spawn_driver,
+};
+use crate::{
+    converge::{DOWNTIME_LIMIT_DEFAULT, Policy},
+    machine::SourceVm,
+    moment::Moment,
+    proof::{OfSource, hash_memory},
+    source::{
+        AbortCause, CancelRefused, CommitRefused, Outcome, OutcomeConflict, Source, SourceCommand,
+        SourceEvent, SourcePhase, SourceProgress, SourceSettings,
+    },
+    wire::{STATE_BYTES_MAX, control},
+};
+use proto::{CertificateFingerprint, MigrationId, VmId};
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    num::NonZeroU64,
+    sync::{Arc, atomic::Ordering, mpsc as std_mpsc},
+    time::{Duration, Instant},
+};
+use tokio::sync::{mpsc, oneshot, watch};
+
+/// Bulk streams: two, so that a lost packet holds up half of the pages only.
+const STREAMS_DEFAULT: u8 = 2;
+
+/// Time between two updates of the live numbers.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Requests of handles that wait; each handle waits for its answer.
+const QUEUE_REQUESTS: usize = 16;
+
+/// Time for the last packets, so that the peer hears that the link was closed.
+const CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// Whether memory is hashed at both sides and compared before the commit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Proof {
+    /// Always compare.
+    #[default]
+    Compare,
+    /// Trust the dirty bitmap.
+    Skip,
+}
+
+/// What to move, where to, and how.
+#[derive(Debug, Clone)]
+pub struct SourceConfig {
+    /// The attempt.
+    pub migration: MigrationId,
+    /// The machine.
+    pub vm: VmId,
+    /// Address to send from.
+    pub local_ip: IpAddr,
+    /// Where the target listens.
+    pub target: SocketAddr,
+    /// The only certificate that is accepted there.
+    pub target_fingerprint: CertificateFingerprint,
+    /// How hard to try.
+    pub policy: Policy,
+    /// Blackout to aim at; zero means the default.
+    pub downtime_limit: Duration,
+    /// Limit of page data on the network; `None` for as fast as it goes.
+    pub bandwidth_bytes_per_s: Option<NonZeroU64>,
+    /// Whether memory is proved.
+    pub proof: Proof,
+    /// Bulk streams, 1 to [`crate::wire::BULK_STREAMS_MAX`].
+    pub streams: u8,
+}
+
+impl SourceConfig {
+    /// A migration with default policy and limits.
+    #[must_use]
+    pub fn new(
+        migration: MigrationId,
+        vm: VmId,
+        target: SocketAddr,
+        target_fingerprint: CertificateFingerprint,
+    ) -> Self {
+        let local_ip =
+            if target.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { IpAddr::from(Ipv6Addr::UNSPECIFIED) };
+        Self {
+            migration,
+            vm,
+            local_ip,
+            target,
+            target_fingerprint,
+            policy: Policy::Default,
+            downtime_limit: DOWNTIME_LIMIT_DEFAULT,
+            bandwidth_bytes_per_s: None,
+            proof: Proof::Compare,
+            streams: STREAMS_DEFAULT,
+        }
+    }
+}
+
+enum Request {
+    CommitProposed(oneshot::Sender<Result<(), CommitRefused>>),
+    Outcome(Outcome, oneshot::Sender<Result<(), OutcomeConflict>>),
+    Cancel(oneshot::Sender<Result<(), CancelRefused>>),
+}
+
+/// Controls a source. Clones control the same one; dropping all of them does not stop it.
+#[derive(Debug, Clone)]
+pub struct SourceHandle {
+    requests: mpsc::Sender<Request>,
+    progress: watch::Receiver<SourceProgress>,
+}
+
+impl SourceHandle {
+    /// Phase and live numbers.
+    #[must_use]
+    pub fn progress(&self) -> watch::Receiver<SourceProgress> {
+        self.progress.clone()
+    }
+
+    /// Comes right before the commit is proposed. After `Ok` the source does not resume before [`Self::outcome`].
+    ///
+    /// # Errors
+    /// The source has aborted, or is not paused yet.
+    pub async fn commit_proposed(&self) -> Result<(), CommitRefused> {
+        let gone = CommitRefused::Aborted { cause: self.gone() };
+        self.ask(Request::CommitProposed).await.unwrap_or(Err(gone))
+    }
+
+    /// Tells what the pool has decided; harmless when told again.
+    ///
+    /// # Errors
+    /// The decision contradicts what the source has done: a machine that runs here must be stopped.
+    pub async fn outcome(&self, outcome: Outcome) -> Result<(), OutcomeConflict> {
+        let phase = self.progress.borrow().phase.name();
+        self.ask(|answer| Request::Outcome(outcome, answer))
+            .await
+            .unwrap_or(Err(OutcomeConflict { outcome, phase }))
+    }
+
+    /// Gives the migration up. The machine runs again when the phase is `Aborted`.
+    ///
+    /// # Errors
+    /// The commit has been proposed.
+    pub async fn cancel(&self) -> Result<(), CancelRefused> {
+        self.ask(Request::Cancel).await.unwrap_or(Ok(()))
+    }
+
+    async fn ask<T>(&self, request: impl FnOnce(oneshot::Sender<T>) -> Request) -> Option<T> {
+        let (answer, answered) = oneshot::channel();
+        self.requests.send(request(answer)).await.ok()?;
+        answered.await.ok()
+    }
+
+    /// The cause to name when the thread is gone, which only a panic can do.
+    fn gone(&self) -> AbortCause {
+        match &self.progress.borrow().phase {
+            SourcePhase::Aborted { cause } | SourcePhase::Lost { cause, .. } => cause.clone(),
+            _ => AbortCause::Vm { error: "the migration thread has ended".to_owned() },
+        }
+    }
+}
+
+/// Moves a machine away.
+#[derive(Debug)]
+pub struct SourceTask;
+
+impl SourceTask {
+    /// Starts a migration on a thread of its own. The machine keeps running.
+    ///
+    /// # Errors
+    /// A thread could not be started.
+    pub fn spawn<V: SourceVm>(
+        identity: Identity,
+        config: SourceConfig,
+        vm: Arc<V>,
+    ) -> Result<SourceHandle, SpawnError> {
+        let (requests, requested) = mpsc::channel(QUEUE_REQUESTS);
+        let (work_done, work) = mpsc::channel(QUEUE_EVENTS);
+        let shared = Arc::new(Shared::default());
+        let jobs = Worker::spawn(vm.clone(), shared.clone(), config.bandwidth_bytes_per_s, work_done)
+            .map_err(SpawnError::Thread)?;
+        let settings = SourceSettings {
+            migration: config.migration,
+            vm: config.vm,
+            page_count: vm.page_count(),
+            streams: config.streams,
+            policy: config.policy,
+            downtime_limit: config.downtime_limit,
+            with_proof: config.proof == Proof::Compare,
+        };
+        let (source, commands) = Source::start(settings, Moment::default());
+        let (published, progress) = watch::channel(source.progress());
+        let (events, events_in) = mpsc::channel(QUEUE_EVENTS);
+        let driver = Driver {
+            identity,
+            config,
+            vm,
+            shared,
+            source,
+            origin: Instant::now(),
+            events,
+            jobs,
+            published,
+            link: None,
+            state: None,
+            answer: Answer::None,
+        };
+        spawn_driver("migrate-out", move || driver.run(commands, requested, events_in, work))?;
+        Ok(SourceHandle { requests, progress })
+    }
+}
+
+/// Who waits for the answer to the request being handled.
+enum Answer {
+    None,
+    CommitProposed(oneshot::Sender<Result<(), CommitRefused>>),
+    Outcome(oneshot::Sender<Result<(), OutcomeConflict>>),
+    Cancel(oneshot::Sender<Result<(), CancelRefused>>),
+}
+
+struct Driver<V> {
+    identity: Identity,
+    config: SourceConfig,
+    vm: Arc<V>,
+    shared: Arc<Shared>,
+    source: Source,
+    origin: Instant,
+    events: mpsc::Sender<SourceEvent>,
+    jobs: std_mpsc::Sender<Job>,
+    published: watch::Sender<SourceProgress>,
+    link: Option<Link>,
+    state: Option<Vec<u8>>,
+    answer: Answer,
+}
+
+impl<V: SourceVm> Driver<V> {
+    async fn run(
+        mut self,
+        commands: Vec<SourceCommand>,
+        mut requests: mpsc::Receiver<Request>,
+        mut events: mpsc::Receiver<SourceEvent>,
+        mut work: mpsc::Receiver<Done>,
+    ) {
+        let (linked, mut links) = mpsc::channel(1);
+        for command in commands {
+            self.execute(command, &linked);
+        }
+        let mut ticker = tokio::time::interval(PROGRESS_INTERVAL);
+        ticker.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        while !self.source.phase().is_final() {
+            let deadline = self.source.next_deadline().unwrap_or(Moment(Duration::from_secs(1 << 30)));
+            let event = tokio::select! {
+                Some(request) = requests.recv() => self.request(request),
+                Some(event) = events.recv() => event,
+                Some(done) = work.recv() => self.done(done),
+                Some(link) = links.recv() => self.linked(link),
+                _ = ticker.tick() => SourceEvent::Tick,
+                () = tokio::time::sleep_until((self.origin + deadline.0).into()) => SourceEvent::Tick,
+            };
+            self.handle(event, &linked);
+        }
+        self.close().await;
+        // Late requests still get their answer: a daemon that comes back asks how it ended.
+        while let Some(request) = requests.recv().await {
+            let event = self.request(request);
+            self.handle(event, &linked);
+        }
+    }
+
+    fn handle(&mut self, event: SourceEvent, linked: &mpsc::Sender<Link>) {
+        let now = Moment(self.origin.elapsed());
+        if let Some(link) = &self.link {
+            let link_bytes = link.connection.stats().udp_tx.bytes;
+            let pages_remaining = self.shared.pages_remaining.load(Ordering::Relaxed);
+            self.source.handle(now, SourceEvent::Progress { link_bytes, pages_remaining });
+        }
+        for command in self.source.handle(now, event) {
+            self.execute(command, linked);
+        }
+        let progress = self.source.progress();
+        if progress.phase != self.published.borrow().phase {
+            tracing::info!(migration = %self.config.migration, phase = ?progress.phase, "migration source");
+        }
+        self.published.send_replace(progress);
+    }
+
+    fn request(&mut self, request: Request) -> SourceEvent {
+        let (event, answer) = match request {
+            Request::CommitProposed(answer) => (SourceEvent::CommitProposed, Answer::CommitProposed(answer)),
+            Request::Outcome(outcome, answer) => (SourceEvent::Outcome(outcome), Answer::Outcome(answer)),
+            Request::Cancel(answer) => (SourceEvent::Cancel, Answer::Cancel(answer)),
+        };
+        self.answer = answer;
+        event
+    }
+
+    fn done(&mut self, done: Done) -> SourceEvent {
+        match done {
+            Done::Event(event) => event,
+            Done::State(state) if state.len() > STATE_BYTES_MAX => {
+                let error = format!("the machine's state of {} bytes is over {STATE_BYTES_MAX}", state.len());
+                SourceEvent::VmFailed { error }
+            }
+            Done::State(state) => {
+                let bytes = state.len() as u64;
+                self.state = Some(state);
+                SourceEvent::StateSaved { bytes }
+            }
+        }
+    }
+
+    fn linked(&mut self, link: Link) -> SourceEvent {
+        self.job(Job::Streams(link.bulk.clone()));
+        self.link = Some(link);
+        SourceEvent::Connected
+    }
+
+    fn job(&self, job: Job) {
+        // The thread outlives the driver, so a job is only lost when it has panicked; then the deadline ends the migration.
+        if self.jobs.send(job).is_err() {
+            tracing::error!("the migration's reading thread has ended");
+        }
+    }
+
+    fn execute(&mut self, command: SourceCommand, linked: &mpsc::Sender<Link>) {
+        match command {
+            SourceCommand::Connect => self.connect(linked.clone()),
+            SourceCommand::Send(message) => self.send(control::encode(&message)),
+            SourceCommand::StartTracking => self.job(Job::StartTracking),
+            SourceCommand::SendRound { round, scope } => self.job(Job::SendRound { round, scope }),
+            SourceCommand::FetchDirty => self.job(Job::FetchDirty),
+            SourceCommand::Throttle(percent) => self.job(Job::Throttle(percent)),
+            SourceCommand::Pause => self.pause(),
+            SourceCommand::SaveState => self.job(Job::SaveState),
+            SourceCommand::SendState => self.send_state(),
+            SourceCommand::HashMemory => self.hash_memory(),
+            SourceCommand::CallOff => self.shared.is_called_off.store(true, Ordering::Relaxed),
+            SourceCommand::Resume => self.resume(),
+            SourceCommand::StopTracking => self.job(Job::StopTracking),
+            SourceCommand::CloseLink => {
+                if let Some(link) = &self.link {
+                    link.connection.close(0_u8.into(), b"ended by the source");
+                }
+            }
+            SourceCommand::AnswerCommitProposed(result) => {
+                if let Answer::CommitProposed(answer) = std::mem::replace(&mut self.answer, Answer::None) {
+                    let _ = answer.send(result);
+                }
+            }
+            SourceCommand::AnswerOutcome(result) => {
+                if let Answer::Outcome(answer) = std::mem::replace(&mut self.answer, Answer::None) {
+                    let _ = answer.send(result);
+                }
+            }
+            SourceCommand::AnswerCancel(result) => {
+                if let Answer::Cancel(answer) = std::mem::replace(&mut self.answer, Answer::None) {
+                    let _ = answer.send(result);
+                }
+            }
+        }
+    }
+
+    fn connect(&self, linked: mpsc::Sender<Link>) {
+        let dial = Dial {
+            identity: self.identity.clone(),
+            local_ip: self.config.local_ip,
+            target: self.config.target,
+            pinned: self.config.target_fingerprint,
+            streams: self.config.streams,
+        };
+        let events = self.events.clone();
+        tokio::spawn(async move {
+            match source_link::dial(dial, events.clone()).await {
+                Ok(link) => drop(linked.send(link).await),
+                Err(error) => drop(events.send(SourceEvent::LinkLost { error: error.to_string() }).await),
+            }
+        });
+    }
+
+    fn send(&self, message: Vec<u8>) {
+        let Some(link) = &self.link else { return };
+        if link.messages.try_send(message).is_err() {
+            link.connection.close(1_u8.into(), b"the target does not read");
+        }
+    }
+
+    fn pause(&self) {
+        let (vm, events) = (self.vm.clone(), self.events.clone());
+        tokio::spawn(async move {
+            let event = match vm.pause_and_drain().await {
+                Ok(facts) => SourceEvent::Paused(facts),
+                Err(error) => SourceEvent::VmFailed { error: error.to_string() },
+            };
+            let _ = events.send(event).await;
+        });
+    }
+
+    fn resume(&self) {
+        let (vm, events) = (self.vm.clone(), self.events.clone());
+        tokio::task::spawn_blocking(move || {
+            let event = match vm.resume() {
+                Ok(()) => SourceEvent::VmResumed,
+                Err(error) => SourceEvent::ResumeFailed { error: error.to_string() },
+            };
+            let _ = events.blocking_send(event);
+        });
+    }
+
+    fn send_state(&mut self) {
+        let (Some(link), Some(state)) = (&self.link, self.state.take()) else { return };
+        let connection = link.connection.clone();
+        tokio::spawn(async move {
+            if let Err(error) = source_link::send_state(connection, state).await {
+                tracing::debug!(%error, "the state did not go out; the link's end is reported by its reader");
+            }
+        });
+    }
+
+    fn hash_memory(&self) {
+        let (vm, events, shared) = (self.vm.clone(), self.events.clone(), self.shared.clone());
+        tokio::task::spawn_blocking(move || {
+            let threads = std::thread::available_parallelism().map_or(1, usize::from);
+            let event = match hash_memory(&OfSource(&*vm), threads, &shared.is_called_off) {
+                Ok(Some(proof)) => SourceEvent::MemoryHashed(proof),
+                Ok(None) => return,
+                Err(error) => SourceEvent::VmFailed { error: error.to_string() },
+            };
+            let _ = events.blocking_send(event);
+        });
+    }
+
+    async fn close(&mut self) {
+        if let Some(link) = self.link.take() {
+            link.connection.close(0_u8.into(), b"ended by the source");
+            let _ = tokio::time::timeout(CLOSE_TIMEOUT, link.connection.closed()).await;
+        }
+    }
+}

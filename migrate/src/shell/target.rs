@@ -1,0 +1,309 @@
+//! Runs a [`Target`] against a real machine and a real link.
+
+use super::{
+    QUEUE_BATCHES, QUEUE_EVENTS, SpawnError, endpoint,
+    identity::Identity,
+    spawn_driver,
+    target_link::{self, ApplyJob, Link},
+};
+use crate::{
+    apply::{KeepHashes, OfTarget, PageApplier},
+    machine::TargetVm,
+    moment::Moment,
+    proof::hash_memory,
+    source::ResumedParts,
+    target::{Target, TargetCommand, TargetEvent, TargetFailure, TargetPhase, TargetSettings},
+    wire::{BULK_STREAMS_MAX, control},
+};
+use proto::{CertificateFingerprint, MigrationId, VmId};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::{Arc, atomic::AtomicBool},
+    time::{Duration, Instant},
+};
+use tokio::sync::{mpsc, oneshot, watch};
+
+/// How long a finished target waits for the source to close the link, so that its last message arrives.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Requests that wait; each handle waits for its answer.
+const QUEUE_REQUESTS: usize = 4;
+
+/// How the target's side of the proof is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Rehash {
+    /// Hashes of pages are kept as they arrive and only combined at the end.
+    #[default]
+    Incremental,
+    /// All memory is read again at the end: slow, shows that nothing else wrote to it.
+    Full,
+}
+
+/// What to wait for, and where.
+#[derive(Debug, Clone)]
+pub struct TargetConfig {
+    /// The attempt.
+    pub migration: MigrationId,
+    /// The machine.
+    pub vm: VmId,
+    /// Address to listen on; the port is free to choose.
+    pub listen_ip: IpAddr,
+    /// The only certificate that is let in.
+    pub source_fingerprint: CertificateFingerprint,
+    /// How memory is proved.
+    pub rehash: Rehash,
+}
+
+enum Request {
+    Resumed(ResumedParts, oneshot::Sender<()>),
+    Discard(oneshot::Sender<()>),
+}
+
+/// Controls a target. Clones control the same one; dropping all of them does not stop it.
+#[derive(Debug, Clone)]
+pub struct TargetHandle {
+    address: SocketAddr,
+    fingerprint: CertificateFingerprint,
+    requests: mpsc::Sender<Request>,
+    phase: watch::Receiver<TargetPhase>,
+}
+
+impl TargetHandle {
+    /// Where the source shall connect to.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// SHA-256 of the certificate that the source will see.
+    #[must_use]
+    pub fn fingerprint(&self) -> CertificateFingerprint {
+        self.fingerprint
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn phase(&self) -> watch::Receiver<TargetPhase> {
+        self.phase.clone()
+    }
+
+    /// Tells the source that the machine runs here, and lets the link go.
+    pub async fn send_resumed(&self, parts: ResumedParts) {
+        let (answer, answered) = oneshot::channel();
+        // A target that has ended has nothing to tell any more.
+        if self.requests.send(Request::Resumed(parts, answer)).await.is_ok() {
+            let _ = answered.await;
+        }
+    }
+
+    /// Lets go of link and machine.
+    pub async fn discard(&self) {
+        let (answer, answered) = oneshot::channel();
+        if self.requests.send(Request::Discard(answer)).await.is_ok() {
+            let _ = answered.await;
+        }
+    }
+}
+
+/// Takes a machine in.
+#[derive(Debug)]
+pub struct TargetTask;
+
+impl TargetTask {
+    /// Listens on a thread of its own; the socket is bound on return.
+    ///
+    /// # Errors
+    /// The address can't be listened on, or a thread could not be started.
+    pub fn listen<V: TargetVm>(
+        identity: Identity,
+        config: TargetConfig,
+        vm: Arc<V>,
+    ) -> Result<TargetHandle, SpawnError> {
+        let (requests, requested) = mpsc::channel(QUEUE_REQUESTS);
+        let settings =
+            TargetSettings { migration: config.migration, vm: config.vm, page_count: vm.page_count() };
+        let target = Target::new(settings);
+        let (published, phase) = watch::channel(target.phase());
+        let (bound, is_bound) = std::sync::mpsc::channel();
+        let fingerprint = identity.fingerprint();
+        let (events, events_in) = mpsc::channel(QUEUE_EVENTS);
+        let (jobs, queued) = mpsc::channel(QUEUE_BATCHES * usize::from(BULK_STREAMS_MAX));
+        let driver = Driver {
+            vm,
+            target,
+            rehash: config.rehash,
+            migration: config.migration,
+            origin: Instant::now(),
+            events,
+            jobs,
+            queued: Some(queued),
+            published,
+            link: None,
+        };
+        spawn_driver("migrate-in", move || async move {
+            match endpoint::server(&identity, config.listen_ip, config.source_fingerprint) {
+                Ok(endpoint) => {
+                    let _ = bound.send(endpoint.local_addr().map_err(SpawnError::Thread));
+                    driver.run(endpoint, requested, events_in).await;
+                }
+                Err(error) => drop(bound.send(Err(error))),
+            }
+        })?;
+        let ended = || SpawnError::Thread(std::io::Error::other("the thread ended before it listened"));
+        let address = is_bound.recv().map_err(|_| ended())??;
+        Ok(TargetHandle { address, fingerprint, requests, phase })
+    }
+}
+
+struct Driver<V> {
+    vm: Arc<V>,
+    target: Target,
+    rehash: Rehash,
+    migration: MigrationId,
+    origin: Instant,
+    events: mpsc::Sender<TargetEvent>,
+    jobs: mpsc::Sender<ApplyJob>,
+    /// Until the thread that owns the received memory takes them.
+    queued: Option<mpsc::Receiver<ApplyJob>>,
+    published: watch::Sender<TargetPhase>,
+    link: Option<Link>,
+}
+
+impl<V: TargetVm> Driver<V> {
+    async fn run(
+        mut self,
+        endpoint: quinn::Endpoint,
+        mut requests: mpsc::Receiver<Request>,
+        mut events: mpsc::Receiver<TargetEvent>,
+    ) {
+        let (accepted, mut connections) = mpsc::channel(1);
+        tokio::spawn(target_link::accept(endpoint.clone(), accepted));
+        while !self.target.phase().is_final() {
+            let event = tokio::select! {
+                Some(request) = requests.recv() => self.request(request),
+                Some(event) = events.recv() => event,
+                Some(connection) = connections.recv(), if self.link.is_none() => {
+                    self.link = Some(target_link::serve(connection, self.events.clone(), self.jobs.clone()));
+                    continue;
+                }
+            };
+            self.handle(event);
+        }
+        drop(requests);
+        self.close(&endpoint).await;
+    }
+
+    fn request(&mut self, request: Request) -> TargetEvent {
+        // The answer says that the request was taken; the driver carries it out before it takes another.
+        match request {
+            Request::Resumed(parts, answer) => {
+                let _ = answer.send(());
+                TargetEvent::Resumed(parts)
+            }
+            Request::Discard(answer) => {
+                let _ = answer.send(());
+                TargetEvent::Discard
+            }
+        }
+    }
+
+    fn handle(&mut self, event: TargetEvent) {
+        for command in self.target.handle(Moment(self.origin.elapsed()), event) {
+            self.execute(command);
+        }
+        let phase = self.target.phase();
+        if phase != *self.published.borrow() {
+            tracing::info!(migration = %self.migration, ?phase, "migration target");
+            self.published.send_replace(phase);
+        }
+    }
+
+    fn execute(&mut self, command: TargetCommand) {
+        match command {
+            TargetCommand::Receive { streams, hashes } => self.receive(streams, hashes),
+            TargetCommand::Send(message) => {
+                if let Some(link) = &self.link
+                    && link.messages.try_send(control::encode(&message)).is_err()
+                {
+                    link.connection.close(1_u8.into(), b"the source does not read");
+                }
+            }
+            TargetCommand::LoadState(bytes) => self.load_state(bytes),
+            TargetCommand::HashMemory => {
+                let (jobs, rehash) = (self.jobs.clone(), self.rehash);
+                tokio::spawn(async move { jobs.send(ApplyJob::Prove(rehash)).await });
+            }
+            TargetCommand::CloseLink => {
+                if let Some(link) = &self.link {
+                    link.connection.close(0_u8.into(), b"discarded by the target");
+                }
+            }
+        }
+    }
+
+    /// Starts the thread that owns the received memory.
+    fn receive(&mut self, streams: u8, hashes: KeepHashes) {
+        let Some(queued) = self.queued.take() else { return };
+        let (vm, events) = (self.vm.clone(), self.events.clone());
+        let applier = PageApplier::new(vm.page_count(), streams, hashes);
+        tokio::task::spawn_blocking(move || apply_jobs(&*vm, applier, queued, &events));
+    }
+
+    fn load_state(&self, bytes: Vec<u8>) {
+        let (vm, events) = (self.vm.clone(), self.events.clone());
+        tokio::task::spawn_blocking(move || {
+            let event = match vm.load_state(&bytes) {
+                Ok(()) => TargetEvent::StateLoaded,
+                Err(error) => TargetEvent::Failed(TargetFailure::State { error: error.to_string() }),
+            };
+            let _ = events.blocking_send(event);
+        });
+    }
+
+    /// Lets the last message reach the source, which closes the link when it has it.
+    async fn close(&mut self, endpoint: &quinn::Endpoint) {
+        if let Some(link) = self.link.take() {
+            drop(link.messages);
+            let _ = tokio::time::timeout(CLOSE_TIMEOUT, link.connection.closed()).await;
+        }
+        endpoint.close(0_u8.into(), b"ended by the target");
+        let _ = tokio::time::timeout(CLOSE_TIMEOUT, endpoint.wait_idle()).await;
+    }
+}
+
+/// Ends after the first batch that can't be applied, or when all streams and the driver are gone.
+fn apply_jobs<V: TargetVm>(
+    vm: &V,
+    mut applier: PageApplier,
+    mut jobs: mpsc::Receiver<ApplyJob>,
+    events: &mpsc::Sender<TargetEvent>,
+) {
+    while let Some(job) = jobs.blocking_recv() {
+        let done = match job {
+            ApplyJob::Batch { stream, bytes } => match applier.apply(vm, stream, &bytes) {
+                Ok(rounds) => rounds.into_iter().map(|round| TargetEvent::RoundApplied { round }).collect(),
+                Err(error) => vec![TargetEvent::Failed(TargetFailure::Pages { error: error.to_string() })],
+            },
+            ApplyJob::Prove(rehash) => prove(vm, &applier, rehash).into_iter().collect(),
+        };
+        for event in done {
+            let is_failure = matches!(event, TargetEvent::Failed(_));
+            if events.blocking_send(event).is_err() || is_failure {
+                return;
+            }
+        }
+    }
+}
+
+fn prove<V: TargetVm>(vm: &V, applier: &PageApplier, rehash: Rehash) -> Option<TargetEvent> {
+    match rehash {
+        Rehash::Incremental => applier.proof().map(TargetEvent::MemoryHashed),
+        Rehash::Full => {
+            let threads = std::thread::available_parallelism().map_or(1, usize::from);
+            match hash_memory(&OfTarget(vm), threads, &AtomicBool::new(false)) {
+                Ok(proof) => proof.map(TargetEvent::MemoryHashed),
+                Err(error) => Some(TargetEvent::Failed(TargetFailure::Pages { error: error.to_string() })),
+            }
+        }
+    }
+}

@@ -1,0 +1,157 @@
+//! What goes into and comes out of a [`super::Target`].
+
+use crate::{
+    apply::KeepHashes,
+    proof::{MemoryHash, MemoryProof},
+    source::ResumedParts,
+    wire::{Refusal, ToSource, ToTarget, batch::Round},
+};
+use proto::{MigrationId, PageIndex, Sequence, VmId, VolumeId};
+
+/// What a target waits for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TargetSettings {
+    /// The attempt.
+    pub migration: MigrationId,
+    /// The machine.
+    pub vm: VmId,
+    /// Pages of guest memory.
+    pub page_count: u64,
+}
+
+/// What has happened.
+#[derive(Debug)]
+pub enum TargetEvent {
+    /// A message of the source.
+    Message(ToTarget),
+    /// Every page of the round is in memory.
+    RoundApplied {
+        /// The round.
+        round: Round,
+    },
+    /// The machine state has arrived whole.
+    StateReceived(Vec<u8>),
+    /// The machine was restored.
+    StateLoaded,
+    /// The proof of what was received.
+    MemoryHashed(MemoryProof),
+    /// Pages or state could not be taken.
+    Failed(TargetFailure),
+    /// The link is gone.
+    LinkLost {
+        /// In words.
+        error: String,
+    },
+    /// The machine runs here.
+    Resumed(ResumedParts),
+    /// The owner wants no more of it.
+    Discard,
+}
+
+/// What the shell is to do.
+#[derive(Debug, PartialEq, Eq)]
+pub enum TargetCommand {
+    /// Take pages from now on.
+    Receive {
+        /// Bulk streams that will come.
+        streams: u8,
+        /// Whether a proof will be asked for.
+        hashes: KeepHashes,
+    },
+    /// Send a message on the control stream.
+    Send(ToSource),
+    /// Restore the machine.
+    LoadState(Vec<u8>),
+    /// Combine the hashes of all pages.
+    HashMemory,
+    /// Give up the link.
+    CloseLink,
+}
+
+/// Why a target has failed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TargetFailure {
+    /// The link broke before everything was here.
+    #[error("the link to the source is gone: {error}")]
+    Link {
+        /// In words.
+        error: String,
+    },
+    /// The source does not fit.
+    #[error("the source was refused: {refusal}")]
+    Refused {
+        /// Why.
+        refusal: Refusal,
+    },
+    /// The source broke the protocol.
+    #[error("the source sent `{message}` out of turn")]
+    Protocol {
+        /// Which message.
+        message: &'static str,
+    },
+    /// A page frame could not be applied.
+    #[error("{error}")]
+    Pages {
+        /// In words.
+        error: String,
+    },
+    /// The machine could not be restored.
+    #[error("{error}")]
+    State {
+        /// In words.
+        error: String,
+    },
+    /// The memories are not equal: a dirty page was missed.
+    #[error("memory differs from the source's in pages {first} to {end}; nothing was moved")]
+    MemoryDiffers {
+        /// First page of the first group that differs.
+        first: PageIndex,
+        /// The page after its last.
+        end: PageIndex,
+    },
+}
+
+/// Where a target is, for the outside.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TargetPhase {
+    /// No source yet.
+    Listening,
+    /// Pages come in.
+    Receiving,
+    /// Everything is here; the outcome decides.
+    Ready {
+        /// Root of the memory proof.
+        memory_hash: Option<MemoryHash>,
+        /// Last sequence that the source issued, for each volume.
+        last_sequences: Vec<(VolumeId, Sequence)>,
+    },
+    /// The machine runs here.
+    Resumed,
+    /// Nothing was moved.
+    Failed {
+        /// Why.
+        failure: TargetFailure,
+    },
+    /// Ended by its owner.
+    Discarded,
+}
+
+impl TargetPhase {
+    /// The word for it in `pool.v1.MigrationState`.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Listening => "listening",
+            Self::Receiving => "receiving",
+            Self::Ready { .. } => "ready",
+            Self::Resumed => "resumed",
+            Self::Failed { .. } | Self::Discarded => "failed",
+        }
+    }
+
+    /// Nothing happens any more.
+    #[must_use]
+    pub fn is_final(&self) -> bool {
+        matches!(self, Self::Resumed | Self::Failed { .. } | Self::Discarded)
+    }
+}
