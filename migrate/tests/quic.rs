@@ -1,0 +1,318 @@
+//! Whole migrations over QUIC on the loopback, between two guests in this process.
+
+mod support;
+
+use migrate::{
+    AbortCause, CancelRefused, CommitRefused, Identity, Outcome, Proof, Rehash, ResumedParts, SourceConfig,
+    SourceHandle, SourcePhase, SourceProgress, SourceTask, TargetConfig, TargetFailure, TargetHandle,
+    TargetPhase, TargetTask,
+};
+use proto::{MigrationId, PageIndex, VmId};
+use std::{
+    net::{IpAddr, Ipv4Addr},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+use support::ModelGuest;
+
+const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+const DEADLINE: Duration = Duration::from_secs(60);
+const STATE: &[u8] = b"registers and devices";
+
+struct Pair {
+    source: Arc<ModelGuest>,
+    target: Arc<ModelGuest>,
+    source_identity: Identity,
+    incoming: TargetHandle,
+}
+
+impl Pair {
+    fn new(pages: usize, rehash: Rehash) -> Self {
+        let (source_identity, target_identity) =
+            (Identity::generate().unwrap(), Identity::generate().unwrap());
+        let target = Arc::new(ModelGuest::new(pages));
+        let config = TargetConfig {
+            migration: MigrationId(5),
+            vm: VmId(4),
+            listen_ip: LOOPBACK,
+            source_fingerprint: source_identity.fingerprint(),
+            rehash,
+        };
+        let incoming = TargetTask::listen(target_identity, config, target.clone()).unwrap();
+        Self { source: Arc::new(ModelGuest::running(pages, STATE)), target, source_identity, incoming }
+    }
+
+    fn config(&self) -> SourceConfig {
+        SourceConfig::new(MigrationId(5), VmId(4), self.incoming.address(), self.incoming.fingerprint())
+    }
+
+    fn start(&self, config: SourceConfig) -> SourceHandle {
+        SourceTask::spawn(self.source_identity.clone(), config, self.source.clone()).unwrap()
+    }
+
+    /// From paused to done, as the two daemons do it.
+    async fn commit(&self, outgoing: &SourceHandle) -> SourceProgress {
+        let paused = source_phase(outgoing, |phase| matches!(phase, SourcePhase::Paused { .. })).await;
+        assert!(matches!(paused.phase, SourcePhase::Paused { .. }), "{paused:?}");
+        outgoing.commit_proposed().await.unwrap();
+        outgoing.outcome(Outcome::Committed).await.unwrap();
+        target_phase(&self.incoming, |phase| matches!(phase, TargetPhase::Ready { .. })).await;
+        *self.target.running.lock().unwrap() = true;
+        let parts = ResumedParts { activate: Duration::from_micros(10), resume: Duration::from_micros(20) };
+        self.incoming.send_resumed(parts).await;
+        source_phase(outgoing, SourcePhase::is_final).await
+    }
+}
+
+async fn source_phase(handle: &SourceHandle, wanted: impl Fn(&SourcePhase) -> bool) -> SourceProgress {
+    let mut progress = handle.progress();
+    let waiting = progress.wait_for(|now| wanted(&now.phase) || now.phase.is_final());
+    let now = tokio::time::timeout(DEADLINE, waiting).await.expect("the source gets on").unwrap();
+    now.clone()
+}
+
+async fn target_phase(handle: &TargetHandle, wanted: impl Fn(&TargetPhase) -> bool) -> TargetPhase {
+    let mut phase = handle.phase();
+    let waiting = phase.wait_for(|now| wanted(now) || now.is_final());
+    let now = tokio::time::timeout(DEADLINE, waiting).await.expect("the target gets on").unwrap();
+    now.clone()
+}
+
+/// A guest that writes to `pages` pages for as long as it may run.
+struct Writer {
+    stop: Arc<AtomicBool>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Writer {
+    fn start(guest: Arc<ModelGuest>, pages: usize, pages_per_ms: usize) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let thread = std::thread::spawn(move || {
+            let begun = Instant::now();
+            let mut written = 0_usize;
+            while !stopped.load(Ordering::Relaxed) {
+                let due = begun.elapsed().as_micros() as usize * pages_per_ms / 1000;
+                {
+                    let running = guest.running.lock().unwrap();
+                    while *running && written < due {
+                        guest.store(written.wrapping_mul(7919) % pages, written, written as u64 + 1);
+                        written += 1;
+                    }
+                }
+                std::thread::yield_now();
+            }
+        });
+        Self { stop, thread: Some(thread) }
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        let _ = self.thread.take().map(std::thread::JoinHandle::join);
+    }
+}
+
+#[tokio::test]
+async fn a_writing_guest_moves_with_all_its_memory() {
+    let pages = (256 << 20) / 4096;
+    let pair = Pair::new(pages, Rehash::Incremental);
+    for page in 0..pages * 3 / 4 {
+        pair.source.fill(page, page as u64);
+    }
+    let _writer = Writer::start(pair.source.clone(), pages / 8, 20);
+    let begun = Instant::now();
+    let outgoing = pair.start(pair.config());
+    let done = pair.commit(&outgoing).await;
+    assert_eq!(done.phase, SourcePhase::Done { resumed: true });
+    assert!(!pair.source.is_running() && pair.target.is_running());
+    assert_eq!(pair.source.first_difference(&pair.target), None);
+    assert_eq!(*pair.target.state.lock().unwrap(), STATE);
+    let stats = done.stats;
+    assert!(stats.memory_hash.is_some());
+    assert!(stats.rounds >= 2 && stats.pages.zero >= (pages / 4) as u64, "{stats:?}");
+    let mib = stats.bytes_sent as f64 / f64::from(1 << 20);
+    let first = &stats.per_round[0];
+    let rate = first.bytes as f64 / f64::from(1 << 20) / first.took.as_secs_f64();
+    eprintln!(
+        "{mib:.0} MiB in {:?}, {} rounds, first round {rate:.0} MiB/s, blackout {:?} (expected {:?}): {:?}",
+        begun.elapsed(),
+        stats.rounds,
+        stats.blackout.total(),
+        stats.blackout_expected,
+        stats.blackout
+    );
+}
+
+#[tokio::test]
+async fn kept_hashes_equal_a_full_hash_of_the_target() {
+    let pair = Pair::new(5000, Rehash::Full);
+    for page in (0..5000).step_by(3) {
+        pair.source.fill(page, page as u64);
+    }
+    let _writer = Writer::start(pair.source.clone(), 700, 5);
+    let done = pair.commit(&pair.start(pair.config())).await;
+    assert_eq!(done.phase, SourcePhase::Done { resumed: true });
+    assert_eq!(pair.source.first_difference(&pair.target), None);
+}
+
+#[tokio::test]
+async fn memory_without_content_takes_no_memory_at_the_target() {
+    let pair = Pair::new(10_000, Rehash::Incremental);
+    pair.source.fill(7, 1);
+    pair.source.store(9_000, 0, 0);
+    let done = pair.commit(&pair.start(pair.config())).await;
+    assert_eq!(done.stats.pages.zero + done.stats.pages.raw, 10_000 + done.stats.per_round[1].pages.total());
+    assert_eq!(pair.target.resident_pages(), 1);
+}
+
+#[tokio::test]
+async fn a_lost_dirty_bit_is_caught_by_the_proof() {
+    let pair = Pair::new(4096, Rehash::Incremental);
+    for page in 0..4096 {
+        pair.source.fill(page, page as u64);
+    }
+    *pair.source.sabotage.lose_dirty_bit.lock().unwrap() = Some(PageIndex(1500));
+    let writer = Arc::new(AtomicBool::new(false));
+    let (guest, stop) = (pair.source.clone(), writer.clone());
+    let thread = std::thread::spawn(move || {
+        let mut value = 0;
+        while !stop.load(Ordering::Relaxed) {
+            let running = guest.running.lock().unwrap();
+            if *running && guest.sabotage.lose_dirty_bit.lock().unwrap().is_some() {
+                value += 1;
+                guest.store(1500, 5, value);
+            }
+            drop(running);
+            std::thread::yield_now();
+        }
+    });
+    let outgoing = pair.start(pair.config());
+    let end = source_phase(&outgoing, |_| false).await;
+    writer.store(true, Ordering::Relaxed);
+    thread.join().unwrap();
+    assert!(matches!(end.phase, SourcePhase::Aborted { cause: AbortCause::Target { .. } }), "{end:?}");
+    let failed = target_phase(&pair.incoming, |_| false).await;
+    let failure = TargetFailure::MemoryDiffers { first: PageIndex(1024), end: PageIndex(1536) };
+    assert_eq!(failed, TargetPhase::Failed { failure });
+    assert!(pair.source.is_running() && !pair.source.tracking.load(Ordering::SeqCst));
+}
+
+#[tokio::test]
+async fn a_stranger_is_refused_and_does_not_disturb() {
+    let pair = Pair::new(512, Rehash::Incremental);
+    pair.source.fill(3, 3);
+    let garbage = std::net::UdpSocket::bind((LOOPBACK, 0)).unwrap();
+    for length in [1, 20, 1200] {
+        garbage.send_to(&vec![0xc5; length], pair.incoming.address()).unwrap();
+    }
+    let stranger = Arc::new(ModelGuest::running(512, STATE));
+    let refused = SourceTask::spawn(Identity::generate().unwrap(), pair.config(), stranger.clone()).unwrap();
+    let end = source_phase(&refused, |_| false).await;
+    assert!(matches!(end.phase, SourcePhase::Aborted { cause: AbortCause::Link { .. } }), "{end:?}");
+    assert!(stranger.is_running());
+    assert_eq!(*pair.incoming.phase().borrow(), TargetPhase::Listening);
+    let done = pair.commit(&pair.start(pair.config())).await;
+    assert_eq!(done.phase, SourcePhase::Done { resumed: true });
+}
+
+#[tokio::test]
+async fn a_source_accepts_only_the_pinned_target() {
+    let pair = Pair::new(512, Rehash::Incremental);
+    let config = SourceConfig { target_fingerprint: pair.source_identity.fingerprint(), ..pair.config() };
+    let end = source_phase(&pair.start(config), |_| false).await;
+    assert!(matches!(end.phase, SourcePhase::Aborted { cause: AbortCause::Link { .. } }), "{end:?}");
+    assert_eq!(*pair.incoming.phase().borrow(), TargetPhase::Listening);
+}
+
+#[tokio::test]
+async fn a_bandwidth_limit_holds_and_makes_pages_worth_compressing() {
+    let pair = Pair::new(8192, Rehash::Incremental);
+    for page in 0..8192 {
+        for word in 0..40 {
+            pair.source.store(page, word, (page * word) as u64 + 1);
+        }
+    }
+    let limit = 32 << 20;
+    let config = SourceConfig { bandwidth_bytes_per_s: std::num::NonZeroU64::new(limit), ..pair.config() };
+    let done = pair.commit(&pair.start(config)).await;
+    assert_eq!(done.phase, SourcePhase::Done { resumed: true });
+    assert!(done.stats.pages.compressed > 4000, "{:?}", done.stats.pages);
+    let least = Duration::from_secs_f64(done.stats.per_round[0].bytes as f64 / limit as f64 * 0.9);
+    assert!(done.stats.total >= least, "{:?} < {least:?}", done.stats.total);
+    assert_eq!(pair.source.first_difference(&pair.target), None);
+}
+
+#[tokio::test]
+async fn a_cancel_leaves_the_machine_running_and_a_retry_succeeds() {
+    let pair = Pair::new(16_384, Rehash::Incremental);
+    for page in 0..16_384 {
+        pair.source.fill(page, page as u64);
+    }
+    let config = SourceConfig { bandwidth_bytes_per_s: std::num::NonZeroU64::new(8 << 20), ..pair.config() };
+    let outgoing = pair.start(config);
+    source_phase(&outgoing, |phase| *phase == SourcePhase::Copying).await;
+    outgoing.cancel().await.unwrap();
+    let end = source_phase(&outgoing, |_| false).await;
+    assert_eq!(end.phase, SourcePhase::Aborted { cause: AbortCause::Cancelled });
+    assert!(pair.source.is_running() && !pair.source.tracking.load(Ordering::SeqCst));
+    assert!(matches!(outgoing.commit_proposed().await, Err(CommitRefused::Aborted { .. })));
+    assert!(outgoing.outcome(Outcome::Committed).await.is_err(), "the contradiction is reported");
+    assert!(matches!(target_phase(&pair.incoming, |_| false).await, TargetPhase::Failed { .. }));
+
+    let retry = Pair { source: pair.source.clone(), ..Pair::new(16_384, Rehash::Incremental) };
+    let done = retry.commit(&retry.start(retry.config())).await;
+    assert_eq!(done.phase, SourcePhase::Done { resumed: true });
+    assert_eq!(retry.source.first_difference(&retry.target), None);
+}
+
+#[tokio::test]
+async fn without_a_proposal_the_source_resumes_by_itself() {
+    let pair = Pair::new(512, Rehash::Incremental);
+    let outgoing = pair.start(SourceConfig { proof: Proof::Skip, ..pair.config() });
+    let paused = source_phase(&outgoing, |phase| matches!(phase, SourcePhase::Paused { .. })).await;
+    assert_eq!(paused.stats.memory_hash, None);
+    let end = source_phase(&outgoing, |_| false).await;
+    assert!(
+        matches!(end.phase, SourcePhase::Aborted { cause: AbortCause::BlackoutDeadline { .. } }),
+        "{end:?}"
+    );
+    assert!(pair.source.is_running());
+}
+
+#[tokio::test]
+async fn after_the_proposal_only_the_outcome_resumes_the_source() {
+    let pair = Pair::new(512, Rehash::Incremental);
+    let outgoing = pair.start(pair.config());
+    source_phase(&outgoing, |phase| matches!(phase, SourcePhase::Paused { .. })).await;
+    outgoing.commit_proposed().await.unwrap();
+    outgoing.commit_proposed().await.unwrap();
+    assert_eq!(outgoing.cancel().await, Err(CancelRefused::CommitProposed));
+    // The target goes away: the source stays paused all the same.
+    pair.incoming.discard().await;
+    assert!(!pair.source.is_running());
+    outgoing.outcome(Outcome::Aborted).await.unwrap();
+    let end = source_phase(&outgoing, |_| false).await;
+    assert_eq!(end.phase, SourcePhase::Aborted { cause: AbortCause::OutcomeAborted });
+    assert!(pair.source.is_running());
+}
+
+#[tokio::test]
+async fn a_machine_that_fails_at_either_side_runs_on_at_the_source() {
+    for fail in ["save", "pause", "load"] {
+        let pair = Pair::new(512, Rehash::Incremental);
+        match fail {
+            "save" => pair.source.sabotage.fail_save.store(true, Ordering::Relaxed),
+            "pause" => pair.source.sabotage.fail_pause.store(true, Ordering::Relaxed),
+            _ => pair.target.sabotage.fail_load.store(true, Ordering::Relaxed),
+        }
+        let end = source_phase(&pair.start(pair.config()), |_| false).await;
+        let SourcePhase::Aborted { cause } = &end.phase else { panic!("{fail}: {end:?}") };
+        assert!(cause.to_string().contains("as planted by the test"), "{fail}: {cause}");
+        assert!(pair.source.is_running() && !pair.source.tracking.load(Ordering::SeqCst), "{fail}");
+    }
+}
