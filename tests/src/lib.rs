@@ -19,6 +19,8 @@ pub mod binaries;
 pub mod fabric;
 pub mod host;
 pub mod leftovers;
+#[cfg(feature = "machine")]
+pub mod machine;
 pub mod output;
 pub mod pool;
 pub mod probe;

@@ -1,0 +1,218 @@
+//! One campaign: pool, load, faults, the end, the report.
+
+use anyhow::{Context, Result};
+use std::fs;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver};
+use std::time::{Duration, Instant};
+
+use tests::pool::Timing;
+use tests::{Network, Pool, VmSpec};
+
+use crate::collector::Collector;
+use crate::nemesis::{self, Struck};
+use crate::observation::{Recorder, Seen};
+use crate::plan::{Plan, Scale};
+use crate::report::Report;
+use crate::workload::Workload;
+use crate::{finale, plan};
+
+/// First boot of a VM: image copy, disk verification, three processes on two cores.
+const BOOT_DEADLINE: Duration = Duration::from_secs(60);
+/// A VM beats again within this many times the loss of a host, before the next settled fault.
+const SETTLE_LOST_FACTOR: u32 = 6;
+/// How often a quiet time looks at the daemons.
+const WATCH_DAEMONS_EVERY: Duration = Duration::from_millis(200);
+
+/// What the probe guests do: a small working set, so that migrations converge, and steady disk writes.
+pub const GUEST_CMDLINE: &str = "wss=8M rate=20M disk=1";
+/// Memory of each guest.
+const GUEST_MEMORY: &str = "64MiB";
+/// Size of each guest's volume.
+const GUEST_DISK: &str = "16MiB";
+
+/// What to run.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Decides the faults and the load.
+    pub seed: u64,
+    /// How long faults are injected.
+    pub duration: Duration,
+    /// Hosts of the pool.
+    pub hosts: usize,
+    /// VMs under load.
+    pub vms: usize,
+    /// Timing profile of the pool.
+    pub timing: Timing,
+    /// Where timeline, logs and report go.
+    pub dir: PathBuf,
+}
+
+impl Config {
+    /// Time after which the pool declares a host lost.
+    fn lost(&self) -> Duration {
+        match self.timing {
+            Timing::Fast => Duration::from_secs(3),
+            Timing::Default => Duration::from_secs(15),
+        }
+    }
+}
+
+/// Runs a campaign and judges it.
+///
+/// # Errors
+/// When the pool can't be set up: then nothing was proved.
+pub fn run(config: &Config) -> Result<Report> {
+    fs::create_dir_all(&config.dir).with_context(|| format!("create {}", config.dir.display()))?;
+    let logs = config.dir.join("logs");
+    fs::create_dir_all(&logs)?;
+    let recorder = Recorder::new(&config.dir)?;
+    let pool = Pool::builder()
+        .name("chaos")
+        .hosts(config.hosts)
+        .network(Network::Namespaces)
+        .timing(config.timing)
+        .vm_memory_bytes(1 << 30)
+        .start()?;
+    let vms: Vec<String> = (1..=config.vms).map(|number| format!("probe{number}")).collect();
+    let stop_watching = AtomicBool::new(false);
+    let (_pace, ticks) = mpsc::channel();
+    let collector = Collector { pool: &pool, recorder: &recorder, stop: &stop_watching, logs: &logs };
+    let done = std::thread::scope(|scope| {
+        scope.spawn(move || collector.run(&ticks));
+        let done = drive(config, &pool, &recorder, &vms);
+        stop_watching.store(true, Ordering::Relaxed);
+        done
+    });
+    pool.copy_logs(&logs);
+    record_panics(&pool, &recorder);
+    done?;
+    let report = Report::new(config.seed, &recorder.all());
+    fs::write(config.dir.join("report.json"), serde_json::to_vec_pretty(&report)?)?;
+    Ok(report)
+}
+
+fn drive(config: &Config, pool: &Pool, recorder: &Recorder, vms: &[String]) -> Result<()> {
+    start_vms(config, pool, vms)?;
+    let stop_load = AtomicBool::new(false);
+    let load = Workload { pool, recorder, vms, stop: &stop_load, seed: config.seed };
+    std::thread::scope(|scope| {
+        scope.spawn(move || load.migrate());
+        scope.spawn(move || load.change_objects());
+        scope.spawn(move || load.watch_state());
+        Faults { config, pool, recorder, vms }.inject();
+        stop_load.store(true, Ordering::Relaxed);
+    });
+    finale::wait_healed(pool, recorder, vms);
+    finale::wait_tasks_end(pool, recorder);
+    finale::reboot_all(pool, recorder, vms);
+    finale::record_objects(pool, recorder)?;
+    finale::delete_all(pool, recorder)?;
+    finale::wait_tasks_end(pool, recorder);
+    Ok(())
+}
+
+fn start_vms(config: &Config, pool: &Pool, vms: &[String]) -> Result<()> {
+    pool.import_probe()?;
+    let replicas = u32::try_from(config.hosts.min(3))?;
+    for vm in vms {
+        let disk = format!("{vm}-disk");
+        pool.create_volume(&disk, GUEST_DISK, replicas)?;
+        pool.create_vm(&VmSpec {
+            name: vm,
+            memory: GUEST_MEMORY,
+            disks: &[&disk],
+            cmdline: GUEST_CMDLINE,
+            ha: "restart",
+        })?;
+        pool.start_vm(vm, None)?;
+    }
+    vms.iter().try_for_each(|vm| finale::wait_beating(pool, vm, BOOT_DEADLINE).map(drop))
+}
+
+/// The thread that injects.
+#[derive(Debug, Clone, Copy)]
+struct Faults<'a> {
+    config: &'a Config,
+    pool: &'a Pool,
+    recorder: &'a Recorder,
+    vms: &'a [String],
+}
+
+impl Faults<'_> {
+    fn inject(self) {
+        let end = Instant::now() + self.config.duration;
+        let lost_ms = u64::try_from(self.config.lost().as_millis()).unwrap_or(u64::MAX);
+        let plan =
+            Plan::new(self.config.seed, Scale { hosts: self.config.hosts, vms: self.vms.len(), lost_ms });
+        let (_pace, ticks) = mpsc::channel();
+        for (number, step) in plan.enumerate() {
+            self.wait_quiet(step.gap_ms, None, &ticks);
+            if step.settle {
+                self.settle();
+            }
+            if Instant::now() >= end {
+                return;
+            }
+            self.strike(number, step.fault, &ticks);
+        }
+    }
+
+    fn strike(self, number: usize, fault: plan::Fault, ticks: &Receiver<()>) {
+        // Recorded before it strikes: what follows from it must not be seen earlier.
+        let struck = match nemesis::strike(self.pool, self.vms, fault, |struck| {
+            self.recorder.add(Seen::FaultBegins { number, fault, struck: struck.to_owned() });
+        }) {
+            Ok(struck) => struck,
+            Err(error) => {
+                self.recorder.add(Seen::Note { text: format!("fault {number} found no victim: {error:#}") });
+                return;
+            }
+        };
+        self.wait_quiet(struck.away_ms, Some(&struck), ticks);
+        if let Err(error) = nemesis::undo(self.pool, &struck) {
+            self.recorder.add(Seen::Note { text: format!("fault {number} was not undone: {error:#}") });
+        }
+        self.recorder.add(Seen::FaultEnds { number });
+    }
+
+    /// Waits until every VM beats; one that doesn't for long is stuck.
+    fn settle(self) {
+        for vm in self.vms {
+            if let Err(error) = finale::wait_beating(self.pool, vm, self.config.lost() * SETTLE_LOST_FACTOR) {
+                self.recorder.add(Seen::Stuck { what: format!("vm {vm} did not recover: {error:#}") });
+            }
+        }
+    }
+
+    /// Lets time pass, and sees daemons that end by themselves.
+    fn wait_quiet(self, ms: u64, struck: Option<&Struck>, ticks: &Receiver<()>) {
+        let end = Instant::now() + Duration::from_millis(ms);
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            ticks.recv_timeout(left.min(WATCH_DAEMONS_EVERY)).ok();
+            for host in self.pool.hosts() {
+                let killed_by_us = struck.is_some_and(|struck| struck.daemon_away == Some(host.index()));
+                if killed_by_us || host.daemon().is_some() {
+                    continue;
+                }
+                let text = format!("ended by itself; end of its log:\n{}", host.log_tail());
+                self.recorder.add(Seen::Crash { program: format!("poold of {}", host.name()), text });
+                host.start_daemon().ok();
+            }
+        }
+    }
+}
+
+fn record_panics(pool: &Pool, recorder: &Recorder) {
+    for host in pool.hosts() {
+        let log = fs::read(host.log_path()).unwrap_or_default();
+        for line in String::from_utf8_lossy(&log).lines().filter(|line| line.contains("panicked at")) {
+            recorder.add(Seen::Crash { program: format!("poold of {}", host.name()), text: line.to_owned() });
+        }
+    }
+}
