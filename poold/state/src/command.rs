@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Command {
     /// Founds the pool; once.
-    InitPool(InitPool),
+    InitPool(Box<InitPool>),
     /// Creates a join token. → `Outcome::Token`. A proposer that must be able to repeat its answer derives the secret from
     /// the request id.
     CreateToken {

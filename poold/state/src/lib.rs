@@ -9,6 +9,7 @@
 //!          reconcile (what one host must do) ────────────┘
 //! ```
 //! - [`state`]: the data. [`command`], [`entry`], [`outcome`], [`rejection`]: what goes in and comes out.
+//! - [`lease`], [`planner`], [`reconcile`](mod@reconcile): the decisions. [`invariants`]: what tests check after each entry.
 //! - [`timing`], [`limits`]: intervals and bounds.
 //!
 //! Invariants: `apply` is deterministic; a rejected entry changes nothing but the revision; a clone of the state is cheap.
@@ -18,8 +19,12 @@ mod apply;
 
 pub mod command;
 pub mod entry;
+pub mod invariants;
+pub mod lease;
 pub mod limits;
 pub mod outcome;
+pub mod planner;
+pub mod reconcile;
 pub mod rejection;
 pub mod state;
 pub mod timing;

@@ -1,0 +1,118 @@
+//! What the leader should propose now, from the applied state alone.
+//!
+//! Nothing is remembered between two plans: a plan that was never proposed, or whose proposals were lost with a leader, comes
+//! again from the same state. Planned entries are tried on a copy of the state, so one plan never promises a host's memory
+//! twice. Absent on purpose: hygiene of in-sync sets, which is the owner's, since only it knows what a replica has.
+
+pub mod voters;
+
+#[cfg(test)]
+mod tests;
+
+use crate::{
+    command::Command,
+    entry::{Entry, Seed},
+    limits::PLAN_COMMANDS_MAX,
+    state::{Desired, HaPolicy, HostState, PoolState, TaskKind, Vm},
+};
+use proto::VmId;
+use std::cmp::Reverse;
+
+/// What the leader knows besides the state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LeaderView {
+    /// Unix time.
+    pub now_ms: u64,
+}
+
+/// The commands to propose, in this order; at most [`PLAN_COMMANDS_MAX`]. Each is safe to repeat.
+#[must_use]
+pub fn plan(state: &PoolState, view: &LeaderView) -> Vec<Command> {
+    let mut draft = Draft { state: state.clone(), now_ms: view.now_ms, commands: Vec::new() };
+    draft.end_late_work();
+    draft.recover_vms();
+    draft.commands
+}
+
+/// A plan in the making, with the state that would follow from it.
+struct Draft {
+    state: PoolState,
+    now_ms: u64,
+    commands: Vec<Command>,
+}
+
+impl Draft {
+    /// Keeps a command if the state so far accepts it.
+    fn propose(&mut self, command: Command) {
+        if self.commands.len() >= PLAN_COMMANDS_MAX {
+            return;
+        }
+        let entry = Entry {
+            request_id: None,
+            principal: "planner".to_owned(),
+            time_ms: self.now_ms,
+            seed: Seed([0; 32]),
+            command,
+        };
+        let index = self.state.revision + 1;
+        if self.state.apply(index, &entry).is_ok() {
+            self.commands.push(entry.command);
+        }
+    }
+
+    fn end_late_work(&mut self) {
+        let late: Vec<Command> = self
+            .state
+            .tasks
+            .values()
+            .filter(|task| task.is_running() && self.now_ms >= task.deadline_ms)
+            .map(|task| self.end_of_late(task.id, task.kind))
+            .collect();
+        for command in late {
+            self.propose(command);
+        }
+    }
+
+    fn end_of_late(&self, task: proto::TaskId, kind: TaskKind) -> Command {
+        let TaskKind::VmMigrate { migration: id } = kind else { return Command::ExpireTask { task } };
+        match self.state.migrations.get(&id).filter(|migration| !migration.is_committed()) {
+            Some(migration) => Command::MigrationAbort {
+                migration: id,
+                reason: format!("not over in time, in phase {}", migration.phase),
+            },
+            None => Command::ExpireTask { task },
+        }
+    }
+
+    fn recover_vms(&mut self) {
+        if self.state.settings.ha_braked {
+            return;
+        }
+        let mut waiting: Vec<(Reverse<u8>, VmId)> = self
+            .state
+            .vms
+            .values()
+            .filter(|vm| self.needs_recovery(vm))
+            .map(|vm| (Reverse(vm.spec.priority), vm.id))
+            .collect();
+        waiting.sort_unstable();
+        for (_, id) in waiting {
+            if self.commands.len() >= PLAN_COMMANDS_MAX {
+                return;
+            }
+            let Some(vm) = self.state.vms.get(&id) else { continue };
+            // A large VM that fits nowhere must not keep smaller ones of lower priority down.
+            let Ok(host) = self.state.host_for(vm) else { continue };
+            let expect_epoch = vm.epoch;
+            self.propose(Command::RecoverVm { vm: id, expect_epoch, host });
+        }
+    }
+
+    fn needs_recovery(&self, vm: &Vm) -> bool {
+        let lost = vm
+            .placement
+            .and_then(|host| self.state.hosts.get(&host))
+            .is_some_and(|host| host.state == HostState::Lost);
+        lost && vm.spec.ha == HaPolicy::Restart && vm.desired != Desired::Stopped
+    }
+}
