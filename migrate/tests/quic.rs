@@ -4,8 +4,8 @@ mod support;
 
 use migrate::{
     AbortCause, CancelRefused, CommitRefused, Identity, Outcome, Proof, Rehash, ResumedParts, SourceConfig,
-    SourceHandle, SourcePhase, SourceProgress, SourceTask, TargetConfig, TargetFailure, TargetHandle,
-    TargetPhase, TargetTask,
+    SourceHandle, SourcePhase, SourceProgress, SourceTask, SourceVm, TargetConfig, TargetFailure,
+    TargetHandle, TargetPhase, TargetTask,
 };
 use proto::{MigrationId, PageIndex, VmId};
 use std::{
@@ -167,7 +167,8 @@ async fn memory_without_content_takes_no_memory_at_the_target() {
     pair.source.store(9_000, 0, 0);
     let done = pair.commit(&pair.start(pair.config())).await;
     assert_eq!(done.stats.pages.zero + done.stats.pages.raw, 10_000 + done.stats.per_round[1].pages.total());
-    assert_eq!(pair.target.resident_pages(), 1);
+    let all = PageIndex(0)..PageIndex(10_000);
+    assert_eq!(SourceVm::resident(&*pair.target, all).unwrap(), [PageIndex(7)..PageIndex(8)]);
 }
 
 #[tokio::test]

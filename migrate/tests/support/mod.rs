@@ -102,10 +102,6 @@ impl ModelGuest {
         (0..self.words.len()).find(differs).map(|index| index / PAGE_WORDS)
     }
 
-    pub fn resident_pages(&self) -> u64 {
-        self.resident.iter().map(|word| u64::from(word.load(Ordering::Relaxed).count_ones())).sum()
-    }
-
     fn copy_out(&self, first: PageIndex, out: &mut [u8]) {
         let start = first.0 as usize * PAGE_WORDS;
         for (word, bytes) in self.words[start..].iter().zip(out.chunks_exact_mut(8)) {

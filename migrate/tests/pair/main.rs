@@ -1,0 +1,173 @@
+//! Source and target against each other in memory, in virtual time, with a fault at every single step.
+//!
+//! After each run: the machine runs at exactly one place, or is paused because the outcome is not known; its memory is
+//! equal where it went; a machine that stayed moves at the next try; and nothing is left on (tracking, throttle, link).
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod plan;
+mod world;
+
+use migrate::{Outcome, Policy, SourcePhase, TargetPhase};
+use plan::{Decision, Fault, FirstToHear, Plan};
+use rand::{Rng, SeedableRng, rngs::StdRng};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+use support::ModelGuest;
+use world::World;
+
+fn guest(plan: &Plan) -> Arc<ModelGuest> {
+    let guest = ModelGuest::running(plan.pages, b"");
+    for page in 0..plan.pages / 2 {
+        guest.fill(page, plan.seed + page as u64);
+    }
+    Arc::new(guest)
+}
+
+/// The state of the world after everything has settled, whatever happened.
+fn check(world: &World, plan: &Plan) {
+    let source = world.source_phase();
+    let stays = || {
+        assert!(matches!(source, Some(SourcePhase::Aborted { .. }) | None), "{source:?}: {plan:?}");
+        assert!(!world.target_vm.is_running());
+        if source.is_some() {
+            assert!(world.source_vm.is_running(), "runs nowhere: {plan:?}");
+            assert!(!world.source_vm.tracking.load(Ordering::SeqCst), "tracking is still on: {plan:?}");
+            assert_eq!(world.source_vm.throttled.load(Ordering::Relaxed), 0, "still throttled: {plan:?}");
+        }
+    };
+    match world.decided {
+        Some(Outcome::Committed) => {
+            assert!(matches!(source, Some(SourcePhase::Done { .. }) | None), "{source:?}: {plan:?}");
+            assert!(!world.source_vm.is_running() || source.is_none());
+            match world.target_phase() {
+                Some(phase) => {
+                    assert!(phase == TargetPhase::Resumed && world.target_vm.is_running(), "{plan:?}")
+                }
+                None => assert!(!world.target_vm.is_running()),
+            }
+        }
+        Some(Outcome::Aborted) => {
+            stays();
+            let phase = world.target_phase();
+            assert!(matches!(phase, Some(TargetPhase::Discarded) | None), "{phase:?}: {plan:?}");
+        }
+        None if world.has_promised => {
+            let is_waiting = matches!(source, Some(SourcePhase::CommitProposed { .. }) | None);
+            assert!(is_waiting && !world.source_vm.is_running() && !world.target_vm.is_running(), "{plan:?}");
+            assert!(matches!(world.target_phase(), Some(TargetPhase::Ready { .. }) | None), "{plan:?}");
+        }
+        // Only a dead source leaves the pool without a word.
+        None => stays(),
+    }
+}
+
+/// Runs the plan to its end, then the retry. Returns the number of steps.
+fn run(plan: &Plan) -> usize {
+    let guest = guest(plan);
+    let mut world = World::new(plan, guest.clone());
+    world.run();
+    check(&world, plan);
+    if let Decision::Unknown { at_last_committed } = plan.decision
+        && world.has_promised
+        && world.decided.is_none()
+    {
+        world.decide_at_last(if at_last_committed { Outcome::Committed } else { Outcome::Aborted });
+        check(&world, plan);
+    }
+    if world.source_vm.is_running() && world.source_phase().is_some() {
+        let calm = Plan { seed: plan.seed + 1, pages: plan.pages, ..Plan::calm() };
+        let mut retry = World::new(&calm, guest);
+        retry.run();
+        check(&retry, &calm);
+        assert_eq!(retry.decided, Some(Outcome::Committed), "the retry after {plan:?}");
+    }
+    world.steps
+}
+
+#[test]
+fn a_calm_run_moves_the_machine() {
+    let plan = Plan::calm();
+    let mut world = World::new(&plan, guest(&plan));
+    world.run();
+    check(&world, &plan);
+    assert_eq!(world.source_phase(), Some(SourcePhase::Done { resumed: true }));
+    assert_eq!(world.decided, Some(Outcome::Committed));
+}
+
+#[test]
+fn a_fault_at_every_step_leaves_the_machine_at_one_place() {
+    let decisions = [
+        Decision::Commit,
+        Decision::Abort,
+        Decision::Unknown { at_last_committed: true },
+        Decision::Unknown { at_last_committed: false },
+    ];
+    let faults = [Fault::None, Fault::LinkCut, Fault::SourceDies, Fault::TargetDies, Fault::Cancel];
+    let mut runs = 0;
+    for decision in decisions {
+        for first_to_hear in [FirstToHear::Source, FirstToHear::Target] {
+            let calm = Plan { decision, first_to_hear, ..Plan::calm() };
+            let steps = run(&calm);
+            for fault in faults {
+                for fault_step in 1..=steps {
+                    run(&Plan { fault, fault_step, ..calm.clone() });
+                    runs += 1;
+                }
+            }
+        }
+    }
+    assert!(runs > 1000, "{runs} runs");
+    eprintln!("{runs} runs");
+}
+
+/// The proposal comes only after the source has given up waiting for it.
+#[test]
+fn a_late_proposal_is_refused_at_every_step() {
+    let late = Plan { proposal_delay: Duration::from_secs(3), ..Plan::calm() };
+    for fault in [Fault::None, Fault::LinkCut, Fault::TargetDies, Fault::Cancel] {
+        for fault_step in 1..=run(&late) {
+            let plan = Plan { fault, fault_step, ..late.clone() };
+            let mut world = World::new(&plan, guest(&plan));
+            world.run();
+            check(&world, &plan);
+            assert!(!world.has_promised && world.decided == Some(Outcome::Aborted), "{plan:?}");
+        }
+    }
+}
+
+#[test]
+fn random_faults_delays_and_guests() {
+    let base: u64 = std::env::var("POOL_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(20_260);
+    for seed in base..base + 400 {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let faults = [Fault::LinkCut, Fault::SourceDies, Fault::TargetDies, Fault::Cancel, Fault::None];
+        let decisions = [
+            Decision::Commit,
+            Decision::Abort,
+            Decision::Unknown { at_last_committed: true },
+            Decision::Unknown { at_last_committed: false },
+        ];
+        let plan = Plan {
+            seed,
+            fault: faults[rng.random_range(0..faults.len())],
+            fault_step: rng.random_range(1..300),
+            decision: decisions[rng.random_range(0..decisions.len())],
+            first_to_hear: if rng.random() { FirstToHear::Source } else { FirstToHear::Target },
+            proposal_delay: Duration::from_millis(rng.random_range(0..2500)),
+            message_delay_max: Duration::from_micros(rng.random_range(100..50_000)),
+            writes_per_step: rng.random_range(0..60),
+            pages: rng.random_range(1..3000),
+            streams: rng.random_range(1..=4),
+            downtime_limit: Duration::from_micros(rng.random_range(100..30_000)),
+            policy: if rng.random() { Policy::Default } else { Policy::MustFinish },
+        };
+        if std::panic::catch_unwind(|| run(&plan)).is_err() {
+            panic!("POOL_SEED={seed} fails: {plan:?}");
+        }
+    }
+    eprintln!("seeds {base} to {}", base + 399);
+}

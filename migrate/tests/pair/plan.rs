@@ -1,0 +1,75 @@
+//! What goes wrong in one run, and how the pool decides.
+
+use std::time::Duration;
+
+/// A fault at one step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    None,
+    /// The link breaks; both sides notice at once.
+    LinkCut,
+    /// The source process dies; the target notices.
+    SourceDies,
+    /// The target process dies; the source notices.
+    TargetDies,
+    /// The operator cancels.
+    Cancel,
+}
+
+/// What the pool makes of a proposal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Decision {
+    Commit,
+    Abort,
+    /// No answer, until the run is otherwise over; then this one.
+    Unknown {
+        at_last_committed: bool,
+    },
+}
+
+/// Who hears of the decision first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FirstToHear {
+    Source,
+    Target,
+}
+
+/// One run.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    pub seed: u64,
+    pub fault: Fault,
+    /// Events handled before the fault.
+    pub fault_step: usize,
+    pub decision: Decision,
+    pub first_to_hear: FirstToHear,
+    /// From `Paused` to the proposal.
+    pub proposal_delay: Duration,
+    /// Longest time of a message on its way.
+    pub message_delay_max: Duration,
+    /// Pages that the guest writes at each step.
+    pub writes_per_step: usize,
+    pub pages: usize,
+    pub streams: u8,
+    pub downtime_limit: Duration,
+    pub policy: migrate::Policy,
+}
+
+impl Plan {
+    pub fn calm() -> Self {
+        Self {
+            seed: 1,
+            fault: Fault::None,
+            fault_step: usize::MAX,
+            decision: Decision::Commit,
+            first_to_hear: FirstToHear::Source,
+            proposal_delay: Duration::from_millis(5),
+            message_delay_max: Duration::from_millis(2),
+            writes_per_step: 8,
+            pages: 200,
+            streams: 2,
+            downtime_limit: Duration::from_millis(10),
+            policy: migrate::Policy::Default,
+        }
+    }
+}

@@ -1,0 +1,457 @@
+//! Both sides, a link, a pool and a clock, all in one thread and in virtual time.
+
+use crate::{
+    plan::{Decision, Fault, FirstToHear, Plan},
+    support::ModelGuest,
+};
+use bytes::Bytes;
+use migrate::{
+    Outcome, PageBitmap, ResumedParts, SourcePhase, SourceVm, TargetPhase, TargetVm,
+    apply::PageApplier,
+    codec::Codec,
+    encode::{BatchSink, RoundScope, Stopped, send_round},
+    moment::Moment,
+    proof::{OfSource, hash_memory},
+    source::{Source, SourceCommand, SourceEvent, SourceSettings},
+    target::{Target, TargetCommand, TargetEvent, TargetFailure, TargetSettings},
+    wire::{
+        ToSource, ToTarget,
+        batch::{BATCH_PREFIX_BYTES, Round},
+        control,
+    },
+};
+use proto::{MigrationId, VmId};
+use rand::{Rng, SeedableRng, rngs::StdRng};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, atomic::AtomicBool, atomic::Ordering},
+    time::Duration,
+};
+
+/// More steps than any run needs; reaching it means that something goes round in circles.
+const STEPS_MAX: usize = 50_000;
+
+const STATE: &[u8] = b"registers";
+
+/// Something that happens at a point in time.
+enum Happening {
+    ToTarget(Vec<u8>),
+    ToSource(Vec<u8>),
+    Batch {
+        stream: u8,
+        bytes: Bytes,
+    },
+    StateArrives(Vec<u8>),
+    Source(SourceEvent),
+    Target(TargetEvent),
+    PauseEnds,
+    ResumeEnds,
+    /// The source's daemon proposes.
+    Propose,
+    /// The pool decides.
+    Decide(Outcome),
+    OutcomeAtSource(Outcome),
+    OutcomeAtTarget(Outcome),
+}
+
+/// Order is kept within each of these, as QUIC does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Stream {
+    ControlOut,
+    ControlBack,
+    Bulk(u8),
+    State,
+}
+
+pub struct World {
+    plan: Plan,
+    rng: StdRng,
+    now: Moment,
+    queue: BTreeMap<(Moment, u64), Happening>,
+    serial: u64,
+    last_on_stream: HashMap<Stream, Moment>,
+    pub steps: usize,
+    has_link: bool,
+    /// `None` once the process has died.
+    source: Option<Source>,
+    target: Option<Target>,
+    applier: Option<PageApplier>,
+    dirty: PageBitmap,
+    pub source_vm: Arc<ModelGuest>,
+    pub target_vm: Arc<ModelGuest>,
+    is_proposing: bool,
+    /// The source has promised not to resume without an outcome.
+    pub has_promised: bool,
+    pub decided: Option<Outcome>,
+}
+
+impl World {
+    pub fn new(plan: &Plan, source_vm: Arc<ModelGuest>) -> Self {
+        let settings = SourceSettings {
+            migration: MigrationId(9),
+            vm: VmId(8),
+            page_count: plan.pages as u64,
+            streams: plan.streams,
+            policy: plan.policy,
+            downtime_limit: plan.downtime_limit,
+            with_proof: true,
+        };
+        let (source, commands) = Source::start(settings, Moment::default());
+        let target_settings =
+            TargetSettings { migration: MigrationId(9), vm: VmId(8), page_count: plan.pages as u64 };
+        let mut world = Self {
+            plan: plan.clone(),
+            rng: StdRng::seed_from_u64(plan.seed),
+            now: Moment::default(),
+            queue: BTreeMap::new(),
+            serial: 0,
+            last_on_stream: HashMap::new(),
+            steps: 0,
+            has_link: true,
+            source: Some(source),
+            target: Some(Target::new(target_settings)),
+            applier: None,
+            dirty: PageBitmap::new(plan.pages as u64),
+            source_vm,
+            target_vm: Arc::new(ModelGuest::new(plan.pages)),
+            is_proposing: false,
+            has_promised: false,
+            decided: None,
+        };
+        world.source_commands(commands);
+        world
+    }
+
+    pub fn source_phase(&self) -> Option<SourcePhase> {
+        self.source.as_ref().map(Source::phase)
+    }
+
+    pub fn target_phase(&self) -> Option<TargetPhase> {
+        self.target.as_ref().map(Target::phase)
+    }
+
+    /// Lets everything happen until nothing is left to happen.
+    pub fn run(&mut self) {
+        loop {
+            let timer = self.source.as_ref().and_then(Source::next_deadline);
+            let next = self.queue.keys().next().map(|(at, _)| *at);
+            match (next, timer) {
+                (Some(next), timer) if timer.is_none_or(|timer| next <= timer) => {
+                    let ((at, _), happening) = self.queue.pop_first().unwrap();
+                    self.now = self.now.max(at);
+                    self.happen(happening);
+                }
+                (_, Some(timer)) => {
+                    self.now = self.now.max(timer);
+                    self.to_source(SourceEvent::Tick);
+                }
+                (_, None) => break,
+            }
+            self.after_step();
+        }
+    }
+
+    /// The decision that did not come is made known after all.
+    pub fn decide_at_last(&mut self, outcome: Outcome) {
+        self.later(Duration::from_secs(60), Happening::Decide(outcome));
+        self.run();
+    }
+
+    fn after_step(&mut self) {
+        self.steps += 1;
+        assert!(self.steps < STEPS_MAX, "no end: {:?}", self.plan);
+        if self.steps == self.plan.fault_step {
+            self.fault();
+        }
+        if let Some(SourcePhase::Paused { .. }) = self.source_phase()
+            && !self.is_proposing
+        {
+            self.is_proposing = true;
+            self.later(self.plan.proposal_delay, Happening::Propose);
+        }
+        self.guest_writes();
+        let (at_source, at_target) = (self.source_vm.is_running(), self.target_vm.is_running());
+        assert!(!(at_source && at_target), "runs twice: {:?}", self.plan);
+        let decided_against = self.decided != Some(Outcome::Aborted);
+        assert!(!(self.has_promised && at_source && decided_against), "promise broken: {:?}", self.plan);
+        let is_committed = self.decided == Some(Outcome::Committed);
+        assert!(!at_target || is_committed, "the target runs without a commit: {:?}", self.plan);
+    }
+
+    fn guest_writes(&mut self) {
+        if self.source_vm.is_running() && self.source.is_some() {
+            for _ in 0..self.plan.writes_per_step {
+                self.guest_write();
+            }
+        }
+    }
+
+    fn guest_write(&mut self) {
+        let page = self.rng.random_range(0..self.plan.pages.div_ceil(2).max(1));
+        let value = if self.rng.random_bool(0.3) { 0 } else { self.rng.random() };
+        self.source_vm.store(page, 0, value);
+    }
+
+    fn fault(&mut self) {
+        match self.plan.fault {
+            Fault::None => {}
+            Fault::LinkCut => self.cut("cut by the test"),
+            Fault::SourceDies => {
+                self.source = None;
+                *self.source_vm.running.lock().unwrap() = false;
+                self.cut("the source died");
+            }
+            Fault::TargetDies => {
+                self.target = None;
+                self.applier = None;
+                *self.target_vm.running.lock().unwrap() = false;
+                self.cut("the target died");
+            }
+            Fault::Cancel => self.to_source(SourceEvent::Cancel),
+        }
+    }
+
+    fn cut(&mut self, error: &str) {
+        if !std::mem::replace(&mut self.has_link, false) {
+            return;
+        }
+        let notice = |rng: &mut StdRng| Duration::from_millis(if rng.random() { 1 } else { 10_000 });
+        let (first, second) = (notice(&mut self.rng), notice(&mut self.rng));
+        self.later(first, Happening::Source(SourceEvent::LinkLost { error: error.to_owned() }));
+        self.later(second, Happening::Target(TargetEvent::LinkLost { error: error.to_owned() }));
+    }
+
+    fn later(&mut self, wait: Duration, happening: Happening) {
+        self.serial += 1;
+        self.queue.insert((self.now.after(wait), self.serial), happening);
+    }
+
+    /// Puts a message on its way; later ones of the same stream do not overtake it.
+    fn transmit(&mut self, stream: Stream, happening: Happening) {
+        if !self.has_link {
+            return;
+        }
+        let delay = self.rng.random_range(Duration::from_micros(50)..=self.plan.message_delay_max);
+        let earliest = self.last_on_stream.get(&stream).copied().unwrap_or_default();
+        let at = self.now.after(delay).max(earliest);
+        self.last_on_stream.insert(stream, at);
+        self.serial += 1;
+        self.queue.insert((at, self.serial), happening);
+    }
+
+    fn happen(&mut self, happening: Happening) {
+        match happening {
+            Happening::ToTarget(bytes) if self.has_link => {
+                let message = control::decode::<ToTarget>(&bytes[4..]).unwrap();
+                self.to_target(TargetEvent::Message(message));
+            }
+            Happening::ToSource(bytes) if self.has_link => {
+                let message = control::decode::<ToSource>(&bytes[4..]).unwrap();
+                self.to_source(SourceEvent::Message(message));
+            }
+            Happening::Batch { stream, bytes } if self.has_link => self.batch_arrives(stream, &bytes),
+            Happening::StateArrives(bytes) if self.has_link => {
+                self.to_target(TargetEvent::StateReceived(bytes))
+            }
+            Happening::ToTarget(_) | Happening::ToSource(_) | Happening::Batch { .. } => {}
+            Happening::StateArrives(_) => {}
+            Happening::Source(SourceEvent::Connected) if !self.has_link => {}
+            Happening::Source(event) => self.to_source(event),
+            Happening::Target(event) => self.to_target(event),
+            Happening::PauseEnds if self.source.is_some() => {
+                let facts = futures::executor::block_on(self.source_vm.pause_and_drain()).unwrap();
+                self.to_source(SourceEvent::Paused(facts));
+            }
+            Happening::ResumeEnds if self.source.is_some() => {
+                self.source_vm.resume().unwrap();
+                self.to_source(SourceEvent::VmResumed);
+            }
+            Happening::PauseEnds | Happening::ResumeEnds => {}
+            Happening::Propose => self.to_source(SourceEvent::CommitProposed),
+            Happening::Decide(outcome) => self.decide(outcome),
+            Happening::OutcomeAtSource(outcome) => self.to_source(SourceEvent::Outcome(outcome)),
+            Happening::OutcomeAtTarget(outcome) => self.outcome_at_target(outcome),
+        }
+    }
+
+    fn batch_arrives(&mut self, stream: u8, bytes: &[u8]) {
+        let Some(applier) = &mut self.applier else { return };
+        match applier.apply(&*self.target_vm, stream, &bytes[BATCH_PREFIX_BYTES..]) {
+            Ok(rounds) => {
+                for round in rounds {
+                    self.later(
+                        Duration::from_micros(20),
+                        Happening::Target(TargetEvent::RoundApplied { round }),
+                    );
+                }
+            }
+            Err(error) => {
+                let failure = TargetFailure::Pages { error: error.to_string() };
+                self.to_target(TargetEvent::Failed(failure));
+            }
+        }
+    }
+
+    fn decide(&mut self, outcome: Outcome) {
+        self.decided = Some(outcome);
+        let (soon, late) = (Duration::from_millis(1), Duration::from_millis(300));
+        let (at_source, at_target) =
+            if self.plan.first_to_hear == FirstToHear::Source { (soon, late) } else { (late, soon) };
+        self.later(at_source, Happening::OutcomeAtSource(outcome));
+        self.later(at_target, Happening::OutcomeAtTarget(outcome));
+    }
+
+    /// What the target's process does with the decision.
+    fn outcome_at_target(&mut self, outcome: Outcome) {
+        let Some(phase) = self.target_phase() else { return };
+        match outcome {
+            Outcome::Aborted => self.to_target(TargetEvent::Discard),
+            Outcome::Committed => {
+                assert!(
+                    matches!(phase, TargetPhase::Ready { .. }),
+                    "committed with {phase:?}: {:?}",
+                    self.plan
+                );
+                assert!(self.target_vm.is_restored.load(Ordering::SeqCst));
+                let difference = self.source_vm.first_difference(&self.target_vm);
+                assert_eq!(difference, None, "memory differs: {:?}", self.plan);
+                *self.target_vm.running.lock().unwrap() = true;
+                self.to_target(TargetEvent::Resumed(ResumedParts::default()));
+            }
+        }
+    }
+
+    fn to_source(&mut self, event: SourceEvent) {
+        let Some(source) = &mut self.source else { return };
+        let commands = source.handle(self.now, event);
+        self.source_commands(commands);
+        // A source that gave up by itself tells its daemon, which has the pool abort.
+        if matches!(self.source_phase(), Some(SourcePhase::Aborted { .. })) && self.decided.is_none() {
+            self.decide(Outcome::Aborted);
+        }
+    }
+
+    fn source_commands(&mut self, commands: Vec<SourceCommand>) {
+        let step = Duration::from_micros(100);
+        for command in commands {
+            match command {
+                SourceCommand::Connect => self.later(step, Happening::Source(SourceEvent::Connected)),
+                SourceCommand::Send(message) => {
+                    self.transmit(Stream::ControlOut, Happening::ToTarget(control::encode(&message)));
+                }
+                SourceCommand::StartTracking => {
+                    self.source_vm.start_dirty_tracking().unwrap();
+                    self.later(step, Happening::Source(SourceEvent::TrackingStarted));
+                }
+                SourceCommand::SendRound { round, scope } => self.send_round(round, scope),
+                SourceCommand::FetchDirty => {
+                    self.dirty.clear();
+                    self.source_vm.fetch_dirty(&mut self.dirty).unwrap();
+                    let pages = self.dirty.count();
+                    self.later(step, Happening::Source(SourceEvent::DirtyFetched { pages }));
+                }
+                SourceCommand::Throttle(percent) => self.source_vm.throttle(percent).unwrap(),
+                SourceCommand::Pause => self.later(step, Happening::PauseEnds),
+                SourceCommand::SaveState => {
+                    self.later(
+                        step,
+                        Happening::Source(SourceEvent::StateSaved { bytes: STATE.len() as u64 }),
+                    );
+                }
+                SourceCommand::SendState => {
+                    self.transmit(Stream::State, Happening::StateArrives(STATE.to_vec()))
+                }
+                SourceCommand::HashMemory => {
+                    let proof = hash_memory(&OfSource(&*self.source_vm), 1, &AtomicBool::new(false));
+                    self.later(step, Happening::Source(SourceEvent::MemoryHashed(proof.unwrap().unwrap())));
+                }
+                SourceCommand::CallOff => {}
+                SourceCommand::Resume => self.later(step, Happening::ResumeEnds),
+                SourceCommand::StopTracking => {
+                    self.source_vm.stop_dirty_tracking().unwrap();
+                    self.later(step, Happening::Source(SourceEvent::TrackingStopped));
+                }
+                SourceCommand::CloseLink => self.cut("closed by the source"),
+                SourceCommand::AnswerCommitProposed(Ok(())) => self.promised(),
+                SourceCommand::AnswerOutcome(answer) => {
+                    assert!(answer.is_ok(), "{answer:?}: {:?}", self.plan);
+                }
+                SourceCommand::AnswerCommitProposed(Err(_)) | SourceCommand::AnswerCancel(_) => {}
+            }
+        }
+    }
+
+    fn promised(&mut self) {
+        self.has_promised = true;
+        let decided_after = Duration::from_millis(10);
+        match self.plan.decision {
+            Decision::Commit => self.later(decided_after, Happening::Decide(Outcome::Committed)),
+            Decision::Abort => self.later(decided_after, Happening::Decide(Outcome::Aborted)),
+            Decision::Unknown { .. } => {}
+        }
+    }
+
+    fn send_round(&mut self, round: Round, scope: RoundScope) {
+        match scope {
+            RoundScope::Everything => self.dirty.fill(),
+            RoundScope::Dirty => {}
+            RoundScope::Last => {
+                self.dirty.clear();
+                self.source_vm.fetch_dirty(&mut self.dirty).unwrap();
+            }
+        }
+        let (pages, vm) = (self.dirty.clone(), self.source_vm.clone());
+        let streams = self.plan.streams;
+        let totals = send_round(&*vm, round, scope, &pages, streams, &mut Sink { world: self }).unwrap();
+        let took = Duration::from_micros(4 * totals.pages.total());
+        self.later(took, Happening::Source(SourceEvent::RoundSent(totals)));
+    }
+
+    fn to_target(&mut self, event: TargetEvent) {
+        let Some(target) = &mut self.target else { return };
+        let commands = target.handle(self.now, event);
+        for command in commands {
+            match command {
+                TargetCommand::Receive { streams, hashes } => {
+                    self.applier = Some(PageApplier::new(self.plan.pages as u64, streams, hashes));
+                }
+                TargetCommand::Send(message) => {
+                    self.transmit(Stream::ControlBack, Happening::ToSource(control::encode(&message)));
+                }
+                TargetCommand::LoadState(bytes) => {
+                    self.target_vm.load_state(&bytes).unwrap();
+                    self.later(Duration::from_micros(100), Happening::Target(TargetEvent::StateLoaded));
+                }
+                TargetCommand::HashMemory => {
+                    let proof = self.applier.as_ref().and_then(PageApplier::proof).unwrap();
+                    self.later(
+                        Duration::from_micros(100),
+                        Happening::Target(TargetEvent::MemoryHashed(proof)),
+                    );
+                }
+                TargetCommand::CloseLink => self.cut("closed by the target"),
+            }
+        }
+    }
+}
+
+/// Sends batches into the world; the guest writes on while a round is read.
+struct Sink<'a> {
+    world: &'a mut World,
+}
+
+impl BatchSink for Sink<'_> {
+    fn send(&mut self, stream: u8, bytes: Bytes, _page_bytes: u64) -> Result<(), Stopped> {
+        self.world.guest_writes();
+        self.world.transmit(Stream::Bulk(stream), Happening::Batch { stream, bytes });
+        Ok(())
+    }
+
+    fn codec(&self) -> Codec {
+        if self.world.plan.seed.is_multiple_of(2) { Codec::Lz4 } else { Codec::Raw }
+    }
+
+    fn remaining(&mut self, _pages: u64) {
+        self.world.guest_writes();
+    }
+}
