@@ -98,7 +98,7 @@ pub fn record_state(pool: &Pool, recorder: &Recorder) {
         for task in list["items"].as_array().into_iter().flatten() {
             recorder.add(Seen::Task {
                 id: text(&task["id"]),
-                kind: text(&task["kind"]),
+                kind: text(&task["operation"]),
                 state: text(&task["state"]),
             });
         }

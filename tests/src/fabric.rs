@@ -178,3 +178,48 @@ fn free_loopback_network() -> Result<u32> {
     }
     bail!("no free loopback network in {LOOPBACK_TRIES} tries; are other pools running?")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::output::run;
+    use crate::wait::wait_for;
+    use std::path::Path;
+    use std::time::Duration;
+
+    /// Whether host 1 can open a connection to the listener at host 2.
+    fn connects(fabric: &Fabric) -> bool {
+        let mut command = fabric.at_host(0, Path::new("bash"));
+        run(command.args(["-c", "exec 3<>/dev/tcp/10.99.0.2/7443"]), Duration::from_millis(600))
+            .is_ok_and(|output| output.code == 0)
+    }
+
+    #[test]
+    fn a_cut_keeps_hosts_apart_until_it_heals() {
+        if !nix::unistd::Uid::effective().is_root() {
+            // Without root there are no namespaces, and nothing of this can be used either.
+            return;
+        }
+        let fabric = Fabric::new(Network::Namespaces, &format!("ptfab{:x}", std::process::id())).unwrap();
+        for host in 0..2 {
+            fabric.add_host(host).unwrap();
+        }
+        // A listener inside the namespace of host 2: a thread of its own enters it, so this one stays outside.
+        let path = format!("/run/netns/ptfab{:x}-h2", std::process::id());
+        let listener = std::thread::spawn(move || {
+            nix::sched::setns(std::fs::File::open(path).unwrap(), nix::sched::CloneFlags::CLONE_NEWNET)
+                .unwrap();
+            TcpListener::bind(("10.99.0.2", PORT)).unwrap()
+        });
+        let listener = listener.join().unwrap();
+        let deadline = Duration::from_secs(10);
+        wait_for(deadline, "hosts reach each other", || Ok(connects(&fabric))).unwrap();
+        fabric.cut(&[&[0], &[1]]).unwrap();
+        assert!(!connects(&fabric), "the cut lets packets through");
+        fabric.cut(&[&[0, 1]]).unwrap();
+        wait_for(deadline, "hosts reach each other again", || Ok(connects(&fabric))).unwrap();
+        drop(listener);
+        fabric.remove();
+        assert!(!Path::new(&format!("/run/netns/ptfab{:x}-h2", std::process::id())).exists());
+    }
+}

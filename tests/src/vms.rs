@@ -24,10 +24,37 @@ pub struct VmSpec<'a> {
     pub ha: &'a str,
 }
 
+/// A guest boots, verifies its disk and beats within this, with everything else on two cores.
+pub const BOOT_DEADLINE: Duration = Duration::from_secs(60);
+
 /// Name under which the probe guest is imported.
 pub const PROBE_IMAGE: &str = "probe";
 
+/// Work of a probe guest that fits into any test: a small working set and steady disk writes.
+pub const PROBE_LIGHT: &str = "wss=4M disk=1";
+
 impl Pool {
+    /// A VM with the probe guest and one volume with as many replicas as hosts, up to three; started, and seen to beat.
+    ///
+    /// # Errors
+    /// When a step fails.
+    pub fn start_probe(
+        &self,
+        name: &str,
+        memory: &str,
+        cmdline: &str,
+        host: Option<&str>,
+    ) -> Result<Summary> {
+        if !self.items(&["image", "list"])?.iter().any(|image| image["name"] == PROBE_IMAGE) {
+            self.import_probe()?;
+        }
+        let disk = format!("{name}-disk");
+        self.create_volume(&disk, "16MiB", u32::try_from(self.hosts().len().min(3))?)?;
+        self.create_vm(&VmSpec { name, memory, disks: &[&disk], cmdline, ha: "restart" })?;
+        self.start_vm(name, host)?;
+        self.wait_probe(name, BOOT_DEADLINE, "boots and writes", |now| now.beat > 0 && now.acked > 0)
+    }
+
     /// Imports the probe guest.
     ///
     /// # Errors

@@ -1,0 +1,77 @@
+//! A disk that is full: a typed error, no damage, and everything goes on when there is room again.
+
+use anyhow::Result;
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+use std::time::Duration;
+use tests::vms::PROBE_LIGHT;
+use tests::{Pool, pool::Timing, serial};
+
+/// Size of each host's disk: room for the daemon's own files and a small volume.
+const DISK_BYTES: u64 = 192 << 20;
+
+/// Fills the disk that `dir` is on with one file, to the last block.
+fn fill(dir: &Path) -> Result<std::path::PathBuf> {
+    let path = dir.join("ballast");
+    let mut file = fs::File::create(&path)?;
+    let chunk = vec![0xA5; 64 << 10];
+    for size in [chunk.len(), 4096, 1] {
+        while file.write_all(&chunk[..size]).is_ok() {}
+    }
+    Ok(path)
+}
+
+#[test]
+fn an_image_that_does_not_fit_is_refused_and_leaves_nothing() -> Result<()> {
+    let _turn = serial();
+    let pool = Pool::builder().timing(Timing::Fast).disk_bytes(DISK_BYTES).start()?;
+    let file = pool.dir().join("large.img");
+    let large = fs::File::create(&file)?;
+    large.set_len(2 * DISK_BYTES)?;
+    let path = file.to_string_lossy().into_owned();
+    let output = pool.poolctl(&["image", "import", "large", &path])?.expect_code(4)?;
+    assert!(output.stderr.contains("space") || output.stderr.contains("full"), "{}", output.stderr);
+    assert!(pool.items(&["image", "list"])?.is_empty());
+    for host in pool.hosts() {
+        let images = host.data_dir().join("images");
+        let left: Vec<_> =
+            fs::read_dir(&images).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+        assert!(left.is_empty(), "left behind: {left:?}");
+    }
+    pool.start_probe("web", "64MiB", PROBE_LIGHT, None)?;
+    Ok(())
+}
+
+#[test]
+fn a_guest_whose_replicas_have_no_space_goes_on_when_there_is_some() -> Result<()> {
+    let _turn = serial();
+    let pool = Pool::builder().timing(Timing::Fast).disk_bytes(DISK_BYTES).start()?;
+    pool.start_probe("web", "64MiB", PROBE_LIGHT, Some("h1"))?;
+    let full = pool.host(2);
+    let ballast = fill(full.data_dir())?;
+    // One replica that can't write leaves the in-sync set; the guest's writes go on at the others.
+    pool.wait_beats("web", 10, Duration::from_secs(60))?;
+    let before = pool.probe("web")?;
+    pool.wait_probe("web", Duration::from_secs(60), "writes on", |now| now.acked > before.acked + 20)?;
+    fs::remove_file(ballast)?;
+    if full.daemon().is_none() {
+        // A log that can't be made durable ends the daemon; the operator starts it again when there is room.
+        full.start_daemon()?;
+    }
+    pool.wait_hosts_up()?;
+    tests::wait::wait_for(Duration::from_secs(90), "all replicas are in sync again", || {
+        let volume = pool.json(&["volume", "show", "web-disk"])?;
+        let replicas = volume["replicas"].as_array().cloned().unwrap_or_default();
+        Ok(replicas.len() == 3 && replicas.iter().all(|replica| replica["state"] == "in-sync"))
+    })?;
+    let last = pool.wait_beats("web", 3, Duration::from_secs(20))?;
+    pool.json(&["vm", "stop", "web"])?;
+    pool.start_vm("web", Some("h3"))?;
+    let booted =
+        pool.wait_probe("web", Duration::from_secs(60), "boots at the host that was full", |now| {
+            now.verified > 0
+        })?;
+    assert!(booted.disk_counter >= last.acked, "{last:?} → {booted:?}");
+    Ok(())
+}

@@ -1,0 +1,129 @@
+//! A VM moves while it runs; whatever happens to the move, it is at exactly one host.
+
+use anyhow::{Context, Result};
+use std::time::Duration;
+use tests::vms::PROBE_LIGHT;
+use tests::wait::{wait_for, wait_until};
+use tests::{Pool, pool::Timing, serial};
+
+/// The promise to the operator.
+const BLACKOUT_MS_MAX: f64 = 100.0;
+
+/// Number of processes of any VM in the pool.
+fn vm_processes(pool: &Pool) -> usize {
+    pool.hosts().iter().map(|host| host.vm_processes().len()).sum()
+}
+
+fn wait_one_process(pool: &Pool) -> Result<()> {
+    wait_for(Duration::from_secs(20), "one process is left", || Ok(vm_processes(pool) == 1))
+}
+
+#[test]
+fn a_vm_of_512_mib_moves_with_a_blackout_under_100_ms() -> Result<()> {
+    let _turn = serial();
+    let pool = Pool::builder().timing(Timing::Default).start()?;
+    pool.start_probe("web", "512MiB", "wss=64M rate=20M disk=1", Some("h1"))?;
+    // The whole working set has been written once before the move.
+    pool.wait_probe("web", Duration::from_secs(90), "one pass over its memory", |now| now.pass >= 1)?;
+    let epoch = pool.vm("web")?["epoch"].as_u64().context("an epoch")?;
+    let before = pool.probe("web")?;
+
+    let record = pool.json(&["vm", "migrate", "web", "--to", "h2"])?;
+    assert_eq!(record["outcome"], "done", "{record}");
+    assert_eq!(record["memory_proved"], true, "{record}");
+    let blackout = record["blackout_ms"].as_f64().context("a blackout")?;
+    assert!(blackout > 0.0 && blackout < BLACKOUT_MS_MAX, "{record}");
+    let parts = record["blackout_parts"].as_object().context("parts of the blackout")?;
+    let sum: f64 = parts.values().filter_map(serde_json::Value::as_f64).sum();
+    assert!((sum - blackout).abs() < 1.0, "the parts add up to {sum}: {record}");
+    assert_eq!(record["memory_bytes"], 512 << 20, "{record}");
+
+    let vm = pool.vm("web")?;
+    assert_eq!((vm["host"].as_str(), vm["epoch"].as_u64()), (Some("h2"), Some(epoch + 1)), "{vm}");
+    let after = pool.wait_beats("web", 5, Duration::from_secs(20))?;
+    assert!(after.beat > before.beat && after.acked > before.acked, "{before:?} → {after:?}");
+    wait_one_process(&pool)?;
+
+    // A boot reads the whole disk back.
+    pool.json(&["vm", "stop", "web"])?;
+    pool.start_vm("web", None)?;
+    let booted = pool.wait_probe("web", Duration::from_secs(60), "boots again", |now| now.verified > 0)?;
+    assert!(booted.disk_counter >= after.acked, "{after:?} → {booted:?}");
+    Ok(())
+}
+
+#[test]
+fn a_move_that_is_cancelled_leaves_the_vm_where_it_was() -> Result<()> {
+    let _turn = serial();
+    let pool = Pool::builder().hosts(2).timing(Timing::Fast).start()?;
+    pool.start_probe("web", "256MiB", "wss=128M rate=100M disk=1", Some("h1"))?;
+    pool.wait_probe("web", Duration::from_secs(90), "one pass over its memory", |now| now.pass >= 1)?;
+    // Too slow to end by itself.
+    pool.json(&["vm", "migrate", "web", "--to", "h2", "--bandwidth", "1MiB", "--async"])?;
+    let id = wait_until(Duration::from_secs(20), "the move copies", || {
+        let running =
+            pool.items(&["migration", "list"])?.into_iter().find(|record| record["phase"] == "copying");
+        Ok(running.and_then(|record| record["id"].as_str().map(ToOwned::to_owned)))
+    })?;
+    pool.json(&["migration", "cancel", &id])?;
+    let record = wait_until(Duration::from_secs(30), "the move is cancelled", || {
+        let record = pool.json(&["migration", "show", &id])?;
+        Ok((record["outcome"] != "running").then_some(record))
+    })?;
+    assert_eq!(record["outcome"], "cancelled", "{record}");
+    assert_eq!(pool.vm_host("web")?, "h1");
+    pool.wait_beats("web", 5, Duration::from_secs(20))?;
+    wait_one_process(&pool)?;
+    wait_for(Duration::from_secs(10), "the reservation at the target is given back", || {
+        Ok(pool.json(&["host", "show", "h2"])?["vm_memory_reserved_bytes"] == 0)
+    })?;
+    // And it can be moved after that.
+    assert_eq!(pool.json(&["vm", "migrate", "web", "--to", "h2"])?["outcome"], "done");
+    Ok(())
+}
+
+#[test]
+fn a_leader_that_dies_during_a_move_harms_neither_the_move_nor_the_vm() -> Result<()> {
+    let _turn = serial();
+    let pool = Pool::builder().timing(Timing::Fast).start()?;
+    let leader = pool.leader()?;
+    let source = pool.host_besides(&[leader.name()])?.name();
+    let target = pool.host_besides(&[leader.name(), source])?.name();
+    pool.start_probe("web", "128MiB", "wss=32M rate=20M disk=1", Some(source))?;
+    pool.wait_probe("web", Duration::from_secs(90), "one pass over its memory", |now| now.pass >= 1)?;
+    pool.json(&["vm", "migrate", "web", "--to", target, "--bandwidth", "20MiB", "--async"])?;
+    wait_for(Duration::from_secs(20), "the move copies", || {
+        Ok(pool.items(&["migration", "list"])?.iter().any(|record| record["phase"] == "copying"))
+    })?;
+    leader.kill9_daemon()?;
+    let record = wait_until(Duration::from_secs(60), "the move ends without the leader", || {
+        let record = pool.items(&["migration", "list"])?.pop().context("the move is listed")?;
+        Ok((record["outcome"] != "running").then_some(record))
+    })?;
+    assert_eq!(record["outcome"], "done", "{record}");
+    assert_eq!(pool.vm_host("web")?, target);
+    pool.wait_beats("web", 5, Duration::from_secs(30))?;
+    wait_one_process(&pool)?;
+    leader.start_daemon()?;
+    pool.wait_hosts_up()
+}
+
+#[test]
+fn a_target_that_dies_during_a_move_leaves_the_vm_at_its_source() -> Result<()> {
+    let _turn = serial();
+    let pool = Pool::builder().timing(Timing::Fast).start()?;
+    let target = pool.host_besides(&[pool.leader()?.name()])?;
+    let source = pool.host_besides(&[target.name()])?;
+    pool.start_probe("web", "128MiB", PROBE_LIGHT, Some(source.name()))?;
+    pool.json(&["vm", "migrate", "web", "--to", target.name(), "--bandwidth", "1MiB", "--async"])?;
+    wait_for(Duration::from_secs(20), "the target has a process", || Ok(!target.vm_processes().is_empty()))?;
+    target.kill9_host()?;
+    let record = wait_until(Duration::from_secs(60), "the move ends", || {
+        let record = pool.items(&["migration", "list"])?.pop().context("the move is listed")?;
+        Ok((record["outcome"] != "running").then_some(record))
+    })?;
+    assert_eq!(record["outcome"], "failed", "{record}");
+    assert_eq!(pool.vm_host("web")?, source.name());
+    pool.wait_beats("web", 5, Duration::from_secs(30))?;
+    Ok(())
+}
