@@ -1,1 +1,201 @@
 use super::*;
+use crate::{
+    converge::Policy,
+    proof::MemoryProof,
+    stats::PageCounts,
+    wire::{Refusal, ToSource},
+};
+use proto::{MigrationId, VmId};
+
+fn at(ms: u64) -> Moment {
+    Moment(Duration::from_millis(ms))
+}
+
+fn new() -> Source {
+    let settings = SourceSettings {
+        migration: MigrationId(1),
+        vm: VmId(2),
+        page_count: 100,
+        streams: 1,
+        policy: Policy::Default,
+        downtime_limit: Duration::from_millis(30),
+        with_proof: true,
+    };
+    let (source, commands) = Source::start(settings, at(0));
+    assert_eq!(commands, [SourceCommand::Connect]);
+    source
+}
+
+fn message(source: &mut Source, ms: u64, message: ToSource) -> Vec<SourceCommand> {
+    source.handle(at(ms), SourceEvent::Message(message))
+}
+
+fn totals(raw: u64) -> RoundTotals {
+    RoundTotals { pages: PageCounts { raw, ..PageCounts::default() }, bytes: raw * 4096 }
+}
+
+/// Everything up to the last round, which begins at 30 ms: paused at 21 (vCPUs after 1), state saved at 30.
+fn finishing() -> Source {
+    let mut source = new();
+    source.handle(at(1), SourceEvent::Connected);
+    assert_eq!(message(&mut source, 2, ToSource::Welcome), [SourceCommand::StartTracking]);
+    source.handle(at(3), SourceEvent::TrackingStarted);
+    source.handle(at(10), SourceEvent::RoundSent(totals(100)));
+    let fetch = message(&mut source, 13, ToSource::RoundReceived { round: Round(1) });
+    assert_eq!(fetch, [SourceCommand::FetchDirty]);
+    assert_eq!(source.handle(at(15), SourceEvent::DirtyFetched { pages: 3 }), [SourceCommand::Pause]);
+    let facts = PausedVm { pause: Duration::from_millis(1), ..PausedVm::default() };
+    source.handle(at(21), SourceEvent::Paused(facts));
+    let commands = source.handle(at(30), SourceEvent::StateSaved { bytes: 5 });
+    assert!(commands.contains(&SourceCommand::SendRound { round: Round(2), scope: RoundScope::Last }));
+    source
+}
+
+fn ready() -> Source {
+    let mut source = finishing();
+    source.handle(at(31), SourceEvent::RoundSent(totals(3)));
+    let proof = MemoryProof { root: [7; 32], groups: Vec::new() };
+    source.handle(at(32), SourceEvent::MemoryHashed(proof));
+    message(&mut source, 40, ToSource::RoundReceived { round: Round(2) });
+    message(&mut source, 42, ToSource::StateLoaded);
+    assert!(message(&mut source, 47, ToSource::Ready).is_empty());
+    assert!(matches!(source.phase(), SourcePhase::Paused { .. }));
+    source
+}
+
+#[test]
+fn the_blackout_is_split_at_its_points_and_adds_up() {
+    let mut source = ready();
+    source.handle(at(50), SourceEvent::CommitProposed);
+    // The target's word overtakes the daemon's.
+    assert!(message(&mut source, 70, ToSource::Resumed { activate_us: 4_000, resume_us: 1_000 }).is_empty());
+    assert!(matches!(source.phase(), SourcePhase::CommitProposed { .. }), "only the outcome decides");
+    source.handle(at(75), SourceEvent::Outcome(Outcome::Committed));
+    let progress = source.progress();
+    assert_eq!(progress.phase, SourcePhase::Done { resumed: true });
+    let ms = Duration::from_millis;
+    let parts = progress.stats.blackout;
+    assert_eq!((parts.pause, parts.drain, parts.last_pages), (ms(1), ms(5), ms(10)));
+    assert_eq!((parts.state, parts.proof), (ms(9 + 2), ms(5)));
+    assert_eq!((parts.commit, parts.activate, parts.resume), (ms(18), ms(4), ms(1)));
+    assert_eq!(parts.total(), ms(70 - 15));
+    assert_eq!(progress.stats.memory_hash, Some([7; 32]));
+    assert_eq!((progress.stats.rounds, progress.stats.pages.raw), (2, 103));
+}
+
+#[test]
+fn ready_counts_only_when_everything_was_confirmed() {
+    for missing in 0..3 {
+        let mut source = finishing();
+        if missing != 0 {
+            source
+                .handle(at(32), SourceEvent::MemoryHashed(MemoryProof { root: [7; 32], groups: Vec::new() }));
+        }
+        if missing != 1 {
+            message(&mut source, 40, ToSource::RoundReceived { round: Round(2) });
+        }
+        if missing != 2 {
+            message(&mut source, 42, ToSource::StateLoaded);
+        }
+        let commands = message(&mut source, 47, ToSource::Ready);
+        assert_eq!(commands[0], SourceCommand::Resume, "missing {missing}");
+    }
+}
+
+#[test]
+fn the_blackout_deadline_runs_from_the_pause_and_ends_with_the_proposal() {
+    let mut source = ready();
+    assert_eq!(source.next_deadline(), Some(at(15 + 2000)));
+    assert!(source.handle(at(2014), SourceEvent::Tick).is_empty());
+    assert_eq!(source.handle(at(2015), SourceEvent::Tick)[0], SourceCommand::Resume);
+    let mut proposed = ready();
+    proposed.handle(at(50), SourceEvent::CommitProposed);
+    assert_eq!(proposed.next_deadline(), None);
+    assert!(proposed.handle(at(1_000_000), SourceEvent::Tick).is_empty());
+}
+
+#[test]
+fn after_the_proposal_nothing_but_the_outcome_resumes() {
+    let mut source = ready();
+    source.handle(at(50), SourceEvent::CommitProposed);
+    let quiet = |commands: Vec<SourceCommand>| !commands.contains(&SourceCommand::Resume);
+    assert!(quiet(source.handle(at(51), SourceEvent::LinkLost { error: String::new() })));
+    assert!(quiet(source.handle(at(52), SourceEvent::Cancel)));
+    assert!(quiet(source.handle(at(53), SourceEvent::VmFailed { error: String::new() })));
+    assert!(quiet(message(&mut source, 54, ToSource::Failed { reason: String::new() })));
+    assert!(quiet(message(&mut source, 55, ToSource::Ready)));
+    assert_eq!(source.handle(at(60), SourceEvent::Outcome(Outcome::Aborted))[0], SourceCommand::Resume);
+}
+
+#[test]
+fn a_committed_source_without_a_link_is_done_at_once() {
+    let mut source = ready();
+    source.handle(at(50), SourceEvent::CommitProposed);
+    source.handle(at(51), SourceEvent::LinkLost { error: String::new() });
+    source.handle(at(52), SourceEvent::Outcome(Outcome::Committed));
+    assert_eq!(source.phase(), SourcePhase::Done { resumed: false });
+    let again = source.handle(at(53), SourceEvent::Outcome(Outcome::Committed));
+    assert_eq!(again, [SourceCommand::AnswerOutcome(Ok(()))]);
+    let conflict = source.handle(at(54), SourceEvent::Outcome(Outcome::Aborted));
+    assert!(matches!(conflict[..], [SourceCommand::AnswerOutcome(Err(_))]));
+}
+
+#[test]
+fn a_committed_source_does_not_wait_for_ever_to_hear_of_the_resume() {
+    let mut source = ready();
+    source.handle(at(50), SourceEvent::CommitProposed);
+    source.handle(at(60), SourceEvent::Outcome(Outcome::Committed));
+    assert_eq!(source.phase(), SourcePhase::Committed);
+    source.handle(source.next_deadline().unwrap(), SourceEvent::Tick);
+    assert_eq!(source.phase(), SourcePhase::Done { resumed: false });
+}
+
+#[test]
+fn a_cancel_during_the_pause_waits_for_it() {
+    let mut source = new();
+    source.handle(at(1), SourceEvent::Connected);
+    message(&mut source, 2, ToSource::Welcome);
+    source.handle(at(3), SourceEvent::TrackingStarted);
+    source.handle(at(10), SourceEvent::RoundSent(totals(100)));
+    message(&mut source, 13, ToSource::RoundReceived { round: Round(1) });
+    source.handle(at(15), SourceEvent::DirtyFetched { pages: 3 });
+    assert!(!source.handle(at(16), SourceEvent::Cancel).contains(&SourceCommand::Resume));
+    assert_eq!(source.handle(at(18), SourceEvent::Paused(PausedVm::default())), [SourceCommand::Resume]);
+    assert_eq!(source.handle(at(19), SourceEvent::VmResumed), [SourceCommand::StopTracking]);
+    source.handle(at(20), SourceEvent::TrackingStopped);
+    assert_eq!(source.phase(), SourcePhase::Aborted { cause: AbortCause::Cancelled });
+}
+
+#[test]
+fn a_machine_that_does_not_resume_is_reported_as_lost() {
+    let mut source = ready();
+    source.handle(at(50), SourceEvent::Cancel);
+    source.handle(at(51), SourceEvent::ResumeFailed { error: "vCPU 0".to_owned() });
+    assert!(matches!(source.phase(), SourcePhase::Lost { .. }));
+}
+
+#[test]
+fn a_refusal_and_silence_abort_before_a_page_has_moved() {
+    let mut refused = new();
+    refused.handle(at(1), SourceEvent::Connected);
+    message(&mut refused, 2, ToSource::Refused(Refusal::Version { version: 9 }));
+    refused.handle(at(3), SourceEvent::TrackingStopped);
+    assert!(matches!(refused.phase(), SourcePhase::Aborted { cause: AbortCause::Target { .. } }));
+    let mut silent = new();
+    silent.handle(at(10_000), SourceEvent::Tick);
+    silent.handle(at(10_001), SourceEvent::TrackingStopped);
+    assert!(matches!(silent.phase(), SourcePhase::Aborted { cause: AbortCause::ConnectTimeout { .. } }));
+}
+
+#[test]
+fn the_end_has_no_way_out_and_the_commit_none_back() {
+    use Stage::*;
+    let all = [
+        Connecting, Greeting, Copying, Pausing, Saving, Finishing, Ready, Proposed, Committed, Done,
+        Aborting, Aborted, Lost,
+    ];
+    for to in all {
+        assert!(!is_legal(Done, to) && !is_legal(Aborted, to) && !is_legal(Lost, to));
+        assert_eq!(is_legal(Committed, to), to == Done);
+    }
+}

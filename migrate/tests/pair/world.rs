@@ -143,7 +143,7 @@ impl World {
                 }
                 (_, Some(timer)) => {
                     self.now = self.now.max(timer);
-                    self.to_source(SourceEvent::Tick);
+                    self.tell_source(SourceEvent::Tick);
                 }
                 (_, None) => break,
             }
@@ -207,7 +207,7 @@ impl World {
                 *self.target_vm.running.lock().unwrap() = false;
                 self.cut("the target died");
             }
-            Fault::Cancel => self.to_source(SourceEvent::Cancel),
+            Fault::Cancel => self.tell_source(SourceEvent::Cancel),
         }
     }
 
@@ -243,33 +243,33 @@ impl World {
         match happening {
             Happening::ToTarget(bytes) if self.has_link => {
                 let message = control::decode::<ToTarget>(&bytes[4..]).unwrap();
-                self.to_target(TargetEvent::Message(message));
+                self.tell_target(TargetEvent::Message(message));
             }
             Happening::ToSource(bytes) if self.has_link => {
                 let message = control::decode::<ToSource>(&bytes[4..]).unwrap();
-                self.to_source(SourceEvent::Message(message));
+                self.tell_source(SourceEvent::Message(message));
             }
             Happening::Batch { stream, bytes } if self.has_link => self.batch_arrives(stream, &bytes),
             Happening::StateArrives(bytes) if self.has_link => {
-                self.to_target(TargetEvent::StateReceived(bytes))
+                self.tell_target(TargetEvent::StateReceived(bytes))
             }
             Happening::ToTarget(_) | Happening::ToSource(_) | Happening::Batch { .. } => {}
             Happening::StateArrives(_) => {}
             Happening::Source(SourceEvent::Connected) if !self.has_link => {}
-            Happening::Source(event) => self.to_source(event),
-            Happening::Target(event) => self.to_target(event),
+            Happening::Source(event) => self.tell_source(event),
+            Happening::Target(event) => self.tell_target(event),
             Happening::PauseEnds if self.source.is_some() => {
                 let facts = futures::executor::block_on(self.source_vm.pause_and_drain()).unwrap();
-                self.to_source(SourceEvent::Paused(facts));
+                self.tell_source(SourceEvent::Paused(facts));
             }
             Happening::ResumeEnds if self.source.is_some() => {
                 self.source_vm.resume().unwrap();
-                self.to_source(SourceEvent::VmResumed);
+                self.tell_source(SourceEvent::VmResumed);
             }
             Happening::PauseEnds | Happening::ResumeEnds => {}
-            Happening::Propose => self.to_source(SourceEvent::CommitProposed),
+            Happening::Propose => self.tell_source(SourceEvent::CommitProposed),
             Happening::Decide(outcome) => self.decide(outcome),
-            Happening::OutcomeAtSource(outcome) => self.to_source(SourceEvent::Outcome(outcome)),
+            Happening::OutcomeAtSource(outcome) => self.tell_source(SourceEvent::Outcome(outcome)),
             Happening::OutcomeAtTarget(outcome) => self.outcome_at_target(outcome),
         }
     }
@@ -287,7 +287,7 @@ impl World {
             }
             Err(error) => {
                 let failure = TargetFailure::Pages { error: error.to_string() };
-                self.to_target(TargetEvent::Failed(failure));
+                self.tell_target(TargetEvent::Failed(failure));
             }
         }
     }
@@ -305,7 +305,7 @@ impl World {
     fn outcome_at_target(&mut self, outcome: Outcome) {
         let Some(phase) = self.target_phase() else { return };
         match outcome {
-            Outcome::Aborted => self.to_target(TargetEvent::Discard),
+            Outcome::Aborted => self.tell_target(TargetEvent::Discard),
             Outcome::Committed => {
                 assert!(
                     matches!(phase, TargetPhase::Ready { .. }),
@@ -316,12 +316,12 @@ impl World {
                 let difference = self.source_vm.first_difference(&self.target_vm);
                 assert_eq!(difference, None, "memory differs: {:?}", self.plan);
                 *self.target_vm.running.lock().unwrap() = true;
-                self.to_target(TargetEvent::Resumed(ResumedParts::default()));
+                self.tell_target(TargetEvent::Resumed(ResumedParts::default()));
             }
         }
     }
 
-    fn to_source(&mut self, event: SourceEvent) {
+    fn tell_source(&mut self, event: SourceEvent) {
         let Some(source) = &mut self.source else { return };
         let commands = source.handle(self.now, event);
         self.source_commands(commands);
@@ -407,7 +407,7 @@ impl World {
         self.later(took, Happening::Source(SourceEvent::RoundSent(totals)));
     }
 
-    fn to_target(&mut self, event: TargetEvent) {
+    fn tell_target(&mut self, event: TargetEvent) {
         let Some(target) = &mut self.target else { return };
         let commands = target.handle(self.now, event);
         for command in commands {
