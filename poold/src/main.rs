@@ -1,1 +1,37 @@
-fn main() {}
+//! `poold`, the pool daemon.
+
+use clap::Parser;
+use poold::cli::{Cli, CliCommand};
+use poold::commands;
+use std::process::ExitCode;
+use tracing_subscriber::EnvFilter;
+
+/// Threads of the runtime: the daemon waits for disks and peers; the VMs need the cores.
+const WORKER_THREADS: usize = 2;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let log_json = matches!(cli.command, CliCommand::Serve { log_json: true, .. });
+    let filter =
+        EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,openraft=warn,sled=warn"));
+    let logs =
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false);
+    if log_json {
+        logs.json().init()
+    } else {
+        logs.init()
+    }
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(WORKER_THREADS).enable_all().build();
+    let result = match runtime {
+        Ok(runtime) => runtime.block_on(commands::run(cli.command)),
+        Err(error) => Err(commands::Failure::failed(format!("the runtime does not start: {error}"))),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("poold: {}", failure.message);
+            ExitCode::from(failure.code)
+        }
+    }
+}

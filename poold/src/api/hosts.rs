@@ -1,0 +1,291 @@
+//! `HostService`: join tokens, joining, listing and removing hosts.
+
+use super::principal::{Principal, require_user};
+use super::status::{self, detailed};
+use crate::config::FEATURE_LEVEL;
+use crate::consensus::{Consensus, unix_ms};
+use crate::identity::{CertificateAuthority, fingerprint_of_pem};
+use crate::join::{JoinToken, from_hex};
+use pool_state::command::{HostFacts, JoinHost, RemoveMode};
+use pool_state::state::{Host, Token};
+use pool_state::{Command, Outcome, PoolState, RejectionClass, Timing};
+use proto::v1::{self, host_service_server::HostService};
+use proto::{ByteCount, HostId, TokenId};
+use std::pin::Pin;
+use std::sync::Arc;
+use tokio_stream::{Stream, StreamExt, wrappers::WatchStream};
+use tonic::{Code, Request, Response, Status};
+
+/// Lifetime of a token when the operator says nothing: enough to walk over to the new machine.
+const TOKEN_TTL_SECONDS_DEFAULT: u64 = 3 * 3600;
+
+/// Clocks may differ by this much: events and token expiry are stamped by the proposing host's clock.
+const CLOCK_SKEW_MS_MAX: u64 = 30_000;
+
+/// Addresses in a token: enough to survive the loss of any voter.
+const TOKEN_ADDRESSES_MAX: usize = 8;
+
+/// The service of one host.
+pub struct HostApi {
+    consensus: Consensus,
+}
+
+impl HostApi {
+    /// A service on the local consensus.
+    #[must_use]
+    pub fn new(consensus: Consensus) -> Self {
+        Self { consensus }
+    }
+
+    async fn read(&self) -> Result<Arc<PoolState>, Status> {
+        self.consensus.read_linearizable().await.map_err(status::read)
+    }
+
+    async fn change(
+        &self,
+        principal: &Principal,
+        meta: Option<&v1::RequestMeta>,
+        command: Command,
+    ) -> Result<Outcome, Status> {
+        let meta = super::propose_meta(principal, meta);
+        let (_, outcome) = self.consensus.propose(command, meta).await.map_err(status::proposed)?;
+        Ok(outcome)
+    }
+
+    fn role(&self, host: HostId) -> &'static str {
+        if self.consensus.leader() == Some(host) {
+            "leader"
+        } else if self.consensus.voters().contains(&host) {
+            "voter"
+        } else {
+            "learner"
+        }
+    }
+
+    fn view(&self, state: &PoolState, host: &Host) -> v1::Host {
+        let reserved = state.reserved_memory().get(&host.id).map_or(0, |bytes| bytes.0);
+        v1::Host {
+            id: host.id.0,
+            name: host.name.clone(),
+            state: host.state.as_str().to_owned(),
+            role: self.role(host.id).to_owned(),
+            address: host.address.clone(),
+            vm_memory_bytes: host.vm_memory.0,
+            vm_memory_reserved_bytes: reserved,
+            lease_age_ms: 0,
+            vms: state.vms_on(host.id).map(|vm| vm.name.clone()).collect(),
+        }
+    }
+
+    fn list_of(&self, state: &PoolState) -> v1::ListHostsResponse {
+        let hosts = state.members().map(|host| self.view(state, host)).collect();
+        v1::ListHostsResponse { revision: state.revision, hosts }
+    }
+
+    /// The command of a join request, or what is wrong with the request itself.
+    fn join_command(request: &v1::JoinRequest) -> Result<JoinHost, Status> {
+        let invalid = |what: &str| Status::invalid_argument(format!("join request: {what}"));
+        let secret = from_hex(&request.secret).ok_or_else(|| invalid("the secret is no hex text"))?;
+        Ok(JoinHost {
+            secret_hash: *blake3::hash(&secret).as_bytes(),
+            facts: HostFacts {
+                name: request.host_name.clone(),
+                address: request.address.clone(),
+                public_key: request.public_key.clone(),
+                cpu_vendor: request.cpu_vendor.clone(),
+                vm_memory: ByteCount(request.vm_memory_bytes),
+                feature_level: request.feature_level,
+            },
+        })
+    }
+}
+
+/// Everything that speaks against a join, and whether the token itself does.
+fn problems(state: &PoolState, request: &v1::JoinRequest, join: &JoinHost) -> v1::PreflightResponse {
+    let mut problems = request.local_problems.clone();
+    let mut token_refused = false;
+    if request.pool_id != state.settings.pool_id {
+        problems.push(
+            "the token was made for another pool; create one here with `poolctl host token create`".into(),
+        );
+        token_refused = true;
+    }
+    let now_ms = unix_ms();
+    for rejection in state.join_problems(now_ms, join) {
+        token_refused |= rejection.class() == RejectionClass::Denied;
+        problems.push(format!("{rejection}: {}", rejection.remedy()));
+    }
+    let skew_ms = now_ms.abs_diff(request.clock_ms);
+    if skew_ms > CLOCK_SKEW_MS_MAX {
+        problems.push(format!(
+            "its clock differs by {} s from the pool's: synchronise it with NTP",
+            skew_ms / 1000
+        ));
+    }
+    if request.feature_level != FEATURE_LEVEL {
+        let level = request.feature_level;
+        problems.push(format!(
+            "its poold has feature level {level}, the pool needs {FEATURE_LEVEL}: install the same version"
+        ));
+    }
+    v1::PreflightResponse { problems, token_refused }
+}
+
+fn token_view(token: &Token) -> v1::JoinToken {
+    let state = token.state_at(unix_ms()).to_owned();
+    v1::JoinToken { id: token.id.0, token: String::new(), expires_ms: token.expires_ms, state }
+}
+
+/// A token's secret, from the request id, so that a repeated request gets the same answer; the CA's key keeps it secret.
+fn secret_of(state: &PoolState, request_id: &str) -> [u8; 32] {
+    let key = blake3::derive_key("pool 2026 join token secret", state.settings.ca_key_pem.as_bytes());
+    *blake3::keyed_hash(&key, request_id.as_bytes()).as_bytes()
+}
+
+type HostStream = Pin<Box<dyn Stream<Item = Result<v1::ListHostsResponse, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl HostService for HostApi {
+    type WatchStream = HostStream;
+
+    async fn create_join_token(
+        &self,
+        request: Request<v1::CreateJoinTokenRequest>,
+    ) -> Result<Response<v1::JoinToken>, Status> {
+        let principal = require_user(&request)?;
+        let request = request.into_inner();
+        let request_id =
+            request.meta.as_ref().map(|meta| meta.request_id.clone()).filter(|id| !id.is_empty());
+        let request_id = request_id.unwrap_or_else(|| uuid::Uuid::new_v4().to_string());
+        let seconds = if request.ttl_seconds == 0 { TOKEN_TTL_SECONDS_DEFAULT } else { request.ttl_seconds };
+        let state = self.read().await?;
+        let secret = secret_of(&state, &request_id);
+        let command = Command::CreateToken {
+            secret_hash: *blake3::hash(&secret).as_bytes(),
+            ttl_ms: seconds.saturating_mul(1000),
+        };
+        let meta = v1::RequestMeta { request_id };
+        let outcome = self.change(&principal, Some(&meta), command).await?;
+        let Outcome::Token(id) = outcome else { return Err(Status::internal("a token was not created")) };
+        let state = self.read().await?;
+        let token = state.tokens.get(&id).ok_or_else(|| Status::internal("the token is gone"))?;
+        let members = state.members().filter(|host| host.is_up()).map(|host| host.address.clone());
+        let text = JoinToken {
+            addresses: members.take(TOKEN_ADDRESSES_MAX).collect(),
+            ca_fingerprint: fingerprint_of_pem(&state.settings.ca_cert_pem).unwrap_or_default(),
+            pool_id: state.settings.pool_id.clone(),
+            secret,
+        };
+        Ok(Response::new(v1::JoinToken { token: text.encode(), ..token_view(token) }))
+    }
+
+    async fn list_join_tokens(
+        &self,
+        request: Request<v1::ListJoinTokensRequest>,
+    ) -> Result<Response<v1::ListJoinTokensResponse>, Status> {
+        require_user(&request)?;
+        let tokens = self.consensus.local().tokens.values().map(token_view).collect();
+        Ok(Response::new(v1::ListJoinTokensResponse { tokens }))
+    }
+
+    async fn revoke_join_token(
+        &self,
+        request: Request<v1::RevokeJoinTokenRequest>,
+    ) -> Result<Response<v1::RevokeJoinTokenResponse>, Status> {
+        let principal = require_user(&request)?;
+        let request = request.into_inner();
+        let command = Command::RevokeToken { token: TokenId(request.id) };
+        self.change(&principal, request.meta.as_ref(), command).await?;
+        Ok(Response::new(v1::RevokeJoinTokenResponse {}))
+    }
+
+    async fn preflight_join(
+        &self,
+        request: Request<v1::JoinRequest>,
+    ) -> Result<Response<v1::PreflightResponse>, Status> {
+        let request = request.into_inner();
+        let join = Self::join_command(&request)?;
+        let state = self.read().await?;
+        Ok(Response::new(problems(&state, &request, &join)))
+    }
+
+    async fn join(&self, request: Request<v1::JoinRequest>) -> Result<Response<v1::JoinResponse>, Status> {
+        let request = request.into_inner();
+        let join = Self::join_command(&request)?;
+        let state = self.read().await?;
+        let found = problems(&state, &request, &join);
+        if !found.problems.is_empty() {
+            let code = if found.token_refused { Code::PermissionDenied } else { Code::FailedPrecondition };
+            let object = format!("host {}", request.host_name);
+            let remedy = "put these right and run `poold join` again";
+            return Err(detailed(code, "JOIN_BLOCKED", &object, remedy, &found.problems.join("; ")));
+        }
+        let principal = Principal::User("joining".to_owned());
+        let outcome = self.change(&principal, None, Command::JoinHost(join)).await?;
+        let Outcome::Host(host_id) = outcome else { return Err(Status::internal("no host was created")) };
+        let state = self.read().await?;
+        let settings = &state.settings;
+        let internal = |error: &dyn std::error::Error| Status::internal(error.to_string());
+        let ca = CertificateAuthority::load(&settings.ca_cert_pem, &settings.ca_key_pem)
+            .map_err(|error| internal(&error))?;
+        let certificate_pem = ca.sign_host(host_id, &request.public_key).map_err(|error| internal(&error))?;
+        let peers = state.members().map(|host| v1::HostAddress {
+            host_id: host.id.0,
+            name: host.name.clone(),
+            address: host.address.clone(),
+        });
+        let timing_profile = if settings.timing == Timing::fast() { "fast" } else { "default" };
+        Ok(Response::new(v1::JoinResponse {
+            host_id: host_id.0,
+            pool_id: settings.pool_id.clone(),
+            pool_name: settings.name.clone(),
+            ca_pem: settings.ca_cert_pem.clone(),
+            certificate_pem,
+            peers: peers.collect(),
+            timing_profile: timing_profile.to_owned(),
+        }))
+    }
+
+    async fn leave(&self, request: Request<v1::LeaveRequest>) -> Result<Response<v1::Host>, Status> {
+        let principal = require_user(&request)?;
+        let request = request.into_inner();
+        let state = self.read().await?;
+        let host = state.resolve_host(&request.host).map_err(|rejection| status::rejected(&rejection))?.id;
+        let mode = if request.force { RemoveMode::ConfirmDead } else { RemoveMode::Drained };
+        self.change(&principal, request.meta.as_ref(), Command::RemoveHost { host, mode }).await?;
+        let state = self.read().await?;
+        let removed = state.host(host).map_err(|rejection| status::rejected(&rejection))?;
+        Ok(Response::new(self.view(&state, removed)))
+    }
+
+    async fn list(
+        &self,
+        request: Request<v1::ListHostsRequest>,
+    ) -> Result<Response<v1::ListHostsResponse>, Status> {
+        require_user(&request)?;
+        Ok(Response::new(self.list_of(&self.consensus.local())))
+    }
+
+    async fn show(&self, request: Request<v1::HostRef>) -> Result<Response<v1::Host>, Status> {
+        require_user(&request)?;
+        let state = self.read().await?;
+        let host =
+            state.resolve_host(&request.get_ref().r#ref).map_err(|rejection| status::rejected(&rejection))?;
+        Ok(Response::new(self.view(&state, host)))
+    }
+
+    async fn watch(&self, request: Request<v1::ListHostsRequest>) -> Result<Response<HostStream>, Status> {
+        require_user(&request)?;
+        let api = Self { consensus: self.consensus.clone() };
+        let lists = WatchStream::new(self.consensus.watch()).map(move |state| api.list_of(&state));
+        // Entries that change no host send nothing.
+        let mut last = None;
+        let changes = lists.filter(move |list| {
+            let hosts = Some(list.hosts.clone());
+            let changed = hosts != last;
+            last = hosts;
+            changed
+        });
+        Ok(Response::new(Box::pin(changes.map(Ok))))
+    }
+}

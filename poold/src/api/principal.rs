@@ -1,0 +1,54 @@
+//! Who calls: taken from the certificate that TLS has verified.
+//!
+//! Until roles exist every user of the pool is an administrator. Internal services are for hosts only. Joining hosts have
+//! no certificate; only the join calls and the health service answer them.
+
+use super::status::detailed;
+use crate::identity::{CertificateName, name_of};
+use proto::HostId;
+use tonic::transport::server::{TcpConnectInfo, TlsConnectInfo};
+use tonic::{Code, Request, Status};
+
+/// Who calls.
+pub type Principal = CertificateName;
+
+/// The caller.
+///
+/// # Errors
+/// No certificate was shown, or it names nobody.
+pub fn principal_of<T>(request: &Request<T>) -> Result<Principal, Status> {
+    let missing = || {
+        detailed(
+            Code::Unauthenticated,
+            "NO_CERTIFICATE",
+            "the caller",
+            "use the configuration that `poold init` wrote to admin.toml",
+            "this call needs a client certificate of the pool",
+        )
+    };
+    let info = request.extensions().get::<TlsConnectInfo<TcpConnectInfo>>().ok_or_else(missing)?;
+    let certificates = info.peer_certs().ok_or_else(missing)?;
+    let first = certificates.first().ok_or_else(missing)?;
+    name_of(first).map_err(|error| Status::unauthenticated(error.to_string()))
+}
+
+/// The calling host.
+///
+/// # Errors
+/// The caller is no host.
+pub fn require_host<T>(request: &Request<T>) -> Result<HostId, Status> {
+    match principal_of(request)? {
+        Principal::Host(host) => Ok(host),
+        Principal::User(name) => {
+            Err(Status::permission_denied(format!("user {name} may not use the hosts' internal services")))
+        }
+    }
+}
+
+/// The caller of the public API: a user, or a host on behalf of one.
+///
+/// # Errors
+/// No certificate was shown.
+pub fn require_user<T>(request: &Request<T>) -> Result<Principal, Status> {
+    principal_of(request)
+}

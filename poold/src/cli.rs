@@ -1,0 +1,67 @@
+//! The command line of the daemon.
+
+use crate::config::TimingName;
+use clap::{Parser, Subcommand};
+use proto::ByteCount;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+/// One daemon per host of a pool of virtual machines.
+#[derive(Debug, Parser)]
+#[command(name = "poold", version, about)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: CliCommand,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum CliCommand {
+    /// Founds a new pool with this host as its first.
+    Init {
+        /// Where and as whom.
+        #[command(flatten)]
+        host: HostArgs,
+        /// Name of the pool.
+        #[arg(long)]
+        name: String,
+        /// Timing profile of the pool.
+        #[arg(long, value_enum, default_value = "default")]
+        timing: TimingName,
+    },
+    /// Joins a pool; safe to run again.
+    Join {
+        /// Where and as whom.
+        #[command(flatten)]
+        host: HostArgs,
+        /// The line that `poolctl host token create` printed.
+        token: String,
+    },
+    /// Runs the daemon.
+    Serve {
+        /// Data folder of this host.
+        #[arg(long)]
+        data: PathBuf,
+        /// Logs as JSON, one object per line.
+        #[arg(long)]
+        log_json: bool,
+    },
+}
+
+/// Where and as whom a host comes to be.
+#[derive(Debug, clap::Args)]
+pub struct HostArgs {
+    /// Data folder of this host.
+    #[arg(long)]
+    pub data: PathBuf,
+    /// Name of this host in the pool.
+    #[arg(long)]
+    pub host_name: String,
+    /// Address that the other hosts reach: TCP for gRPC, UDP for the block store.
+    #[arg(long, value_name = "IP:PORT")]
+    pub listen: SocketAddr,
+    /// Memory that VMs may use, e.g. 64GiB [default: 80 % of the machine's].
+    #[arg(long, value_name = "SIZE")]
+    pub vm_memory: Option<ByteCount>,
+}

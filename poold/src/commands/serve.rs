@@ -1,0 +1,86 @@
+//! `poold serve`: the daemon.
+
+use super::{Failure, chain};
+use crate::config::HostConfig;
+use crate::consensus::{Consensus, MembershipTask, StartOptions};
+use crate::identity::IdentityDir;
+use crate::node::{self, NodeContext};
+use crate::server::{self, ServerOptions};
+use nix::fcntl::{Flock, FlockArg};
+use std::fs::File;
+use std::path::Path;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+/// Runs the daemon until a signal or a fatal error.
+pub async fn run(data: &Path) -> Result<(), Failure> {
+    let failed = |error: &dyn std::error::Error| Failure::failed(chain(error));
+    let config = HostConfig::load(data).map_err(|error| failed(&error))?.ok_or_else(|| {
+        let data = data.display();
+        Failure::blocked(format!("{data} belongs to no pool: run `poold init` or `poold join` with it first"))
+    })?;
+    let _lock = lock(data)?;
+    let identity = IdentityDir::open(data).and_then(|dir| dir.load()).map_err(|error| failed(&error))?;
+    // Bound before anything else is started: a taken port is the operator's most likely mistake.
+    let listener = tokio::net::TcpListener::bind(config.listen)
+        .await
+        .map_err(|error| Failure::blocked(format!("TCP {} can't be bound: {error}", config.listen)))?;
+    let options = StartOptions {
+        data_dir: data,
+        host: config.host(),
+        timing: config.timing.timing(),
+        identity: identity.clone(),
+    };
+    let consensus = Consensus::start(options).await.map_err(|error| failed(&error))?;
+    let shutdown = CancellationToken::new();
+    let context = NodeContext {
+        host: config.host(),
+        data_dir: data.to_owned(),
+        address: config.listen,
+        vm_memory_bytes: config.vm_memory_bytes,
+        consensus: consensus.clone(),
+        clients: consensus.clients(),
+        shutdown: shutdown.clone(),
+    };
+    let mut node = node::run(context).await.map_err(|error| failed(&error))?;
+    let membership = tokio::spawn(MembershipTask::new(consensus.clone()).run(shutdown.clone()));
+    let routes = std::mem::take(&mut node.routes);
+    let options = ServerOptions { listener, identity, consensus: consensus.clone(), routes };
+    let server = server::spawn(options, shutdown.clone()).map_err(|error| failed(&error))?;
+    tracing::info!(host = %config.host(), address = %config.listen, "serving");
+    let outcome = wait(&consensus, &mut node).await;
+    shutdown.cancel();
+    node.stopped().await;
+    server.stopped().await;
+    if let Err(error) = membership.await {
+        tracing::warn!(%error, "the membership task ended badly");
+    }
+    consensus.shutdown().await;
+    outcome
+}
+
+/// Waits for a signal (a good end) or a fatal error.
+async fn wait(consensus: &Consensus, node: &mut node::Node) -> Result<(), Failure> {
+    let signals = |kind| signal(kind).map_err(|error| Failure::failed(format!("signals: {error}")));
+    let mut terminate = signals(SignalKind::terminate())?;
+    let mut interrupt = signals(SignalKind::interrupt())?;
+    tokio::select! {
+        _ = terminate.recv() => Ok(()),
+        _ = interrupt.recv() => Ok(()),
+        cause = consensus.failed() => Err(Failure::failed(format!("consensus has stopped: {cause}"))),
+        failure = &mut node.failed => Err(Failure::failed(match failure {
+            Ok(failure) => chain(&failure),
+            Err(_) => "the node's tasks have ended".to_owned(),
+        })),
+    }
+}
+
+/// One daemon per data folder.
+fn lock(data: &Path) -> Result<Flock<File>, Failure> {
+    let path = data.join("lock");
+    let file =
+        File::create(&path).map_err(|error| Failure::failed(format!("{}: {error}", path.display())))?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| {
+        Failure::blocked(format!("another poold already serves {} ({error})", data.display()))
+    })
+}

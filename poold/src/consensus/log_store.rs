@@ -1,0 +1,201 @@
+//! The Raft log, the vote and the purge mark in sled.
+//!
+//! Tree `log`: index as 8 bytes big-endian → sealed entry. Tree `meta`: `vote`, `committed`, `purged`.
+
+use super::TypeConfig;
+use super::codec::{open, seal};
+use super::flusher::Flusher;
+use openraft::storage::{LogFlushed, RaftLogStorage};
+use openraft::{
+    AnyError, Entry, ErrorSubject, ErrorVerb, LogId, LogState, OptionalSend, RaftLogReader, StorageError,
+    StorageIOError, Vote,
+};
+use serde::{Serialize, de::DeserializeOwned};
+use std::fmt::Debug;
+use std::io;
+use std::ops::{Bound, RangeBounds};
+use std::path::Path;
+use std::sync::Arc;
+
+/// sled's page cache in bytes: the log is read only at start and by a lagging peer, and the daemon shall stay small.
+const CACHE_BYTES: u64 = 16 << 20;
+
+/// Entries read at once for a lagging peer; at 256 KiB each it bounds the memory to 64 MiB, typically 100 KiB.
+const READ_ENTRIES_MAX: usize = 256;
+
+const VOTE: &str = "vote";
+const COMMITTED: &str = "committed";
+const PURGED: &str = "purged";
+
+/// The log of one host; clones share it.
+#[derive(Clone)]
+pub struct LogStore {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    log: sled::Tree,
+    meta: sled::Tree,
+    flusher: Flusher,
+}
+
+type Result<T> = std::result::Result<T, StorageError<u64>>;
+
+impl LogStore {
+    /// Opens or creates the log in `dir`.
+    ///
+    /// # Errors
+    /// The folder can't be written, is in use, or holds no valid database.
+    pub fn open(dir: &Path) -> io::Result<Self> {
+        let db = sled::Config::new()
+            .path(dir)
+            .cache_capacity(CACHE_BYTES)
+            .flush_every_ms(None)
+            .open()
+            .map_err(io::Error::other)?;
+        let tree = |name: &str| db.open_tree(name).map_err(io::Error::other);
+        let (log, meta) = (tree("log")?, tree("meta")?);
+        let flusher = Flusher::start(db, dir)?;
+        Ok(Self { shared: Arc::new(Shared { log, meta, flusher }) })
+    }
+
+    async fn sync(&self) -> io::Result<()> {
+        let (done, durable) = tokio::sync::oneshot::channel();
+        self.shared.flusher.when_durable(Box::new(move |result| {
+            // The asker may have been cancelled.
+            let _ = done.send(result);
+        }));
+        durable.await.map_err(|_| io::Error::other("the flusher has stopped"))?
+    }
+
+    fn put<T: Serialize>(&self, key: &str, value: &T) -> io::Result<()> {
+        self.shared.meta.insert(key, seal(value)?).map_err(io::Error::other)?;
+        Ok(())
+    }
+
+    fn get<T: DeserializeOwned>(&self, key: &str) -> io::Result<Option<T>> {
+        self.shared.meta.get(key).map_err(io::Error::other)?.map(|bytes| open(&bytes)).transpose()
+    }
+
+    fn remove(&self, range: impl RangeBounds<[u8; 8]>) -> io::Result<()> {
+        let mut batch = sled::Batch::default();
+        for key in self.shared.log.range(range).keys() {
+            batch.remove(key.map_err(io::Error::other)?);
+        }
+        self.shared.log.apply_batch(batch).map_err(io::Error::other)
+    }
+
+    fn last(&self) -> io::Result<Option<LogId<u64>>> {
+        match self.shared.log.last().map_err(io::Error::other)? {
+            Some((_, bytes)) => Ok(Some(open::<Entry<TypeConfig>>(&bytes)?.log_id)),
+            None => Ok(None),
+        }
+    }
+}
+
+fn key(index: u64) -> [u8; 8] {
+    index.to_be_bytes()
+}
+
+fn failed(subject: ErrorSubject<u64>, verb: ErrorVerb, error: &io::Error) -> StorageError<u64> {
+    StorageError::from(StorageIOError::new(subject, verb, AnyError::new(error)))
+}
+
+fn bound(bound: Bound<&u64>) -> Bound<[u8; 8]> {
+    match bound {
+        Bound::Included(index) => Bound::Included(key(*index)),
+        Bound::Excluded(index) => Bound::Excluded(key(*index)),
+        Bound::Unbounded => Bound::Unbounded,
+    }
+}
+
+impl RaftLogReader<TypeConfig> for LogStore {
+    async fn try_get_log_entries<RB: RangeBounds<u64> + Clone + Debug + OptionalSend>(
+        &mut self,
+        range: RB,
+    ) -> Result<Vec<Entry<TypeConfig>>> {
+        let range = (bound(range.start_bound()), bound(range.end_bound()));
+        let read = self.shared.log.range(range).values().map(|value| open(&value.map_err(io::Error::other)?));
+        read.collect::<io::Result<_>>().map_err(|e| failed(ErrorSubject::Logs, ErrorVerb::Read, &e))
+    }
+
+    async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> Result<Vec<Entry<TypeConfig>>> {
+        let end = end.min(start.saturating_add(READ_ENTRIES_MAX as u64));
+        self.try_get_log_entries(start..end).await
+    }
+}
+
+impl RaftLogStorage<TypeConfig> for LogStore {
+    type LogReader = Self;
+
+    async fn get_log_state(&mut self) -> Result<LogState<TypeConfig>> {
+        let read = || -> io::Result<_> {
+            let last_purged_log_id: Option<LogId<u64>> = self.get(PURGED)?;
+            let last_log_id = self.last()?.or(last_purged_log_id);
+            Ok(LogState { last_purged_log_id, last_log_id })
+        };
+        read().map_err(|e| failed(ErrorSubject::Logs, ErrorVerb::Read, &e))
+    }
+
+    async fn get_log_reader(&mut self) -> Self::LogReader {
+        self.clone()
+    }
+
+    async fn save_vote(&mut self, vote: &Vote<u64>) -> Result<()> {
+        let saved = match self.put(VOTE, vote) {
+            Ok(()) => self.sync().await,
+            Err(error) => Err(error),
+        };
+        saved.map_err(|e| failed(ErrorSubject::Vote, ErrorVerb::Write, &e))
+    }
+
+    async fn read_vote(&mut self) -> Result<Option<Vote<u64>>> {
+        self.get(VOTE).map_err(|e| failed(ErrorSubject::Vote, ErrorVerb::Read, &e))
+    }
+
+    /// Written without a sync of its own: losing it costs only that entries are applied again after a restart.
+    async fn save_committed(&mut self, committed: Option<LogId<u64>>) -> Result<()> {
+        self.put(COMMITTED, &committed).map_err(|e| failed(ErrorSubject::Store, ErrorVerb::Write, &e))
+    }
+
+    async fn read_committed(&mut self) -> Result<Option<LogId<u64>>> {
+        let read = self.get::<Option<LogId<u64>>>(COMMITTED);
+        Ok(read.map_err(|e| failed(ErrorSubject::Store, ErrorVerb::Read, &e))?.flatten())
+    }
+
+    async fn append<I>(&mut self, entries: I, callback: LogFlushed<TypeConfig>) -> Result<()>
+    where
+        I: IntoIterator<Item = Entry<TypeConfig>> + OptionalSend,
+        I::IntoIter: OptionalSend,
+    {
+        let write = || -> io::Result<()> {
+            let mut batch = sled::Batch::default();
+            for entry in entries {
+                batch.insert(&key(entry.log_id.index), seal(&entry)?);
+            }
+            self.shared.log.apply_batch(batch).map_err(io::Error::other)
+        };
+        write().map_err(|e| failed(ErrorSubject::Logs, ErrorVerb::Write, &e))?;
+        self.shared.flusher.when_durable(Box::new(move |result| callback.log_io_completed(result)));
+        Ok(())
+    }
+
+    async fn truncate(&mut self, log_id: LogId<u64>) -> Result<()> {
+        let removed = match self.remove(key(log_id.index)..) {
+            Ok(()) => self.sync().await,
+            Err(error) => Err(error),
+        };
+        removed.map_err(|e| failed(ErrorSubject::Log(log_id), ErrorVerb::Delete, &e))
+    }
+
+    async fn purge(&mut self, log_id: LogId<u64>) -> Result<()> {
+        // The mark first: a log that begins later than its mark says is a hole.
+        let marked = match self.put(PURGED, &log_id) {
+            Ok(()) => self.sync().await,
+            Err(error) => Err(error),
+        };
+        marked
+            .and_then(|()| self.remove(..=key(log_id.index)))
+            .map_err(|e| failed(ErrorSubject::Log(log_id), ErrorVerb::Delete, &e))
+    }
+}

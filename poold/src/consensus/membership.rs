@@ -1,0 +1,125 @@
+//! The leader's membership task: brings Raft's membership to what the pool's state wants.
+//!
+//! Level-triggered: on the leader, at every change and at least once a second, it compares and makes at most one change.
+//! Every host of the pool becomes a learner at once, also before it serves (a learner that can't be reached blocks
+//! nothing); voters are chosen by `planner::voters`; removed hosts leave.
+
+use super::handle::{Consensus, unix_ms};
+use openraft::{BasicNode, ChangeMembers};
+use pool_state::PoolState;
+use pool_state::planner::voters::{VoterView, desired_voters};
+use pool_state::state::HostState;
+use proto::HostId;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+use tokio_util::sync::CancellationToken;
+
+/// Longest time between two looks, for changes that only time brings (a voter that stays silent).
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Entries that a learner may lag behind to count as caught up: one round of replication closes it.
+const CAUGHT_UP_LAG: u64 = 64;
+
+/// A membership change that has not ended after this time is looked at anew.
+const CHANGE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The task of one host; it acts only while the host leads.
+pub struct MembershipTask {
+    consensus: Consensus,
+}
+
+/// One step towards the wanted membership.
+#[derive(Debug, PartialEq, Eq)]
+enum Step {
+    AddLearner(HostId, String),
+    SetVoters(BTreeSet<u64>),
+    Remove(BTreeSet<u64>),
+}
+
+impl MembershipTask {
+    /// A task for this host's Raft.
+    #[must_use]
+    pub fn new(consensus: Consensus) -> Self {
+        Self { consensus }
+    }
+
+    /// Runs until the daemon shuts down.
+    pub async fn run(self, shutdown: CancellationToken) {
+        let mut state = self.consensus.watch();
+        loop {
+            if self.consensus.is_leader()
+                && let Some(step) = self.next_step()
+                && let Err(error) = self.take(step).await
+            {
+                tracing::warn!(%error, "membership change failed; it will be tried again");
+            }
+            tokio::select! {
+                () = shutdown.cancelled() => return,
+                changed = state.changed() => if changed.is_err() { return },
+                () = tokio::time::sleep(LOOK_INTERVAL) => {}
+            }
+        }
+    }
+
+    fn next_step(&self) -> Option<Step> {
+        let state = self.consensus.local();
+        let metrics = self.consensus.metrics();
+        let metrics = metrics.borrow();
+        let membership = metrics.membership_config.membership();
+        let nodes: BTreeMap<u64, String> =
+            membership.nodes().map(|(id, node)| (*id, node.addr.clone())).collect();
+        let voters: BTreeSet<HostId> = membership.voter_ids().map(HostId).collect();
+        let last = metrics.last_log_index.unwrap_or(0);
+        let matched = metrics.replication.clone().unwrap_or_default();
+        let caught_up = matched
+            .iter()
+            .filter(|(_, log)| log.is_some_and(|log| log.index + CAUGHT_UP_LAG >= last))
+            .map(|(id, _)| HostId(*id))
+            .chain([self.consensus.host_id()])
+            .collect();
+        drop(metrics);
+        let view = VoterView { now_ms: unix_ms(), voters, leader: self.consensus.host_id(), caught_up };
+        plan_step(&state, &nodes, &view)
+    }
+
+    async fn take(&self, step: Step) -> Result<(), String> {
+        tracing::info!(?step, "membership");
+        let raft = self.consensus.raft();
+        let change = async {
+            match step {
+                Step::AddLearner(host, address) => {
+                    raft.add_learner(host.0, BasicNode::new(address), false).await.map(drop)
+                }
+                Step::SetVoters(voters) => raft.change_membership(voters, true).await.map(drop),
+                Step::Remove(nodes) => {
+                    raft.change_membership(ChangeMembers::RemoveNodes(nodes), true).await.map(drop)
+                }
+            }
+        };
+        match tokio::time::timeout(CHANGE_TIMEOUT, change).await {
+            Ok(result) => result.map_err(|error| error.to_string()),
+            Err(elapsed) => Err(elapsed.to_string()),
+        }
+    }
+}
+
+fn plan_step(state: &PoolState, nodes: &BTreeMap<u64, String>, view: &VoterView) -> Option<Step> {
+    for host in state.hosts.values().filter(|host| host.state != HostState::Removed) {
+        if nodes.get(&host.id.0) != Some(&host.address) {
+            return Some(Step::AddLearner(host.id, host.address.clone()));
+        }
+    }
+    let wanted = desired_voters(state, view);
+    if !wanted.is_empty() && wanted != view.voters {
+        return Some(Step::SetVoters(wanted.iter().map(|host| host.0).collect()));
+    }
+    let gone: BTreeSet<u64> = nodes
+        .keys()
+        .copied()
+        .filter(|&id| {
+            let removed = state.hosts.get(&HostId(id)).is_some_and(|host| host.state == HostState::Removed);
+            removed && !view.voters.contains(&HostId(id))
+        })
+        .collect();
+    (!gone.is_empty()).then_some(Step::Remove(gone))
+}

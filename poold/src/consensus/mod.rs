@@ -1,0 +1,56 @@
+//! Consensus: the pool's replicated state, by openraft with its log on sled.
+//!
+//! ```text
+//!  Consensus (handle) ──propose──▶ openraft ──append──▶ LogStore ──▶ Flusher (one thread: flush, fdatasync, call back)
+//!        ▲                           │ apply
+//!        └──── watch: PoolState ── StateStore ──▶ snapshot files (checked by blake3, written by rename)
+//! ```
+//!
+//! Invariants: nothing is acknowledged before it is on disk; a vote is durable before it is answered; an fsync error ends the
+//! daemon; a message for another node id is not obeyed.
+//!
+//! Absent on purpose: the rules of the pool, which are `pool_state`'s.
+
+mod clients;
+mod codec;
+mod flusher;
+mod handle;
+mod log_store;
+mod membership;
+mod network;
+mod service;
+mod snapshot_file;
+mod state_store;
+
+#[cfg(test)]
+mod tests;
+
+pub use clients::{ClientError, HostClients};
+pub use handle::{Consensus, ProposeError, ProposeMeta, ReadError, StartError, StartOptions, unix_ms};
+pub use membership::MembershipTask;
+pub use service::{RAFT_MESSAGE_BYTES_MAX, RaftApi};
+
+use pool_state::{Entry, Outcome, Rejection};
+use serde::{Deserialize, Serialize};
+
+/// The answer to an applied entry.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum Applied {
+    /// A blank or membership entry, which changes nothing in the pool's state.
+    Nothing,
+    /// What `PoolState::apply` said.
+    Entry(Result<Outcome, Rejection>),
+}
+
+openraft::declare_raft_types!(
+    /// The types that openraft works with.
+    pub TypeConfig:
+        D = Entry,
+        R = Applied,
+        NodeId = u64,
+        Node = openraft::BasicNode,
+        SnapshotData = std::io::Cursor<Vec<u8>>,
+);
+
+/// openraft, as the pool uses it.
+pub type PoolRaft = openraft::Raft<TypeConfig>;

@@ -1,0 +1,141 @@
+//! The pool's state in memory, changed by committed entries, published to the daemon, saved as snapshots.
+
+use super::snapshot_file::{SnapshotContent, SnapshotDir, decode, encode};
+use super::{Applied, TypeConfig};
+use openraft::storage::{RaftStateMachine, Snapshot};
+use openraft::{
+    AnyError, BasicNode, Entry, EntryPayload, ErrorSubject, ErrorVerb, LogId, OptionalSend,
+    RaftSnapshotBuilder, SnapshotMeta, StorageError, StorageIOError, StoredMembership,
+};
+use pool_state::PoolState;
+use std::io::{self, Cursor};
+use std::path::Path;
+use std::sync::Arc;
+use tokio::sync::watch;
+
+type Result<T> = std::result::Result<T, StorageError<u64>>;
+type Meta = SnapshotMeta<u64, BasicNode>;
+
+/// The state machine of one host.
+pub struct StateStore {
+    content: SnapshotContent,
+    snapshots: SnapshotDir,
+    publish: watch::Sender<Arc<PoolState>>,
+}
+
+impl StateStore {
+    /// Loads the newest snapshot; entries after it come again from the log.
+    ///
+    /// # Errors
+    /// The folder can't be read.
+    pub fn open(dir: &Path) -> io::Result<(Self, watch::Receiver<Arc<PoolState>>)> {
+        let snapshots = SnapshotDir::open(dir)?;
+        let content = snapshots.newest()?.map(|(content, _)| content).unwrap_or_default();
+        let (publish, published) = watch::channel(Arc::new(content.state.clone()));
+        Ok((Self { content, snapshots, publish }, published))
+    }
+
+    fn apply_one(&mut self, entry: Entry<TypeConfig>) -> Applied {
+        self.content.last_applied = Some(entry.log_id);
+        let index = entry.log_id.index;
+        match entry.payload {
+            EntryPayload::Normal(entry) => Applied::Entry(self.content.state.apply(index, &entry)),
+            EntryPayload::Blank => {
+                self.content.state.note_applied(index);
+                Applied::Nothing
+            }
+            EntryPayload::Membership(membership) => {
+                self.content.membership = StoredMembership::new(Some(entry.log_id), membership);
+                self.content.state.note_applied(index);
+                Applied::Nothing
+            }
+        }
+    }
+}
+
+fn failed(verb: ErrorVerb, error: &io::Error) -> StorageError<u64> {
+    StorageError::from(StorageIOError::new(ErrorSubject::Snapshot(None), verb, AnyError::new(error)))
+}
+
+fn meta(content: &SnapshotContent) -> Meta {
+    let last = content.last_applied;
+    let snapshot_id =
+        last.map_or_else(|| "0-0".to_owned(), |id| format!("{}-{}", id.leader_id.term, id.index));
+    SnapshotMeta { last_log_id: last, last_membership: content.membership.clone(), snapshot_id }
+}
+
+impl RaftStateMachine<TypeConfig> for StateStore {
+    type SnapshotBuilder = SnapshotTask;
+
+    async fn applied_state(&mut self) -> Result<(Option<LogId<u64>>, StoredMembership<u64, BasicNode>)> {
+        Ok((self.content.last_applied, self.content.membership.clone()))
+    }
+
+    async fn apply<I>(&mut self, entries: I) -> Result<Vec<Applied>>
+    where
+        I: IntoIterator<Item = Entry<TypeConfig>> + OptionalSend,
+        I::IntoIter: OptionalSend,
+    {
+        let answers = entries.into_iter().map(|entry| self.apply_one(entry)).collect();
+        self.publish.send_replace(Arc::new(self.content.state.clone()));
+        Ok(answers)
+    }
+
+    async fn get_snapshot_builder(&mut self) -> SnapshotTask {
+        SnapshotTask { content: self.content.clone(), snapshots: self.snapshots.clone() }
+    }
+
+    async fn begin_receiving_snapshot(&mut self) -> Result<Box<Cursor<Vec<u8>>>> {
+        Ok(Box::new(Cursor::new(Vec::new())))
+    }
+
+    async fn install_snapshot(&mut self, wanted: &Meta, snapshot: Box<Cursor<Vec<u8>>>) -> Result<()> {
+        let bytes = snapshot.into_inner();
+        let snapshots = self.snapshots.clone();
+        let last = wanted.last_log_id;
+        let written = tokio::task::spawn_blocking(move || -> io::Result<SnapshotContent> {
+            let content = decode(&bytes)?;
+            if content.last_applied != last {
+                return Err(io::Error::new(io::ErrorKind::InvalidData, "another snapshot than announced"));
+            }
+            snapshots.write(last, &bytes)?;
+            Ok(content)
+        });
+        let content = written
+            .await
+            .map_err(io::Error::other)
+            .and_then(|result| result)
+            .map_err(|error| failed(ErrorVerb::Write, &error))?;
+        self.content = content;
+        self.publish.send_replace(Arc::new(self.content.state.clone()));
+        Ok(())
+    }
+
+    async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot<TypeConfig>>> {
+        let newest = self.snapshots.newest().map_err(|error| failed(ErrorVerb::Read, &error))?;
+        Ok(newest.map(|(content, bytes)| Snapshot {
+            meta: meta(&content),
+            snapshot: Box::new(Cursor::new(bytes)),
+        }))
+    }
+}
+
+/// Writes one snapshot, beside the state machine that goes on.
+pub struct SnapshotTask {
+    content: SnapshotContent,
+    snapshots: SnapshotDir,
+}
+
+impl RaftSnapshotBuilder<TypeConfig> for SnapshotTask {
+    async fn build_snapshot(&mut self) -> Result<Snapshot<TypeConfig>> {
+        let content = self.content.clone();
+        let snapshots = self.snapshots.clone();
+        let written = tokio::task::spawn_blocking(move || -> io::Result<Snapshot<TypeConfig>> {
+            let bytes = encode(&content)?;
+            snapshots.write(content.last_applied, &bytes)?;
+            Ok(Snapshot { meta: meta(&content), snapshot: Box::new(Cursor::new(bytes)) })
+        });
+        let written = written.await.map_err(io::Error::other).and_then(|result| result);
+        written.map_err(|error| failed(ErrorVerb::Write, &error))
+    }
+}

@@ -1,0 +1,14 @@
+//! Who is who: the pool's CA, the certificates of hosts and users, and their files.
+//!
+//! Every certificate carries DNS names under `.pool`: hosts `poold.pool` (any host) and `host-<id>.pool` (this one), users
+//! `user-<name>.pool`. A client that wants one particular host demands the second name, so a moved address can't mislead it.
+
+mod authority;
+mod files;
+mod names;
+
+pub use authority::{CaError, CertificateAuthority, generate_key};
+pub use files::{HostIdentity, IdentityDir, IdentityError, write_private};
+pub use names::{
+    ANY_HOST, CertificateName, NameError, fingerprint_of_der, fingerprint_of_pem, host_domain, name_of,
+};

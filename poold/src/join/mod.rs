@@ -1,0 +1,10 @@
+//! Joining a pool: the token, what a new host finds out about itself, and the client side of the join.
+
+mod client;
+mod local;
+mod pin;
+mod token;
+
+pub use client::{JoinError, JoinOptions, Joined, join};
+pub use local::{LocalFacts, boot_id, local_facts, local_problems};
+pub use token::{JoinToken, TokenError, from_hex};

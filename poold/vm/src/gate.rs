@@ -1,0 +1,155 @@
+//! The run gate: the one place that starts and stops the vCPUs.
+//!
+//! Several parties may want the vCPUs to stand still, each for a reason of its own and without knowing of the others.
+//! The gate keeps the set of reasons; the vCPUs run exactly while the set is empty and a machine is there. So a lease
+//! that comes back can't resume a VM that a migration has paused, and the other way round.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+/// Why the vCPUs stand still.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Hold {
+    /// Not booted yet.
+    Boot,
+    /// The operator paused the VM.
+    Operator,
+    /// There is no valid lease.
+    Lease,
+    /// Outgoing migration: stop-and-copy and after.
+    Outgoing,
+    /// Incoming migration: until its volumes are active.
+    Incoming,
+    /// The machine is being taken down.
+    Shutdown,
+}
+
+/// Vcpus that can be stopped and started; `vmm::Machine` in the process, a recorder in tests.
+pub trait Vcpus {
+    /// Why they could not.
+    type Error;
+    /// Returns once no vCPU executes guest code.
+    fn pause(&self) -> Result<(), Self::Error>;
+    /// Lets all vCPUs execute.
+    fn resume(&self) -> Result<(), Self::Error>;
+}
+
+/// The gate of one machine.
+#[derive(Debug)]
+pub struct RunGate<M> {
+    machine: Option<Arc<M>>,
+    holds: BTreeSet<Hold>,
+    running: bool,
+}
+
+impl<M: Vcpus> RunGate<M> {
+    /// A gate without a machine, held by the given reasons.
+    pub fn new(holds: impl IntoIterator<Item = Hold>) -> Self {
+        Self { machine: None, holds: holds.into_iter().collect(), running: false }
+    }
+
+    /// Puts the (paused) machine behind the gate; it runs at once if nothing holds it.
+    pub fn install(&mut self, machine: Arc<M>) -> Result<(), M::Error> {
+        self.machine = Some(machine);
+        self.running = false;
+        self.settle()
+    }
+
+    /// Takes the machine away without touching its vCPUs.
+    pub fn remove(&mut self) -> Option<Arc<M>> {
+        self.running = false;
+        self.machine.take()
+    }
+
+    /// Adds a reason; when this returns `Ok`, no vCPU executes.
+    pub fn hold(&mut self, reason: Hold) -> Result<(), M::Error> {
+        self.holds.insert(reason);
+        self.settle()
+    }
+
+    /// Takes a reason away; the last one lets the vCPUs run.
+    pub fn release(&mut self, reason: Hold) -> Result<(), M::Error> {
+        self.holds.remove(&reason);
+        self.settle()
+    }
+
+    /// Whether this reason holds the vCPUs.
+    pub fn is_held_by(&self, reason: Hold) -> bool {
+        self.holds.contains(&reason)
+    }
+
+    /// Whether the vCPUs execute.
+    pub fn is_running(&self) -> bool {
+        self.running
+    }
+
+    fn settle(&mut self) -> Result<(), M::Error> {
+        let Some(machine) = &self.machine else { return Ok(()) };
+        let wanted = self.holds.is_empty();
+        if wanted == self.running {
+            return Ok(());
+        }
+        // A pause that fails leaves `running` set, so that the next hold tries again.
+        if wanted { machine.resume()? } else { machine.pause()? }
+        self.running = wanted;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::{Cell, RefCell};
+
+    #[derive(Default)]
+    struct Recorder {
+        calls: RefCell<Vec<&'static str>>,
+        stuck: Cell<bool>,
+    }
+
+    impl Vcpus for Recorder {
+        type Error = &'static str;
+
+        fn pause(&self) -> Result<(), Self::Error> {
+            if self.stuck.get() {
+                return Err("stuck");
+            }
+            self.calls.borrow_mut().push("pause");
+            Ok(())
+        }
+
+        fn resume(&self) -> Result<(), Self::Error> {
+            self.calls.borrow_mut().push("resume");
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn vcpus_run_only_when_no_reason_is_left() {
+        let machine = Arc::new(Recorder::default());
+        let mut gate = RunGate::new([Hold::Boot, Hold::Lease]);
+        gate.install(machine.clone()).unwrap();
+        gate.release(Hold::Boot).unwrap();
+        assert!(!gate.is_running());
+        gate.release(Hold::Lease).unwrap();
+        gate.hold(Hold::Outgoing).unwrap();
+        gate.hold(Hold::Lease).unwrap();
+        gate.release(Hold::Lease).unwrap();
+        assert!(!gate.is_running(), "the lease must not undo the migration's pause");
+        gate.release(Hold::Outgoing).unwrap();
+        assert_eq!(*machine.calls.borrow(), ["resume", "pause", "resume"]);
+    }
+
+    #[test]
+    fn a_failed_pause_is_tried_again() {
+        let machine = Arc::new(Recorder::default());
+        let mut gate = RunGate::new([]);
+        gate.install(machine.clone()).unwrap();
+        machine.stuck.set(true);
+        assert!(gate.hold(Hold::Lease).is_err());
+        assert!(gate.is_running());
+        machine.stuck.set(false);
+        gate.hold(Hold::Lease).unwrap();
+        assert!(!gate.is_running());
+    }
+}

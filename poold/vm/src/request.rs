@@ -1,0 +1,83 @@
+//! What the control service asks of the process, and how it is refused.
+
+use proto::v1;
+use tokio::sync::oneshot;
+
+/// The answer to a request: the process's status after it.
+pub type Reply = oneshot::Sender<Result<v1::MachineStatus, Refusal>>;
+
+/// A request of the daemon, in the order in which it came.
+#[derive(Debug)]
+pub enum Request {
+    /// Gives the process its machine.
+    Configure(v1::MachineConfig, Reply),
+    /// Boots it.
+    Start(Reply),
+    /// Stops the vCPUs for the operator.
+    Pause(Reply),
+    /// Undoes `Pause`.
+    Resume(Reply),
+    /// Takes the machine down and ends the process.
+    Stop(StopMode, Reply),
+    /// Passes on a lease deadline.
+    ExtendLease(v1::ExtendLeaseRequest, Reply),
+    /// New replica sets and addresses.
+    UpdateVolumes(Vec<v1::VolumeAttachment>, Reply),
+    /// Becomes the target of a migration.
+    PrepareIncoming(
+        v1::PrepareIncomingRequest,
+        oneshot::Sender<Result<v1::PrepareIncomingResponse, Refusal>>,
+    ),
+    /// Becomes the source of a migration.
+    StartOutgoing(v1::StartOutgoingRequest, Reply),
+    /// The daemon is about to propose the commit.
+    CommitProposed(u64, Reply),
+    /// The committed outcome.
+    Outcome(v1::MigrationOutcomeRequest, Reply),
+}
+
+/// How a machine is taken down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StopMode {
+    /// Flush the volumes first.
+    Flush,
+    /// At once, as when the power goes.
+    PowerCut,
+}
+
+/// Why a request was refused; nothing has changed then.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// Not possible in the present state.
+    #[error("VM {vm}: {action} is not possible while the machine is {state}")]
+    WrongState { vm: u64, action: &'static str, state: &'static str },
+    /// Another machine is configured already.
+    #[error("this process is already configured as VM {vm} at epoch {epoch}")]
+    OtherMachine { vm: u64, epoch: u64 },
+    /// A field of the request is unusable.
+    #[error("field `{field}`: {problem}")]
+    Invalid { field: &'static str, problem: String },
+    /// The source has already aborted the migration and resumed.
+    #[error("migration {migration} has been aborted: {cause}")]
+    Aborted { migration: u64, cause: String },
+    /// The request names another migration than the present one.
+    #[error("no migration {migration} in this process")]
+    UnknownMigration { migration: u64 },
+    /// The action was tried and failed.
+    #[error("{action} failed: {cause}")]
+    Failed { action: &'static str, cause: String },
+}
+
+impl From<Refusal> for tonic::Status {
+    fn from(refusal: Refusal) -> Self {
+        let text = refusal.to_string();
+        match refusal {
+            Refusal::WrongState { .. } | Refusal::OtherMachine { .. } | Refusal::Aborted { .. } => {
+                Self::failed_precondition(text)
+            }
+            Refusal::Invalid { .. } => Self::invalid_argument(text),
+            Refusal::UnknownMigration { .. } => Self::not_found(text),
+            Refusal::Failed { .. } => Self::internal(text),
+        }
+    }
+}
