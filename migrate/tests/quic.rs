@@ -249,6 +249,33 @@ async fn a_bandwidth_limit_holds_and_makes_pages_worth_compressing() {
 }
 
 #[tokio::test]
+async fn nothing_holds_the_machines_when_it_is_over() {
+    let pair = Pair::new(512, Rehash::Incremental);
+    let outgoing = pair.start(pair.config());
+    pair.commit(&outgoing).await;
+    let (source, target) = (pair.source.clone(), pair.target.clone());
+    drop((pair, outgoing));
+    let released = async {
+        while Arc::strong_count(&source) > 1 || Arc::strong_count(&target) > 1 {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(DEADLINE, released).await.expect("threads and tasks end");
+}
+
+#[tokio::test]
+async fn a_second_source_of_the_same_identity_comes_too_late() {
+    let pair = Pair::new(512, Rehash::Incremental);
+    let outgoing = pair.start(pair.config());
+    source_phase(&outgoing, |phase| matches!(phase, SourcePhase::Paused { .. })).await;
+    let other = Arc::new(ModelGuest::running(512, STATE));
+    let second = SourceTask::spawn(pair.source_identity.clone(), pair.config(), other.clone()).unwrap();
+    let end = source_phase(&second, |_| false).await;
+    assert!(matches!(end.phase, SourcePhase::Aborted { cause: AbortCause::Link { .. } }), "{end:?}");
+    assert_eq!(pair.commit(&outgoing).await.phase, SourcePhase::Done { resumed: true });
+}
+
+#[tokio::test]
 async fn a_cancel_leaves_the_machine_running_and_a_retry_succeeds() {
     let pair = Pair::new(16_384, Rehash::Incremental);
     for page in 0..16_384 {

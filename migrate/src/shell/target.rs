@@ -182,8 +182,8 @@ impl<V: TargetVm> Driver<V> {
             let event = tokio::select! {
                 Some(request) = requests.recv() => self.request(request),
                 Some(event) = events.recv() => event,
-                Some(connection) = connections.recv(), if self.link.is_none() => {
-                    self.link = Some(target_link::serve(connection, self.events.clone(), self.jobs.clone()));
+                Some(connection) = connections.recv() => {
+                    self.connected(connection);
                     continue;
                 }
             };
@@ -191,6 +191,15 @@ impl<V: TargetVm> Driver<V> {
         }
         drop(requests);
         self.close(&endpoint).await;
+    }
+
+    /// The first source that proves to be the one is it; a second one of the same identity comes too late.
+    fn connected(&mut self, connection: quinn::Connection) {
+        if self.link.is_some() {
+            connection.close(1_u8.into(), b"this migration has its source already");
+        } else {
+            self.link = Some(target_link::serve(connection, self.events.clone(), self.jobs.clone()));
+        }
     }
 
     fn request(&mut self, request: Request) -> TargetEvent {

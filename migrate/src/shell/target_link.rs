@@ -47,11 +47,9 @@ pub(super) async fn accept(endpoint: Endpoint, accepted: mpsc::Sender<Connection
         };
         let accepted = accepted.clone();
         tokio::spawn(async move {
-            if let Some(connection) = handshake(incoming).await
-                && let Err(error) = accepted.try_send(connection)
-            {
-                let connection = error.into_inner();
-                connection.close(1_u8.into(), b"this migration has its source already");
+            if let Some(connection) = handshake(incoming).await {
+                // Fails when the target has ended; dropping the connection closes it.
+                let _ = accepted.send(connection).await;
             }
             drop(place);
         });

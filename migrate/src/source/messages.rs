@@ -2,7 +2,7 @@
 
 use super::{
     AbortCause, CONNECT_TIMEOUT, CancelRefused, CommitRefused, Outcome, OutcomeConflict, RESUMED_TIMEOUT,
-    ResumedParts, Source, SourceCommand, Stage, State, Stop,
+    ResumedParts, STALL_TIMEOUT, Source, SourceCommand, Stage, State, Stop,
 };
 use crate::{
     moment::Moment,
@@ -187,6 +187,7 @@ impl Source {
             State::Connecting { .. } | State::Greeting { .. } => {
                 self.abort(AbortCause::ConnectTimeout { waited: CONNECT_TIMEOUT })
             }
+            State::Copying(_) => self.abort(AbortCause::Stalled { waited: STALL_TIMEOUT }),
             State::Pausing { .. } | State::Saving { .. } | State::Finishing { .. } | State::Ready { .. } => {
                 self.abort(AbortCause::BlackoutDeadline { deadline: self.blackout_deadline() })
             }

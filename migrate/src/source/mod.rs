@@ -54,6 +54,16 @@ const BLACKOUT_FACTOR: u32 = 10;
 /// Least blackout deadline: a proposal through a busy daemon takes this long at worst, and an abort costs a whole copy.
 const BLACKOUT_DEADLINE_MIN: Duration = Duration::from_secs(2);
 
+/// Factor of the predicted blackout that the deadline leaves room for: a large guest with a proof, or a forced stop, is
+/// known to take longer than the limit.
+const EXPECTED_FACTOR: u32 = 4;
+
+/// A copy that moves less than [`STALL_BYTES`] in this time will not end: the target takes nothing any more.
+const STALL_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// More than keep-alives and retransmissions come to in [`STALL_TIMEOUT`].
+const STALL_BYTES: u64 = 64 << 10;
+
 /// How long a committed source waits to hear that the machine runs, for the record only.
 const RESUMED_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -82,6 +92,8 @@ struct Copying {
     since: Moment,
     sent: Option<RoundTotals>,
     received_at: Option<Moment>,
+    /// When, and at which count of bytes on the network, it last got on.
+    moved: (Moment, u64),
 }
 
 /// The machine stands still.
@@ -223,7 +235,8 @@ impl Source {
             State::Saving { stop } | State::Finishing { stop, .. } | State::Ready { stop } => {
                 Some(stop.deadline)
             }
-            State::Copying(_) | State::Proposed { .. } | State::Aborting(_) => None,
+            State::Copying(copying) => Some(copying.moved.0.after(STALL_TIMEOUT)),
+            State::Proposed { .. } | State::Aborting(_) => None,
             State::Done { .. } | State::Aborted { .. } | State::Lost { .. } => None,
         }
     }
@@ -250,9 +263,7 @@ impl Source {
             SourceEvent::ResumeFailed { error } => self.on_resume_failed(error),
             SourceEvent::TrackingStopped => self.on_tracking_stopped(),
             SourceEvent::Progress { link_bytes, pages_remaining } => {
-                self.stats.bytes_sent = self.stats.bytes_sent.max(link_bytes);
-                self.stats.pages_remaining = pages_remaining;
-                Vec::new()
+                self.on_progress(now, link_bytes, pages_remaining)
             }
             SourceEvent::Tick => self.on_tick(now),
         };
@@ -273,7 +284,8 @@ impl Source {
     }
 
     fn blackout_deadline(&self) -> Duration {
-        (self.convergence.limit() * BLACKOUT_FACTOR).max(BLACKOUT_DEADLINE_MIN)
+        let by_limit = self.convergence.limit() * BLACKOUT_FACTOR;
+        by_limit.max(BLACKOUT_DEADLINE_MIN).max(self.stats.blackout_expected * EXPECTED_FACTOR)
     }
 
     fn on_connected(&mut self) -> Vec<SourceCommand> {
@@ -294,7 +306,8 @@ impl Source {
         if !matches!(self.state, State::Greeting { .. } | State::Copying(_)) {
             return Vec::new();
         }
-        self.enter(State::Copying(Copying { round, since: now, sent: None, received_at: None }));
+        let moved = (now, self.stats.bytes_sent);
+        self.enter(State::Copying(Copying { round, since: now, sent: None, received_at: None, moved }));
         self.stats.rounds = round.0;
         vec![SourceCommand::SendRound { round, scope }]
     }
@@ -326,7 +339,8 @@ impl Source {
     }
 
     fn on_dirty_fetched(&mut self, now: Moment, pages: u64) -> Vec<SourceCommand> {
-        let State::Copying(Copying { round, since, sent: Some(totals), received_at: Some(end) }) = self.state
+        let State::Copying(Copying { round, since, sent: Some(totals), received_at: Some(end), .. }) =
+            self.state
         else {
             return Vec::new();
         };
@@ -359,6 +373,17 @@ impl Source {
                 self.abort(AbortCause::NotConverging { predicted, limit })
             }
         }
+    }
+
+    fn on_progress(&mut self, now: Moment, link_bytes: u64, pages_remaining: u64) -> Vec<SourceCommand> {
+        self.stats.bytes_sent = self.stats.bytes_sent.max(link_bytes);
+        self.stats.pages_remaining = pages_remaining;
+        if let State::Copying(copying) = &mut self.state
+            && self.stats.bytes_sent >= copying.moved.1 + STALL_BYTES
+        {
+            copying.moved = (now, self.stats.bytes_sent);
+        }
+        Vec::new()
     }
 
     fn record_round(&mut self, round: Round, totals: RoundTotals, took: Duration, dirty_pages_after: u64) {

@@ -188,6 +188,29 @@ fn a_refusal_and_silence_abort_before_a_page_has_moved() {
 }
 
 #[test]
+fn a_copy_that_does_not_get_on_is_given_up() {
+    let mut source = new();
+    source.handle(at(1), SourceEvent::Connected);
+    message(&mut source, 2, ToSource::Welcome);
+    source.handle(at(3), SourceEvent::TrackingStarted);
+    let progress = |link_bytes| SourceEvent::Progress { link_bytes, pages_remaining: 9 };
+    source.handle(at(30_000), progress(1 << 20));
+    assert!(source.handle(at(60_003), SourceEvent::Tick).is_empty());
+    source.handle(at(89_000), progress((1 << 20) + 2000));
+    assert!(source.handle(at(89_999), SourceEvent::Tick).is_empty());
+    source.handle(at(90_000), SourceEvent::Tick);
+    source.handle(at(90_001), SourceEvent::TrackingStopped);
+    assert!(matches!(source.phase(), SourcePhase::Aborted { cause: AbortCause::Stalled { .. } }));
+}
+
+#[test]
+fn a_blackout_that_is_known_to_be_long_gets_a_later_deadline() {
+    let mut source = ready();
+    source.stats.blackout_expected = Duration::from_secs(3);
+    assert_eq!(source.blackout_deadline(), Duration::from_secs(12));
+}
+
+#[test]
 fn the_end_has_no_way_out_and_the_commit_none_back() {
     use Stage::*;
     let all = [

@@ -214,6 +214,12 @@ pub enum AbortCause {
         /// How long it was given.
         waited: Duration,
     },
+    /// The target takes no pages any more.
+    #[error("the copy has not got on for {} s", .waited.as_secs())]
+    Stalled {
+        /// How long it was given.
+        waited: Duration,
+    },
     /// The target gave up.
     #[error("the target failed: {reason}")]
     Target {
