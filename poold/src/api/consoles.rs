@@ -1,0 +1,92 @@
+//! Service `ConsoleService`: finds the host of the VM and asks its agent.
+
+use super::views;
+use crate::{agent::Agents, api::require_user, node::NodeContext};
+use futures::{Stream, StreamExt as _};
+use pool_state::PoolState;
+use proto::{
+    Epoch, HostId, VmId,
+    v1::{ConsoleLogResponse, VmRef, console_service_server::ConsoleService},
+};
+use std::{pin::Pin, time::Duration};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+/// Pieces of live output ahead of a slow reader.
+const PIECES_AHEAD: usize = 16;
+
+/// Between two attempts to find the process of a VM that has just moved or is starting again.
+const REOPEN_INTERVAL: Duration = Duration::from_millis(200);
+
+/// gRPC service `ConsoleService`.
+pub struct ConsoleApi {
+    context: NodeContext,
+    agents: Agents,
+}
+
+impl ConsoleApi {
+    /// The service of this host.
+    pub fn new(context: NodeContext, agents: Agents) -> Self {
+        Self { context, agents }
+    }
+}
+
+/// Where a VM's console is: changes with every start and move.
+fn place_of(state: &PoolState, vm: VmId) -> Result<(HostId, Epoch), Status> {
+    let vm = views::found(state.vm(vm))?;
+    let host = vm.placement.ok_or_else(|| {
+        Status::failed_precondition(format!("vm {} is stopped and has no console; start it first", vm.name))
+    })?;
+    Ok((host, vm.epoch))
+}
+
+/// Sends live output, also across moves and restarts, until the VM stops.
+async fn follow(
+    context: NodeContext,
+    agents: Agents,
+    vm: VmId,
+    sender: mpsc::Sender<Result<ConsoleLogResponse, Status>>,
+) {
+    loop {
+        let Ok((host, _)) = place_of(&context.consensus.local(), vm) else { return };
+        if let Ok(mut stream) = agents.console_follow(host, vm).await {
+            // An error ends this process's output as its end does; the state then says what comes next.
+            while let Some(Ok(piece)) = stream.next().await {
+                let piece = ConsoleLogResponse { data: piece.data, offset: piece.offset };
+                if sender.send(Ok(piece)).await.is_err() {
+                    return;
+                }
+            }
+        }
+        tokio::select! {
+            () = tokio::time::sleep(REOPEN_INTERVAL) => {}
+            () = sender.closed() => return,
+            () = context.shutdown.cancelled() => return,
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl ConsoleService for ConsoleApi {
+    type FollowStream = Pin<Box<dyn Stream<Item = Result<ConsoleLogResponse, Status>> + Send>>;
+
+    async fn log(&self, request: Request<VmRef>) -> Result<Response<ConsoleLogResponse>, Status> {
+        require_user(&request)?;
+        let state = self.context.fresh().await;
+        let vm = views::found(state.resolve_vm(&request.get_ref().r#ref))?.id;
+        let (host, _) = place_of(&state, vm)?;
+        let log = self.agents.console_log(host, vm).await?;
+        Ok(Response::new(ConsoleLogResponse { data: log.data, offset: log.offset }))
+    }
+
+    async fn follow(&self, request: Request<VmRef>) -> Result<Response<Self::FollowStream>, Status> {
+        require_user(&request)?;
+        let state = self.context.fresh().await;
+        let vm = views::found(state.resolve_vm(&request.get_ref().r#ref))?.id;
+        place_of(&state, vm)?;
+        let (sender, receiver) = mpsc::channel(PIECES_AHEAD);
+        tokio::spawn(follow(self.context.clone(), self.agents.clone(), vm, sender));
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+}

@@ -1,0 +1,244 @@
+//! The pool's state as the messages of the public API.
+//!
+//! Names are resolved here: a message carries the name of a host or VM, and its id when the object is gone.
+
+use super::status;
+use pool_state::{
+    Outcome, PoolState, Rejection,
+    state::{
+        self, HostState, Image, Migration, MigrationRecord, PageCounts, RoundRecord, Task, TaskKind,
+        TaskState, Vm, Volume,
+    },
+};
+use proto::{HostId, ImageId, VmId, VolumeId, v1};
+use tonic::Status;
+
+/// What was looked up, or the status that says why not.
+///
+/// # Errors
+/// The rejection as callers see it.
+pub fn found<T>(result: Result<T, Rejection>) -> Result<T, Status> {
+    result.map_err(|rejection| status::rejected(&rejection))
+}
+
+/// The status for an answer that does not fit the command: the request id was used for something else.
+pub fn unexpected(outcome: Outcome) -> Status {
+    Status::internal(format!("the pool answered {outcome:?}, which does not fit the command"))
+}
+
+/// Name of a host, or its id when it is gone.
+pub fn host_name(state: &PoolState, host: HostId) -> String {
+    state.host_name(host)
+}
+
+fn vm_name(state: &PoolState, vm: VmId) -> String {
+    state.vms.get(&vm).map_or_else(|| vm.to_string(), |vm| vm.name.clone())
+}
+
+fn volume_name(state: &PoolState, volume: VolumeId) -> String {
+    state.volumes.get(&volume).map_or_else(|| volume.to_string(), |volume| volume.name.clone())
+}
+
+fn image_name(state: &PoolState, image: Option<ImageId>) -> String {
+    let Some(image) = image else { return String::new() };
+    state.images.get(&image).map_or_else(|| image.to_string(), |image| image.name.clone())
+}
+
+/// A VM.
+pub fn vm(state: &PoolState, vm: &Vm) -> v1::Vm {
+    v1::Vm {
+        id: vm.id.0,
+        name: vm.name.clone(),
+        state: state.vm_state(vm).as_str().to_owned(),
+        host: vm.placement.map(|host| state.host_name(host)).unwrap_or_default(),
+        epoch: vm.epoch.0,
+        vcpus: vm.spec.vcpus,
+        memory_bytes: vm.spec.memory.0,
+        disks: vm.spec.disks.iter().map(|disk| volume_name(state, *disk)).collect(),
+        kernel: image_name(state, vm.spec.kernel),
+        initrd: image_name(state, vm.spec.initrd),
+        cmdline: vm.spec.cmdline.clone(),
+        ha: vm.spec.ha.as_str().to_owned(),
+        problem: vm.problem.clone().unwrap_or_default(),
+        revision: state.revision,
+    }
+}
+
+/// A volume. A replica counts as gone while its host is not up.
+pub fn volume(state: &PoolState, volume: &Volume) -> v1::Volume {
+    let replica = |host: &HostId| {
+        let up = state.hosts.get(host).is_some_and(|host| host.state == HostState::Up);
+        let word = match (volume.isr_member(*host), up) {
+            (Some(_), true) => "in-sync",
+            (None, true) => "syncing",
+            (_, false) => "gone",
+        };
+        v1::Replica { host: state.host_name(*host), state: word.to_owned() }
+    };
+    v1::Volume {
+        id: volume.id.0,
+        name: volume.name.clone(),
+        size_bytes: volume.size.0,
+        epoch: volume.epoch.0,
+        owner: volume.owner.map(|owner| format!("vm {}", vm_name(state, owner.vm))).unwrap_or_default(),
+        replicas: volume.replicas.iter().map(replica).collect(),
+        isr_version: volume.isr_version.0,
+        revision: state.revision,
+    }
+}
+
+/// An image.
+pub fn image(state: &PoolState, image: &Image) -> v1::Image {
+    v1::Image {
+        id: image.id.0,
+        name: image.name.clone(),
+        blake3: image.blake3.to_string(),
+        size_bytes: image.size.0,
+        hosts: image.holders.iter().map(|host| state.host_name(*host)).collect(),
+    }
+}
+
+/// A migration.
+pub fn migration(state: &PoolState, migration: &Migration) -> v1::Migration {
+    let memory = state.vms.get(&migration.vm).map_or(0, |vm| vm.spec.memory.0);
+    v1::Migration {
+        id: migration.id.0,
+        vm: migration.vm_name.clone(),
+        source: state.host_name(migration.source),
+        target: state.host_name(migration.target),
+        outcome: migration.outcome.as_str().to_owned(),
+        phase: migration.phase.as_str().to_owned(),
+        error: migration.error.clone().unwrap_or_default(),
+        policy: migration.options.policy.as_str().to_owned(),
+        memory_bytes: memory,
+        task: migration.task.0,
+        record: migration.record.as_ref().map(record),
+        revision: state.revision,
+    }
+}
+
+/// What a migration did.
+fn record(record: &MigrationRecord) -> v1::MigrationRecord {
+    let parts = record.blackout_parts;
+    let pages = |pages: PageCounts| v1::PageCounts {
+        zero: pages.zero,
+        raw: pages.raw,
+        compressed: pages.compressed,
+        delta: pages.delta,
+        reference: pages.reference,
+        faulted: pages.faulted,
+    };
+    let round = |round: &RoundRecord| v1::RoundRecord {
+        round: round.round,
+        bytes: round.bytes,
+        pages: Some(pages(round.pages)),
+        ms: round.ms,
+        dirty_pages_after: round.dirty_pages_after,
+    };
+    v1::MigrationRecord {
+        total_ms: record.total_ms,
+        blackout_ms: record.blackout_ms,
+        blackout_parts: Some(v1::BlackoutParts {
+            pause: parts.pause,
+            drain: parts.drain,
+            last_pages: parts.last_pages,
+            state: parts.state,
+            proof: parts.proof,
+            commit: parts.commit,
+            activate: parts.activate,
+            resume: parts.resume,
+        }),
+        rounds: record.rounds,
+        bytes_sent: record.bytes_sent,
+        pages: Some(pages(record.pages)),
+        per_round: record.per_round.iter().map(round).collect(),
+        memory_proved: record.memory_proved,
+        memory_hash: record.memory_hash.clone(),
+        pages_remaining: 0,
+        bytes_per_s: 0,
+        dirty_bytes_per_s: 0,
+    }
+}
+
+/// The record that a VM process reports, as the state keeps it.
+pub fn record_of_message(record: &v1::MigrationRecord) -> MigrationRecord {
+    let pages = |pages: Option<v1::PageCounts>| {
+        let pages = pages.unwrap_or_default();
+        PageCounts {
+            zero: pages.zero,
+            raw: pages.raw,
+            compressed: pages.compressed,
+            delta: pages.delta,
+            reference: pages.reference,
+            faulted: pages.faulted,
+        }
+    };
+    let parts = record.blackout_parts.unwrap_or_default();
+    let round = |round: &v1::RoundRecord| RoundRecord {
+        round: round.round,
+        bytes: round.bytes,
+        pages: pages(round.pages),
+        ms: round.ms,
+        dirty_pages_after: round.dirty_pages_after,
+    };
+    // Only the newest rounds are kept; the entry must stay small.
+    let skipped = record.per_round.len().saturating_sub(pool_state::limits::ROUNDS_MAX);
+    MigrationRecord {
+        total_ms: record.total_ms,
+        blackout_ms: record.blackout_ms,
+        blackout_parts: state::BlackoutParts {
+            pause: parts.pause,
+            drain: parts.drain,
+            last_pages: parts.last_pages,
+            state: parts.state,
+            proof: parts.proof,
+            commit: parts.commit,
+            activate: parts.activate,
+            resume: parts.resume,
+        },
+        rounds: record.rounds,
+        bytes_sent: record.bytes_sent,
+        pages: pages(record.pages),
+        per_round: record.per_round.iter().skip(skipped).map(round).collect(),
+        memory_proved: record.memory_proved,
+        memory_hash: record.memory_hash.clone(),
+    }
+}
+
+/// A task. The phase of a migration is the migration's, that of a start or stop the VM's state.
+pub fn task(state: &PoolState, task: &Task) -> v1::Task {
+    let phase = match task.kind {
+        TaskKind::VmMigrate { migration } => {
+            state.migrations.get(&migration).map_or("", |migration| migration.phase.as_str())
+        }
+        TaskKind::VmStart | TaskKind::VmStop => {
+            state.vms.get(&task.vm).map_or("", |vm| state.vm_state(vm).as_str())
+        }
+    };
+    let error = match &task.state {
+        TaskState::Failed { problem } => problem.clone(),
+        TaskState::Running | TaskState::Done | TaskState::Cancelled => String::new(),
+    };
+    v1::Task {
+        id: task.id.0,
+        kind: task.kind.as_str().to_owned(),
+        state: task.state.as_str().to_owned(),
+        phase: phase.to_owned(),
+        objects: vec![format!("vm {}", task.vm_name)],
+        error,
+        created_ms: task.created_ms,
+        ended_ms: task.ended_ms.unwrap_or(0),
+    }
+}
+
+/// An event.
+pub fn event(event: &state::Event) -> v1::Event {
+    v1::Event {
+        revision: event.revision,
+        ordinal: event.ordinal,
+        time_ms: event.time_ms,
+        kind: event.kind.as_str().to_owned(),
+        object: event.object.clone(),
+        message: event.message.clone(),
+    }
+}

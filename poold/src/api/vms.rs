@@ -1,0 +1,171 @@
+//! Service `VmService`.
+
+use super::views;
+use crate::{
+    api::{Principal, require_user},
+    node::NodeContext,
+};
+use pool_state::{
+    Command, Outcome, PoolState,
+    command::CreateVm,
+    state::{HaPolicy, StopMode},
+};
+use proto::{
+    ByteCount, TaskId, VmId,
+    v1::{
+        CreateVmRequest, ListVmsRequest, ListVmsResponse, RequestMeta, StartVmRequest, StopVmRequest, Task,
+        Vm, VmChangeRequest, VmRef, vm_service_server::VmService,
+    },
+};
+use tonic::{Request, Response, Status};
+
+/// Priority of recovery of a VM whose creator names none.
+const PRIORITY_DEFAULT: u8 = 100;
+
+/// gRPC service `VmService`.
+pub struct VmApi {
+    context: NodeContext,
+}
+
+impl VmApi {
+    /// The service of this host.
+    pub fn new(context: NodeContext) -> Self {
+        Self { context }
+    }
+
+    /// Proposes a change of one VM and answers with the VM as it is then.
+    async fn change(
+        &self,
+        request: Request<VmChangeRequest>,
+        command: impl FnOnce(VmId) -> Command,
+    ) -> Result<Response<Vm>, Status> {
+        let principal = require_user(&request)?;
+        let VmChangeRequest { meta, vm } = request.into_inner();
+        let before = self.context.read().await?;
+        let id = views::found(before.resolve_vm(&vm))?.id;
+        let (_, state) = self.context.change(&principal, meta, command(id)).await?;
+        Ok(Response::new(view_of(&state, id)?))
+    }
+
+    async fn task(
+        &self,
+        principal: &Principal,
+        meta: Option<RequestMeta>,
+        command: Command,
+    ) -> Result<Response<Task>, Status> {
+        let (outcome, state) = self.context.change(principal, meta, command).await?;
+        let Outcome::Task(task) = outcome else { return Err(views::unexpected(outcome)) };
+        Ok(Response::new(task_view(&state, task)?))
+    }
+}
+
+fn view_of(state: &PoolState, vm: VmId) -> Result<Vm, Status> {
+    Ok(views::vm(state, views::found(state.vm(vm))?))
+}
+
+fn task_view(state: &PoolState, task: TaskId) -> Result<Task, Status> {
+    Ok(views::task(state, views::found(state.task(task))?))
+}
+
+fn create_command(state: &PoolState, request: CreateVmRequest) -> Result<Command, Status> {
+    let image = |text: &str| match text {
+        "" => Ok(None),
+        text => views::found(state.resolve_image(text)).map(|image| Some(image.id)),
+    };
+    let ha = match request.ha.as_str() {
+        "" | "restart" => HaPolicy::Restart,
+        "none" => HaPolicy::None,
+        other => {
+            return Err(Status::invalid_argument(format!(
+                "ha policy `{other}` is neither `restart` nor `none`"
+            )));
+        }
+    };
+    let disks: Result<Vec<_>, Status> = request
+        .disks
+        .iter()
+        .map(|disk| views::found(state.resolve_volume(disk)).map(|volume| volume.id))
+        .collect();
+    Ok(Command::CreateVm(CreateVm {
+        name: request.name,
+        vcpus: request.vcpus,
+        memory: ByteCount(request.memory_bytes),
+        disks: disks?,
+        kernel: image(&request.kernel)?,
+        initrd: image(&request.initrd)?,
+        cmdline: request.cmdline,
+        ha,
+        priority: PRIORITY_DEFAULT,
+    }))
+}
+
+#[tonic::async_trait]
+impl VmService for VmApi {
+    async fn create(&self, request: Request<CreateVmRequest>) -> Result<Response<Vm>, Status> {
+        let principal = require_user(&request)?;
+        let mut request = request.into_inner();
+        let meta = request.meta.take();
+        let command = create_command(&*self.context.read().await?, request)?;
+        let (outcome, state) = self.context.change(&principal, meta, command).await?;
+        let Outcome::Vm(vm) = outcome else { return Err(views::unexpected(outcome)) };
+        Ok(Response::new(view_of(&state, vm)?))
+    }
+
+    async fn start(&self, request: Request<StartVmRequest>) -> Result<Response<Task>, Status> {
+        let principal = require_user(&request)?;
+        let StartVmRequest { meta, vm, host } = request.into_inner();
+        let state = self.context.read().await?;
+        let host = match host.as_str() {
+            "" => None,
+            host => Some(views::found(state.resolve_host(host))?.id),
+        };
+        let command = Command::StartVm { vm: views::found(state.resolve_vm(&vm))?.id, host };
+        self.task(&principal, meta, command).await
+    }
+
+    async fn stop(&self, request: Request<StopVmRequest>) -> Result<Response<Task>, Status> {
+        let principal = require_user(&request)?;
+        let StopVmRequest { meta, vm, force } = request.into_inner();
+        let state = self.context.read().await?;
+        let mode = if force { StopMode::Force } else { StopMode::Clean };
+        let command = Command::StopVm { vm: views::found(state.resolve_vm(&vm))?.id, mode };
+        self.task(&principal, meta, command).await
+    }
+
+    async fn pause(&self, request: Request<VmChangeRequest>) -> Result<Response<Vm>, Status> {
+        self.change(request, |vm| Command::PauseVm { vm }).await
+    }
+
+    async fn resume(&self, request: Request<VmChangeRequest>) -> Result<Response<Vm>, Status> {
+        self.change(request, |vm| Command::ResumeVm { vm }).await
+    }
+
+    async fn delete(&self, request: Request<VmChangeRequest>) -> Result<Response<Vm>, Status> {
+        let principal = require_user(&request)?;
+        let VmChangeRequest { meta, vm } = request.into_inner();
+        let before = self.context.read().await?;
+        // The answer shows what was deleted.
+        let vm = views::vm(&before, views::found(before.resolve_vm(&vm))?);
+        self.context.change(&principal, meta, Command::DeleteVm { vm: VmId(vm.id) }).await?;
+        Ok(Response::new(vm))
+    }
+
+    async fn list(&self, request: Request<ListVmsRequest>) -> Result<Response<ListVmsResponse>, Status> {
+        require_user(&request)?;
+        let state = self.context.fresh().await;
+        let vms = state.vms.values().map(|vm| views::vm(&state, vm)).collect();
+        Ok(Response::new(ListVmsResponse { revision: state.revision, vms }))
+    }
+
+    async fn show(&self, request: Request<VmRef>) -> Result<Response<Vm>, Status> {
+        require_user(&request)?;
+        let state = self.context.fresh().await;
+        Ok(Response::new(views::vm(&state, views::found(state.resolve_vm(&request.get_ref().r#ref))?)))
+    }
+
+    async fn r#where(&self, request: Request<VmRef>) -> Result<Response<Vm>, Status> {
+        require_user(&request)?;
+        let state = self.context.read().await?;
+        Ok(Response::new(views::vm(&state, views::found(state.resolve_vm(&request.get_ref().r#ref))?)))
+    }
+}

@@ -1,0 +1,192 @@
+//! The duties of the leading host: answers renewals, declares hosts lost, plans what follows.
+//!
+//! One task owns the `LeaseTable`; a second one proposes, so that a slow commit never delays an answer to a renewal.
+
+use super::boottime;
+use crate::node::NodeContext;
+use pool_state::{
+    Command, PoolState,
+    lease::{LeaseCommand, LeaseEvent, LeaseTable},
+    planner::{self, LeaderView},
+};
+use proto::HostId;
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use tokio::sync::{mpsc, oneshot, watch};
+
+/// Renewals that wait for the task: one of each host of the largest pool, a few times over.
+const RENEWALS_AHEAD: usize = 256;
+
+/// Decisions of the lease table that wait to be proposed: two for each host of the largest pool.
+const DECISIONS_AHEAD: usize = 128;
+
+/// The longest time between two plans without a change: deadlines and back-offs are seen this late at most.
+const PLAN_INTERVAL: Duration = Duration::from_millis(250);
+
+/// The shortest time between two ticks of the lease table, against timings that are scaled down for tests.
+const TICK_MIN: Duration = Duration::from_millis(20);
+
+struct Renewal {
+    host: HostId,
+    answer: oneshot::Sender<u64>,
+}
+
+/// Handle of the leader task; clones share it.
+#[derive(Clone)]
+pub struct LeaderHandle {
+    renewals: mpsc::Sender<Renewal>,
+    ages_ms: Arc<watch::Sender<BTreeMap<HostId, u64>>>,
+}
+
+/// The other end of a [`LeaderHandle`].
+pub struct LeaderQueue {
+    renewals: mpsc::Receiver<Renewal>,
+    ages_ms: Arc<watch::Sender<BTreeMap<HostId, u64>>>,
+}
+
+impl LeaderHandle {
+    /// A handle and what [`run_leader`] needs to serve it.
+    pub fn new() -> (Self, LeaderQueue) {
+        let (sender, receiver) = mpsc::channel(RENEWALS_AHEAD);
+        let ages_ms = Arc::new(watch::Sender::new(BTreeMap::new()));
+        (Self { renewals: sender, ages_ms: ages_ms.clone() }, LeaderQueue { renewals: receiver, ages_ms })
+    }
+
+    /// Renews the lease of a host. Returns the granted time in milliseconds, counted from the moment that the host sent
+    /// its request; 0: not granted.
+    pub async fn renew(&self, host: HostId) -> u64 {
+        let (answer, answered) = oneshot::channel();
+        // A full queue or an ended task means: not granted.
+        if self.renewals.send(Renewal { host, answer }).await.is_err() {
+            return 0;
+        }
+        answered.await.unwrap_or(0)
+    }
+
+    /// Milliseconds since each host was last heard of; empty when this host does not lead.
+    pub fn ages_ms(&self) -> BTreeMap<HostId, u64> {
+        self.ages_ms.borrow().clone()
+    }
+}
+
+fn now_ms() -> u64 {
+    u64::try_from(boottime().as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Runs until the node stops.
+pub async fn run_leader(context: NodeContext, queue: LeaderQueue) {
+    let (decisions, decided) = mpsc::channel(DECISIONS_AHEAD);
+    tokio::join!(table_task(&context, queue, decisions), propose_task(&context, decided));
+}
+
+async fn table_task(context: &NodeContext, mut queue: LeaderQueue, decisions: mpsc::Sender<Command>) {
+    let timing = context.consensus.local().settings.timing;
+    let mut table = LeaseTable::new(timing);
+    let mut leads = false;
+    let tick = Duration::from_millis(timing.lease_renew_ms / 2).max(TICK_MIN);
+    let mut ticks = tokio::time::interval(tick);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        let renewal = tokio::select! {
+            Some(renewal) = queue.renewals.recv() => Some(renewal),
+            _ = ticks.tick() => None,
+            () = context.shutdown.cancelled() => return,
+        };
+        let now_leads = context.consensus.is_leader();
+        if now_leads != leads {
+            leads = now_leads;
+            tracing::info!(leads, "leadership changed");
+            let event = if leads { LeaseEvent::BecameLeader } else { LeaseEvent::LostLeadership };
+            decide(&mut table, event, &decisions);
+        }
+        let state = context.consensus.local();
+        match renewal {
+            Some(renewal) => {
+                let ttl_ms = answer(context, &mut table, &state, renewal.host, &decisions);
+                // A host that gave up asks again.
+                let _ = renewal.answer.send(ttl_ms);
+            }
+            None if leads => {
+                let members = state.members().map(|host| (host.id, host.state)).collect();
+                let braked = state.settings.ha_braked;
+                decide(&mut table, LeaseEvent::Tick { members, braked }, &decisions);
+            }
+            None => {}
+        }
+        publish_ages(&table, &state, leads, &queue.ages_ms);
+    }
+}
+
+/// The answer to a renewal in milliseconds; 0 when this host does not lead or a majority may follow another one.
+fn answer(
+    context: &NodeContext,
+    table: &mut LeaseTable,
+    state: &PoolState,
+    host: HostId,
+    decisions: &mpsc::Sender<Command>,
+) -> u64 {
+    let Some(quorum_age) = context.consensus.quorum_ack_age() else { return 0 };
+    let quorum_age_ms = u64::try_from(quorum_age.as_millis()).unwrap_or(u64::MAX);
+    let state = state.hosts.get(&host).map(|host| host.state);
+    let event = LeaseEvent::Renewal { host, state, quorum_age_ms };
+    decide(table, event, decisions)
+        .into_iter()
+        .find_map(|(answered, ttl_ms)| (answered == host).then_some(ttl_ms))
+        .unwrap_or(0)
+}
+
+/// Lets the table decide; hands on what is to be proposed and returns the answers.
+fn decide(
+    table: &mut LeaseTable,
+    event: LeaseEvent,
+    decisions: &mpsc::Sender<Command>,
+) -> Vec<(HostId, u64)> {
+    let mut answers = Vec::new();
+    for command in table.handle(now_ms(), event) {
+        match command {
+            LeaseCommand::Answer { host, ttl_ms } => answers.push((host, ttl_ms)),
+            LeaseCommand::Propose(command) => {
+                // The table repeats what has not become true.
+                if decisions.try_send(command).is_err() {
+                    tracing::warn!(
+                        "too many decisions wait to be committed; the lease table will repeat this one"
+                    );
+                }
+            }
+        }
+    }
+    answers
+}
+
+fn publish_ages(
+    table: &LeaseTable,
+    state: &PoolState,
+    leads: bool,
+    ages_ms: &watch::Sender<BTreeMap<HostId, u64>>,
+) {
+    let now = now_ms();
+    let known = state.members().filter_map(|host| table.age_ms(now, host.id).map(|age_ms| (host.id, age_ms)));
+    ages_ms.send_replace(if leads { known.collect() } else { BTreeMap::new() });
+}
+
+async fn propose_task(context: &NodeContext, mut decided: mpsc::Receiver<Command>) {
+    let mut changes = context.consensus.watch();
+    loop {
+        tokio::select! {
+            Some(command) = decided.recv() => {
+                context.report(command).await;
+                continue;
+            }
+            changed = changes.changed() => if changed.is_err() { return },
+            () = tokio::time::sleep(PLAN_INTERVAL) => {}
+            () = context.shutdown.cancelled() => return,
+        }
+        if !context.consensus.is_leader() {
+            continue;
+        }
+        changes.mark_unchanged();
+        let view = LeaderView { now_ms: crate::node::unix_ms() };
+        for command in planner::plan(&context.consensus.local(), &view) {
+            context.report(command).await;
+        }
+    }
+}

@@ -1,0 +1,375 @@
+//! Carries out one action of `pool_state::reconcile`.
+//!
+//! Each step looks at the newest applied state itself: between the decision and the step it may have moved on, and then the
+//! step is either refused by the process or decided anew in the next pass.
+
+use super::{
+    attach::{BootFiles, attachments, machine_config},
+    observe,
+    schedule::source_key,
+};
+use crate::{
+    images::{ImageError, ImageStore},
+    lease::LeaseClient,
+    node::{NodeContext, ReportError},
+    supervisor::{Machine, MachineError, ProcessError, ProcessKey, StopMode, Supervisor},
+};
+use pool_state::{
+    Command, PoolState, Rejection,
+    command::LastSequence,
+    reconcile::{HostAction, ObservedVm, VolumesDigest},
+    state::{Migration, StopMode as WantedStop, TargetEndpoint, Vm},
+};
+use proto::{
+    ImageId, MigrationId, VmId,
+    v1::{MachineStatus, MigrationOutcomeRequest, StartOutgoingRequest},
+};
+use std::{
+    collections::BTreeMap,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+/// An action failed; it is tried again as long as the state asks for it.
+#[derive(Debug, thiserror::Error)]
+pub enum ActionError {
+    /// The state has moved on.
+    #[error("{0}")]
+    Outdated(#[from] Rejection),
+    /// The process could not be started.
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+    /// The process refused, failed or did not answer.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// A file to boot from is not usable.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The entry was not accepted.
+    #[error(transparent)]
+    Report(#[from] ReportError),
+    /// The process that it is about is not there.
+    #[error("{key} has no process")]
+    NoProcess {
+        /// Which.
+        key: ProcessKey,
+    },
+    /// The migration lacks what an earlier step should have brought.
+    #[error("{migration} has no {what} yet")]
+    NotReady {
+        /// Which.
+        migration: MigrationId,
+        /// What is missing.
+        what: &'static str,
+    },
+}
+
+/// Everything that actions work with.
+pub struct Executor {
+    context: NodeContext,
+    supervisor: Supervisor,
+    images: ImageStore,
+    lease: LeaseClient,
+    /// What each process was last given as its volumes.
+    digests: Mutex<BTreeMap<ProcessKey, VolumesDigest>>,
+}
+
+impl Executor {
+    /// An executor for this host.
+    pub fn new(context: NodeContext, supervisor: Supervisor, images: ImageStore, lease: LeaseClient) -> Self {
+        Self { context, supervisor, images, lease, digests: Mutex::default() }
+    }
+
+    /// This host.
+    pub fn context(&self) -> &NodeContext {
+        &self.context
+    }
+
+    /// Its processes.
+    pub fn supervisor(&self) -> &Supervisor {
+        &self.supervisor
+    }
+
+    /// All processes and what others left, as the reconciler sees them.
+    pub fn observe(&self) -> Vec<ObservedVm> {
+        let processes = self.supervisor.processes();
+        let mut digests = self.digests();
+        digests.retain(|key, _| processes.iter().any(|process| process.key == *key));
+        let present =
+            processes.iter().map(|process| observe::present(process, digests.get(&process.key).copied()));
+        let gone = self.supervisor.gone_processes();
+        present.chain(gone.iter().map(|(key, end)| observe::gone(*key, end))).collect()
+    }
+
+    /// Carries out an action.
+    ///
+    /// # Errors
+    /// [`ActionError`]; the next pass decides anew.
+    pub async fn execute(&self, action: &HostAction) -> Result<(), ActionError> {
+        let state = self.context.consensus.local();
+        match action {
+            HostAction::SpawnAndStart { vm, epoch } => {
+                self.spawn_and_start(&state, ProcessKey { vm: *vm, epoch: *epoch }).await
+            }
+            HostAction::Destroy { vm, epoch, reason } => {
+                let key = ProcessKey { vm: *vm, epoch: *epoch };
+                tracing::info!(process = %key, ?reason, "destroying a VM process");
+                self.supervisor.destroy(key, StopMode::Forced).await;
+                Ok(())
+            }
+            HostAction::Stop { vm, epoch, mode } => {
+                let mode = match mode {
+                    WantedStop::Clean => StopMode::Orderly,
+                    WantedStop::Force => StopMode::Forced,
+                };
+                self.supervisor.stop(ProcessKey { vm: *vm, epoch: *epoch }, mode).await;
+                Ok(())
+            }
+            HostAction::PrepareIncoming { migration } => {
+                self.prepare_incoming(&state, state.migration(*migration)?).await
+            }
+            HostAction::StartOutgoing { migration } => {
+                self.start_outgoing(&state, state.migration(*migration)?).await
+            }
+            HostAction::ProposeCommit { migration, last_sequences } => {
+                self.propose_commit(&state, *migration, last_sequences).await
+            }
+            HostAction::ReportCommitted { migration } => {
+                self.outcome_at_source(&state, *migration, Outcome::Committed).await
+            }
+            HostAction::ResumeAfterAbort { migration } => {
+                self.outcome_at_source(&state, *migration, Outcome::Aborted).await
+            }
+            HostAction::ActivateIncoming { migration } => {
+                self.activate_incoming(&state, state.migration(*migration)?).await
+            }
+            HostAction::Pause { vm } => {
+                let (key, machine) = self.current(&state, *vm)?;
+                self.note(key, machine.pause().await)
+            }
+            HostAction::Resume { vm } => {
+                let (key, machine) = self.current(&state, *vm)?;
+                self.note(key, machine.resume().await)
+            }
+            HostAction::UpdateVolumes { vm, .. } => self.update_volumes(&state, state.vm(*vm)?).await,
+            HostAction::Report(command) => Ok(self.context.try_report(command.clone()).await?),
+        }
+    }
+
+    /// Boots a VM. What can't be cured by trying again is reported as the VM's failure.
+    async fn spawn_and_start(&self, state: &PoolState, key: ProcessKey) -> Result<(), ActionError> {
+        let booted = self.boot(state, key).await;
+        let problem = match &booted {
+            Err(ActionError::Process(
+                error @ (ProcessError::Spawn { .. } | ProcessError::EndedAtStart { .. }),
+            )) => error.to_string(),
+            Err(ActionError::Machine(error @ MachineError::Failed { call: "Configure", .. }))
+            | Err(ActionError::Machine(error @ MachineError::Refused { call: "Configure", .. })) => {
+                error.to_string()
+            }
+            // A machine that failed to start says so in its status, from which the next pass draws the conclusion.
+            _ => {
+                self.supervisor.poke(key);
+                return booted;
+            }
+        };
+        self.context.try_report(Command::VmFailed { vm: key.vm, epoch: key.epoch, problem }).await?;
+        booted
+    }
+
+    async fn boot(&self, state: &PoolState, key: ProcessKey) -> Result<(), ActionError> {
+        let vm = state.vm(key.vm)?;
+        let files = self.boot_files(state, vm).await?;
+        let machine = self.supervisor.spawn(key).await?;
+        self.configure(state, vm, key, &machine, files).await?;
+        self.lease.pass_on(&self.supervisor, key).await;
+        self.note(key, machine.start().await)
+    }
+
+    /// Gives the process its machine unless it has one.
+    async fn configure(
+        &self,
+        state: &PoolState,
+        vm: &Vm,
+        key: ProcessKey,
+        machine: &Machine,
+        files: BootFiles,
+    ) -> Result<(), ActionError> {
+        let is_new = |status: &MachineStatus| status.vm_id == 0;
+        if !self
+            .supervisor
+            .process(key)
+            .and_then(|process| process.status)
+            .is_none_or(|status| is_new(&status))
+        {
+            return Ok(());
+        }
+        let config = machine_config(&self.context, state, vm, key.epoch, files);
+        self.note(key, machine.configure(config).await)?;
+        self.digests().insert(key, VolumesDigest::of(state, vm));
+        Ok(())
+    }
+
+    /// The files to boot from, each checked against its digest.
+    async fn boot_files(&self, state: &PoolState, vm: &Vm) -> Result<BootFiles, ActionError> {
+        Ok(BootFiles {
+            kernel: self.boot_file(state, vm.spec.kernel).await?,
+            initrd: self.boot_file(state, vm.spec.initrd).await?,
+        })
+    }
+
+    async fn boot_file(&self, state: &PoolState, image: Option<ImageId>) -> Result<String, ActionError> {
+        let Some(image) = image else { return Ok(String::new()) };
+        let path = self.images.verify(state.image(image)?.blake3).await?;
+        Ok(path.display().to_string())
+    }
+
+    /// Target: makes the process that receives the VM. A failure ends the migration, and the source runs on.
+    async fn prepare_incoming(&self, state: &PoolState, migration: &Migration) -> Result<(), ActionError> {
+        let prepared = self.prepare(state, migration).await;
+        let command = match prepared {
+            Ok(endpoint) => Command::MigrationPrepared { migration: migration.id, endpoint },
+            // A process of an earlier attempt is being removed; this attempt waits for it.
+            Err(error @ ActionError::Process(ProcessError::Exists { .. })) => return Err(error),
+            Err(error) => {
+                let reason = format!("{} could not prepare: {error}", state.host_name(self.context.host));
+                Command::MigrationAbort { migration: migration.id, reason }
+            }
+        };
+        Ok(self.context.try_report(command).await?)
+    }
+
+    async fn prepare(&self, state: &PoolState, migration: &Migration) -> Result<TargetEndpoint, ActionError> {
+        let vm = state.vm(migration.vm)?;
+        let key = ProcessKey { vm: vm.id, epoch: migration.to_epoch() };
+        let not_ready = |what| ActionError::NotReady { migration: migration.id, what };
+        let source = migration.source_fingerprint.ok_or_else(|| not_ready("certificate of the source"))?;
+        let machine = self.supervisor.spawn(key).await?;
+        // The guest's memory comes from the source: nothing is booted from a file.
+        self.configure(state, vm, key, &machine, BootFiles::default()).await?;
+        self.lease.pass_on(&self.supervisor, key).await;
+        let answer = machine.prepare_incoming(migration.id, source).await?;
+        self.supervisor.poke(key);
+        let fingerprint = observe::fingerprint(&answer.certificate_sha256)
+            .ok_or_else(|| not_ready("certificate of the target"))?;
+        Ok(TargetEndpoint { address: answer.address, fingerprint })
+    }
+
+    async fn start_outgoing(&self, state: &PoolState, migration: &Migration) -> Result<(), ActionError> {
+        let (key, machine) = self.source(state, migration.id)?;
+        let endpoint = migration.target_endpoint.as_ref();
+        let endpoint = endpoint
+            .ok_or(ActionError::NotReady { migration: migration.id, what: "endpoint of the target" })?;
+        let request = StartOutgoingRequest {
+            migration_id: migration.id.0,
+            address: endpoint.address.clone(),
+            target_certificate_sha256: endpoint.fingerprint.0.to_vec(),
+            policy: migration.options.policy.as_str().to_owned(),
+            bandwidth_bytes_per_s: migration.options.bandwidth_bytes_per_s,
+            downtime_ms: migration.options.downtime_ms,
+            prove_memory: true,
+        };
+        let started = machine.start_outgoing(request).await;
+        if let Err(error @ (MachineError::Refused { .. } | MachineError::Failed { .. })) = &started {
+            let reason = format!("the source could not start: {error}");
+            self.context.try_report(Command::MigrationAbort { migration: migration.id, reason }).await?;
+        }
+        self.note(key, started)
+    }
+
+    /// Source, inside the blackout: from the process's answer on it waits for the committed outcome.
+    async fn propose_commit(
+        &self,
+        state: &PoolState,
+        migration: MigrationId,
+        last_sequences: &[LastSequence],
+    ) -> Result<(), ActionError> {
+        let (key, machine) = self.source(state, migration)?;
+        // A refusal means that it has resumed by itself; its next status says so.
+        let agreed = machine.commit_proposed(migration).await;
+        if agreed.is_err() {
+            self.supervisor.poke(key);
+        }
+        self.note(key, agreed)?;
+        let last_sequences = last_sequences.to_vec();
+        Ok(self.context.try_report(Command::MigrationCommit { migration, last_sequences }).await?)
+    }
+
+    async fn outcome_at_source(
+        &self,
+        state: &PoolState,
+        migration: MigrationId,
+        outcome: Outcome,
+    ) -> Result<(), ActionError> {
+        let (key, machine) = self.source(state, migration)?;
+        let request = MigrationOutcomeRequest {
+            migration_id: migration.0,
+            committed: outcome == Outcome::Committed,
+            volumes: Vec::new(),
+            epoch: key.epoch.0,
+        };
+        self.note(key, machine.migration_outcome(request).await)
+    }
+
+    /// Target, inside the blackout: the commit is applied here, so the process may take the volumes and run.
+    async fn activate_incoming(&self, state: &PoolState, migration: &Migration) -> Result<(), ActionError> {
+        let vm = state.vm(migration.vm)?;
+        let key = ProcessKey { vm: vm.id, epoch: migration.to_epoch() };
+        let machine = self.supervisor.machine(key).ok_or(ActionError::NoProcess { key })?;
+        let request = MigrationOutcomeRequest {
+            migration_id: migration.id.0,
+            committed: true,
+            volumes: attachments(state, vm, self.context.host),
+            epoch: key.epoch.0,
+        };
+        let digest = VolumesDigest::of(state, vm);
+        self.note(key, machine.migration_outcome(request).await)?;
+        self.digests().insert(key, digest);
+        Ok(())
+    }
+
+    async fn update_volumes(&self, state: &PoolState, vm: &Vm) -> Result<(), ActionError> {
+        let (key, machine) = self.current(state, vm.id)?;
+        let digest = VolumesDigest::of(state, vm);
+        let volumes = attachments(state, vm, self.context.host);
+        self.note(key, machine.update_volumes(volumes).await)?;
+        self.digests().insert(key, digest);
+        Ok(())
+    }
+
+    fn source(
+        &self,
+        state: &PoolState,
+        migration: MigrationId,
+    ) -> Result<(ProcessKey, Machine), ActionError> {
+        // A migration that the state has forgotten is not in any slot either.
+        let missing = ActionError::NotReady { migration, what: "entry in the state" };
+        let key = source_key(state, migration).ok_or(missing)?;
+        let machine = self.supervisor.machine(key).ok_or(ActionError::NoProcess { key })?;
+        Ok((key, machine))
+    }
+
+    fn current(&self, state: &PoolState, vm: VmId) -> Result<(ProcessKey, Machine), ActionError> {
+        let vm = state.vm(vm)?;
+        let key = ProcessKey { vm: vm.id, epoch: vm.epoch };
+        let machine = self.supervisor.machine(key).ok_or(ActionError::NoProcess { key })?;
+        Ok((key, machine))
+    }
+
+    /// Takes over the answer of a process, so that the next pass sees what the action has changed.
+    fn note(&self, key: ProcessKey, answer: Result<MachineStatus, MachineError>) -> Result<(), ActionError> {
+        self.supervisor.record(key, answer?);
+        Ok(())
+    }
+
+    fn digests(&self) -> MutexGuard<'_, BTreeMap<ProcessKey, VolumesDigest>> {
+        // Changed by single insertions, so it is whole even after a panic elsewhere.
+        self.digests.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// How a migration was decided.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Outcome {
+    Committed,
+    Aborted,
+}
