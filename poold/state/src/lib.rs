@@ -16,6 +16,8 @@
 //! Absent on purpose: heartbeats, statistics and progress, which never enter the log.
 
 mod apply;
+#[cfg(test)]
+mod fixture;
 
 pub mod command;
 pub mod entry;

@@ -15,12 +15,14 @@ mod migrations;
 mod ownership;
 mod placement;
 mod pool;
+mod run;
 mod tasks;
 mod tokens;
 mod vms;
 mod volumes;
 
-mod run;
+#[cfg(test)]
+mod tests;
 
 use crate::{
     command::Command,

@@ -1,0 +1,11 @@
+//! Each rule of `apply` by the behaviour that it gives. The fixture checks all invariants after each entry, and that a rejected
+//! entry changes nothing.
+
+mod hosts;
+mod membership;
+mod migrations;
+mod pool;
+mod random;
+mod run;
+mod size;
+mod vms;

@@ -1,0 +1,192 @@
+//! Random commands: whatever comes, the invariants hold, a rejection changes nothing, and replicas agree.
+
+use crate::{
+    Command, Entry, PoolState,
+    command::{IsrChange, LastSequence, RemoveMode, RestartCause, StopReason, VolumeStart},
+    fixture::{Pool, endpoint, incarnation},
+    planner::{LeaderView, plan},
+    state::{CertificateFingerprint, HaPolicy, MigrationOptions, StopMode},
+};
+use proptest::prelude::*;
+use proto::{ByteCount, Epoch, HostId, IsrVersion, MigrationId, Sequence, TaskId, VmId, VolumeId};
+
+/// Numbers from which a command is made: the kind, and choices among what exists. Choices beyond it name nothing.
+type Roll = (u8, u8, u8, u8);
+
+fn pick<T: Copy>(items: &[T], choice: u8, missing: T) -> T {
+    // One in sixteen names something that does not exist.
+    if choice % 16 == 15 || items.is_empty() { missing } else { items[choice as usize % items.len()] }
+}
+
+fn last_of<T: Copy>(items: &[T], choice: u8, missing: T) -> T {
+    // Mostly the newest: old ones have ended and only give rejections.
+    if choice % 4 == 3 { pick(items, choice / 4, missing) } else { items.last().copied().unwrap_or(missing) }
+}
+
+fn command(pool: &Pool, (kind, a, b, c): Roll) -> Command {
+    let state = &pool.state;
+    let host = pick(&state.hosts.keys().copied().collect::<Vec<_>>(), a, HostId(9_999));
+    let other = pick(&state.hosts.keys().copied().collect::<Vec<_>>(), b, HostId(9_999));
+    let vm = pick(&state.vms.keys().copied().collect::<Vec<_>>(), c, VmId(9_999));
+    let volume = pick(&state.volumes.keys().copied().collect::<Vec<_>>(), c, VolumeId(9_999));
+    let migration = last_of(&state.migrations.keys().copied().collect::<Vec<_>>(), c, MigrationId(9_999));
+    let task = last_of(&state.tasks.keys().copied().collect::<Vec<_>>(), c, TaskId(9_999));
+    let stale = u64::from(b.is_multiple_of(8));
+    let epoch = state.vms.get(&vm).map_or(Epoch(0), |vm| Epoch(vm.epoch.0.saturating_sub(stale)));
+    let ha = if a.is_multiple_of(4) { HaPolicy::None } else { HaPolicy::Restart };
+    let mode = if a.is_multiple_of(2) { StopMode::Clean } else { StopMode::Force };
+    match kind % 29 {
+        0 => Command::CreateVolume {
+            name: format!("v{c}"),
+            size: ByteCount(1 << 30),
+            replicas: (a < 128).then(|| u32::from(b % 4)),
+        },
+        1 => pool.create_vm(&format!("m{c}"), if b < 200 { vec![volume] } else { vec![] }, ha),
+        2 => Command::DeleteVm { vm },
+        3 => Command::DeleteVolume { volume },
+        4 | 5 => Command::StartVm { vm, host: (a < 128).then_some(host) },
+        6 => Command::StopVm { vm, mode },
+        7 => Command::PauseVm { vm },
+        8 => Command::ResumeVm { vm },
+        9 | 10 => Command::VmRunning { vm, epoch },
+        11 => Command::VmStopped {
+            vm,
+            epoch,
+            reason: if a < 128 { StopReason::Poweroff } else { StopReason::Crash },
+        },
+        12 => Command::VmFailed { vm, epoch, problem: "it broke".into() },
+        13 => Command::RestartVm { vm, expect_epoch: epoch, cause: RestartCause::ProcessDied },
+        14 => Command::RecoverVm { vm, expect_epoch: epoch, host },
+        15 => Command::StartMigration {
+            vm,
+            target: (a < 128).then_some(host),
+            options: MigrationOptions::default(),
+        },
+        16 => Command::MigrationSourceReady { migration, fingerprint: CertificateFingerprint([a; 32]) },
+        17 => Command::MigrationPrepared { migration, endpoint: endpoint() },
+        18 => Command::MigrationCopying { migration },
+        19 => last_sequences(pool, migration, b),
+        20 => Command::MigrationDone { migration, record: None },
+        21 if a < 64 => Command::MigrationAbort { migration, reason: "broken".into() },
+        21 => Command::CancelMigration { migration },
+        22 if a < 128 => Command::CancelTask { task },
+        22 => Command::ExpireTask { task },
+        23 => Command::HostLost { host },
+        24 | 25 => Command::HostReturned { host },
+        26 => isr_change(pool, volume, host, a, b),
+        27 if a < 40 => Command::RemoveHost {
+            host: other,
+            mode: if b < 128 { RemoveMode::Drained } else { RemoveMode::ConfirmDead },
+        },
+        27 => Command::RecordVolumeStart {
+            volume,
+            start: VolumeStart {
+                epoch: state.volumes.get(&volume).map(|volume| volume.epoch).unwrap_or_default(),
+                start_seq: Sequence(u64::from(b)),
+            },
+        },
+        _ if a < 20 => Command::SetBrake,
+        _ => Command::HaResume,
+    }
+}
+
+fn last_sequences(pool: &Pool, migration: MigrationId, choice: u8) -> Command {
+    let vm = pool.state.migrations.get(&migration).and_then(|migration| pool.state.vms.get(&migration.vm));
+    let disks = vm.map(|vm| vm.spec.disks.clone()).unwrap_or_default();
+    let wrong = usize::from(choice.is_multiple_of(16));
+    let last_sequences = disks
+        .into_iter()
+        .skip(wrong)
+        .map(|volume| LastSequence { volume, sequence: Sequence(choice.into()) })
+        .collect();
+    Command::MigrationCommit { migration, last_sequences }
+}
+
+fn isr_change(pool: &Pool, volume: VolumeId, host: HostId, a: u8, b: u8) -> Command {
+    let data = pool.state.volumes.get(&volume);
+    let change = IsrChange {
+        volume,
+        epoch: data.map(|data| data.epoch).unwrap_or_default(),
+        isr_version: data.map_or(IsrVersion(0), |data| data.isr_version),
+        host,
+        incarnation: incarnation(host, u32::from(a.is_multiple_of(8))),
+    };
+    if b < 128 { Command::RemoveFromIsr(change) } else { Command::AddToIsr(change) }
+}
+
+/// Everything that still runs comes to an end when the leader plans and time passes (I5).
+fn run_out(pool: &mut Pool) {
+    const ROUNDS_MAX: usize = 64;
+    pool.accept(Command::HaResume);
+    for _ in 0..ROUNDS_MAX {
+        pool.now_ms += pool.state.settings.timing.migration_copy_ms;
+        let view = LeaderView { now_ms: pool.now_ms };
+        let commands = plan(&pool.state, &view);
+        if commands.is_empty() {
+            break;
+        }
+        for command in commands {
+            pool.accept(command);
+        }
+    }
+    assert_eq!(pool.state.tasks.values().filter(|task| task.is_running()).count(), 0, "a task did not end");
+    assert_eq!(pool.state.running_migrations().count(), 0, "a migration did not end");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    #[test]
+    fn whatever_comes_the_invariants_hold_and_replicas_agree(
+        rolls in prop::collection::vec(any::<Roll>(), 1..250),
+    ) {
+        let mut pool = Pool::new(4);
+        for number in 0..3 {
+            pool.stopped_vm(&format!("first{number}"), HaPolicy::Restart);
+        }
+        let base = pool.state.clone();
+        let mut log: Vec<Entry> = Vec::new();
+        let mut boots = 0;
+        for roll in rolls {
+            pool.now_ms += u64::from(roll.3) * 100;
+            if roll.0 == 255 {
+                // A host that lost power comes back.
+                boots += 1;
+                let host = pick(&pool.hosts(), roll.1 & 7, pool.hosts()[0]);
+                let before = pool.state.revision;
+                let address = pool.state.host(host).expect("a member").address.clone();
+                let update = Command::UpdateHost(crate::command::UpdateHost {
+                    host,
+                    incarnation: incarnation(host, boots),
+                    replica_fingerprint: CertificateFingerprint([1; 32]),
+                    boot_id: String::new(),
+                    address,
+                    vm_memory: ByteCount(1 << 30),
+                });
+                let entry = pool.entry(update);
+                let _ = pool.apply_entry(&entry);
+                prop_assert_eq!(pool.state.revision, before + 1);
+                log.push(entry);
+                continue;
+            }
+            let mut entry = pool.entry(command(&pool, roll));
+            entry.request_id = (roll.1 < 64).then(|| format!("r{}", roll.2 % 32));
+            let _ = pool.apply_entry(&entry);
+            log.push(entry);
+        }
+
+        // A replica that restarted from a snapshot and replays the log from its encoded form.
+        let bytes = postcard::to_stdvec(&base).expect("it is plain data");
+        let mut replica: PoolState = postcard::from_bytes(&bytes).expect("it was just written");
+        for entry in &log {
+            let entry = Entry::decode(&entry.encode().expect("it is small")).expect("it was just written");
+            let _ = replica.apply(replica.revision + 1, &entry);
+        }
+        prop_assert_eq!(&replica, &pool.state);
+        let snapshot = postcard::to_stdvec(&pool.state).expect("it is plain data");
+        prop_assert_eq!(&snapshot, &postcard::to_stdvec(&replica).expect("it is plain data"));
+        let restored: PoolState = postcard::from_bytes(&snapshot).expect("it was just written");
+        prop_assert_eq!(&restored, &pool.state);
+        run_out(&mut pool);
+    }
+}
