@@ -24,6 +24,8 @@ pub struct Sabotage {
     pub fail_save: AtomicBool,
     pub fail_load: AtomicBool,
     pub fail_pause: AtomicBool,
+    /// Pages that the guest writes to, one at each call of the engine.
+    pub writes_at_calls: Mutex<Vec<usize>>,
 }
 
 /// One guest; either side of a migration.
@@ -109,6 +111,12 @@ impl ModelGuest {
         }
     }
 
+    fn called(&self) {
+        if let Some(page) = self.sabotage.writes_at_calls.lock().unwrap().pop() {
+            self.store(page, 1, page as u64 + 1);
+        }
+    }
+
     fn check(&self, action: &'static str, fails: &AtomicBool) -> Result<(), VmError> {
         if fails.load(Ordering::Relaxed) {
             Err(VmError::new(action, "as planted by the test"))
@@ -124,6 +132,7 @@ impl SourceVm for ModelGuest {
     }
 
     fn resident(&self, range: Range<PageIndex>) -> Result<Vec<Range<PageIndex>>, VmError> {
+        self.called();
         let mut bitmap = PageBitmap::new(self.pages() as u64);
         let words: Vec<u64> = self.resident.iter().map(|word| word.load(Ordering::SeqCst)).collect();
         bitmap.merge(0, &words);
@@ -133,6 +142,7 @@ impl SourceVm for ModelGuest {
     }
 
     fn read_pages(&self, first: PageIndex, out: &mut [u8]) -> Result<(), VmError> {
+        self.called();
         self.copy_out(first, out);
         Ok(())
     }
@@ -157,6 +167,7 @@ impl SourceVm for ModelGuest {
     }
 
     fn clear_dirty(&self, first_word: usize, words: &[u64]) -> Result<(), VmError> {
+        self.called();
         for (mine, cleared) in self.dirty[first_word..].iter().zip(words) {
             mine.fetch_and(!cleared, Ordering::SeqCst);
         }
