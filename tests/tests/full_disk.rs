@@ -8,16 +8,17 @@ use std::time::Duration;
 use tests::vms::PROBE_LIGHT;
 use tests::{Pool, pool::Timing, serial};
 
-/// Size of each host's disk: room for the daemon's own files and a small volume.
-const DISK_BYTES: u64 = 192 << 20;
+/// Size of each host's disk: a little more than what a host must have free to join.
+const DISK_BYTES: u64 = 1200 << 20;
 
-/// Fills the disk that `dir` is on with one file, to the last block.
-fn fill(dir: &Path) -> Result<std::path::PathBuf> {
+/// Fills the disk that `dir` is on with one file, down to `leave` bytes; 0: to the last block.
+fn fill(dir: &Path, leave: u64) -> Result<std::path::PathBuf> {
     let path = dir.join("ballast");
     let mut file = fs::File::create(&path)?;
-    let chunk = vec![0xA5; 64 << 10];
+    let chunk = vec![0xA5; 1 << 20];
+    let free = || nix::sys::statvfs::statvfs(dir).map(|stat| stat.blocks_available() * stat.fragment_size());
     for size in [chunk.len(), 4096, 1] {
-        while file.write_all(&chunk[..size]).is_ok() {}
+        while free()? > leave && file.write_all(&chunk[..size]).is_ok() {}
     }
     Ok(path)
 }
@@ -27,9 +28,10 @@ fn an_image_that_does_not_fit_is_refused_and_leaves_nothing() -> Result<()> {
     let _turn = serial();
     let pool = Pool::builder().timing(Timing::Fast).disk_bytes(DISK_BYTES).start()?;
     let file = pool.dir().join("large.img");
-    let large = fs::File::create(&file)?;
-    large.set_len(2 * DISK_BYTES)?;
+    fs::write(&file, vec![0x5A; 64 << 20])?;
     let path = file.to_string_lossy().into_owned();
+    let ballasts: Vec<_> =
+        pool.hosts().iter().map(|host| fill(host.data_dir(), 32 << 20)).collect::<Result<_>>()?;
     let output = pool.poolctl(&["image", "import", "large", &path])?.expect_code(4)?;
     assert!(output.stderr.contains("space") || output.stderr.contains("full"), "{}", output.stderr);
     assert!(pool.items(&["image", "list"])?.is_empty());
@@ -39,6 +41,9 @@ fn an_image_that_does_not_fit_is_refused_and_leaves_nothing() -> Result<()> {
             fs::read_dir(&images).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
         assert!(left.is_empty(), "left behind: {left:?}");
     }
+    // When there is room again, the same command succeeds.
+    ballasts.iter().try_for_each(fs::remove_file)?;
+    pool.poolctl(&["image", "import", "large", &path])?.ok()?;
     pool.start_probe("web", "64MiB", PROBE_LIGHT, None)?;
     Ok(())
 }
@@ -49,7 +54,7 @@ fn a_guest_whose_replicas_have_no_space_goes_on_when_there_is_some() -> Result<(
     let pool = Pool::builder().timing(Timing::Fast).disk_bytes(DISK_BYTES).start()?;
     pool.start_probe("web", "64MiB", PROBE_LIGHT, Some("h1"))?;
     let full = pool.host(2);
-    let ballast = fill(full.data_dir())?;
+    let ballast = fill(full.data_dir(), 0)?;
     // One replica that can't write leaves the in-sync set; the guest's writes go on at the others.
     pool.wait_beats("web", 10, Duration::from_secs(60))?;
     let before = pool.probe("web")?;

@@ -59,7 +59,8 @@ fn a_host_with_a_bad_token_is_refused_and_changes_nothing() -> Result<()> {
     refuse(&"A".repeat(100_000), 2, "a long token")?;
     refuse(&used, 7, "a token that was used by another host")?;
     let good = pool.create_token(&[])?;
-    refuse(&damaged(&good), 7, "a wrong secret")?;
+    refuse(&good[..good.len() - 2], 2, "a token that was cut")?;
+    refuse(&with_wrong_secret(&good), 7, "a wrong secret")?;
     let short = pool.create_token(&["--ttl", "1s"])?;
     wait_for(Duration::from_secs(20), "the token expires", || {
         let tokens = pool.items(&["host", "token", "list"])?;
@@ -71,10 +72,39 @@ fn a_host_with_a_bad_token_is_refused_and_changes_nothing() -> Result<()> {
     Ok(())
 }
 
-/// The token with one character of its secret, its last part, changed.
-fn damaged(token: &str) -> String {
-    let (rest, last) = token.split_at(token.len() - 1);
-    format!("{rest}{}", if last == "0" { "1" } else { "0" })
+/// The contents of a token, changed by `change`, with a checksum that fits: a forgery, not a typing error.
+fn forged(token: &str, change: impl FnOnce(Vec<u8>) -> Vec<u8>) -> String {
+    const PREFIX: &str = "pool1-";
+    const CHECKSUM_BYTES: usize = 4;
+    let digits = &token[PREFIX.len()..];
+    let bytes = (0..digits.len()).step_by(2).map(|at| u8::from_str_radix(&digits[at..at + 2], 16).unwrap());
+    let mut bytes: Vec<u8> = bytes.collect();
+    bytes.truncate(bytes.len() - CHECKSUM_BYTES);
+    let mut bytes = change(bytes);
+    let sum = blake3::hash(&bytes);
+    bytes.extend_from_slice(&sum.as_bytes()[..CHECKSUM_BYTES]);
+    bytes.iter().fold(PREFIX.to_owned(), |text, byte| format!("{text}{byte:02x}"))
+}
+
+/// A forgery with another secret: its last 32 bytes.
+fn with_wrong_secret(token: &str) -> String {
+    forged(token, |mut bytes| {
+        *bytes.last_mut().unwrap() ^= 1;
+        bytes
+    })
+}
+
+/// A forgery that leads to another address; texts in a token come after their length in one byte.
+fn with_address(token: &str, old: &str, new: &str) -> String {
+    let text = |address: &str| [&[u8::try_from(address.len()).unwrap()], address.as_bytes()].concat();
+    let (old, new) = (text(old), text(new));
+    forged(token, |bytes| {
+        let at = bytes
+            .windows(old.len())
+            .position(|window| window == old)
+            .expect("the token names its pool's address");
+        [&bytes[..at], &new, &bytes[at + old.len()..]].concat()
+    })
 }
 
 #[test]
@@ -83,13 +113,12 @@ fn a_token_of_another_pool_joins_that_pool_only() -> Result<()> {
     let mut ours = Pool::builder().hosts(1).timing(Timing::Fast).start()?;
     let other = Pool::builder().name("other").hosts(1).timing(Timing::Fast).start()?;
     let before = (members(&ours)?, members(&other)?);
-    // A token that names our address, but was made by the other pool: as if an operator had mixed up two of them.
-    let forged = other
-        .create_token(&[])?
-        .replace(&other.host(0).address().to_string(), &ours.host(0).address().to_string());
+    // A token that leads to us, but was made by the other pool: as if an operator had mixed up two of them.
+    let (there, here) = (other.host(0).address().to_string(), ours.host(0).address().to_string());
+    let mixed_up = with_address(&other.create_token(&[])?, &there, &here);
     ours.prepare_host()?;
-    let output = ours.join(1, &forged)?;
-    assert_ne!(output.code, 0, "{output:?}");
+    let output = ours.join(1, &mixed_up)?.expect_code(7)?;
+    assert!(output.stderr.contains("pool"), "{}", output.stderr);
     assert_eq!((members(&ours)?, members(&other)?), before);
     Ok(())
 }
