@@ -60,6 +60,10 @@ impl ImageService for ImageApi {
         }
         let digest = receive(&self.store, &header, &mut stream).await?;
         let state = self.context.read().await?;
+        // A retry may find other holders; the command would differ, so it isn't proposed again.
+        if let Some(Outcome::Image(image)) = views::answered(&state, header.meta.as_ref()) {
+            return Ok(Response::new(views::image(&state, views::found(state.image(image))?)));
+        }
         let (me, clients) = (self.context.host, &self.context.clients);
         let holders = images::push(&self.store, clients, &state, me, digest)
             .await
@@ -85,8 +89,11 @@ impl ImageService for ImageApi {
         let principal = require_user(&request)?;
         let DeleteImageRequest { meta, image } = request.into_inner();
         let before = self.context.read().await?;
+        let Some(found) = views::to_delete(&before, meta.as_ref(), before.resolve_image(&image))? else {
+            return Ok(Response::new(Image { name: image, ..Image::default() }));
+        };
         // The answer shows what was deleted.
-        let image = views::image(&before, views::found(before.resolve_image(&image))?);
+        let image = views::image(&before, found);
         self.context.change(&principal, meta, Command::DeleteImage { image: ImageId(image.id) }).await?;
         Ok(Response::new(image))
     }

@@ -10,7 +10,10 @@ use pool_state::{
         TaskState, Vm, Volume,
     },
 };
-use proto::{HostId, ImageId, VmId, VolumeId, v1};
+use proto::{
+    HostId, ImageId, VmId, VolumeId,
+    v1::{self, RequestMeta},
+};
 use tonic::Status;
 
 /// What was looked up, or the status that says why not.
@@ -19,6 +22,27 @@ use tonic::Status;
 /// The rejection as callers see it.
 pub fn found<T>(result: Result<T, Rejection>) -> Result<T, Status> {
     result.map_err(|rejection| status::rejected(&rejection))
+}
+
+/// What a request with this id was answered already.
+pub fn answered(state: &PoolState, meta: Option<&RequestMeta>) -> Option<Outcome> {
+    let request_id = meta.map(|meta| meta.request_id.as_str()).filter(|id| !id.is_empty())?;
+    state.requests.get(request_id).map(|answer| answer.outcome)
+}
+
+/// The object to delete; none when a request with this id has deleted it already.
+///
+/// # Errors
+/// It was not found, or the reference is ambiguous.
+pub fn to_delete<T>(
+    state: &PoolState,
+    meta: Option<&RequestMeta>,
+    object: Result<T, Rejection>,
+) -> Result<Option<T>, Status> {
+    match object {
+        Err(_) if answered(state, meta).is_some() => Ok(None),
+        object => found(object).map(Some),
+    }
 }
 
 /// The status for an answer that does not fit the command: the request id was used for something else.

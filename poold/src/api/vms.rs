@@ -144,8 +144,11 @@ impl VmService for VmApi {
         let principal = require_user(&request)?;
         let VmChangeRequest { meta, vm } = request.into_inner();
         let before = self.context.read().await?;
+        let Some(found) = views::to_delete(&before, meta.as_ref(), before.resolve_vm(&vm))? else {
+            return Ok(Response::new(Vm { name: vm, ..Vm::default() }));
+        };
         // The answer shows what was deleted.
-        let vm = views::vm(&before, views::found(before.resolve_vm(&vm))?);
+        let vm = views::vm(&before, found);
         self.context.change(&principal, meta, Command::DeleteVm { vm: VmId(vm.id) }).await?;
         Ok(Response::new(vm))
     }

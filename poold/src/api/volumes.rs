@@ -57,8 +57,11 @@ impl VolumeService for VolumeApi {
         let principal = require_user(&request)?;
         let DeleteVolumeRequest { meta, volume } = request.into_inner();
         let before = self.context.read().await?;
+        let Some(found) = views::to_delete(&before, meta.as_ref(), before.resolve_volume(&volume))? else {
+            return Ok(Response::new(Volume { name: volume, ..Volume::default() }));
+        };
         // The answer shows what was deleted.
-        let volume = views::volume(&before, views::found(before.resolve_volume(&volume))?);
+        let volume = views::volume(&before, found);
         let command = Command::DeleteVolume { volume: VolumeId(volume.id) };
         self.context.change(&principal, meta, command).await?;
         Ok(Response::new(volume))

@@ -178,10 +178,12 @@ impl Supervisor {
             return Ok(machine);
         }
         let (vms, binary) = (self.shared.vms.clone(), self.shared.binary.clone());
-        let process = tokio::task::spawn_blocking(move || Process::spawn(&vms, &binary, key))
-            .await
-            .map_err(|source| ProcessError::Join { key, source })??;
-        let machine = self.adopt(process);
+        let supervisor = self.clone();
+        // Taken over on the same thread: a caller that gives up in between must not leave a process that nobody watches.
+        let spawned = tokio::task::spawn_blocking(move || {
+            Process::spawn(&vms, &binary, key).map(|process| supervisor.adopt(process))
+        });
+        let machine = spawned.await.map_err(|source| ProcessError::Join { key, source })??;
         match self.wait_ready(key, &machine).await {
             Ok(()) => Ok(machine),
             Err(error) => {
@@ -305,11 +307,15 @@ impl Supervisor {
         self.shared.changed.subscribe()
     }
 
-    /// Takes over an answer that an action brought, so that nobody waits for the next question.
+    /// Takes over an answer that an action or a stream brought, so that nobody waits for the next question. An answer that
+    /// was overtaken by a newer one is dropped.
     pub fn record(&self, key: ProcessKey, status: MachineStatus) {
         let news = {
             let mut table = self.table();
             let Some(entry) = table.entries.get_mut(&key) else { return };
+            if entry.status.as_ref().is_some_and(|known| is_overtaken(&status, known)) {
+                return;
+            }
             let news = !entry.responsive || entry.status.as_ref() != Some(&status);
             entry.status = Some(status);
             entry.responsive = true;
@@ -399,6 +405,24 @@ impl Supervisor {
     fn table(&self) -> MutexGuard<'_, Table> {
         // The table is changed by single assignments only, so it is whole even after a panic elsewhere.
         self.shared.table.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+/// Whether `status` shows an earlier phase of the same migration than what is known already: answers and streams come by
+/// different ways, and a phase is never left backwards.
+fn is_overtaken(status: &MachineStatus, known: &MachineStatus) -> bool {
+    let rank = |phase: &str| match phase {
+        "ready" | "paused" => 1,
+        "commit-proposed" | "activating" => 2,
+        "committed" => 3,
+        "done" | "aborted" | "lost" | "resumed" | "failed" => 4,
+        _ => 0,
+    };
+    match (&status.migration, &known.migration) {
+        (Some(new), Some(known)) => {
+            new.migration_id == known.migration_id && rank(&new.phase) < rank(&known.phase)
+        }
+        (None, _) | (_, None) => false,
     }
 }
 
