@@ -95,3 +95,81 @@ fn replica(state: &PoolState, volume: &Volume, host: HostId, me: HostId) -> Opti
         certificate_sha256: fingerprint.0.to_vec(),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pool_state::state::{Host, HostState, IsrMember, VolumeOwner};
+    use proto::{
+        AttachmentSecret, ByteCount, CertificateFingerprint, Incarnation, IsrVersion, Sequence, VmId, VolumeId,
+    };
+
+    fn host(id: u64, fingerprint: Option<CertificateFingerprint>) -> Host {
+        Host {
+            id: HostId(id),
+            name: format!("h{id}"),
+            address: format!("10.0.0.{id}:7100"),
+            vm_memory: ByteCount(1 << 30),
+            public_key: Vec::new(),
+            cpu_vendor: String::new(),
+            feature_level: 1,
+            incarnation: Some(Incarnation(format!("life-{id}"))),
+            replica_fingerprint: fingerprint,
+            boot_id: String::new(),
+            state: HostState::Up,
+            joined_ms: 0,
+            lost_ms: None,
+        }
+    }
+
+    fn volume() -> Volume {
+        let member = |id: u64| IsrMember { host: HostId(id), incarnation: Incarnation(format!("life-{id}")) };
+        Volume {
+            id: VolumeId(20),
+            name: "data".to_owned(),
+            size: ByteCount(1 << 20),
+            replicas: vec![HostId(1), HostId(2), HostId(3)],
+            isr: vec![member(1), member(2)],
+            isr_version: IsrVersion(5),
+            epoch: Epoch(4),
+            epoch_history: vec![
+                EpochStart { epoch: Epoch(3), start_seq: Some(Sequence(9)) },
+                EpochStart { epoch: Epoch(4), start_seq: None },
+            ],
+            attached_to: Some(VmId(10)),
+            owner: Some(VolumeOwner { vm: VmId(10), host: HostId(1) }),
+            secret: Some(AttachmentSecret([7; 32])),
+        }
+    }
+
+    #[test]
+    fn an_attachment_says_who_is_in_sync_and_which_replica_is_local() {
+        let mut state = PoolState::default();
+        for id in 1..=3 {
+            state.hosts.insert(HostId(id), host(id, Some(CertificateFingerprint([id as u8; 32]))));
+        }
+        let attachment = attachment(&state, &volume(), HostId(1));
+        let seen: Vec<_> = attachment
+            .replicas
+            .iter()
+            .map(|replica| (replica.host_id, replica.address.as_str(), replica.isr_incarnation.as_str()))
+            .collect();
+        assert_eq!(seen, vec![(1, "", "life-1"), (2, "10.0.0.2:7100", "life-2"), (3, "10.0.0.3:7100", "")]);
+        assert_eq!((attachment.epoch, attachment.isr_version, attachment.min_isr), (4, 5, 2));
+        assert_eq!(attachment.secret, vec![7; 32]);
+        let starts: Vec<_> =
+            attachment.epoch_history.iter().map(|start| (start.epoch, start.start_seq)).collect();
+        assert_eq!(starts, vec![(3, 9), (4, 0)]);
+    }
+
+    #[test]
+    fn a_replica_that_never_served_or_was_removed_is_left_out() {
+        let mut state = PoolState::default();
+        state.hosts.insert(HostId(1), host(1, Some(CertificateFingerprint([1; 32]))));
+        state.hosts.insert(HostId(2), host(2, None));
+        let removed = Host { state: HostState::Removed, ..host(3, Some(CertificateFingerprint([3; 32]))) };
+        state.hosts.insert(HostId(3), removed);
+        let attachment = attachment(&state, &volume(), HostId(2));
+        assert_eq!(attachment.replicas.iter().map(|replica| replica.host_id).collect::<Vec<_>>(), vec![1]);
+    }
+}
