@@ -103,7 +103,8 @@ impl Writer {
                         written += 1;
                     }
                 }
-                std::thread::yield_now();
+                // Paces the writes; nothing waits for it.
+                std::thread::park_timeout(Duration::from_micros(500));
             }
         });
         Self { stop, thread: Some(thread) }

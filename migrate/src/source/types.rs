@@ -305,8 +305,10 @@ impl SourcePhase {
             Self::Connecting | Self::Copying | Self::Stopping => "copying",
             Self::Paused { .. } => "paused",
             Self::CommitProposed { .. } => "commit-proposed",
-            Self::Committed | Self::Done { .. } => "committed",
-            Self::Aborted { .. } | Self::Lost { .. } => "aborted",
+            Self::Committed => "committed",
+            Self::Done { .. } => "done",
+            Self::Aborted { .. } => "aborted",
+            Self::Lost { .. } => "lost",
         }
     }
 

@@ -351,7 +351,10 @@ impl World {
                     self.later(step, Happening::Source(SourceEvent::DirtyFetched { pages }));
                 }
                 SourceCommand::Throttle(percent) => self.source_vm.throttle(percent).unwrap(),
-                SourceCommand::Pause => self.later(step, Happening::PauseEnds),
+                SourceCommand::Pause => {
+                    let took = self.rng.random_range(step..Duration::from_millis(4));
+                    self.later(took, Happening::PauseEnds);
+                }
                 SourceCommand::SaveState => {
                     self.later(
                         step,
