@@ -435,7 +435,8 @@ impl<V: SourceVm> Driver<V> {
     async fn close(&mut self) {
         if let Some(link) = self.link.take() {
             link.connection.close(0_u8.into(), b"ended by the source");
-            let _ = tokio::time::timeout(CLOSE_TIMEOUT, link.connection.closed()).await;
+            // The runtime must not end before the packet that says so has left, or the target waits for its idle timeout.
+            let _ = tokio::time::timeout(CLOSE_TIMEOUT, link.endpoint.wait_idle()).await;
         }
     }
 }

@@ -7,7 +7,7 @@ use crate::{
 };
 use bytes::Bytes;
 use proto::CertificateFingerprint;
-use quinn::{Connection, RecvStream, SendStream};
+use quinn::{Connection, Endpoint, RecvStream, SendStream};
 use std::net::{IpAddr, SocketAddr};
 use tokio::sync::mpsc;
 
@@ -26,6 +26,7 @@ pub(super) struct Dial {
 
 /// A connection whose streams are open.
 pub(super) struct Link {
+    pub(super) endpoint: Endpoint,
     pub(super) connection: Connection,
     /// Encoded control messages to write.
     pub(super) messages: mpsc::Sender<Vec<u8>>,
@@ -63,7 +64,7 @@ pub(super) async fn dial(dial: Dial, events: mpsc::Sender<SourceEvent>) -> Resul
     let (messages, queue) = mpsc::channel(QUEUE_MESSAGES);
     tokio::spawn(write_messages(control_send, queue));
     tokio::spawn(read_messages(control_receive, connection.clone(), events));
-    Ok(Link { connection, messages, bulk })
+    Ok(Link { endpoint, connection, messages, bulk })
 }
 
 /// Ends with an error of the link, which the reader of the control stream sees too.
