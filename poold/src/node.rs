@@ -22,7 +22,7 @@ use crate::{
     replica::{self, ReplicaError},
     supervisor::{self, ProcessError, Supervisor},
 };
-use pool_state::{Command, Outcome, PoolState};
+use pool_state::{Command, Outcome, PoolState, Timing};
 use proto::{
     HostId,
     limits::GRPC_MESSAGE_BYTES_MAX,
@@ -131,6 +131,15 @@ impl NodeContext {
     /// No majority can be reached.
     pub async fn read(&self) -> Result<Arc<PoolState>, Status> {
         self.consensus.read_linearizable().await.map_err(status::read)
+    }
+
+    /// The pool's timings. A host that has just joined first waits for a state that has them; none at a shutdown.
+    pub async fn timing(&self) -> Option<Timing> {
+        let mut states = self.consensus.watch();
+        tokio::select! {
+            state = states.wait_for(|state| state.settings.is_initialised()) => Some(state.ok()?.settings.timing),
+            () = self.shutdown.cancelled() => None,
+        }
     }
 
     /// Proposes a client's change. Returns its outcome and a state that contains it.

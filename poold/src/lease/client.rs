@@ -77,7 +77,7 @@ async fn renew_task(
     client: &LeaseClient,
     identity: &LeaseIdentity,
 ) {
-    let timing = context.consensus.local().settings.timing;
+    let Some(timing) = context.timing().await else { return };
     let mut lease = HostLease::new(&timing);
     let (answers, mut answered) = mpsc::channel(RENEWALS_MAX);
     loop {

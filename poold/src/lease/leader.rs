@@ -79,7 +79,7 @@ pub async fn run_leader(context: NodeContext, queue: LeaderQueue) {
 }
 
 async fn table_task(context: &NodeContext, mut queue: LeaderQueue, decisions: mpsc::Sender<Command>) {
-    let timing = context.consensus.local().settings.timing;
+    let Some(timing) = context.timing().await else { return };
     let mut table = LeaseTable::new(timing);
     let mut leads = false;
     let tick = Duration::from_millis(timing.lease_renew_ms / 2).max(TICK_MIN);

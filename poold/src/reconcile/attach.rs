@@ -101,7 +101,8 @@ mod tests {
     use super::*;
     use pool_state::state::{Host, HostState, IsrMember, VolumeOwner};
     use proto::{
-        AttachmentSecret, ByteCount, CertificateFingerprint, Incarnation, IsrVersion, Sequence, VmId, VolumeId,
+        AttachmentSecret, ByteCount, CertificateFingerprint, Incarnation, IsrVersion, Sequence, VmId,
+        VolumeId,
     };
 
     fn host(id: u64, fingerprint: Option<CertificateFingerprint>) -> Host {

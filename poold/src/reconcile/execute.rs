@@ -9,6 +9,7 @@ use super::{
     schedule::source_key,
 };
 use crate::{
+    consensus::ProposeError,
     images::{ImageError, ImageStore},
     lease::LeaseClient,
     node::{NodeContext, ReportError},
@@ -61,6 +62,13 @@ pub enum ActionError {
         /// What is missing.
         what: &'static str,
     },
+}
+
+impl ActionError {
+    /// Whether the pool had decided otherwise meanwhile, which is no failure.
+    pub fn is_overtaken(&self) -> bool {
+        matches!(self, Self::Outdated(_) | Self::Report(ReportError::Propose(ProposeError::Rejected(_))))
+    }
 }
 
 /// Everything that actions work with.

@@ -89,6 +89,9 @@ fn pass(
                 let work = tokio::spawn(async move {
                     match executor.execute(&action).await {
                         Ok(()) => done.succeeded = true,
+                        Err(error) if error.is_overtaken() => {
+                            tracing::debug!(?action, %error, "an action came too late");
+                        }
                         Err(error) => {
                             tracing::warn!(?action, %error, "an action failed and will be tried again")
                         }
