@@ -1,1 +1,33 @@
-//! placeholder
+//! The KVM machine: memory, vCPUs, boot, devices, dirty tracking, saving and restoring. A library; the process around it
+//! is `poold-vm`.
+//!
+//! ```text
+//!  Machine ─┬─ memory   one memfd; pages by dense index; bitmap of device writes
+//!           ├─ vcpu     threads in KVM_RUN; stop, lease check
+//!           ├─ bus      serial console, reset ports, virtio-mmio windows ── virtio  block device on a `BlockBackend`
+//!           ├─ boot     PVH ELF, bzImage
+//!           ├─ dirty    KVM's log, cleared range by range
+//!           └─ state    everything but memory, as bytes
+//! ```
+//! Invariants: no input of a guest, an operator or a peer panics; every write to guest memory leaves a dirty bit while
+//! logging is on, a device's too; a stopped and drained machine stands still.
+//!
+//! Absent on purpose: networks of hosts, volumes, leases (only the deadline is looked at), migration.
+
+pub mod boot;
+pub mod bus;
+pub mod console;
+mod dirty;
+pub mod machine;
+pub mod memory;
+pub mod state;
+mod vcpu;
+pub mod virtio;
+
+pub use boot::{BootConfig, BootError};
+pub use console::ConsoleRing;
+pub use machine::{Machine, MachineConfig, MachineError};
+pub use memory::{Memory, MemoryError};
+pub use state::{MachineState, StateError};
+pub use vcpu::GuestExit;
+pub use virtio::{BlockBackend, BlockCompletion, BlockError};

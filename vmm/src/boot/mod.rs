@@ -1,0 +1,45 @@
+//! Bringing a kernel into guest memory and the first vCPU to its entry.
+//!
+//! ```text
+//!  0x0500 GDT · 0x6000 PVH start info / 0x7000 boot_params · 0x9000 page tables · 0x2_0000 command line · 1 MiB kernel
+//!                                                                       initrd: at the end of low memory
+//! ```
+
+mod cpu;
+mod kernel;
+mod linux;
+mod pvh;
+
+pub use kernel::{BootConfig, BootError, KernelKind, kernel_kind, load};
+
+use vm_memory::GuestAddress;
+
+/// Global descriptor table.
+pub(crate) const GDT: GuestAddress = GuestAddress(0x500);
+/// PVH start information, followed by its memory map and module list.
+pub(crate) const START_INFO: GuestAddress = GuestAddress(0x6000);
+/// Linux' `boot_params`, the "zero page".
+pub(crate) const BOOT_PARAMS: GuestAddress = GuestAddress(0x7000);
+/// First of the page tables of the 64-bit entry.
+pub(crate) const PAGE_TABLES: GuestAddress = GuestAddress(0x9000);
+/// A stack for the first instructions.
+pub(crate) const STACK: u64 = 0x8ff0;
+/// The command line, ended by a zero byte.
+pub(crate) const CMDLINE: GuestAddress = GuestAddress(0x2_0000);
+/// Longest command line in bytes with its zero: what Linux takes.
+pub(crate) const CMDLINE_BYTES_MAX: usize = 2048;
+/// Where conventional memory ends (EBDA).
+pub(crate) const EBDA_START: u64 = 0x9_fc00;
+/// Where kernels are loaded.
+pub(crate) const HIMEM_START: u64 = 0x10_0000;
+
+/// Where the first vCPU begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Entry {
+    /// 32-bit protected mode without paging, start information in `ebx`.
+    Pvh { address: u64 },
+    /// 64-bit long mode with identity paging, `boot_params` in `rsi`.
+    Linux64 { address: u64 },
+}
+
+pub(crate) use cpu::enter;

@@ -1,0 +1,435 @@
+//! The machine: KVM, memory, vCPUs and devices put together.
+//!
+//! ```text
+//!  new ──boot──▶ ┐
+//!                ├─▶ stopped ⇄ running        save: stopped and drained ──▶ MachineState
+//!  new ──load──▶ ┘
+//! ```
+//! Invariant: after `pause` no vCPU executes guest code; after `drain` no device writes guest memory or its disk.
+
+use crate::boot::{self, BootConfig, BootError};
+use crate::bus::{Bus, SERIAL_IRQ, VIRTIO_BASE, VIRTIO_IRQ};
+use crate::console::ConsoleRing;
+use crate::dirty;
+use crate::memory::{Memory, MemoryError};
+use crate::state::{
+    MachineState, SerialRegisters, StateError, restore_chips, restore_vcpu, save_chips, save_vcpu,
+};
+use crate::vcpu::{GuestExit, Vcpu, install_kick};
+use crate::virtio::block::Interrupt;
+use crate::virtio::mmio::{QUEUE_NOTIFY, WINDOW_BYTES};
+use crate::virtio::{BlockBackend, BlockDevice, MmioTransport};
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY};
+use kvm_bindings::{kvm_pit_config, kvm_userspace_memory_region};
+use kvm_ioctls::{IoEventAddress, Kvm, VmFd};
+use proto::{ByteCount, PageIndex};
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::Sender;
+use std::time::{Duration, Instant};
+use vm_memory::{Address, GuestMemoryRegion};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// Where KVM keeps its own pages on Intel: below the BIOS, outside of guest memory.
+const TSS_ADDRESS: usize = 0xfffb_d000;
+const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
+
+/// How long a vCPU may take to leave the guest. A kick takes microseconds; more means that something is badly wrong.
+const PAUSE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// What to build.
+pub struct MachineConfig {
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// Guest memory.
+    pub memory: ByteCount,
+    /// Disks in the order of their names, with the id that the guest may ask for.
+    pub disks: Vec<(String, Arc<dyn BlockBackend>)>,
+    /// Where console output goes.
+    pub console: ConsoleRing,
+    /// The lease's end on CLOCK_BOOTTIME in nanoseconds; no vCPU enters the guest past it.
+    pub lease_deadline_ns: Arc<AtomicU64>,
+    /// Told once when the guest has ended.
+    pub exits: Sender<GuestExit>,
+}
+
+/// The machine can't be built or worked.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// KVM refuses.
+    #[error("KVM does not {action}: {source}")]
+    Kvm {
+        action: &'static str,
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+    /// The system refuses.
+    #[error("{action}: {source}")]
+    System {
+        action: &'static str,
+        #[source]
+        source: io::Error,
+    },
+    /// Memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Kernel, initrd or command line.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// Saved state.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// A vCPU does not stop.
+    #[error("vCPU {vcpu} did not stop within {timeout:?}")]
+    Stuck { vcpu: usize, timeout: Duration },
+}
+
+fn kvm(action: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> MachineError {
+    move |source| MachineError::Kvm { action, source }
+}
+
+fn system(action: &'static str) -> impl FnOnce(io::Error) -> MachineError {
+    move |source| MachineError::System { action, source }
+}
+
+/// One machine. Dropping it ends its vCPUs.
+pub struct Machine {
+    // First, so that the threads end before what they use.
+    vcpus: Vec<Vcpu>,
+    _workers: Vec<DiskWorker>,
+    bus: Arc<Bus>,
+    memory: Arc<Memory>,
+    vm: VmFd,
+    cpuid: CpuId,
+    msr_indices: Vec<u32>,
+    logging: AtomicBool,
+}
+
+impl Machine {
+    /// Builds a stopped machine with untouched memory.
+    ///
+    /// # Errors
+    /// KVM or the system refuses.
+    pub fn new(config: MachineConfig) -> Result<Self, MachineError> {
+        install_kick().map_err(|error| MachineError::System {
+            action: "install the kick signal",
+            source: io::Error::from_raw_os_error(error.errno()),
+        })?;
+        let kvm_fd = Kvm::new().map_err(kvm("open /dev/kvm"))?;
+        let vm = kvm_fd.create_vm().map_err(kvm("create a machine"))?;
+        vm.set_tss_address(TSS_ADDRESS).map_err(kvm("set the TSS address"))?;
+        vm.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(kvm("set the identity map"))?;
+        vm.create_irq_chip().map_err(kvm("create interrupt controllers"))?;
+        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        vm.create_pit2(pit).map_err(kvm("create the timer"))?;
+        dirty::enable_manual_protect(&vm).map_err(system("enable manual dirty log protection"))?;
+        let memory = Arc::new(Memory::new(config.memory)?);
+        let cpuid = kvm_fd.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm("tell its CPUID"))?;
+        let msr_indices = kvm_fd.get_msr_index_list().map_err(kvm("list its MSRs"))?.as_slice().to_vec();
+        let (workers, devices) = build_disks(&vm, &memory, &config.disks)?;
+        let bus = Arc::new(Bus::new(config.console.clone(), serial_interrupt(&vm)?, devices));
+        let logging = AtomicBool::new(false);
+        let mut machine =
+            Self { vcpus: Vec::new(), _workers: workers, bus, memory, vm, cpuid, msr_indices, logging };
+        machine.map_memory(0)?;
+        machine.add_vcpus(&config)?;
+        Ok(machine)
+    }
+
+    fn add_vcpus(&mut self, config: &MachineConfig) -> Result<(), MachineError> {
+        for index in 0..config.vcpus {
+            let fd = self.vm.create_vcpu(u64::from(index)).map_err(kvm("create a vCPU"))?;
+            let cpuid = cpuid_of(&self.cpuid, index);
+            fd.set_cpuid2(&cpuid).map_err(kvm("take the CPUID"))?;
+            let (bus, deadline) = (self.bus.clone(), config.lease_deadline_ns.clone());
+            let vcpu = Vcpu::spawn(index, fd, bus, deadline, config.exits.clone());
+            self.vcpus.push(vcpu.map_err(system("start a vCPU thread"))?);
+        }
+        Ok(())
+    }
+
+    /// (Re-)registers the memory slots with these flags.
+    fn map_memory(&self, flags: u32) -> Result<(), MachineError> {
+        for (slot, (region, _)) in self.memory.regions().enumerate() {
+            let slot = kvm_userspace_memory_region {
+                slot: u32::try_from(slot).expect("two slots"),
+                flags,
+                guest_phys_addr: region.start_addr().raw_value(),
+                memory_size: region.len(),
+                userspace_addr: region.as_ptr() as u64,
+            };
+            // SAFETY: the mapping lives as long as `self.memory`, which outlives the vCPUs (field order of drop).
+            unsafe { self.vm.set_user_memory_region(slot) }.map_err(kvm("map guest memory"))?;
+        }
+        Ok(())
+    }
+
+    /// Loads a kernel into untouched memory and points the first vCPU at it.
+    ///
+    /// # Errors
+    /// The kernel can't be loaded.
+    pub fn boot(&self, config: &BootConfig) -> Result<(), MachineError> {
+        let entry = boot::load(&self.memory, config)?;
+        if let Some(first) = self.vcpus.first() {
+            let fd = first.fd();
+            let sregs = fd.get_sregs().map_err(kvm("give system registers"))?;
+            let (regs, sregs) = boot::enter(&self.memory, entry, sregs)?;
+            fd.set_sregs(&sregs).map_err(kvm("take system registers"))?;
+            fd.set_regs(&regs).map_err(kvm("take registers"))?;
+        }
+        Ok(())
+    }
+
+    /// Guest memory.
+    #[must_use]
+    pub fn memory(&self) -> &Arc<Memory> {
+        &self.memory
+    }
+
+    /// Types into the serial console.
+    pub fn serial_input(&self, bytes: &[u8]) {
+        self.bus.serial_input(bytes);
+    }
+
+    /// Lets the vCPUs and devices work.
+    pub fn resume(&self) {
+        for device in self.bus.devices() {
+            device.device().resume();
+        }
+        self.vcpus.iter().for_each(Vcpu::run);
+    }
+
+    /// Stops all vCPUs; devices go on.
+    ///
+    /// # Errors
+    /// One doesn't stop.
+    pub fn pause(&self) -> Result<(), MachineError> {
+        self.vcpus.iter().for_each(Vcpu::ask_to_stop);
+        let deadline = Instant::now() + PAUSE_TIMEOUT;
+        match self.vcpus.iter().position(|vcpu| !vcpu.wait_stopped(deadline)) {
+            None => Ok(()),
+            Some(vcpu) => Err(MachineError::Stuck { vcpu, timeout: PAUSE_TIMEOUT }),
+        }
+    }
+
+    /// Makes the devices take nothing new, and waits until nothing is in flight; `false` when the deadline passed first.
+    #[must_use]
+    pub fn drain(&self, deadline: Instant) -> bool {
+        self.bus.devices().iter().for_each(|device| device.device().quiesce());
+        self.bus.devices().iter().all(|device| device.device().drain(deadline))
+    }
+
+    /// Undoes `drain` without starting the vCPUs.
+    pub fn undrain(&self) {
+        self.bus.devices().iter().for_each(|device| device.device().resume());
+    }
+
+    /// Takes the state of the stopped, drained machine.
+    ///
+    /// # Errors
+    /// KVM refuses a part.
+    pub fn save(&self) -> Result<MachineState, MachineError> {
+        let vcpus = self.vcpus.iter().enumerate().map(|(index, vcpu)| {
+            let cpuid = cpuid_of(&self.cpuid, u32::try_from(index).expect("few vCPUs"));
+            save_vcpu(&vcpu.fd(), &self.msr_indices, &cpuid)
+        });
+        let vcpus = vcpus.collect::<Result<_, _>>()?;
+        let serial = self.bus.serial_state();
+        Ok(MachineState {
+            vcpus,
+            chips: save_chips(&self.vm)?,
+            serial: SerialRegisters {
+                baud_divisor_low: serial.baud_divisor_low,
+                baud_divisor_high: serial.baud_divisor_high,
+                interrupt_enable: serial.interrupt_enable,
+                interrupt_identification: serial.interrupt_identification,
+                line_control: serial.line_control,
+                line_status: serial.line_status,
+                modem_control: serial.modem_control,
+                modem_status: serial.modem_status,
+                scratch: serial.scratch,
+                in_buffer: serial.in_buffer,
+            },
+            devices: self.bus.devices().iter().map(MmioTransport::save).collect(),
+        })
+    }
+
+    /// Takes over a state, after its memory. The machine stays stopped and its devices quiesced.
+    ///
+    /// # Errors
+    /// The state is of another machine, or this host can't hold it.
+    pub fn load(&self, state: &MachineState) -> Result<(), MachineError> {
+        let same = |what, here: usize, there: usize| {
+            if here == there { Ok(()) } else { Err(StateError::Mismatch { what, here, there }) }
+        };
+        same("vCPUs", self.vcpus.len(), state.vcpus.len())?;
+        same("disks", self.bus.devices().len(), state.devices.len())?;
+        for device in self.bus.devices() {
+            device.device().quiesce();
+        }
+        for (vcpu, state) in self.vcpus.iter().zip(&state.vcpus) {
+            restore_vcpu(&vcpu.fd(), state)?;
+        }
+        restore_chips(&self.vm, &state.chips)?;
+        let serial = vm_superio::SerialState {
+            baud_divisor_low: state.serial.baud_divisor_low,
+            baud_divisor_high: state.serial.baud_divisor_high,
+            interrupt_enable: state.serial.interrupt_enable,
+            interrupt_identification: state.serial.interrupt_identification,
+            line_control: state.serial.line_control,
+            line_status: state.serial.line_status,
+            modem_control: state.serial.modem_control,
+            modem_status: state.serial.modem_status,
+            scratch: state.serial.scratch,
+            in_buffer: state.serial.in_buffer.clone(),
+        };
+        let refused = |device: &str, cause| StateError::Device { device: device.to_owned(), cause };
+        self.bus.restore_serial(&serial).map_err(|cause| refused("serial", cause))?;
+        for (index, (device, state)) in self.bus.devices().iter().zip(&state.devices).enumerate() {
+            device.restore(state).map_err(|error| refused(&format!("disk {index}"), error.to_string()))?;
+        }
+        Ok(())
+    }
+
+    /// From now on every write of guest and devices to memory leaves a bit; at first all bits are set.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn start_dirty_log(&self) -> Result<(), MachineError> {
+        for (region, _) in self.memory.regions() {
+            region.get_mmap().bitmap().reset();
+        }
+        self.map_memory(KVM_MEM_LOG_DIRTY_PAGES)?;
+        self.logging.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Stops logging; again is harmless.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn stop_dirty_log(&self) -> Result<(), MachineError> {
+        if self.logging.swap(false, Ordering::SeqCst) {
+            self.map_memory(0)?;
+        }
+        Ok(())
+    }
+
+    /// Hands out the dirty bits as words of 64 pages, from the word at `first` on; clears none of the kernel's.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn fetch_dirty(&self, mut merge: impl FnMut(PageIndex, &[u64])) -> Result<(), MachineError> {
+        for (slot, (region, first)) in self.memory.regions().enumerate() {
+            let len = usize::try_from(region.len()).expect("the region is mapped");
+            let slot = u32::try_from(slot).expect("two slots");
+            let mut words = self.vm.get_dirty_log(slot, len).map_err(kvm("give the dirty log"))?;
+            // The bits of device writes are taken out here: the caller keeps what it was given.
+            let of_devices = region.get_mmap().bitmap().get_and_reset();
+            words.iter_mut().zip(of_devices).for_each(|(word, device)| *word |= device);
+            merge(first, &words);
+        }
+        Ok(())
+    }
+
+    /// Clears the bits that are set in `words` (of the pages from `first` on, a multiple of 64), just before they are read.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn clear_dirty(&self, first: PageIndex, words: &[u64]) -> Result<(), MachineError> {
+        for (slot, (region, region_first)) in self.memory.regions().enumerate() {
+            let pages = region.len() / proto::limits::BLOCK_BYTES as u64;
+            let region_end = region_first.0 + pages;
+            let end = (first.0 + words.len() as u64 * 64).min(region_end);
+            let start = first.0.max(region_first.0);
+            if start >= end {
+                continue;
+            }
+            let skip = usize::try_from((start - first.0) / 64).expect("within the slice");
+            let count = u32::try_from(end - start).map_err(|error| MachineError::System {
+                action: "clear the dirty log",
+                source: io::Error::other(error),
+            })?;
+            let slot = u32::try_from(slot).expect("two slots");
+            dirty::clear(&self.vm, slot, start - region_first.0, count, &words[skip..])
+                .map_err(system("clear the dirty log"))?;
+        }
+        Ok(())
+    }
+}
+
+/// The CPUID of one vCPU: the host's, with its own APIC id.
+fn cpuid_of(host: &CpuId, index: u32) -> CpuId {
+    let mut cpuid = host.clone();
+    for entry in cpuid.as_mut_slice() {
+        match entry.function {
+            0x1 => entry.ebx = entry.ebx & 0x00ff_ffff | index << 24,
+            0xb | 0x1f => entry.edx = index,
+            _ => {}
+        }
+    }
+    cpuid
+}
+
+/// The disks with their threads, behind the windows that the bus gives them.
+fn build_disks(
+    vm: &VmFd,
+    memory: &Memory,
+    disks: &[(String, Arc<dyn BlockBackend>)],
+) -> Result<(Vec<DiskWorker>, Vec<MmioTransport>), MachineError> {
+    // Devices share the mapping; the clone is two reference counts a region.
+    let ram = Arc::new(memory.ram().clone());
+    let (mut workers, mut devices) = (Vec::new(), Vec::new());
+    for (index, (id, backend)) in (0_u32..).zip(disks) {
+        let interrupt = Interrupt::new(EventFd::new(EFD_NONBLOCK).map_err(system("create an eventfd"))?);
+        vm.register_irqfd(interrupt.fd(), VIRTIO_IRQ + index).map_err(kvm("connect a disk's interrupt"))?;
+        let device = BlockDevice::new(ram.clone(), backend.clone(), interrupt.clone(), id);
+        let kick = EventFd::new(0).map_err(system("create an eventfd"))?;
+        let address = IoEventAddress::Mmio(VIRTIO_BASE + u64::from(index) * WINDOW_BYTES + QUEUE_NOTIFY);
+        // Queue 0 is the only one.
+        vm.register_ioevent(&kick, &address, 0_u32).map_err(kvm("connect a disk's kick"))?;
+        workers.push(DiskWorker::spawn(index, device.clone(), kick)?);
+        devices.push(MmioTransport::new(device, interrupt));
+    }
+    Ok((workers, devices))
+}
+
+fn serial_interrupt(vm: &VmFd) -> Result<EventFd, MachineError> {
+    let interrupt = EventFd::new(EFD_NONBLOCK).map_err(system("create an eventfd"))?;
+    vm.register_irqfd(&interrupt, SERIAL_IRQ).map_err(kvm("connect the serial interrupt"))?;
+    Ok(interrupt)
+}
+
+/// The thread that works a disk's queue when the guest kicks it.
+struct DiskWorker {
+    kick: EventFd,
+    end: Arc<AtomicBool>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl DiskWorker {
+    fn spawn(index: u32, device: BlockDevice, kick: EventFd) -> Result<Self, MachineError> {
+        let end = Arc::new(AtomicBool::new(false));
+        let (wait, ended) = (kick.try_clone().map_err(system("copy an eventfd"))?, end.clone());
+        let work = move || {
+            while wait.read().is_ok() && !ended.load(Ordering::SeqCst) {
+                device.process();
+            }
+        };
+        let thread = std::thread::Builder::new().name(format!("disk{index}")).spawn(work);
+        Ok(Self { kick, end, thread: Some(thread.map_err(system("start a disk thread"))?) })
+    }
+}
+
+impl Drop for DiskWorker {
+    fn drop(&mut self) {
+        self.end.store(true, Ordering::SeqCst);
+        if self.kick.write(1).is_ok()
+            && let Some(thread) = self.thread.take()
+        {
+            // A panic of the thread has been printed.
+            let _ = thread.join();
+        }
+    }
+}

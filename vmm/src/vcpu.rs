@@ -1,0 +1,230 @@
+//! vCPU threads: run guest code, stop when told to, never run past the lease.
+//!
+//! ```text
+//!  Paused ──run──▶ Running ──stop, kicked by a signal──▶ Paused      Exited: the guest ended, or the machine is dropped
+//! ```
+//! A kick is a signal that makes `KVM_RUN` return. It may come in the moment before the thread enters the kernel and be lost,
+//! so the one who stops repeats it until the thread has acknowledged.
+
+use crate::bus::Bus;
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use nix::time::{ClockId, clock_gettime};
+use std::os::unix::thread::JoinHandleExt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+
+/// Pause between two kicks.
+const KICK_INTERVAL: Duration = Duration::from_millis(1);
+
+/// How a vCPU waits for its lease to be renewed; the fence thread stops it properly within this order of time.
+const LEASE_POLL: Duration = Duration::from_millis(5);
+
+/// Why the guest no longer runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum GuestExit {
+    /// It switched itself off.
+    Poweroff,
+    /// It asked for a reset.
+    Reboot,
+    /// It crashed: a triple fault, or something that KVM can't go on with.
+    Crash { cause: String },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    Run,
+    Stop,
+    Exit,
+}
+
+struct Control {
+    wanted: Wanted,
+    /// The thread is out of the guest and will not enter it while `wanted` is not `Run`.
+    stopped: bool,
+}
+
+struct Shared {
+    control: Mutex<Control>,
+    changed: Condvar,
+    fd: Mutex<VcpuFd>,
+}
+
+/// One vCPU with its thread.
+pub struct Vcpu {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+
+/// Makes the kick signal harmless to the process; once before any vCPU is made.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn install_kick() -> Result<(), vmm_sys_util::errno::Error> {
+    register_signal_handler(SIGRTMIN(), on_kick)
+}
+
+impl Vcpu {
+    /// A stopped vCPU. `deadline_ns` is the lease's end on CLOCK_BOOTTIME.
+    ///
+    /// # Errors
+    /// No thread can be made.
+    pub fn spawn(
+        index: u32,
+        fd: VcpuFd,
+        bus: Arc<Bus>,
+        deadline_ns: Arc<AtomicU64>,
+        exits: Sender<GuestExit>,
+    ) -> std::io::Result<Self> {
+        let control = Control { wanted: Wanted::Stop, stopped: true };
+        let shared =
+            Arc::new(Shared { control: Mutex::new(control), changed: Condvar::new(), fd: Mutex::new(fd) });
+        let of_thread = shared.clone();
+        let thread = std::thread::Builder::new()
+            .name(format!("vcpu{index}"))
+            .spawn(move || of_thread.run(&bus, &deadline_ns, &exits))?;
+        Ok(Self { shared, thread: Some(thread) })
+    }
+
+    /// Lets it run.
+    pub fn run(&self) {
+        self.shared.control().wanted = Wanted::Run;
+        self.shared.changed.notify_all();
+    }
+
+    /// Tells it to stop, without waiting.
+    pub fn ask_to_stop(&self) {
+        let mut control = self.shared.control();
+        if control.wanted == Wanted::Run {
+            control.wanted = Wanted::Stop;
+        }
+        drop(control);
+        self.kick();
+    }
+
+    /// Waits until it has stopped; `false` when the deadline passed first.
+    pub fn wait_stopped(&self, deadline: Instant) -> bool {
+        let mut control = self.shared.control();
+        while !control.stopped {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            let waited = self.shared.changed.wait_timeout(control, KICK_INTERVAL);
+            control = waited.unwrap_or_else(PoisonError::into_inner).0;
+            if !control.stopped {
+                self.kick();
+            }
+        }
+        true
+    }
+
+    /// The descriptor, for a stopped vCPU's state.
+    pub fn fd(&self) -> MutexGuard<'_, VcpuFd> {
+        self.shared.fd.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn kick(&self) {
+        if let Some(thread) = &self.thread {
+            // SAFETY: the thread is joined only by drop, so its id is valid; the signal has a handler.
+            unsafe { libc::pthread_kill(thread.as_pthread_t(), SIGRTMIN()) };
+        }
+    }
+}
+
+impl Drop for Vcpu {
+    fn drop(&mut self) {
+        self.shared.control().wanted = Wanted::Exit;
+        self.shared.changed.notify_all();
+        while let Some(thread) = &self.thread {
+            if thread.is_finished() {
+                break;
+            }
+            self.kick();
+            std::thread::park_timeout(KICK_INTERVAL);
+        }
+    }
+}
+
+impl Shared {
+    fn control(&self) -> MutexGuard<'_, Control> {
+        self.control.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn run(&self, bus: &Bus, deadline_ns: &AtomicU64, exits: &Sender<GuestExit>) {
+        while self.wait_until_wanted() {
+            if boottime_ns() >= deadline_ns.load(Ordering::SeqCst) {
+                std::thread::park_timeout(LEASE_POLL);
+                continue;
+            }
+            let exit = self.enter(bus);
+            if let Some(exit) = exit {
+                self.stop();
+                // The machine may be gone already.
+                let _ = exits.send(exit);
+            }
+        }
+    }
+
+    /// Waits until the vCPU shall run; `false` when it shall end.
+    fn wait_until_wanted(&self) -> bool {
+        let mut control = self.control();
+        loop {
+            match control.wanted {
+                Wanted::Run => {
+                    control.stopped = false;
+                    return true;
+                }
+                Wanted::Stop | Wanted::Exit => {
+                    control.stopped = true;
+                    self.changed.notify_all();
+                    if control.wanted == Wanted::Exit {
+                        return false;
+                    }
+                    control = self.changed.wait(control).unwrap_or_else(PoisonError::into_inner);
+                }
+            }
+        }
+    }
+
+    fn stop(&self) {
+        let mut control = self.control();
+        if control.wanted == Wanted::Run {
+            control.wanted = Wanted::Stop;
+        }
+    }
+
+    /// Enters the guest once; `Some` when it ended.
+    fn enter(&self, bus: &Bus) -> Option<GuestExit> {
+        let mut fd = self.fd.lock().unwrap_or_else(PoisonError::into_inner);
+        match fd.run() {
+            Ok(VcpuExit::IoIn(port, data)) => {
+                bus.port_read(port, data);
+                None
+            }
+            Ok(VcpuExit::IoOut(port, data)) => bus.port_write(port, data),
+            Ok(VcpuExit::MmioRead(address, data)) => {
+                bus.mmio_read(address, data);
+                None
+            }
+            Ok(VcpuExit::MmioWrite(address, data)) => {
+                bus.mmio_write(address, data);
+                None
+            }
+            Ok(VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => None,
+            Ok(VcpuExit::Shutdown) => Some(GuestExit::Crash { cause: "triple fault".to_owned() }),
+            Ok(other) => Some(GuestExit::Crash { cause: format!("{other:?}") }),
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => None,
+            Err(error) => Some(GuestExit::Crash { cause: format!("KVM_RUN: {error}") }),
+        }
+    }
+}
+
+fn boottime_ns() -> u64 {
+    let now = clock_gettime(ClockId::CLOCK_BOOTTIME).expect("Linux has had CLOCK_BOOTTIME since 2.6.39");
+    u64::try_from(Duration::from(now).as_nanos()).expect("584 years of uptime")
+}
