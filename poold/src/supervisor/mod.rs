@@ -33,7 +33,7 @@ pub use process::{ProcessError, ProcessKey};
 use process::{Found, Process};
 use proto::v1::MachineStatus;
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard},
@@ -120,10 +120,32 @@ impl Entry {
     }
 }
 
+/// Marks a process as starting until dropped.
+struct Starting<'a> {
+    supervisor: &'a Supervisor,
+    key: ProcessKey,
+}
+
+impl<'a> Starting<'a> {
+    fn begin(supervisor: &'a Supervisor, key: ProcessKey) -> Self {
+        supervisor.table().starting.insert(key);
+        Self { supervisor, key }
+    }
+}
+
+impl Drop for Starting<'_> {
+    fn drop(&mut self) {
+        self.supervisor.table().starting.remove(&self.key);
+        self.supervisor.bump();
+    }
+}
+
 #[derive(Default)]
 struct Table {
     entries: BTreeMap<ProcessKey, Entry>,
     gone: BTreeMap<ProcessKey, ProcessEnd>,
+    /// Not ready yet: if such a process ends, `spawn` says why and removes what is left of it.
+    starting: BTreeSet<ProcessKey>,
 }
 
 struct Shared {
@@ -177,6 +199,7 @@ impl Supervisor {
         if let Some(machine) = self.machine(key) {
             return Ok(machine);
         }
+        let _starting = Starting::begin(self, key);
         let (vms, binary) = (self.shared.vms.clone(), self.shared.binary.clone());
         let supervisor = self.clone();
         // Taken over on the same thread: a caller that gives up in between must not leave a process that nobody watches.
@@ -299,7 +322,9 @@ impl Supervisor {
 
     /// Processes that have ended and were not destroyed yet, with what this daemon saw of their ends.
     pub fn gone_processes(&self) -> Vec<(ProcessKey, ProcessEnd)> {
-        self.table().gone.iter().map(|(key, end)| (*key, end.clone())).collect()
+        let table = self.table();
+        let gone = table.gone.iter().filter(|(key, _)| !table.starting.contains(key));
+        gone.map(|(key, end)| (*key, end.clone())).collect()
     }
 
     /// Changes whenever a process came, went, or answered something new.
