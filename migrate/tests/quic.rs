@@ -184,6 +184,16 @@ async fn memory_without_content_takes_no_memory_at_the_target() {
 }
 
 #[tokio::test]
+async fn writes_while_the_machine_stops_are_not_lost() {
+    let pair = Pair::new(2048, Rehash::Full);
+    *pair.source.sabotage.writes_while_stopping.lock().unwrap() = vec![2000, 100];
+    let done = pair.commit(&pair.start(pair.config())).await;
+    assert_eq!(done.phase, SourcePhase::Done { resumed: true });
+    assert_eq!(pair.source.first_difference(&pair.target), None);
+    assert_eq!(done.stats.per_round.last().unwrap().pages.raw, 2);
+}
+
+#[tokio::test]
 async fn a_lost_dirty_bit_is_caught_by_the_proof() {
     let pair = Pair::new(4096, Rehash::Incremental);
     for page in 0..4096 {

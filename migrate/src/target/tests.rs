@@ -64,6 +64,36 @@ fn ready_needs_everything() {
 }
 
 #[test]
+fn without_a_proof_pages_and_state_make_it_ready() {
+    let start = || {
+        let mut target = new();
+        let mut hello = hello();
+        if let ToTarget::Hello { with_proof, .. } = &mut hello {
+            *with_proof = false;
+        }
+        handle(&mut target, TargetEvent::Message(hello));
+        let stopped = ToTarget::Stopped { last_round: Round(2), last_sequences: Vec::new() };
+        handle(&mut target, TargetEvent::Message(stopped));
+        target
+    };
+    let state = |target: &mut Target| {
+        handle(target, TargetEvent::StateReceived(vec![1]));
+        handle(target, TargetEvent::StateLoaded);
+    };
+    let mut state_first = start();
+    state(&mut state_first);
+    assert_eq!(state_first.phase(), TargetPhase::Receiving);
+    handle(&mut state_first, TargetEvent::RoundApplied { round: Round(2) });
+    let ready = TargetPhase::Ready { memory_hash: None, last_sequences: Vec::new() };
+    assert_eq!(state_first.phase(), ready);
+    let mut pages_first = start();
+    handle(&mut pages_first, TargetEvent::RoundApplied { round: Round(2) });
+    assert_eq!(pages_first.phase(), TargetPhase::Receiving);
+    state(&mut pages_first);
+    assert_eq!(pages_first.phase(), ready);
+}
+
+#[test]
 fn state_and_pages_may_overtake_the_word_that_the_source_stopped() {
     let mut target = receiving();
     assert!(handle(&mut target, TargetEvent::StateReceived(vec![1])).is_empty());

@@ -9,7 +9,7 @@ mod support;
 mod plan;
 mod world;
 
-use migrate::{Outcome, Policy, SourcePhase, TargetPhase};
+use migrate::{Outcome, Policy, Proof, SourcePhase, TargetPhase};
 use plan::{Decision, Fault, FirstToHear, Plan};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use std::{
@@ -164,6 +164,7 @@ fn random_faults_delays_and_guests() {
             streams: rng.random_range(1..=4),
             downtime_limit: Duration::from_micros(rng.random_range(100..30_000)),
             policy: if rng.random() { Policy::Default } else { Policy::MustFinish },
+            proof: if rng.random() { Proof::Compare } else { Proof::Skip },
         };
         if std::panic::catch_unwind(|| run(&plan)).is_err() {
             panic!("POOL_SEED={seed} fails: {plan:?}");

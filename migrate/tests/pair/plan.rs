@@ -1,5 +1,6 @@
 //! What goes wrong in one run, and how the pool decides.
 
+use migrate::Proof;
 use std::time::Duration;
 
 /// A fault at one step.
@@ -53,6 +54,7 @@ pub struct Plan {
     pub streams: u8,
     pub downtime_limit: Duration,
     pub policy: migrate::Policy,
+    pub proof: Proof,
 }
 
 impl Plan {
@@ -70,6 +72,7 @@ impl Plan {
             streams: 2,
             downtime_limit: Duration::from_millis(10),
             policy: migrate::Policy::Default,
+            proof: Proof::Compare,
         }
     }
 }

@@ -6,7 +6,7 @@ use crate::{
 };
 use bytes::Bytes;
 use migrate::{
-    Outcome, PageBitmap, ResumedParts, SourcePhase, SourceVm, TargetPhase, TargetVm,
+    Outcome, PageBitmap, Proof, ResumedParts, SourcePhase, SourceVm, TargetPhase, TargetVm,
     apply::PageApplier,
     codec::Codec,
     encode::{BatchSink, RoundScope, Stopped, send_round},
@@ -94,7 +94,7 @@ impl World {
             streams: plan.streams,
             policy: plan.policy,
             downtime_limit: plan.downtime_limit,
-            with_proof: true,
+            with_proof: plan.proof == Proof::Compare,
         };
         let (source, commands) = Source::start(settings, Moment::default());
         let target_settings =

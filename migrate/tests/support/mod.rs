@@ -24,6 +24,8 @@ pub struct Sabotage {
     pub fail_save: AtomicBool,
     pub fail_load: AtomicBool,
     pub fail_pause: AtomicBool,
+    /// Pages written to while the machine stops, the last one by its vCPUs, the one before by taking its state.
+    pub writes_while_stopping: Mutex<Vec<usize>>,
     /// Pages that the guest writes to, one at each call of the engine.
     pub writes_at_calls: Mutex<Vec<usize>>,
 }
@@ -112,7 +114,11 @@ impl ModelGuest {
     }
 
     fn called(&self) {
-        if let Some(page) = self.sabotage.writes_at_calls.lock().unwrap().pop() {
+        self.write_one(&self.sabotage.writes_at_calls);
+    }
+
+    fn write_one(&self, pages: &Mutex<Vec<usize>>) {
+        if let Some(page) = pages.lock().unwrap().pop() {
             self.store(page, 1, page as u64 + 1);
         }
     }
@@ -186,6 +192,7 @@ impl SourceVm for ModelGuest {
 
     async fn pause_and_drain(&self) -> Result<PausedVm, VmError> {
         let begun = Instant::now();
+        self.write_one(&self.sabotage.writes_while_stopping);
         *self.running.lock().unwrap() = false;
         self.check("stop its vCPUs", &self.sabotage.fail_pause)?;
         let last_sequences = vec![(VolumeId(3), Sequence(77))];
@@ -194,6 +201,7 @@ impl SourceVm for ModelGuest {
 
     fn save_state(&self) -> Result<Vec<u8>, VmError> {
         self.check("save its state", &self.sabotage.fail_save)?;
+        self.write_one(&self.sabotage.writes_while_stopping);
         Ok(self.state.lock().unwrap().clone())
     }
 
