@@ -47,6 +47,9 @@ const FRESH_TIMEOUT: Duration = Duration::from_millis(750);
 /// How long an applied entry may take to be applied at this host too, before the answer goes out without it.
 const CATCH_UP_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// Between two attempts to catch up with the pool.
+const CATCH_UP_RETRY: Duration = Duration::from_millis(100);
+
 /// How long the tasks may take to end at a shutdown.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -131,6 +134,24 @@ impl NodeContext {
     /// No majority can be reached.
     pub async fn read(&self) -> Result<Arc<PoolState>, Status> {
         self.consensus.read_linearizable().await.map_err(status::read)
+    }
+
+    /// Waits until this host's state contains everything that was committed before now; false at a shutdown.
+    ///
+    /// A restarted daemon begins with an old state, and what it finds here (processes, replicas, images) may be newer:
+    /// nothing may be ended or removed before it has caught up.
+    pub async fn caught_up(&self) -> bool {
+        loop {
+            tokio::select! {
+                state = self.consensus.read_linearizable() => match state {
+                    Ok(state) if state.settings.is_initialised() => return true,
+                    Ok(_) => {}
+                    Err(error) => tracing::warn!(%error, "waiting for the pool's present state"),
+                },
+                () = self.shutdown.cancelled() => return false,
+            }
+            tokio::time::sleep(CATCH_UP_RETRY).await;
+        }
     }
 
     /// The pool's timings. A host that has just joined first waits for a state that has them; none at a shutdown.

@@ -172,6 +172,9 @@ pub async fn receive(
 /// Keeps this host complete until the node stops: fetches what the pool's state names and this host lacks, reports
 /// what it holds, removes what nobody names.
 pub async fn sync_task(context: NodeContext, store: ImageStore) {
+    if !context.caught_up().await {
+        return;
+    }
     let mut changes = context.consensus.watch();
     loop {
         let state = changes.borrow_and_update().clone();

@@ -197,7 +197,7 @@ async fn pass_to(
         // Nothing has been granted yet, or what was granted is over already.
         if deadline_ns > boottime_ns() {
             let placement =
-                if is_fenced(&process) { read_placement(&context, key).await } else { Placement::Unknown };
+                if has_lapsed(&process) { read_placement(&context, key).await } else { Placement::Unknown };
             extend(&supervisor, key, deadline_ns, placement).await;
         }
         tokio::select! {
@@ -207,8 +207,12 @@ async fn pass_to(
     }
 }
 
-fn is_fenced(process: &ProcessView) -> bool {
-    process.status.as_ref().is_some_and(|status| status.state == "fenced")
+/// Whether the process has had a lease and let it end: it takes a new one only with its placement confirmed.
+fn has_lapsed(process: &ProcessView) -> bool {
+    process.status.as_ref().is_some_and(|status| {
+        let deadline_ns = status.lease_deadline_boottime_ns;
+        status.state == "fenced" || (deadline_ns != 0 && deadline_ns <= boottime_ns())
+    })
 }
 
 /// Whether a linearizable read says that the process still owns its VM.

@@ -9,7 +9,7 @@ use super::{
     schedule::source_key,
 };
 use crate::{
-    consensus::ProposeError,
+    consensus::{ProposeError, ReadError},
     images::{ImageError, ImageStore},
     lease::LeaseClient,
     node::{NodeContext, ReportError},
@@ -48,6 +48,15 @@ pub enum ActionError {
     /// The entry was not accepted.
     #[error(transparent)]
     Report(#[from] ReportError),
+    /// The placement can't be confirmed.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// The pool has placed the VM elsewhere meanwhile.
+    #[error("{key} is not this host's to start any more")]
+    NotPlaced {
+        /// Which.
+        key: ProcessKey,
+    },
     /// The process that it is about is not there.
     #[error("{key} has no process")]
     NoProcess {
@@ -67,7 +76,12 @@ pub enum ActionError {
 impl ActionError {
     /// Whether the pool had decided otherwise meanwhile, which is no failure.
     pub fn is_overtaken(&self) -> bool {
-        matches!(self, Self::Outdated(_) | Self::Report(ReportError::Propose(ProposeError::Rejected(_))))
+        matches!(
+            self,
+            Self::Outdated(_)
+                | Self::NotPlaced { .. }
+                | Self::Report(ReportError::Propose(ProposeError::Rejected(_)))
+        )
     }
 }
 
@@ -116,7 +130,7 @@ impl Executor {
         let state = self.context.consensus.local();
         match action {
             HostAction::SpawnAndStart { vm, epoch } => {
-                self.spawn_and_start(&state, ProcessKey { vm: *vm, epoch: *epoch }).await
+                self.spawn_and_start(ProcessKey { vm: *vm, epoch: *epoch }).await
             }
             HostAction::Destroy { vm, epoch, reason } => {
                 let key = ProcessKey { vm: *vm, epoch: *epoch };
@@ -164,8 +178,8 @@ impl Executor {
     }
 
     /// Boots a VM. What can't be cured by trying again is reported as the VM's failure.
-    async fn spawn_and_start(&self, state: &PoolState, key: ProcessKey) -> Result<(), ActionError> {
-        let booted = self.boot(state, key).await;
+    async fn spawn_and_start(&self, key: ProcessKey) -> Result<(), ActionError> {
+        let booted = self.boot(key).await;
         let problem = match &booted {
             Err(ActionError::Process(
                 error @ (ProcessError::Spawn { .. } | ProcessError::EndedAtStart { .. }),
@@ -184,7 +198,13 @@ impl Executor {
         booted
     }
 
-    async fn boot(&self, state: &PoolState, key: ProcessKey) -> Result<(), ActionError> {
+    async fn boot(&self, key: ProcessKey) -> Result<(), ActionError> {
+        // A new process runs with the first lease that it gets, so its placement is confirmed before it exists.
+        let state = self.context.consensus.read_linearizable().await?;
+        if !state.may_run(self.context.host, key.vm, key.epoch) {
+            return Err(ActionError::NotPlaced { key });
+        }
+        let state = state.as_ref();
         let vm = state.vm(key.vm)?;
         let files = self.boot_files(state, vm).await?;
         let machine = self.supervisor.spawn(key).await?;

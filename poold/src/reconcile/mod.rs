@@ -14,7 +14,8 @@
 //! - [`follow`]: streams of migrations, so that no step of a blackout waits for a poll.
 //!
 //! Invariants: at most one action works on a process, except that ending it overtakes whatever hangs; every action may be
-//! carried out twice. Nothing is remembered that a restarted daemon would miss.
+//! carried out twice. Nothing is remembered that a restarted daemon would miss. No pass is made on a state older than the
+//! processes that are found: the first one waits for a linearizable read.
 
 mod attach;
 mod execute;
@@ -41,6 +42,9 @@ const PASS_INTERVAL: Duration = Duration::from_secs(1);
 /// Runs until the node stops. VM processes stay as they are.
 pub async fn run(executor: Arc<Executor>) {
     let context = executor.context().clone();
+    if !context.caught_up().await {
+        return;
+    }
     let mut states = context.consensus.watch();
     let mut processes = executor.supervisor().changed();
     let schedule = Arc::new(Mutex::new(Schedule::default()));
