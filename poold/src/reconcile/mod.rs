@@ -29,7 +29,7 @@ pub use execute::Executor;
 use crate::node::unix_ms;
 use follow::Followers;
 use pool_state::{PoolState, reconcile::HostAction};
-use schedule::{Schedule, Ticket, Verdict};
+use schedule::{Finish, Schedule, Ticket, Verdict};
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -89,10 +89,10 @@ fn pass(
             }
             Verdict::Go(ticket) => {
                 let (executor, finished) = (executor.clone(), finished.clone());
-                let mut done = Done { schedule: schedule.clone(), ticket, succeeded: false };
+                let mut done = Done { schedule: schedule.clone(), ticket, result: Finish::Failed };
                 let work = tokio::spawn(async move {
                     match executor.execute(&action).await {
-                        Ok(()) => done.succeeded = true,
+                        Ok(()) => done.result = Finish::Succeeded,
                         Err(error) if error.is_overtaken() => {
                             tracing::debug!(?action, %error, "an action came too late");
                         }
@@ -115,12 +115,12 @@ fn pass(
 struct Done {
     schedule: Arc<Mutex<Schedule>>,
     ticket: Ticket,
-    succeeded: bool,
+    result: Finish,
 }
 
 impl Drop for Done {
     fn drop(&mut self) {
-        lock(&self.schedule).finish(Instant::now(), self.ticket, self.succeeded);
+        lock(&self.schedule).finish(Instant::now(), self.ticket, self.result);
     }
 }
 

@@ -50,6 +50,15 @@ pub struct Ticket {
     kind: Discriminant<HostAction>,
 }
 
+/// How an action ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Finish {
+    /// It did what it should.
+    Succeeded,
+    /// It did not, or panicked.
+    Failed,
+}
+
 /// Whether an action may begin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
@@ -111,14 +120,14 @@ impl Schedule {
     }
 
     /// Frees the slot, unless the action was overtaken.
-    pub fn finish(&mut self, now: Instant, ticket: Ticket, succeeded: bool) {
+    pub fn finish(&mut self, now: Instant, ticket: Ticket, result: Finish) {
         if self.at_work.get(&ticket.slot).is_none_or(|at_work| at_work.number != ticket.number) {
             return;
         }
         self.at_work.remove(&ticket.slot);
         let wait =
             self.waits.entry((ticket.slot, ticket.kind)).or_insert(Wait { failures: 0, not_before: now });
-        if succeeded {
+        if result == Finish::Succeeded {
             *wait = Wait { failures: 0, not_before: now + REPEAT_PAUSE };
         } else {
             let pause = BACKOFF_FIRST.saturating_mul(1 << wait.failures.min(16)).min(BACKOFF_MAX);
@@ -218,7 +227,7 @@ mod tests {
         let (mut schedule, now) = (Schedule::default(), Instant::now());
         let ticket = go(&mut schedule, now, &start());
         assert_eq!(schedule.admit(now, SLOT, &HostAction::Pause { vm: KEY.vm }), Verdict::Busy);
-        schedule.finish(now, ticket, true);
+        schedule.finish(now, ticket, Finish::Succeeded);
         go(&mut schedule, now, &HostAction::Pause { vm: KEY.vm });
     }
 
@@ -229,7 +238,7 @@ mod tests {
         go(&mut schedule, now, &stop(StopMode::Clean));
         assert_eq!(schedule.admit(now, SLOT, &stop(StopMode::Clean)), Verdict::Busy);
         // The late end of what was overtaken frees nothing.
-        schedule.finish(now, starting, false);
+        schedule.finish(now, starting, Finish::Failed);
         assert_eq!(schedule.admit(now, SLOT, &start()), Verdict::Busy);
         go(&mut schedule, now, &stop(StopMode::Force));
         let destroy =
@@ -243,7 +252,7 @@ mod tests {
         let mut waits = Vec::new();
         for _ in 0..12 {
             let ticket = go(&mut schedule, now, &start());
-            schedule.finish(now, ticket, false);
+            schedule.finish(now, ticket, Finish::Failed);
             let Verdict::NotBefore(at) = schedule.admit(now, SLOT, &start()) else { panic!("no wait") };
             waits.push(at - now);
             // Another kind of action need not wait.
@@ -253,7 +262,7 @@ mod tests {
         assert_eq!(waits[1], BACKOFF_FIRST * 2);
         assert_eq!(waits[11], BACKOFF_MAX);
         let ticket = go(&mut schedule, now, &start());
-        schedule.finish(now, ticket, true);
+        schedule.finish(now, ticket, Finish::Succeeded);
         assert_eq!(schedule.admit(now, SLOT, &start()), Verdict::NotBefore(now + REPEAT_PAUSE));
     }
 
@@ -261,7 +270,7 @@ mod tests {
     fn a_wait_holds_back_only_its_own_kind_of_action() {
         let (mut schedule, now) = (Schedule::default(), Instant::now());
         let ticket = go(&mut schedule, now, &start());
-        schedule.finish(now, ticket, false);
+        schedule.finish(now, ticket, Finish::Failed);
         go(&mut schedule, now, &stop(StopMode::Force));
     }
 }

@@ -3,7 +3,7 @@
 //! The channel connects when it is first used and again after a failure. Every call has a time limit of its own: a
 //! process that hangs must not hang the daemon.
 
-use super::ProcessKey;
+use super::{ProcessKey, StopMode};
 use hyper_util::rt::TokioIo;
 use proto::{
     CertificateFingerprint, MigrationId,
@@ -116,9 +116,10 @@ impl Machine {
     }
 
     /// Powers off; the process exits after its answer.
-    pub async fn stop(&self, force: bool, limit: Duration) -> Result<MachineStatus, MachineError> {
+    pub async fn stop(&self, mode: StopMode, limit: Duration) -> Result<MachineStatus, MachineError> {
         let mut client = self.client.clone();
-        self.call("Stop", limit, client.stop(v1::MachineStopRequest { force })).await
+        let request = v1::MachineStopRequest { force: mode == StopMode::Forced };
+        self.call("Stop", limit, client.stop(request)).await
     }
 
     /// Moves the lease's deadline.

@@ -264,13 +264,13 @@ impl Supervisor {
     /// Ends the process if there is one, and returns when it is gone. Its directory stays until it is destroyed.
     pub async fn stop(&self, key: ProcessKey, mode: StopMode) {
         let Some((process, machine, mut gone)) = self.begin_ending(key) else { return };
-        let (force, answer_in) = match mode {
-            StopMode::Orderly => (false, STOP_TIMEOUT),
-            StopMode::Forced => (true, FORCED_STOP_TIMEOUT),
+        let answer_in = match mode {
+            StopMode::Orderly => STOP_TIMEOUT,
+            StopMode::Forced => FORCED_STOP_TIMEOUT,
         };
         // A process that exits before its answer is out looks like an error here; only its end counts.
         let answer = tokio::select! {
-            answer = machine.stop(force, answer_in) => answer,
+            answer = machine.stop(mode, answer_in) => answer,
             () = wait_true(&mut gone) => return,
         };
         if let Err(error) = &answer {

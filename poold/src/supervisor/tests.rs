@@ -131,8 +131,14 @@ async fn a_missing_program_leaves_no_directory() {
 #[tokio::test]
 async fn a_process_that_ignores_everything_but_sigkill_is_ended() {
     let fixture = Fixture::new();
-    let program = fixture.program("trap '' TERM; while :; do sleep 1; done");
-    Process::spawn(&fixture.vms(), &program, KEY).unwrap();
+    let program = fixture.program("trap '' TERM; echo deaf; while :; do sleep 1; done");
+    let process = Process::spawn(&fixture.vms(), &program, KEY).unwrap();
+    let deadline = std::time::Instant::now() + DEADLINE;
+    while process.log_tail() != "deaf" {
+        assert!(std::time::Instant::now() < deadline, "the program never came to its trap");
+        tokio::task::yield_now().await;
+    }
+    process.signal(libc::SIGTERM).unwrap();
     let supervisor = fixture.supervisor(&program);
     assert_eq!(supervisor.processes().len(), 1);
     tokio::time::timeout(DEADLINE, supervisor.destroy(KEY, StopMode::Orderly)).await.unwrap();
