@@ -1,0 +1,50 @@
+//! Parameters on the command line; unknown words are skipped.
+
+/// What the guest shall do.
+pub struct Params {
+    /// Working set in bytes.
+    pub working_set: u64,
+    /// Bytes of the working set per second; 0: no limit.
+    pub rate: u64,
+    /// Whether to use the disk.
+    pub disk: bool,
+    /// Turns until it powers itself off; 0: never.
+    pub turns: u64,
+}
+
+impl Params {
+    /// Reads them.
+    pub fn parse(cmdline: &[u8]) -> Self {
+        let mut params = Self { working_set: 16 << 20, rate: 0, disk: false, turns: 0 };
+        for word in cmdline.split(|&byte| byte == b' ') {
+            let Some(at) = word.iter().position(|&byte| byte == b'=') else { continue };
+            let (key, value) = word.split_at(at);
+            let Some(value) = size(&value[1..]) else { continue };
+            match key {
+                b"wss" => params.working_set = value,
+                b"rate" => params.rate = value,
+                b"disk" => params.disk = value != 0,
+                b"turns" => params.turns = value,
+                _ => {}
+            }
+        }
+        params
+    }
+}
+
+/// A number with an optional K, M or G.
+fn size(text: &[u8]) -> Option<u64> {
+    let (&last, rest) = text.split_last()?;
+    let (digits, scale) = match last {
+        b'K' => (rest, 10),
+        b'M' => (rest, 20),
+        b'G' => (rest, 30),
+        _ => (text, 0),
+    };
+    let mut number = 0_u64;
+    for digit in digits {
+        let digit = digit.checked_sub(b'0').filter(|digit| *digit <= 9)?;
+        number = number.checked_mul(10)?.checked_add(u64::from(digit))?;
+    }
+    (!digits.is_empty()).then_some(number << scale)
+}

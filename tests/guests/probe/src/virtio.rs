@@ -1,0 +1,167 @@
+//! A polled driver for the first virtio-mmio block device (virtio 1.2, 4.2 and 5.2): one request at a time.
+
+use core::ptr;
+use core::sync::atomic::{Ordering, fence};
+
+const BASE: u64 = 0xd000_0000;
+const MAGIC: u32 = 0x7472_6976;
+const DEVICE_BLOCK: u32 = 2;
+const ENTRIES: usize = 8;
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
+/// Status bits: acknowledge, driver, features ok, driver ok.
+const SETUP: [u32; 4] = [1, 3, 11, 15];
+const FEATURE_FLUSH: u32 = 1 << 9;
+const FEATURE_VERSION_1: u32 = 1;
+
+/// Bytes of a block of this guest.
+pub const BLOCK: usize = 4096;
+/// Largest transfer in bytes.
+pub const TRANSFER: usize = 64 << 10;
+
+#[repr(C, align(16))]
+struct Descriptor {
+    address: u64,
+    len: u32,
+    flags: u16,
+    next: u16,
+}
+
+#[repr(C, align(4096))]
+struct Rings {
+    descriptors: [Descriptor; ENTRIES],
+    available: [u16; 4 + ENTRIES],
+    padding: [u8; 64],
+    used: [u32; 2 + 2 * ENTRIES],
+    header: [u64; 2],
+    status: u8,
+}
+
+#[repr(C, align(4096))]
+struct Buffer([u8; TRANSFER]);
+
+static mut RINGS: Rings = Rings {
+    descriptors: [const { Descriptor { address: 0, len: 0, flags: 0, next: 0 } }; ENTRIES],
+    available: [0; 4 + ENTRIES],
+    padding: [0; 64],
+    used: [0; 2 + 2 * ENTRIES],
+    header: [0; 2],
+    status: 0,
+};
+static mut BUFFER: Buffer = Buffer([0; TRANSFER]);
+
+/// Request types.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Kind {
+    Read,
+    Write,
+    Flush,
+}
+
+/// The opened device. There is one; it owns the static rings and buffer.
+pub struct Device {
+    blocks: u64,
+    issued: u16,
+}
+
+fn read(register: u64) -> u32 {
+    // SAFETY: the window is mapped; reading a register harms nothing.
+    unsafe { ptr::read_volatile((BASE + register) as *const u32) }
+}
+
+fn write(register: u64, value: u32) {
+    // SAFETY: the window is mapped; the device writes only where the rings point.
+    unsafe { ptr::write_volatile((BASE + register) as *mut u32, value) };
+}
+
+fn write_address(register: u64, address: u64) {
+    write(register, address as u32);
+    write(register + 4, (address >> 32) as u32);
+}
+
+impl Device {
+    /// Sets the device up; `None` if there is none.
+    pub fn open() -> Option<Self> {
+        if read(0) != MAGIC || read(8) != DEVICE_BLOCK {
+            return None;
+        }
+        write(0x70, 0);
+        write(0x70, SETUP[0]);
+        write(0x70, SETUP[1]);
+        for (select, features) in [(0, FEATURE_FLUSH), (1, FEATURE_VERSION_1)] {
+            write(0x24, select);
+            write(0x20, features);
+        }
+        write(0x70, SETUP[2]);
+        write(0x30, 0);
+        write(0x38, ENTRIES as u32);
+        let rings = &raw mut RINGS;
+        // SAFETY: only addresses are taken; the device is not running yet.
+        unsafe {
+            write_address(0x80, &raw const (*rings).descriptors as u64);
+            write_address(0x90, &raw const (*rings).available as u64);
+            write_address(0xa0, &raw const (*rings).used as u64);
+            // No interrupts: this driver polls.
+            ptr::write_volatile(&raw mut (*rings).available[0], 1);
+        }
+        write(0x44, 1);
+        write(0x70, SETUP[3]);
+        let sectors = u64::from(read(0x100)) | u64::from(read(0x104)) << 32;
+        Some(Self { blocks: sectors / 8, issued: 0 })
+    }
+
+    /// Size in blocks.
+    pub fn blocks(&self) -> u64 {
+        self.blocks
+    }
+
+    /// The transfer buffer.
+    pub fn buffer(&mut self) -> &mut [u8; TRANSFER] {
+        // SAFETY: the device touches it only during `transfer`, which holds `&mut self`.
+        unsafe { &mut (*(&raw mut BUFFER)).0 }
+    }
+
+    /// One request over the first `len` bytes of the buffer; waits for it as long as it takes.
+    pub fn transfer(&mut self, kind: Kind, block: u64, len: usize) -> Result<(), u8> {
+        let rings = &raw mut RINGS;
+        // SAFETY: the single request in flight owns rings and buffer until the used ring moves on.
+        unsafe {
+            let code: u64 = match kind {
+                Kind::Read => 0,
+                Kind::Write => 1,
+                Kind::Flush => 4,
+            };
+            ptr::write_volatile(&raw mut (*rings).header, [code, block * (BLOCK as u64 / 512)]);
+            ptr::write_volatile(&raw mut (*rings).status, 0xff);
+            let mut chain = [(&raw const (*rings).header as u64, 16, 0), (0, 0, 0), (0, 0, 0)];
+            let mut used = 1;
+            if len > 0 {
+                let flags = if kind == Kind::Read { WRITE } else { 0 };
+                chain[used] = (&raw const BUFFER as u64, len as u32, flags);
+                used += 1;
+            }
+            chain[used] = (&raw const (*rings).status as u64, 1, WRITE);
+            for (index, &(address, len, flags)) in chain[..=used].iter().enumerate() {
+                let last = index == used;
+                let flags = flags | if last { 0 } else { NEXT };
+                let descriptor = Descriptor { address, len, flags, next: index as u16 + 1 };
+                ptr::write_volatile(&raw mut (*rings).descriptors[index], descriptor);
+            }
+            ptr::write_volatile(&raw mut (*rings).available[2 + usize::from(self.issued) % ENTRIES], 0);
+            fence(Ordering::SeqCst);
+            self.issued = self.issued.wrapping_add(1);
+            ptr::write_volatile(&raw mut (*rings).available[1], self.issued);
+            fence(Ordering::SeqCst);
+            write(0x50, 0);
+            // The index is the upper half of the first word.
+            while (ptr::read_volatile(&raw const (*rings).used[0]) >> 16) as u16 != self.issued {
+                core::hint::spin_loop();
+            }
+            fence(Ordering::SeqCst);
+            match ptr::read_volatile(&raw const (*rings).status) {
+                0 => Ok(()),
+                status => Err(status),
+            }
+        }
+    }
+}
