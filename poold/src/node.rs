@@ -15,7 +15,7 @@ use crate::{
         Principal, consoles::ConsoleApi, events::EventApi, images::ImageApi, migrations::MigrationApi,
         status, tasks::TaskApi, vms::VmApi, volumes::VolumeApi,
     },
-    consensus::{Consensus, HostClients, ProposeError, ProposeMeta},
+    consensus::{Consensus, HostClients, ProposeError, ProposeMeta, ReadError},
     images::{self, ImageError, ImageStore},
     lease::{self, LeaderHandle, LeaseApi, LeaseClient},
     reconcile::{self, Executor},
@@ -43,6 +43,9 @@ pub use crate::consensus::unix_ms;
 
 /// How long a read for display waits for the leader before it shows what this host knows.
 const FRESH_TIMEOUT: Duration = Duration::from_millis(750);
+
+/// How long a read that decides something may take: an election fits in, and the client still waits for the answer.
+const READ_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// How long an applied entry may take to be applied at this host too, before the answer goes out without it.
 const CATCH_UP_TIMEOUT: Duration = Duration::from_secs(5);
@@ -133,7 +136,8 @@ impl NodeContext {
     /// # Errors
     /// No majority can be reached.
     pub async fn read(&self) -> Result<Arc<PoolState>, Status> {
-        self.consensus.read_linearizable().await.map_err(status::read)
+        let read = tokio::time::timeout(READ_TIMEOUT, self.consensus.read_linearizable()).await;
+        read.unwrap_or(Err(ReadError::NoQuorum)).map_err(status::read)
     }
 
     /// Waits until this host's state contains everything that was committed before now; false at a shutdown.
@@ -205,7 +209,10 @@ impl NodeContext {
     }
 
     /// A local state that contains the entry.
-    async fn applied(&self, index: u64) -> Result<Arc<PoolState>, ReportError> {
+    ///
+    /// # Errors
+    /// This host lags behind.
+    pub async fn applied(&self, index: u64) -> Result<Arc<PoolState>, ReportError> {
         let mut states = self.consensus.watch();
         let seen = states.wait_for(|state| state.revision >= index);
         match tokio::time::timeout(CATCH_UP_TIMEOUT, seen).await {
