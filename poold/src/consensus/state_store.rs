@@ -36,20 +36,22 @@ impl StateStore {
     }
 
     fn apply_one(&mut self, entry: Entry<TypeConfig>) -> Applied {
-        self.content.last_applied = Some(entry.log_id);
-        let index = entry.log_id.index;
+        let log_id = entry.log_id;
+        self.content.last_applied = Some(log_id);
         match entry.payload {
-            EntryPayload::Normal(entry) => Applied::Entry(self.content.state.apply(index, &entry)),
-            EntryPayload::Blank => {
-                self.content.state.note_applied(index);
-                Applied::Nothing
+            EntryPayload::Normal(entry) => {
+                return Applied::Entry(self.content.state.apply(log_id.index, &entry));
             }
+            EntryPayload::Blank => {}
             EntryPayload::Membership(membership) => {
-                self.content.membership = StoredMembership::new(Some(entry.log_id), membership);
-                self.content.state.note_applied(index);
-                Applied::Nothing
+                self.content.membership = StoredMembership::new(Some(log_id), membership);
             }
         }
+        // The founding membership has index 0, which is the revision of the empty state.
+        if log_id.index > 0 {
+            self.content.state.note_applied(log_id.index);
+        }
+        Applied::Nothing
     }
 }
 
