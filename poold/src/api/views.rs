@@ -88,14 +88,16 @@ pub fn vm(state: &PoolState, vm: &Vm) -> v1::Vm {
     }
 }
 
-/// A volume. A replica counts as gone while its host is not up.
+/// A volume. A replica counts as gone while its host is not up, and as syncing when it is another life than the one that
+/// was in sync.
 pub fn volume(state: &PoolState, volume: &Volume) -> v1::Volume {
     let replica = |host: &HostId| {
         let up = state.hosts.get(host).is_some_and(|host| host.state == HostState::Up);
-        let word = match (volume.isr_member(*host), up) {
-            (Some(_), true) => "in-sync",
-            (None, true) => "syncing",
-            (_, false) => "gone",
+        let current = volume.isr_member(*host).is_some_and(|member| state.is_current(member));
+        let word = match (up, current) {
+            (true, true) => "in-sync",
+            (true, false) => "syncing",
+            (false, _) => "gone",
         };
         v1::Replica { host: state.host_name(*host), state: word.to_owned() }
     };
