@@ -261,6 +261,7 @@ pub async fn run(context: NodeContext) -> Result<Node, NodeError> {
 
     let mut tasks = JoinSet::new();
     tasks.spawn(lease::run_leader(context.clone(), leader_queue));
+    tasks.spawn(replica.duties(context.clone(), boot_id.clone()));
     let identity = lease::LeaseIdentity { boot_id, incarnation: replica.incarnation() };
     tasks.spawn(lease::run_client(context.clone(), supervisor.clone(), leader.clone(), lease, identity));
     tasks.spawn(reconcile::run(Arc::new(executor)));
