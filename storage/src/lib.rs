@@ -1,1 +1,12 @@
-//! placeholder
+//! The replicated block store (library): replicas, owners, and what they say to each other.
+
+pub mod log;
+pub mod owner;
+pub mod replica;
+pub mod server;
+pub mod types;
+pub mod wire;
+
+pub use replica::{StoreError, Usage};
+pub use server::{ReplicaOptions, ReplicaServer};
+pub use types::*;

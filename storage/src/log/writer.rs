@@ -1,0 +1,142 @@
+//! Appending batches.
+
+use super::disk::Disk;
+use super::format::{BatchHeader, Record};
+use super::{Location, LogError, SEGMENT_BYTES, SegmentId};
+use proto::limits::BLOCK_BYTES;
+use std::collections::BTreeSet;
+use std::io;
+use std::sync::Arc;
+
+/// The end of the log.
+pub struct LogWriter {
+    disk: Arc<dyn Disk>,
+    segment: Option<SegmentId>,
+    next_segment: u64,
+    offset: u64,
+    lsn: u64,
+    durable_lsn: u64,
+    previous: [u8; 32],
+    unsynced: BTreeSet<SegmentId>,
+    failed: bool,
+}
+
+/// Where a batch was put.
+pub struct Written {
+    /// Its number.
+    pub lsn: u64,
+    /// Where its first data block lies; the others follow.
+    pub data: Location,
+}
+
+/// Where replay found the log's end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LogEnd {
+    /// The last segment, if there is any.
+    pub segment: Option<SegmentId>,
+    /// The first free byte in it.
+    pub offset: u64,
+    /// Number of the last batch.
+    pub lsn: u64,
+    /// Hash of its header.
+    pub previous: [u8; 32],
+}
+
+impl LogWriter {
+    /// Goes on where replay ended. Everything before counts as durable only after the next sync.
+    pub fn new(disk: Arc<dyn Disk>, end: LogEnd, next_segment: u64) -> Self {
+        Self {
+            disk,
+            segment: end.segment,
+            next_segment,
+            offset: end.offset,
+            lsn: end.lsn,
+            durable_lsn: 0,
+            previous: end.previous,
+            unsynced: end.segment.into_iter().collect(),
+            failed: false,
+        }
+    }
+
+    /// The segment that is being written.
+    #[must_use]
+    pub fn segment(&self) -> Option<SegmentId> {
+        self.segment
+    }
+
+    /// Writes one batch; on return it survives the death of the process, not yet of the machine.
+    ///
+    /// # Errors
+    /// `NoSpace` changes nothing and may be tried again. After any other error the log must not be used any more.
+    pub fn append(&mut self, records: Vec<Record>, data: &[&[u8]]) -> Result<Written, LogError> {
+        let data_bytes: usize = data.iter().map(|part| part.len()).sum();
+        debug_assert_eq!(data_bytes % BLOCK_BYTES, 0);
+        let header = |segment: SegmentId, log: &Self, records: Vec<Record>| BatchHeader {
+            segment: segment.0,
+            lsn: log.lsn + 1,
+            previous: log.previous,
+            durable_lsn: log.durable_lsn,
+            records,
+        };
+        // The segment's number is part of the header, but not of its length in blocks that matter here: a second encoding
+        // for the rare change of segment is simpler than a guess.
+        let mut encoded = header(self.segment.unwrap_or(SegmentId(0)), self, records.clone()).encode();
+        let needed = (encoded.bytes.len() + data_bytes) as u64;
+        if self.segment.is_none() || self.offset + needed > SEGMENT_BYTES {
+            // The old segment is durable before the new one exists: only the last one can have a torn tail.
+            self.sync()?;
+            let segment = self.open_segment()?;
+            encoded = header(segment, self, records).encode();
+        }
+        let segment = self.segment.expect("one was opened above");
+        let header_bytes = encoded.bytes.len() as u64;
+        let mut bytes = encoded.bytes;
+        data.iter().for_each(|part| bytes.extend_from_slice(part));
+        self.io("write", segment, |disk| disk.write(segment, self.offset, &bytes))?;
+        let offset = u32::try_from(self.offset + header_bytes).expect("a segment is smaller than 4 GiB");
+        self.unsynced.insert(segment);
+        self.offset += bytes.len() as u64;
+        self.lsn += 1;
+        self.previous = encoded.hash;
+        Ok(Written { lsn: self.lsn, data: Location { segment, offset } })
+    }
+
+    /// Makes everything durable.
+    ///
+    /// # Errors
+    /// A failed sync must never be repeated: the log is over.
+    pub fn sync(&mut self) -> Result<(), LogError> {
+        for segment in std::mem::take(&mut self.unsynced) {
+            if let Err(error) = self.io("sync", segment, |disk| disk.sync(segment)) {
+                self.failed = true;
+                return Err(error);
+            }
+        }
+        self.durable_lsn = self.lsn;
+        Ok(())
+    }
+
+    fn open_segment(&mut self) -> Result<SegmentId, LogError> {
+        let segment = SegmentId(self.next_segment);
+        self.io("create", segment, |disk| disk.create(segment))?;
+        self.next_segment += 1;
+        self.segment = Some(segment);
+        self.offset = 0;
+        Ok(segment)
+    }
+
+    fn io(
+        &self,
+        action: &'static str,
+        segment: SegmentId,
+        act: impl FnOnce(&dyn Disk) -> io::Result<()>,
+    ) -> Result<(), LogError> {
+        assert!(!self.failed, "the log is not used after a failed sync");
+        act(&*self.disk).map_err(|source| match source.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded if action == "create" => {
+                LogError::NoSpace
+            }
+            _ => LogError::Io { action, segment, source },
+        })
+    }
+}

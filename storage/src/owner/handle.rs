@@ -1,0 +1,290 @@
+//! What users of a volume hold.
+
+use super::config::{ActivateError, ActivationStart, VolumeConfig, VolumeError, VolumeState, VolumeStatus};
+use super::link::LinkError;
+use super::task::{Command, Published, VolumeTask, Write, unpublished};
+use crate::wire::{Answer, DATA_BYTES_MAX, Request};
+use bytes::{Bytes, BytesMut};
+use proto::limits::BLOCK_BYTES;
+use proto::{BlockIndex, Sequence};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{OwnedSemaphorePermit, RwLock, Semaphore, mpsc, oneshot, watch};
+
+/// Bytes of writes that may be on their way: bounds the owner's memory while a replica is slow or away.
+const WINDOW_BYTES: usize = 16 << 20;
+
+/// Commands that wait for the task.
+const COMMANDS_MAX: usize = 256;
+
+/// Blocks of one zeroing write: a frame without data, but an entry in the replica's map for each block.
+const ZERO_BLOCKS_MAX: u64 = 4096;
+
+/// Pause before a read is tried again when no in-sync replica could serve it.
+const READ_RETRY: Duration = Duration::from_millis(50);
+
+const BLOCK: u64 = BLOCK_BYTES as u64;
+const SECTOR: u64 = 512;
+
+/// A volume; clones are handles of the same one. When the last is dropped the volume is closed.
+#[derive(Clone)]
+pub struct VolumeHandle {
+    commands: mpsc::Sender<Command>,
+    published: watch::Receiver<Published>,
+    window: Arc<Semaphore>,
+    /// Whole-block writes share it; a write that must first read its blocks has it alone.
+    blocks: Arc<RwLock<()>>,
+    size: u64,
+}
+
+impl VolumeHandle {
+    /// Opens a volume, inactive: its replicas are connected, nothing is promised. Must be called inside a tokio runtime.
+    #[must_use]
+    pub fn open(config: VolumeConfig) -> Self {
+        let size = config.size.0;
+        let (commands, queue) = mpsc::channel(COMMANDS_MAX);
+        let (publish, published) = watch::channel(unpublished(&config));
+        tokio::spawn(VolumeTask::new(config, queue, publish).run());
+        let window = Arc::new(Semaphore::new(WINDOW_BYTES));
+        Self { commands, published, window, blocks: Arc::default(), size }
+    }
+
+    /// Becomes the owner at the epoch of `config`. Returns the last write before it.
+    ///
+    /// # Errors
+    /// See [`ActivateError`].
+    pub async fn activate(
+        &self,
+        config: VolumeConfig,
+        start: ActivationStart,
+    ) -> Result<Sequence, ActivateError> {
+        let (reply, answer) = oneshot::channel();
+        let sent = self.commands.send(Command::Activate(config, start, reply)).await;
+        sent.map_err(|_| ActivateError::Closed)?;
+        answer.await.map_err(|_| ActivateError::Closed)?
+    }
+
+    /// New replicas or addresses at the same epoch.
+    pub async fn update(&self, config: VolumeConfig) {
+        // A closed volume needs no update.
+        let _ = self.commands.send(Command::Update(config)).await;
+    }
+
+    /// Size in bytes.
+    #[must_use]
+    pub fn size_bytes(&self) -> u64 {
+        self.size
+    }
+
+    /// Where it stands.
+    #[must_use]
+    pub fn status(&self) -> VolumeStatus {
+        self.published.borrow().status
+    }
+
+    /// Reads; waits while no in-sync replica can be reached.
+    ///
+    /// # Errors
+    /// Out of range, fenced, closed, or damaged everywhere.
+    pub async fn read(&self, offset: u64, len: usize) -> Result<Bytes, VolumeError> {
+        self.check(offset, len as u64)?;
+        let first = offset / BLOCK;
+        let end = (offset + len as u64).div_ceil(BLOCK);
+        let mut data = BytesMut::with_capacity(usize::try_from((end - first) * BLOCK).unwrap_or(len));
+        let mut at = first;
+        while at < end {
+            let count = (end - at).min((DATA_BYTES_MAX / BLOCK_BYTES) as u64);
+            data.extend_from_slice(&self.read_blocks(BlockIndex(at), count).await?);
+            at += count;
+        }
+        let skip = usize::try_from(offset % BLOCK).expect("less than a block");
+        Ok(data.freeze().slice(skip..skip + len))
+    }
+
+    async fn read_blocks(&self, first: BlockIndex, count: u64) -> Result<Bytes, VolumeError> {
+        let count = u32::try_from(count).expect("bounded by a frame");
+        let mut published = self.published.clone();
+        loop {
+            let Published { status, readable } = published.borrow_and_update().clone();
+            refuse_if_over(&status)?;
+            let mut damaged = 0;
+            for link in &readable {
+                match link.ask(|id| Request::Read { id, first, count }, Bytes::new()).await {
+                    Ok((Answer::Data, data)) if data.len() == count as usize * BLOCK_BYTES => {
+                        return Ok(data);
+                    }
+                    Ok((Answer::Damaged, _)) => damaged += 1,
+                    Ok(_) => {}
+                    Err(LinkError::Fenced { promised, .. }) => {
+                        return Err(VolumeError::Fenced { epoch: promised });
+                    }
+                    Err(error) => tracing::debug!(%error, "read"),
+                }
+            }
+            if damaged > 0 && damaged == readable.len() {
+                return Err(VolumeError::Damaged { block: first.0 });
+            }
+            // Until something changes; not for ever, since a replica may just have been slow.
+            if let Ok(Err(_)) = tokio::time::timeout(READ_RETRY, published.changed()).await {
+                return Err(VolumeError::Closed);
+            }
+        }
+    }
+
+    /// Writes; acknowledged when every in-sync replica has it.
+    ///
+    /// # Errors
+    /// Out of range, no space, fenced, draining, closed.
+    pub async fn write(&self, offset: u64, data: Bytes) -> Result<(), VolumeError> {
+        self.check(offset, data.len() as u64)?;
+        if data.is_empty() {
+            return Ok(());
+        }
+        let whole = offset.is_multiple_of(BLOCK) && data.len().is_multiple_of(BLOCK_BYTES);
+        if whole {
+            let _shared = self.blocks.read().await;
+            return self.write_blocks(BlockIndex(offset / BLOCK), data).await;
+        }
+        let _alone = self.blocks.write().await;
+        let start = offset / BLOCK * BLOCK;
+        let end = (offset + data.len() as u64).next_multiple_of(BLOCK).min(self.size.next_multiple_of(BLOCK));
+        let len = usize::try_from(end - start).expect("a request fits in memory");
+        let mut blocks = BytesMut::from(
+            &self.read(start, len.min(usize::try_from(self.size - start).unwrap_or(len))).await?[..],
+        );
+        blocks.resize(len, 0);
+        let at = usize::try_from(offset - start).expect("less than a block");
+        blocks[at..at + data.len()].copy_from_slice(&data);
+        self.write_blocks(BlockIndex(start / BLOCK), blocks.freeze()).await
+    }
+
+    async fn write_blocks(&self, first: BlockIndex, data: Bytes) -> Result<(), VolumeError> {
+        let mut parts = Vec::new();
+        let mut at = first.0;
+        let mut rest = data;
+        while !rest.is_empty() {
+            let part = rest.split_to(rest.len().min(DATA_BYTES_MAX));
+            let count = u32::try_from(part.len() / BLOCK_BYTES).expect("bounded by a frame");
+            parts.push(self.submit(BlockIndex(at), count, Some(part)).await?);
+            at += u64::from(count);
+        }
+        for part in parts {
+            part.await.map_err(|_| VolumeError::Closed)??;
+        }
+        Ok(())
+    }
+
+    async fn submit(
+        &self,
+        first: BlockIndex,
+        count: u32,
+        data: Option<Bytes>,
+    ) -> Result<oneshot::Receiver<Result<(), VolumeError>>, VolumeError> {
+        let cost = data.as_ref().map_or(BLOCK_BYTES, Bytes::len);
+        let cost = u32::try_from(cost).expect("bounded by a frame");
+        let _permit: OwnedSemaphorePermit =
+            self.window.clone().acquire_many_owned(cost).await.map_err(|_| VolumeError::Closed)?;
+        let (reply, answer) = oneshot::channel();
+        let write = Write { first, count, data, reply, _permit };
+        self.commands.send(Command::Write(write)).await.map_err(|_| VolumeError::Closed)?;
+        Ok(answer)
+    }
+
+    /// Makes every acknowledged write durable on every in-sync replica.
+    ///
+    /// # Errors
+    /// Fenced or closed.
+    pub async fn flush(&self) -> Result<(), VolumeError> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(Command::Flush(reply)).await.map_err(|_| VolumeError::Closed)?;
+        answer.await.map_err(|_| VolumeError::Closed)?
+    }
+
+    /// These bytes may be forgotten: whole blocks read as zero from now on, the rest stays.
+    ///
+    /// # Errors
+    /// As `write`.
+    pub async fn discard(&self, offset: u64, len: u64) -> Result<(), VolumeError> {
+        self.check(offset, len)?;
+        let first = offset.div_ceil(BLOCK);
+        let end = (offset + len) / BLOCK;
+        let _shared = self.blocks.read().await;
+        self.zero_blocks(first, end).await
+    }
+
+    /// These bytes become zero.
+    ///
+    /// # Errors
+    /// As `write`.
+    pub async fn write_zeroes(&self, offset: u64, len: u64) -> Result<(), VolumeError> {
+        self.check(offset, len)?;
+        let first = offset.div_ceil(BLOCK) * BLOCK;
+        let end = (offset + len) / BLOCK * BLOCK;
+        if first >= end {
+            return self.write(offset, zeroes(len)).await;
+        }
+        self.write(offset, zeroes(first - offset)).await?;
+        self.write(end, zeroes(offset + len - end)).await?;
+        let _shared = self.blocks.read().await;
+        self.zero_blocks(first / BLOCK, end / BLOCK).await
+    }
+
+    async fn zero_blocks(&self, first: u64, end: u64) -> Result<(), VolumeError> {
+        let mut at = first;
+        while at < end {
+            let count = (end - at).min(ZERO_BLOCKS_MAX);
+            let blocks = u32::try_from(count).expect("bounded above");
+            let answer = self.submit(BlockIndex(at), blocks, None).await?;
+            answer.await.map_err(|_| VolumeError::Closed)??;
+            at += count;
+        }
+        Ok(())
+    }
+
+    /// Waits for everything in flight, flushes, and refuses I/O from then on until [`resume`](Self::resume). Returns the
+    /// last sequence.
+    ///
+    /// # Errors
+    /// Fenced, closed or not active.
+    pub async fn drain(&self) -> Result<Sequence, VolumeError> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(Command::Drain(reply)).await.map_err(|_| VolumeError::Closed)?;
+        answer.await.map_err(|_| VolumeError::Closed)?
+    }
+
+    /// Undoes `drain`.
+    pub async fn resume(&self) {
+        // A closed volume can't go on.
+        let _ = self.commands.send(Command::Resume).await;
+    }
+
+    /// Closes the volume: nothing is sent to its replicas any more.
+    pub async fn close(&self) {
+        let (reply, closed) = oneshot::channel();
+        if self.commands.send(Command::Close(reply)).await.is_ok() {
+            // An error says that it is closed already.
+            let _ = closed.await;
+        }
+    }
+
+    fn check(&self, offset: u64, len: u64) -> Result<(), VolumeError> {
+        let sectors = offset.is_multiple_of(SECTOR) && len.is_multiple_of(SECTOR);
+        match offset.checked_add(len) {
+            Some(end) if sectors && end <= self.size => Ok(()),
+            _ => Err(VolumeError::OutOfRange { offset, len, size: self.size }),
+        }
+    }
+}
+
+fn zeroes(len: u64) -> Bytes {
+    Bytes::from(vec![0; usize::try_from(len).expect("less than two blocks")])
+}
+
+fn refuse_if_over(status: &VolumeStatus) -> Result<(), VolumeError> {
+    match status.state {
+        VolumeState::Active | VolumeState::Stalled => Ok(()),
+        VolumeState::Fenced => Err(VolumeError::Fenced { epoch: status.epoch }),
+        VolumeState::Closed => Err(VolumeError::Closed),
+        VolumeState::Inactive | VolumeState::Activating => Err(VolumeError::NotActive),
+    }
+}

@@ -1,0 +1,219 @@
+//! The replica server of a host: local owners by unix socket, others by QUIC; the same frames on both.
+//!
+//! A connection is nobody's until it has attached with the epoch's secret; until then it can make the server allocate a
+//! kilobyte and ask the pool once at a time.
+
+mod connection;
+mod quic;
+
+#[cfg(test)]
+pub(crate) use quic::fingerprint_of_pem;
+pub use quic::{ClientEndpoint, QuicError};
+
+use crate::log::FileDisk;
+use crate::replica::{Op, Store, StoreError, Usage};
+use crate::types::Authority;
+use connection::Connection;
+use proto::{ByteCount, CertificateFingerprint, HostId, Incarnation, VolumeId};
+use std::fs;
+use std::io;
+use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use tokio::net::UnixListener;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+/// Where and as whom.
+#[derive(Debug, Clone)]
+pub struct ReplicaOptions {
+    /// Folder of the store.
+    pub dir: PathBuf,
+    /// This host.
+    pub host: HostId,
+    /// Boot id of its kernel.
+    pub boot_id: String,
+    /// Bytes that segments may take; none: the file system's.
+    pub capacity: Option<ByteCount>,
+}
+
+/// The server; clones are handles of the same one.
+#[derive(Clone)]
+pub struct ReplicaServer {
+    shared: Arc<Shared>,
+}
+
+pub(crate) struct Shared {
+    pub(crate) store: Store,
+    pub(crate) authority: Arc<dyn Authority>,
+    pub(crate) incarnation: Incarnation,
+    identity: quic::ServerIdentity,
+    shutdown: CancellationToken,
+    tasks: TaskTracker,
+}
+
+impl ReplicaServer {
+    /// Opens the store; blocking.
+    ///
+    /// # Errors
+    /// The folder can't be used.
+    pub fn open(options: ReplicaOptions, authority: Arc<dyn Authority>) -> Result<Self, StoreError> {
+        let dir = options.dir.clone();
+        let open = |error: io::Error| StoreError::Open { dir: dir.clone(), cause: error.to_string() };
+        let limit = options.capacity.map(|capacity| capacity.0);
+        let disk = FileDisk::open(&options.dir.join("segments"), limit).map_err(open)?;
+        let incarnation =
+            Incarnation(format!("{}:{}", options.boot_id, log_uuid(&options.dir).map_err(open)?));
+        let identity = quic::ServerIdentity::load(&options.dir).map_err(open)?;
+        let store = Store::open(&options.dir, Arc::new(disk))?;
+        let shutdown = CancellationToken::new();
+        let tasks = TaskTracker::new();
+        tracing::info!(host = %options.host, %incarnation, "block store opened");
+        let shared = Shared { store, authority, incarnation, identity, shutdown, tasks };
+        Ok(Self { shared: Arc::new(shared) })
+    }
+
+    #[cfg(test)]
+    pub(crate) fn store(&self) -> Store {
+        self.shared.store.clone()
+    }
+
+    /// This life of the store.
+    #[must_use]
+    pub fn incarnation(&self) -> Incarnation {
+        self.shared.incarnation.clone()
+    }
+
+    /// The certificate that QUIC clients must see.
+    #[must_use]
+    pub fn certificate_fingerprint(&self) -> CertificateFingerprint {
+        self.shared.identity.fingerprint
+    }
+
+    /// Serves on a unix socket and on UDP, until `shutdown`.
+    ///
+    /// # Errors
+    /// An address can't be bound.
+    pub async fn serve(&self, unix: &Path, udp: SocketAddr) -> Result<(), StoreError> {
+        let failed =
+            |address: String, error: io::Error| StoreError::Serve { address, cause: error.to_string() };
+        match fs::remove_file(unix) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(failed(unix.display().to_string(), error));
+            }
+            _ => {}
+        }
+        let listener = UnixListener::bind(unix)
+            .and_then(|listener| {
+                fs::set_permissions(unix, fs::Permissions::from_mode(0o600))?;
+                Ok(listener)
+            })
+            .map_err(|error| failed(unix.display().to_string(), error))?;
+        let endpoint = self.shared.identity.listen(udp).map_err(|error| failed(udp.to_string(), error))?;
+        self.shared.tasks.spawn(self.clone().accept_unix(listener));
+        self.shared.tasks.spawn(self.clone().accept_quic(endpoint));
+        Ok(())
+    }
+
+    async fn accept_unix(self, listener: UnixListener) {
+        loop {
+            let accepted = tokio::select! {
+                () = self.shared.shutdown.cancelled() => return,
+                accepted = listener.accept() => accepted,
+            };
+            match accepted {
+                Ok((stream, _)) => {
+                    let (read, write) = stream.into_split();
+                    self.spawn(Connection::new(self.shared.clone()).run(read, write));
+                }
+                Err(error) => {
+                    // Out of descriptors, most likely: others must end first.
+                    tracing::warn!(%error, "accepting an owner");
+                    tokio::time::sleep(quic::ACCEPT_RETRY).await;
+                }
+            }
+        }
+    }
+
+    async fn accept_quic(self, endpoint: quinn::Endpoint) {
+        loop {
+            let incoming = tokio::select! {
+                () = self.shared.shutdown.cancelled() => break,
+                incoming = endpoint.accept() => incoming,
+            };
+            let Some(incoming) = incoming else { break };
+            let server = self.clone();
+            self.spawn(async move {
+                let Ok(connection) = incoming.await else { return };
+                while let Ok((write, read)) = connection.accept_bi().await {
+                    server.spawn(Connection::new(server.shared.clone()).run(read, write));
+                }
+            });
+        }
+        endpoint.close(0_u32.into(), b"shutdown");
+    }
+
+    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let shutdown = self.shared.shutdown.clone();
+        self.shared.tasks.spawn(async move {
+            tokio::select! {
+                () = shutdown.cancelled() => {}
+                () = task => {}
+            }
+        });
+    }
+
+    /// The volumes that have data or a promise here.
+    #[must_use]
+    pub fn volumes(&self) -> Vec<VolumeId> {
+        self.shared.store.volumes()
+    }
+
+    /// Forgets a volume that the pool has deleted or moved away.
+    ///
+    /// # Errors
+    /// The store has failed.
+    pub async fn delete_volume(&self, volume: VolumeId) -> Result<(), StoreError> {
+        let deleted = self.shared.store.run(|done| Op::Delete { volume, done }).await;
+        deleted.map_err(|error| StoreError::Failed { cause: error.to_string() })
+    }
+
+    /// How full the disk is.
+    ///
+    /// # Errors
+    /// The file system can't be asked.
+    pub fn usage(&self) -> io::Result<Usage> {
+        self.shared.store.usage()
+    }
+
+    /// Resolves when the store has failed: the daemon must end.
+    pub async fn failed(&self) -> StoreError {
+        self.shared.store.failed().await
+    }
+
+    /// Ends all connections.
+    pub async fn shutdown(&self) {
+        self.shared.shutdown.cancel();
+        self.shared.tasks.close();
+        self.shared.tasks.wait().await;
+    }
+}
+
+/// The log's own id, made with the store.
+fn log_uuid(dir: &Path) -> io::Result<String> {
+    fs::create_dir_all(dir)?;
+    let path = dir.join("superblock");
+    match fs::read_to_string(&path) {
+        Ok(text) => {
+            let id = text.trim().strip_prefix("poolstore 1 ").map(str::to_owned);
+            id.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "the superblock is damaged"))
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let id = uuid::Uuid::new_v4().to_string();
+            quic::write_whole(&path, format!("poolstore 1 {id}\n").as_bytes())?;
+            Ok(id)
+        }
+        Err(error) => Err(error),
+    }
+}

@@ -1,0 +1,220 @@
+//! Frames between owner and replica: `header length · data length · header (postcard) · data`.
+//!
+//! One stream serves one volume's owner. Requests with an id are answered once; writes and flushes are answered by watermarks.
+//! Bounds are checked before anything is allocated; an unknown or malformed frame ends the connection.
+
+use crate::types::{AttachRefused, ProposalError, Tail, VolumeProposal, VolumeView};
+use bytes::{Bytes, BytesMut};
+use proto::limits::BLOCK_BYTES;
+use proto::{AttachmentSecret, BlockIndex, Epoch, Incarnation, Sequence, VolumeId};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use std::io;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+
+/// Version of the protocol; both sides must speak the same. Version 1: the first.
+pub const WIRE_VERSION: u32 = 1;
+
+/// Longest header in bytes: a list of changed blocks is the longest.
+pub const HEADER_BYTES_MAX: usize = 64 << 10;
+
+/// Longest data in bytes: the largest request of a guest.
+pub const DATA_BYTES_MAX: usize = 1 << 20;
+
+/// Header bytes before the peer has attached: a stranger can't make us allocate more.
+pub const HELLO_BYTES_MAX: usize = 1 << 10;
+
+/// Blocks in one answer to `Changed`.
+pub const CHANGED_MAX: usize = 4096;
+
+const _: () = assert!(CHANGED_MAX * 10 < HEADER_BYTES_MAX);
+const _: () = assert!(DATA_BYTES_MAX.is_multiple_of(BLOCK_BYTES));
+
+/// Id of a request on its stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct RequestId(pub u64);
+
+/// Version of a block on the wire.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct WireVersion {
+    /// Epoch of the write.
+    pub epoch: Epoch,
+    /// Its sequence.
+    pub sequence: Sequence,
+}
+
+/// From the owner.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum Request {
+    /// Opens the conversation.
+    Hello { version: u32 },
+    /// Becomes the owner at an epoch, which the replica promises.
+    Attach { id: RequestId, volume: VolumeId, epoch: Epoch, secret: AttachmentSecret },
+    /// The next write in order; `zero`: no data follows.
+    Write { sequence: Sequence, first: BlockIndex, count: u32, zero: bool },
+    /// Make everything durable.
+    Flush,
+    /// Read blocks.
+    Read { id: RequestId, first: BlockIndex, count: u32 },
+    /// One block with its version, for a resync.
+    Fetch { id: RequestId, block: BlockIndex },
+    /// A block of a resync; `zero`: no data follows.
+    Copy { id: RequestId, block: BlockIndex, version: WireVersion, zero: bool },
+    /// Blocks written after a sequence, from a block on.
+    Changed { id: RequestId, after: Sequence, from: BlockIndex },
+    /// Void everything after a position.
+    Truncate { id: RequestId, cut: Tail },
+    /// Live writes go on after this position.
+    Begin { id: RequestId, last: Tail },
+    /// Nothing is missing up to this position.
+    Complete { id: RequestId, tail: Tail },
+    /// Have a change committed.
+    Propose { id: RequestId, proposal: VolumeProposal },
+}
+
+/// From the replica.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum Response {
+    /// Answer to `Hello`.
+    Welcome { version: u32, incarnation: Incarnation },
+    /// Answer to a request.
+    Answer { id: RequestId, answer: Answer },
+    /// How much is written and durable.
+    Watermark { written: Sequence, durable: Sequence, full: bool },
+    /// Writes are refused: a newer owner exists.
+    Fenced { promised: Epoch },
+    /// Writes are refused: attach anew.
+    Broken,
+}
+
+/// The answer to a request with an id.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum Answer {
+    /// Attached; where the replica stands.
+    Attached { tail: Tail, incomplete: bool },
+    /// Not attached.
+    AttachRefused(AttachRefused),
+    /// Done.
+    Done,
+    /// The data follows.
+    Data,
+    /// The block's version; the data follows unless it is zero.
+    Block { version: WireVersion, zero: bool },
+    /// Changed blocks; more may follow after the last one if the list is full.
+    Changed { blocks: Vec<BlockIndex>, full: bool },
+    /// A proposal's result.
+    Proposed(Result<VolumeView, ProposalError>),
+    /// The content is damaged here; ask another replica.
+    Damaged,
+    /// A newer owner exists.
+    Fenced { promised: Epoch },
+    /// Not possible.
+    Failed { cause: String },
+}
+
+/// A frame.
+#[derive(Debug, Clone)]
+pub struct Frame<H> {
+    /// What it says.
+    pub header: H,
+    /// The blocks that go with it.
+    pub data: Bytes,
+}
+
+/// The bytes of a frame's header with both lengths; the data is written after it.
+///
+/// # Panics
+/// When the header is longer than the limit, which lists are bounded for.
+#[must_use]
+pub fn encode<H: Serialize>(header: &H, data_len: usize) -> Bytes {
+    let body = postcard::to_stdvec(header).expect("plain data can be written");
+    assert!(body.len() <= HEADER_BYTES_MAX && data_len <= DATA_BYTES_MAX, "a frame within its limits");
+    let mut bytes = BytesMut::with_capacity(8 + body.len());
+    let length = |len: usize| u32::try_from(len).expect("bounded above").to_le_bytes();
+    bytes.extend_from_slice(&length(body.len()));
+    bytes.extend_from_slice(&length(data_len));
+    bytes.extend_from_slice(&body);
+    bytes.freeze()
+}
+
+/// Writes a frame.
+///
+/// # Errors
+/// The connection is gone.
+pub async fn write_frame<H: Serialize>(
+    stream: &mut (impl AsyncWrite + Unpin),
+    header: &H,
+    data: &[u8],
+) -> io::Result<()> {
+    stream.write_all(&encode(header, data.len())).await?;
+    if !data.is_empty() {
+        stream.write_all(data).await?;
+    }
+    Ok(())
+}
+
+/// Reads a frame whose header has at most `header_max` bytes.
+///
+/// # Errors
+/// The connection is gone, or what comes is no frame.
+pub async fn read_frame<H: DeserializeOwned>(
+    stream: &mut (impl AsyncRead + Unpin),
+    header_max: usize,
+) -> io::Result<Frame<H>> {
+    let invalid = |what: String| io::Error::new(io::ErrorKind::InvalidData, what);
+    let header_len = stream.read_u32_le().await? as usize;
+    let data_len = stream.read_u32_le().await? as usize;
+    if header_len > header_max || data_len > DATA_BYTES_MAX {
+        return Err(invalid(format!("a frame of {header_len} and {data_len} bytes")));
+    }
+    if header_max <= HELLO_BYTES_MAX && data_len > 0 {
+        return Err(invalid("data from a stranger".to_owned()));
+    }
+    let mut header = vec![0; header_len];
+    stream.read_exact(&mut header).await?;
+    let (header, rest) = postcard::take_from_bytes(&header).map_err(|error| invalid(error.to_string()))?;
+    if !rest.is_empty() {
+        return Err(invalid("bytes after the header".to_owned()));
+    }
+    let mut data = BytesMut::zeroed(data_len);
+    stream.read_exact(&mut data).await?;
+    Ok(Frame { header, data: data.freeze() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn runtime() -> tokio::runtime::Runtime {
+        tokio::runtime::Builder::new_current_thread().build().unwrap()
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_the_decoder_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let mut stream: &[u8] = &bytes;
+            drop(runtime().block_on(read_frame::<Request>(&mut stream, HEADER_BYTES_MAX)));
+        }
+
+        #[test]
+        fn no_header_makes_the_decoder_panic(body in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let mut bytes = u32::try_from(body.len()).unwrap().to_le_bytes().to_vec();
+            bytes.extend([0; 4]);
+            bytes.extend(body);
+            let mut stream: &[u8] = &bytes;
+            drop(runtime().block_on(read_frame::<Request>(&mut stream, HEADER_BYTES_MAX)));
+        }
+    }
+
+    #[test]
+    fn a_frame_is_read_back_and_a_huge_one_refused() {
+        let runtime = runtime();
+        let mut bytes = Vec::new();
+        runtime.block_on(write_frame(&mut bytes, &Request::Flush, b"data")).unwrap();
+        let frame: Frame<Request> = runtime.block_on(read_frame(&mut &bytes[..], HEADER_BYTES_MAX)).unwrap();
+        assert!(matches!(frame.header, Request::Flush) && &frame.data[..] == b"data");
+        assert!(runtime.block_on(read_frame::<Request>(&mut &bytes[..], HELLO_BYTES_MAX)).is_err());
+        let mut huge: &[u8] = &[0xff; 64];
+        assert!(runtime.block_on(read_frame::<Request>(&mut huge, HEADER_BYTES_MAX)).is_err());
+    }
+}
