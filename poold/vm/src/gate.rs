@@ -20,6 +20,8 @@ pub enum Hold {
     Outgoing,
     /// Incoming migration: until its volumes are active.
     Incoming,
+    /// Outgoing migration: the guest is being slowed.
+    Throttle,
     /// The machine is being taken down.
     Shutdown,
 }
@@ -32,6 +34,19 @@ pub trait Vcpus {
     fn pause(&self) -> Result<(), Self::Error>;
     /// Lets all vCPUs execute.
     fn resume(&self) -> Result<(), Self::Error>;
+}
+
+impl Vcpus for vmm::Machine {
+    type Error = vmm::MachineError;
+
+    fn pause(&self) -> Result<(), Self::Error> {
+        Self::pause(self)
+    }
+
+    fn resume(&self) -> Result<(), Self::Error> {
+        Self::resume(self);
+        Ok(())
+    }
 }
 
 /// The gate of one machine.
@@ -55,12 +70,6 @@ impl<M: Vcpus> RunGate<M> {
         self.settle()
     }
 
-    /// Takes the machine away without touching its vCPUs.
-    pub fn remove(&mut self) -> Option<Arc<M>> {
-        self.running = false;
-        self.machine.take()
-    }
-
     /// Adds a reason; when this returns `Ok`, no vCPU executes.
     pub fn hold(&mut self, reason: Hold) -> Result<(), M::Error> {
         self.holds.insert(reason);
@@ -73,12 +82,13 @@ impl<M: Vcpus> RunGate<M> {
         self.settle()
     }
 
-    /// Whether this reason holds the vCPUs.
-    pub fn is_held_by(&self, reason: Hold) -> bool {
-        self.holds.contains(&reason)
+    /// All reasons that hold the vCPUs.
+    pub fn holds(&self) -> &BTreeSet<Hold> {
+        &self.holds
     }
 
     /// Whether the vCPUs execute.
+    #[cfg(test)]
     pub fn is_running(&self) -> bool {
         self.running
     }
@@ -90,7 +100,11 @@ impl<M: Vcpus> RunGate<M> {
             return Ok(());
         }
         // A pause that fails leaves `running` set, so that the next hold tries again.
-        if wanted { machine.resume()? } else { machine.pause()? }
+        if wanted {
+            machine.resume()?
+        } else {
+            machine.pause()?
+        }
         self.running = wanted;
         Ok(())
     }
@@ -99,27 +113,28 @@ impl<M: Vcpus> RunGate<M> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::cell::{Cell, RefCell};
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     #[derive(Default)]
     struct Recorder {
-        calls: RefCell<Vec<&'static str>>,
-        stuck: Cell<bool>,
+        calls: Mutex<Vec<&'static str>>,
+        stuck: AtomicBool,
     }
 
     impl Vcpus for Recorder {
         type Error = &'static str;
 
         fn pause(&self) -> Result<(), Self::Error> {
-            if self.stuck.get() {
+            if self.stuck.load(Ordering::SeqCst) {
                 return Err("stuck");
             }
-            self.calls.borrow_mut().push("pause");
+            self.calls.lock().unwrap().push("pause");
             Ok(())
         }
 
         fn resume(&self) -> Result<(), Self::Error> {
-            self.calls.borrow_mut().push("resume");
+            self.calls.lock().unwrap().push("resume");
             Ok(())
         }
     }
@@ -137,7 +152,7 @@ mod tests {
         gate.release(Hold::Lease).unwrap();
         assert!(!gate.is_running(), "the lease must not undo the migration's pause");
         gate.release(Hold::Outgoing).unwrap();
-        assert_eq!(*machine.calls.borrow(), ["resume", "pause", "resume"]);
+        assert_eq!(*machine.calls.lock().unwrap(), ["resume", "pause", "resume"]);
     }
 
     #[test]
@@ -145,10 +160,10 @@ mod tests {
         let machine = Arc::new(Recorder::default());
         let mut gate = RunGate::new([]);
         gate.install(machine.clone()).unwrap();
-        machine.stuck.set(true);
+        machine.stuck.store(true, Ordering::SeqCst);
         assert!(gate.hold(Hold::Lease).is_err());
         assert!(gate.is_running());
-        machine.stuck.set(false);
+        machine.stuck.store(false, Ordering::SeqCst);
         gate.hold(Hold::Lease).unwrap();
         assert!(!gate.is_running());
     }

@@ -112,16 +112,17 @@ impl LeaseGuard {
             (LeaseState::Held { deadline: old }, LeaseEvent::Extended { deadline, .. }) => {
                 (LeaseState::Held { deadline: old.max(deadline) }, None)
             }
-            (LeaseState::Fenced { .. }, LeaseEvent::Extended { deadline, placement: Placement::Confirmed })
-                if deadline > now =>
-            {
-                (LeaseState::Held { deadline }, Some(LeaseCommand::ReleaseVcpus))
-            }
+            (
+                LeaseState::Fenced { .. },
+                LeaseEvent::Extended { deadline, placement: Placement::Confirmed },
+            ) if deadline > now => (LeaseState::Held { deadline }, Some(LeaseCommand::ReleaseVcpus)),
             (LeaseState::Stopping { deadline, .. }, LeaseEvent::VcpusStopped) => {
                 (LeaseState::Fenced { deadline }, None)
             }
             // An extension that comes too late, or without the placement, changes nothing.
-            (state, LeaseEvent::Extended { .. } | LeaseEvent::Tick | LeaseEvent::VcpusStopped) => (state, None),
+            (state, LeaseEvent::Extended { .. } | LeaseEvent::Tick | LeaseEvent::VcpusStopped) => {
+                (state, None)
+            }
         };
         self.state = next;
         command.or(expired)
@@ -146,7 +147,7 @@ impl LeaseGuard {
 mod tests {
     use super::*;
 
-    const EXIT: u64 = 3_000;
+    const EXIT: u64 = 3_000_000_000;
 
     fn extended(deadline: u64, placement: Placement) -> LeaseEvent {
         LeaseEvent::Extended { deadline: BootTime(deadline), placement }
@@ -189,7 +190,11 @@ mod tests {
         let mut guard = held(10_000);
         guard.handle(BootTime(10_000), LeaseEvent::Tick);
         guard.handle(BootTime(10_001), LeaseEvent::VcpusStopped);
-        assert_eq!(guard.handle(BootTime(11_000), extended(10_500, Placement::Confirmed)), None, "already over");
+        assert_eq!(
+            guard.handle(BootTime(11_000), extended(10_500, Placement::Confirmed)),
+            None,
+            "already over"
+        );
         let command = guard.handle(BootTime(11_000), extended(20_000, Placement::Confirmed));
         assert_eq!(command, Some(LeaseCommand::ReleaseVcpus));
     }
@@ -198,16 +203,17 @@ mod tests {
     fn a_vcpu_that_does_not_stop_ends_the_process() {
         let mut guard = held(10_000);
         guard.handle(BootTime(10_000), LeaseEvent::Tick);
-        assert_eq!(guard.next_wakeup(), Some(BootTime(13_000)));
-        assert_eq!(guard.handle(BootTime(13_000), LeaseEvent::Tick), Some(LeaseCommand::ExitProcess));
+        assert_eq!(guard.next_wakeup(), Some(BootTime(10_000 + EXIT)));
+        assert_eq!(guard.handle(BootTime(10_000 + EXIT), LeaseEvent::Tick), Some(LeaseCommand::ExitProcess));
     }
 
     #[test]
     fn a_process_that_slept_through_everything_stops_its_vcpus_or_exits_soon() {
         let mut guard = held(10_000);
-        assert_eq!(guard.handle(BootTime(60_000), LeaseEvent::Tick), Some(LeaseCommand::HoldVcpus));
-        assert_eq!(guard.next_wakeup(), Some(BootTime(60_000 + LATE_GRACE_NS)));
-        let late = BootTime(60_000 + LATE_GRACE_NS);
+        let awake = 20 * EXIT;
+        assert_eq!(guard.handle(BootTime(awake), LeaseEvent::Tick), Some(LeaseCommand::HoldVcpus));
+        let late = BootTime(awake + LATE_GRACE_NS);
+        assert_eq!(guard.next_wakeup(), Some(late));
         assert_eq!(guard.handle(late, LeaseEvent::Tick), Some(LeaseCommand::ExitProcess));
     }
 

@@ -1,1 +1,111 @@
-fn main() {}
+//! The process of one virtual machine.
+//!
+//! ```text
+//!  daemon ──gRPC, unix socket──▶ service ──requests──▶ process ─┬─ volumes   owner side of the replicated store
+//!                                   ▲                           ├─ gate ◀── fence   stops the vCPUs at the lease's end
+//!                                   └── status, console ────────┼─ machine   KVM
+//!                                                               └─ outgoing, incoming   both ends of a migration
+//! ```
+//! Invariants: it outlives the daemon and needs it only for leases and decisions; a directory is used once, so an epoch
+//! never runs twice; the process ends with its machine.
+
+mod attachment;
+mod clock;
+mod console;
+mod directory;
+mod disk;
+mod fence;
+mod gate;
+mod incoming;
+mod lease;
+mod outgoing;
+mod process;
+mod request;
+mod service;
+mod spec;
+mod throttle;
+mod volumes;
+
+use anyhow::Context as _;
+use clap::Parser;
+use console::ConsoleSource;
+use directory::Directory;
+use process::Process;
+use proto::v1::machine_server::MachineServer;
+use service::{MachineService, REQUESTS_MAX};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot};
+use tokio_stream::wrappers::UnixListenerStream;
+use tracing_subscriber::EnvFilter;
+use vmm::ConsoleRing;
+
+/// Threads of the runtime: requests, volumes and the device's completions. vCPUs and migrations have their own.
+const WORKER_THREADS: usize = 2;
+
+/// How long the last answer may take to leave. Streams that never end are cut after it.
+const GOODBYE_TIMEOUT: Duration = Duration::from_millis(300);
+
+/// Runs one virtual machine for the daemon `poold`, which starts it. Not meant to be started by hand.
+#[derive(Debug, Parser)]
+#[command(name = "poold-vm", version)]
+struct Arguments {
+    /// Directory of this process: a fresh one for each.
+    #[arg(long)]
+    dir: PathBuf,
+}
+
+fn main() -> ExitCode {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).with_env_filter(filter).init();
+    match run(&Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    let directory = Directory::claim(&arguments.dir)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(WORKER_THREADS)
+        .enable_all()
+        .build()
+        .context("start the runtime")?;
+    let served = runtime.block_on(serve(&directory));
+    // Threads of a migration or a vCPU that hangs must not keep the process.
+    runtime.shutdown_background();
+    served
+}
+
+async fn serve(directory: &Directory) -> anyhow::Result<()> {
+    let console = ConsoleRing::default();
+    let (requests, inbox) = mpsc::channel(REQUESTS_MAX);
+    let (process, status) = Process::new(console.clone());
+    let service = MachineService::new(requests, status, ConsoleSource::new(console));
+    let socket = directory.listen()?;
+    let (over, is_over) = oneshot::channel::<()>();
+    let server = tonic::transport::Server::builder()
+        .add_service(MachineServer::new(service))
+        .serve_with_incoming_shutdown(UnixListenerStream::new(socket), async {
+            // Sent or dropped: the process is over.
+            let _ = is_over.await;
+        });
+    let mut server = tokio::spawn(server);
+    tracing::info!(pid = std::process::id(), "serving");
+    tokio::select! {
+        () = process.run(inbox) => {}
+        ended = &mut server => {
+            ended.context("the control service panicked")?.context("serve the control socket")?;
+            anyhow::bail!("the control service has ended by itself");
+        }
+    }
+    drop(over);
+    if tokio::time::timeout(GOODBYE_TIMEOUT, server).await.is_err() {
+        tracing::debug!("a caller was still there at the end");
+    }
+    Ok(())
+}

@@ -1,0 +1,66 @@
+//! A replicated volume as the block device's backend.
+//!
+//! The device calls from its own thread and must not wait, so each request is a task; its completion calls back into the
+//! device. The device's queue bounds how many there are.
+
+use bytes::Bytes;
+use std::future::Future;
+use storage::owner::{VolumeError, VolumeHandle};
+use tokio::runtime::Handle;
+use vmm::{BlockBackend, BlockCompletion, BlockError};
+
+/// One volume.
+pub struct VolumeDisk {
+    volume: VolumeHandle,
+    capacity_bytes: u64,
+    runtime: Handle,
+}
+
+impl VolumeDisk {
+    /// A disk of this size on a volume; its requests run on `runtime`.
+    pub fn new(volume: VolumeHandle, capacity_bytes: u64, runtime: Handle) -> Self {
+        Self { volume, capacity_bytes, runtime }
+    }
+
+    fn run<T, F>(&self, done: BlockCompletion<T>, request: impl FnOnce(VolumeHandle) -> F)
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, VolumeError>> + Send + 'static,
+    {
+        let request = request(self.volume.clone());
+        self.runtime.spawn(async move { done(request.await.map_err(block_error)) });
+    }
+}
+
+impl BlockBackend for VolumeDisk {
+    fn capacity_bytes(&self) -> u64 {
+        self.capacity_bytes
+    }
+
+    fn read(&self, offset: u64, len: usize, done: BlockCompletion<Bytes>) {
+        self.run(done, move |volume| async move { volume.read(offset, len).await });
+    }
+
+    fn write(&self, offset: u64, data: Bytes, done: BlockCompletion<()>) {
+        self.run(done, move |volume| async move { volume.write(offset, data).await });
+    }
+
+    fn flush(&self, done: BlockCompletion<()>) {
+        self.run(done, |volume| async move { volume.flush().await });
+    }
+
+    fn discard(&self, offset: u64, len: u64, done: BlockCompletion<()>) {
+        self.run(done, move |volume| async move { volume.discard(offset, len).await });
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, done: BlockCompletion<()>) {
+        self.run(done, move |volume| async move { volume.write_zeroes(offset, len).await });
+    }
+}
+
+fn block_error(error: VolumeError) -> BlockError {
+    match error {
+        VolumeError::NoSpace => BlockError::NoSpace,
+        error => BlockError::Io { cause: error.to_string() },
+    }
+}

@@ -1,0 +1,88 @@
+//! Taking the machine down and ending the process.
+
+use super::machine::blocking;
+use super::migration::Part;
+use super::phase::Phase;
+use super::{Event, Process};
+use crate::fence::{SharedGate, lock};
+use crate::gate::Hold;
+use crate::request::{Reply, StopMode};
+use crate::volumes::VolumeSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use vmm::Machine;
+
+/// How long devices may take to finish what is in flight, and volumes to become durable, each. A store that can't do it in
+/// this time would keep the operator waiting; what the guest flushed is safe without it.
+const REST_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long the volumes may take to say goodbye to their replicas, which notice a broken connection as well.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+
+impl Process {
+    pub(super) async fn stop(&mut self, mode: StopMode, reply: Reply) {
+        tracing::info!(?mode, "asked to stop");
+        self.stoppers.push(reply);
+        if mode == StopMode::PowerCut {
+            self.end_at_once();
+            return;
+        }
+        if self.phase == Phase::Ending {
+            return;
+        }
+        let Some(vm) = &self.vm else { return self.end_at_once() };
+        self.phase = Phase::Ending;
+        let outgoing = match &self.part {
+            Some(Part::Outgoing(outgoing)) => Some(outgoing.handle.clone()),
+            _ => None,
+        };
+        let (gate, machine, volumes) = (vm.gate.clone(), vm.machine.clone(), vm.volumes.clone());
+        self.spawn(async move {
+            if let Some(outgoing) = outgoing
+                && let Err(error) = outgoing.cancel().await
+            {
+                tracing::debug!(%error, "the migration of the stopping machine is not cancelled");
+            }
+            come_to_rest(gate, machine, volumes).await;
+            Event::Rested
+        });
+    }
+
+    /// As when the power goes: the process's end is the end of everything.
+    pub(super) fn end_at_once(&mut self) {
+        self.phase = Phase::Ending;
+        self.rested();
+    }
+
+    pub(super) fn rested(&mut self) {
+        self.is_over = true;
+        let stoppers = std::mem::take(&mut self.stoppers);
+        self.answer_all(stoppers, &Ok(()));
+    }
+}
+
+/// Stops vCPUs, devices and volumes, in this order. Goes on after a failure: the process ends in any case.
+async fn come_to_rest(gate: SharedGate<Machine>, machine: Option<Arc<Machine>>, volumes: VolumeSet) {
+    let has_run = machine.is_some();
+    let stop = move || {
+        // Also keeps a machine from running that is just being started.
+        lock(&gate).hold(Hold::Shutdown)?;
+        Ok(machine.is_none_or(|machine| machine.drain(Instant::now() + REST_TIMEOUT)))
+    };
+    match blocking("stop the machine", stop).await {
+        Ok(true) => {}
+        Ok(false) => tracing::warn!("the devices do not come to rest; the process ends regardless"),
+        Err(error) => tracing::warn!(%error, "the vCPUs do not stop; the process ends regardless"),
+    }
+    if !has_run {
+        return;
+    }
+    match tokio::time::timeout(REST_TIMEOUT, volumes.drain()).await {
+        Ok(Ok(_)) => {}
+        Ok(Err(error)) => tracing::warn!(%error, "the process ends before its volumes are at rest"),
+        Err(_) => tracing::warn!("the volumes do not come to rest; the process ends regardless"),
+    }
+    if tokio::time::timeout(CLOSE_TIMEOUT, volumes.close()).await.is_err() {
+        tracing::debug!("the volumes' connections are cut by the end of the process");
+    }
+}

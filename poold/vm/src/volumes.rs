@@ -1,0 +1,191 @@
+//! All volumes of the machine together, in the order of its disks.
+
+use crate::attachment::Attachment;
+use crate::disk::VolumeDisk;
+use crate::request::Refusal;
+use futures::future::{join_all, try_join_all};
+use proto::{Sequence, VolumeId, v1};
+use std::path::PathBuf;
+use std::sync::Arc;
+use storage::owner::{ActivateError, ActivationStart, VolumeError, VolumeHandle};
+use tokio::runtime::Handle;
+use vmm::BlockBackend;
+
+/// A volume failed.
+#[derive(Debug, thiserror::Error)]
+pub enum DiskError {
+    /// It can't be activated.
+    #[error("{volume} can't be activated: {source}")]
+    Activate {
+        volume: VolumeId,
+        #[source]
+        source: ActivateError,
+    },
+    /// It can't be brought to rest.
+    #[error("{volume} can't be drained: {source}")]
+    Drain {
+        volume: VolumeId,
+        #[source]
+        source: VolumeError,
+    },
+    /// The source named no last sequence.
+    #[error("the source gave no last sequence of {volume}")]
+    NoSequence { volume: VolumeId },
+}
+
+#[derive(Clone)]
+struct Disk {
+    attachment: Attachment,
+    handle: VolumeHandle,
+}
+
+/// The volumes; clones share the handles, not the attachments.
+#[derive(Clone)]
+pub struct VolumeSet {
+    disks: Vec<Disk>,
+    replica_socket: PathBuf,
+}
+
+/// Last sequence of each volume.
+pub type LastSequences = Vec<(VolumeId, Sequence)>;
+
+impl VolumeSet {
+    /// Opens all volumes, inactive.
+    pub fn open(attachments: &[Attachment], replica_socket: PathBuf) -> Self {
+        let open = |attachment: &Attachment| Disk {
+            attachment: attachment.clone(),
+            handle: VolumeHandle::open(attachment.volume_config(&replica_socket)),
+        };
+        Self { disks: attachments.iter().map(open).collect(), replica_socket }
+    }
+
+    /// The disks of the machine.
+    pub fn backends(&self) -> Vec<(String, Arc<dyn BlockBackend>)> {
+        let backend = |disk: &Disk| {
+            let size = disk.attachment.size().0;
+            let backend: Arc<dyn BlockBackend> =
+                Arc::new(VolumeDisk::new(disk.handle.clone(), size, Handle::current()));
+            (disk.attachment.name.clone(), backend)
+        };
+        self.disks.iter().map(backend).collect()
+    }
+
+    /// Takes over all volumes after a boot or a crash: whatever any owner before was told is found.
+    ///
+    /// # Errors
+    /// The first volume that can't be activated.
+    pub async fn recover(&self) -> Result<(), DiskError> {
+        self.activate(|_| Ok(ActivationStart::Recover)).await
+    }
+
+    /// Takes over all volumes from the source of a migration, which ended at these sequences.
+    ///
+    /// # Errors
+    /// The first volume that can't be activated.
+    pub async fn take_over(&self, last: &LastSequences) -> Result<(), DiskError> {
+        self.activate(|volume| {
+            let found = last.iter().find(|(id, _)| *id == volume);
+            let (_, last) = found.ok_or(DiskError::NoSequence { volume })?;
+            Ok(ActivationStart::Handover { last: *last })
+        })
+        .await
+    }
+
+    async fn activate(
+        &self,
+        start: impl Fn(VolumeId) -> Result<ActivationStart, DiskError>,
+    ) -> Result<(), DiskError> {
+        let activations = self.disks.iter().map(|disk| {
+            let (volume, start) = (disk.attachment.volume, start(disk.attachment.volume));
+            let config = disk.attachment.volume_config(&self.replica_socket);
+            async move {
+                let activated = disk.handle.activate(config, start?).await;
+                activated.map_err(|source| DiskError::Activate { volume, source })
+            }
+        });
+        try_join_all(activations).await.map(drop)
+    }
+
+    /// The same volumes at their new owner's epoch.
+    ///
+    /// # Errors
+    /// They are not the same volumes, or an epoch goes back.
+    pub fn with_attachments(&self, attachments: Vec<Attachment>) -> Result<Self, Refusal> {
+        let is_same = |disk: &Disk, new: &Attachment| {
+            disk.attachment.volume == new.volume && disk.attachment.epoch <= new.epoch
+        };
+        let all_same = self.disks.len() == attachments.len()
+            && self.disks.iter().zip(&attachments).all(|(disk, new)| is_same(disk, new));
+        if !all_same {
+            let problem = "these are not the machine's volumes at a later epoch".to_owned();
+            return Err(Refusal::Invalid { field: "volumes", problem });
+        }
+        let disks = self.disks.iter().zip(attachments);
+        let disks = disks.map(|(disk, attachment)| Disk { attachment, handle: disk.handle.clone() });
+        Ok(Self { disks: disks.collect(), replica_socket: self.replica_socket.clone() })
+    }
+
+    /// Takes new replica sets; the volumes have them when the future is done. What belongs to another epoch is not for this
+    /// owner, and is left.
+    pub fn update(&mut self, attachments: Vec<Attachment>) -> impl Future<Output = ()> + Send + use<> {
+        let mut updates = Vec::new();
+        for attachment in attachments {
+            let mine = self.disks.iter_mut().find(|disk| disk.attachment.volume == attachment.volume);
+            match mine {
+                Some(disk) if disk.attachment.epoch == attachment.epoch => {
+                    updates.push((disk.handle.clone(), attachment.volume_config(&self.replica_socket)));
+                    disk.attachment = attachment;
+                }
+                _ => tracing::debug!(
+                    volume = %attachment.volume, epoch = %attachment.epoch,
+                    "an update for a volume or epoch that is not this owner's is left"
+                ),
+            }
+        }
+        async move {
+            for (volume, config) in updates {
+                volume.update(config).await;
+            }
+        }
+    }
+
+    /// Waits until nothing is in flight and everything is durable; no request is taken until `resume`.
+    ///
+    /// # Errors
+    /// The first volume that can't be brought to rest.
+    pub async fn drain(&self) -> Result<LastSequences, DiskError> {
+        let drains = self.disks.iter().map(|disk| async move {
+            let volume = disk.attachment.volume;
+            let last = disk.handle.drain().await;
+            last.map(|last| (volume, last)).map_err(|source| DiskError::Drain { volume, source })
+        });
+        try_join_all(drains).await
+    }
+
+    /// Undoes `drain`.
+    pub async fn resume(&self) {
+        join_all(self.disks.iter().map(|disk| disk.handle.resume())).await;
+    }
+
+    /// Lets all volumes go.
+    pub async fn close(&self) {
+        join_all(self.disks.iter().map(|disk| disk.handle.close())).await;
+    }
+
+    /// For the daemon.
+    pub fn status(&self) -> Vec<v1::VolumeStatus> {
+        let status = |disk: &Disk| {
+            let status = disk.handle.status();
+            v1::VolumeStatus {
+                volume_id: disk.attachment.volume.0,
+                epoch: status.epoch.0,
+                isr_version: status.isr_version.0,
+                state: status.state.as_str().to_owned(),
+                issued_seq: status.issued.0,
+                acknowledged_seq: status.acknowledged.0,
+                durable_seq: status.durable.0,
+            }
+        };
+        self.disks.iter().map(status).collect()
+    }
+}

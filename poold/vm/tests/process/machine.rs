@@ -1,0 +1,122 @@
+//! The real process with the probe guest under KVM, on a store of one replica.
+
+use crate::support::{Host, VM, VmProcess, until};
+use proto::v1;
+use std::time::{Duration, Instant};
+
+const LONG: Duration = Duration::from_secs(600);
+
+/// What the process may need beside the guest's memory, in KiB: a host runs hundreds.
+const OVERHEAD_KIB_MAX: u64 = 40 << 10;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_boots_pauses_resumes_and_stops() {
+    let host = Host::new().await;
+    let mut process = host.spawn("vm-7-e1").await;
+    let config = host.config(1, "wss=4M rate=0 disk=1");
+    process.boot(config.clone(), LONG).await;
+    process.wait_beats(3).await;
+    let status = process.wait_state("running").await;
+    assert_eq!((status.vm_id, status.epoch, status.pid), (VM, 1, u64::from(process.pid())));
+    assert_eq!(status.certificate_sha256.len(), 32);
+    assert_eq!(status.volumes[0].state, "active");
+    let console = process.console().await;
+    assert!(console.contains("PROBE disk acked=") && !console.contains("PROBE ERROR"), "{console}");
+
+    let mut client = process.client.clone();
+    // A daemon that did not hear the answers asks again.
+    client.configure(config.clone()).await.unwrap();
+    client.start(v1::MachineStartRequest {}).await.unwrap();
+    let other = v1::MachineConfig { epoch: 2, ..config };
+    assert_eq!(client.configure(other).await.unwrap_err().code(), tonic::Code::FailedPrecondition);
+
+    client.pause(v1::MachineChangeRequest {}).await.unwrap();
+    assert_stands(&process, "paused").await;
+    client.resume(v1::MachineChangeRequest {}).await.unwrap();
+    process.wait_beats(2).await;
+    assert_overhead(process.pid());
+
+    let answer = client.stop(v1::MachineStopRequest { force: false }).await.unwrap().into_inner();
+    assert_eq!(answer.state, "stopped");
+    assert!(process.wait_exit().await.success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_lease_the_guest_stands_still_until_the_placement_is_confirmed() {
+    let host = Host::new().await;
+    let process = host.spawn("vm-7-e1").await;
+    process.boot(host.config(1, "wss=4M rate=0 disk=1"), Duration::from_secs(2)).await;
+    process.wait_state("fenced").await;
+    assert_stands(&process, "fenced").await;
+    process.extend_lease(LONG, false).await;
+    assert_stands(&process, "fenced").await;
+    process.extend_lease(LONG, true).await;
+    process.wait_beats(2).await;
+    process.wait_state("running").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_guest_was_told_is_on_its_disk_after_a_power_cut() {
+    let host = Host::new().await;
+    let mut process = host.spawn("vm-7-e1").await;
+    process.boot(host.config(1, "wss=4M rate=0 disk=1"), LONG).await;
+    process.wait_beats(3).await;
+    let acked = number_after(&process.console().await, "PROBE disk acked=");
+    process.client.clone().stop(v1::MachineStopRequest { force: true }).await.unwrap();
+    assert!(process.wait_exit().await.success());
+
+    host.next_epoch();
+    let process = host.spawn("vm-7-e2").await;
+    process.boot(host.config(2, "wss=4M rate=0 disk=1 turns=3"), LONG).await;
+    let status = process.wait_state("stopped").await;
+    assert_eq!(status.guest_exit, "poweroff");
+    let console = process.console().await;
+    let found = number_after(&console, "PROBE boot disk_counter=");
+    assert!(found >= acked && acked > 0, "the guest was told {acked}, and found:\n{console}");
+    assert!(console.contains(" errors=0") && !console.contains("PROBE ERROR"), "{console}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_start_that_fails_says_why() {
+    let host = Host::new().await;
+    let process = host.spawn("vm-7-e1").await;
+    let mut client = process.client.clone();
+    let refused = client.start(v1::MachineStartRequest {}).await.unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::FailedPrecondition);
+    let no_kernel = v1::MachineConfig { kernel_path: "/nowhere/kernel".to_owned(), ..host.config(1, "") };
+    client.configure(no_kernel).await.unwrap();
+    let refused = client.start(v1::MachineStartRequest {}).await.unwrap_err();
+    assert!(refused.message().contains("/nowhere/kernel"), "{refused}");
+    let status = process.status().await;
+    assert_eq!(status.state, "failed");
+    assert!(status.error.contains("/nowhere/kernel"), "{}", status.error);
+}
+
+/// The guest says nothing more, and the process says why.
+async fn assert_stands(process: &VmProcess, word: &str) {
+    process.wait_state(word).await;
+    let before = process.beats().await;
+    let looks_until = Instant::now() + Duration::from_millis(500);
+    until("the time in which a running guest would have spoken", || async {
+        assert_eq!(process.beats().await, before, "the guest runs although it is {word}");
+        (Instant::now() >= looks_until).then_some(())
+    })
+    .await;
+}
+
+fn assert_overhead(pid: u32) {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let kib = |field: &str| -> u64 {
+        let line = status.lines().find(|line| line.starts_with(field)).expect(field);
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    };
+    // Guest memory is a memfd and counts as shared memory.
+    let (anonymous, file) = (kib("RssAnon"), kib("RssFile"));
+    eprintln!("poold-vm needs {anonymous} KiB of its own and {file} KiB of program beside the guest");
+    assert!(anonymous < OVERHEAD_KIB_MAX, "{anonymous} KiB");
+}
+
+fn number_after(text: &str, label: &str) -> u64 {
+    let rest = text.split(label).last().unwrap_or_default();
+    rest.chars().take_while(char::is_ascii_digit).collect::<String>().parse().unwrap_or(0)
+}

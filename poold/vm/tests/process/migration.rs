@@ -1,0 +1,130 @@
+//! A running probe guest moves between two real processes, both ends as two daemons would drive them.
+
+use crate::support::{Host, VmProcess, until};
+use proto::v1;
+use std::time::Duration;
+
+const LONG: Duration = Duration::from_secs(600);
+const MIGRATION: u64 = 9;
+const CMDLINE: &str = "wss=16M rate=0 disk=1";
+
+struct Pair {
+    host: Host,
+    source: VmProcess,
+    target: VmProcess,
+}
+
+impl Pair {
+    /// A running source, and a target that listens.
+    async fn new() -> (Self, v1::StartOutgoingRequest) {
+        let host = Host::new().await;
+        let source = host.spawn("vm-7-e1").await;
+        source.boot(host.config(1, CMDLINE), LONG).await;
+        source.wait_beats(3).await;
+        let target = host.spawn("vm-7-e2").await;
+        let config = v1::MachineConfig { kernel_path: String::new(), ..host.config(2, "") };
+        target.client.clone().configure(config).await.unwrap();
+        target.extend_lease(LONG, false).await;
+        let request = v1::PrepareIncomingRequest {
+            migration_id: MIGRATION,
+            source_certificate_sha256: source.status().await.certificate_sha256,
+            prove_memory: true,
+        };
+        let endpoint = target.client.clone().prepare_incoming(request.clone()).await.unwrap().into_inner();
+        let again = target.client.clone().prepare_incoming(request).await.unwrap().into_inner();
+        assert_eq!(endpoint, again, "a daemon that asks again gets the same answer");
+        target.wait_state("incoming").await;
+        let outgoing = v1::StartOutgoingRequest {
+            migration_id: MIGRATION,
+            address: endpoint.address,
+            target_certificate_sha256: endpoint.certificate_sha256,
+            policy: "must-finish".to_owned(),
+            bandwidth_bytes_per_s: 0,
+            downtime_ms: 300,
+            prove_memory: true,
+        };
+        (Self { host, source, target }, outgoing)
+    }
+
+    fn outcome(&self, committed: bool) -> v1::MigrationOutcomeRequest {
+        v1::MigrationOutcomeRequest {
+            migration_id: MIGRATION,
+            committed,
+            volumes: vec![self.host.attachment()],
+            epoch: 2,
+        }
+    }
+}
+
+async fn wait_phase(process: &VmProcess, word: &str) -> v1::MachineStatus {
+    until(word, || async {
+        let status = process.status().await;
+        let phase = status.migration.as_ref().map(|migration| migration.phase.clone());
+        assert!(phase.as_deref() == Some(word) || phase.as_deref() != Some("failed"), "{status:?}");
+        (phase.as_deref() == Some(word)).then_some(status)
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_running_guest_moves_with_its_memory_and_its_disk() {
+    let (mut pair, outgoing) = Pair::new().await;
+    let (mut source, mut target) = (pair.source.client.clone(), pair.target.client.clone());
+    source.start_outgoing(outgoing.clone()).await.unwrap();
+    source.start_outgoing(outgoing).await.unwrap();
+    let paused = wait_phase(&pair.source, "paused").await;
+    assert_eq!(paused.state, "paused");
+    let last = &paused.migration.unwrap().last_sequences;
+    assert_eq!(last.len(), 1);
+    assert!(last[0].sequence > 0, "the guest has written to its disk");
+    let step = v1::MigrationStepRequest { migration_id: MIGRATION };
+    source.commit_proposed(step).await.unwrap();
+    source.commit_proposed(step).await.unwrap();
+    assert!(!pair.target.console().await.contains("PROBE"), "nothing ran at the target before the commit");
+    // The pool commits: new epoch, new secret.
+    pair.host.next_epoch();
+    source.migration_outcome(pair.outcome(true)).await.unwrap();
+    let answer = target.migration_outcome(pair.outcome(true)).await.unwrap().into_inner();
+    assert_eq!((answer.state.as_str(), answer.epoch), ("running", 2));
+    target.migration_outcome(pair.outcome(true)).await.unwrap();
+    pair.target.wait_beats(5).await;
+    assert_eq!(wait_phase(&pair.target, "resumed").await.volumes[0].state, "active");
+    let console = pair.target.console().await;
+    // The guest goes on: it does not boot again, and finds every page and block as it left them.
+    assert!(!console.contains("PROBE boot") && !console.contains("PROBE ERROR"), "{console}");
+    assert!(console.contains("PROBE disk acked=") && console.contains(" errors=0"), "{console}");
+
+    let done = wait_phase(&pair.source, "done").await;
+    assert_eq!(done.state, "paused", "the source never runs again");
+    let record = done.migration.unwrap().record.unwrap();
+    assert!(record.memory_proved && record.memory_hash.len() == 64, "{record:?}");
+    assert!(record.blackout_ms > 0.0 && record.rounds >= 1, "{record:?}");
+    eprintln!(
+        "moved in {:.0} ms, blackout {:.1} ms: {:?}",
+        record.total_ms, record.blackout_ms, record.blackout_parts
+    );
+    source.stop(v1::MachineStopRequest { force: true }).await.unwrap();
+    assert!(pair.source.wait_exit().await.success());
+    target.stop(v1::MachineStopRequest { force: false }).await.unwrap();
+    assert!(pair.target.wait_exit().await.success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_aborted_migration_leaves_the_guest_running_at_the_source() {
+    let (mut pair, outgoing) = Pair::new().await;
+    let (mut source, mut target) = (pair.source.client.clone(), pair.target.client.clone());
+    source.start_outgoing(outgoing).await.unwrap();
+    wait_phase(&pair.source, "paused").await;
+    source.commit_proposed(v1::MigrationStepRequest { migration_id: MIGRATION }).await.unwrap();
+    source.migration_outcome(pair.outcome(false)).await.unwrap();
+    target.migration_outcome(pair.outcome(false)).await.unwrap();
+    assert!(pair.target.wait_exit().await.success());
+    wait_phase(&pair.source, "aborted").await;
+    pair.source.wait_state("running").await;
+    pair.source.wait_beats(3).await;
+    let console = pair.source.console().await;
+    assert!(!console.contains("PROBE ERROR"), "{console}");
+    let late =
+        source.commit_proposed(v1::MigrationStepRequest { migration_id: MIGRATION }).await.unwrap_err();
+    assert_eq!(late.code(), tonic::Code::FailedPrecondition, "{late}");
+}
