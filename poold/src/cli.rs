@@ -62,6 +62,6 @@ pub struct HostArgs {
     #[arg(long, value_name = "IP:PORT")]
     pub listen: SocketAddr,
     /// Memory that VMs may use, e.g. 64GiB [default: 80 % of the machine's].
-    #[arg(long, value_name = "SIZE")]
+    #[arg(long, alias = "memory", value_name = "SIZE")]
     pub vm_memory: Option<ByteCount>,
 }

@@ -28,3 +28,6 @@ pub mod reconcile;
 pub mod replica;
 pub mod server;
 pub mod supervisor;
+
+#[cfg(test)]
+mod test_pool;

@@ -1,12 +1,19 @@
 //! The one TCP port of a host: gRPC with mutual TLS.
 //!
-//! A client certificate is optional in the handshake, since a joining host has none yet; every service but the join calls and
-//! health demands one. Garbage on the port ends its own connection and nothing else.
+//! A client certificate is optional in the handshake, since a joining host has none yet; every service but the join calls,
+//! health and reflection demands one. A host that was removed is refused by all of them: its certificate lives on, but
+//! counts no more. Garbage on the port ends its own connection and nothing else.
+
+#[cfg(test)]
+mod tests;
 
 use crate::api::hosts::HostApi;
 use crate::api::pool::PoolApi;
+use crate::api::principal::refuse_removed_hosts;
 use crate::consensus::{Consensus, RaftApi};
 use crate::identity::HostIdentity;
+use crate::lease::LeaderHandle;
+use futures::StreamExt;
 use proto::v1::host_service_server::HostServiceServer;
 use proto::v1::pool_service_server::PoolServiceServer;
 use proto::v1::raft_service_server::RaftServiceServer;
@@ -14,7 +21,7 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
-use tonic::service::Routes;
+use tonic::service::{InterceptorLayer, Routes};
 use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 
@@ -31,7 +38,11 @@ const STREAMS_MAX: u32 = 256;
 /// Open calls get this long to end at shutdown: watches never end by themselves.
 const DRAIN: Duration = Duration::from_millis(500);
 
-/// The server could not be set up.
+/// Pause after a connection could not be accepted, e.g. since all file descriptors are in use: trying at once again would
+/// only burn the CPU that could close some.
+const ACCEPT_RETRY: Duration = Duration::from_millis(50);
+
+/// The server could not be set up, or has ended.
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
     /// TLS refuses the identity.
@@ -40,6 +51,12 @@ pub enum ServerError {
     /// The descriptors can't be served.
     #[error("the reflection service can't be set up")]
     Reflection(#[source] tonic_reflection::server::Error),
+    /// It ended without being asked to.
+    #[error("the gRPC server has ended")]
+    Ended(#[source] Option<tonic::transport::Error>),
+    /// It panicked.
+    #[error("the gRPC server has panicked")]
+    Panicked(#[source] tokio::task::JoinError),
 }
 
 /// What the server serves.
@@ -50,20 +67,35 @@ pub struct ServerOptions {
     pub identity: HostIdentity,
     /// Consensus, for its own service and the ones of pool and hosts.
     pub consensus: Consensus,
+    /// What the leader knows of the hosts' leases.
+    pub leader: LeaderHandle,
     /// The services of the node.
     pub routes: Routes,
 }
 
 /// A running server.
 pub struct RunningServer {
-    task: JoinHandle<()>,
+    /// None once it has ended.
+    task: Option<JoinHandle<Result<(), tonic::transport::Error>>>,
 }
 
 impl RunningServer {
+    /// Resolves when the server has ended though nobody asked for it.
+    pub async fn failed(&mut self) -> ServerError {
+        let Some(task) = &mut self.task else { return ServerError::Ended(None) };
+        let ended = task.await;
+        self.task = None;
+        match ended {
+            Ok(result) => ServerError::Ended(result.err()),
+            Err(error) => ServerError::Panicked(error),
+        }
+    }
+
     /// Waits until it has ended after the shutdown, for a bounded time.
-    pub async fn stopped(mut self) {
-        if tokio::time::timeout(DRAIN, &mut self.task).await.is_err() {
-            self.task.abort();
+    pub async fn stopped(self) {
+        let Some(mut task) = self.task else { return };
+        if tokio::time::timeout(DRAIN, &mut task).await.is_err() {
+            task.abort();
         }
     }
 }
@@ -95,10 +127,12 @@ pub fn spawn(options: ServerOptions, shutdown: CancellationToken) -> Result<Runn
                 .max_encoding_message_size(crate::consensus::RAFT_MESSAGE_BYTES_MAX),
         )
         .add_service(PoolServiceServer::new(PoolApi::new(options.consensus.clone())))
-        .add_service(HostServiceServer::new(HostApi::new(options.consensus)))
+        .add_service(HostServiceServer::new(HostApi::new(options.consensus.clone(), options.leader)))
         .add_service(health_service)
         .add_service(reflection);
+    let state = options.consensus.watch();
     let server = Server::builder()
+        .layer(InterceptorLayer::new(move |request| refuse_removed_hosts(&state.borrow(), request)))
         .tls_config(tls)
         .map_err(ServerError::Tls)?
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
@@ -106,13 +140,17 @@ pub fn spawn(options: ServerOptions, shutdown: CancellationToken) -> Result<Runn
         .max_concurrent_streams(STREAMS_MAX)
         .tcp_nodelay(true)
         .add_routes(routes);
-    let incoming = TcpIncoming::from(options.listener).with_nodelay(Some(true));
+    let incoming = TcpIncoming::from(options.listener).with_nodelay(Some(true)).then(|accepted| async {
+        if let Err(error) = &accepted {
+            tracing::warn!(%error, "a connection could not be accepted");
+            tokio::time::sleep(ACCEPT_RETRY).await;
+        }
+        accepted
+    });
     let task = tokio::spawn(async move {
         // An empty name stands for the whole server.
         health.set_service_status("", tonic_health::ServingStatus::Serving).await;
-        if let Err(error) = server.serve_with_incoming_shutdown(incoming, shutdown.cancelled_owned()).await {
-            tracing::error!(%error, "the gRPC server has ended");
-        }
+        server.serve_with_incoming_shutdown(Box::pin(incoming), shutdown.cancelled_owned()).await
     });
-    Ok(RunningServer { task })
+    Ok(RunningServer { task: Some(task) })
 }

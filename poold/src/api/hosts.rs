@@ -6,6 +6,7 @@ use crate::config::FEATURE_LEVEL;
 use crate::consensus::{Consensus, unix_ms};
 use crate::identity::{CertificateAuthority, fingerprint_of_pem};
 use crate::join::{JoinToken, from_hex};
+use crate::lease::LeaderHandle;
 use pool_state::command::{HostFacts, JoinHost, RemoveMode};
 use pool_state::state::{Host, Token};
 use pool_state::{Command, Outcome, PoolState, RejectionClass, Timing};
@@ -26,15 +27,17 @@ const CLOCK_SKEW_MS_MAX: u64 = 30_000;
 const TOKEN_ADDRESSES_MAX: usize = 8;
 
 /// The service of one host.
+#[derive(Clone)]
 pub struct HostApi {
     consensus: Consensus,
+    leader: LeaderHandle,
 }
 
 impl HostApi {
-    /// A service on the local consensus.
+    /// A service on the local consensus; `leader` knows the ages of leases while this host leads.
     #[must_use]
-    pub fn new(consensus: Consensus) -> Self {
-        Self { consensus }
+    pub fn new(consensus: Consensus, leader: LeaderHandle) -> Self {
+        Self { consensus, leader }
     }
 
     async fn read(&self) -> Result<Arc<PoolState>, Status> {
@@ -72,7 +75,7 @@ impl HostApi {
             address: host.address.clone(),
             vm_memory_bytes: host.vm_memory.0,
             vm_memory_reserved_bytes: reserved,
-            lease_age_ms: 0,
+            lease_age_ms: self.leader.ages_ms().get(&host.id).copied().unwrap_or(0),
             vms: state.vms_on(host.id).map(|vm| vm.name.clone()).collect(),
         }
     }
@@ -131,6 +134,13 @@ fn problems(state: &PoolState, request: &v1::JoinRequest, join: &JoinHost) -> v1
     v1::PreflightResponse { problems, token_refused }
 }
 
+/// Where a new host finds the pool: hosts that are up first.
+fn token_addresses(state: &PoolState) -> Vec<String> {
+    let (up, others): (Vec<_>, Vec<_>) = state.members().partition(|host| host.is_up());
+    let addresses = up.into_iter().chain(others).map(|host| host.address.clone());
+    addresses.take(TOKEN_ADDRESSES_MAX).collect()
+}
+
 fn token_view(token: &Token) -> v1::JoinToken {
     let state = token.state_at(unix_ms()).to_owned();
     v1::JoinToken { id: token.id.0, token: String::new(), expires_ms: token.expires_ms, state }
@@ -169,9 +179,8 @@ impl HostService for HostApi {
         let Outcome::Token(id) = outcome else { return Err(Status::internal("a token was not created")) };
         let state = self.read().await?;
         let token = state.tokens.get(&id).ok_or_else(|| Status::internal("the token is gone"))?;
-        let members = state.members().filter(|host| host.is_up()).map(|host| host.address.clone());
         let text = JoinToken {
-            addresses: members.take(TOKEN_ADDRESSES_MAX).collect(),
+            addresses: token_addresses(&state),
             ca_fingerprint: fingerprint_of_pem(&state.settings.ca_cert_pem).unwrap_or_default(),
             pool_id: state.settings.pool_id.clone(),
             secret,
@@ -276,12 +285,13 @@ impl HostService for HostApi {
 
     async fn watch(&self, request: Request<v1::ListHostsRequest>) -> Result<Response<HostStream>, Status> {
         require_user(&request)?;
-        let api = Self { consensus: self.consensus.clone() };
+        let api = self.clone();
         let lists = WatchStream::new(self.consensus.watch()).map(move |state| api.list_of(&state));
-        // Entries that change no host send nothing.
+        // Entries that change no host send nothing; the age of a lease is no change.
         let mut last = None;
         let changes = lists.filter(move |list| {
-            let hosts = Some(list.hosts.clone());
+            let ageless = |host: &v1::Host| v1::Host { lease_age_ms: 0, ..host.clone() };
+            let hosts = Some(list.hosts.iter().map(ageless).collect::<Vec<_>>());
             let changed = hosts != last;
             last = hosts;
             changed

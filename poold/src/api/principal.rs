@@ -5,6 +5,8 @@
 
 use super::status::detailed;
 use crate::identity::{CertificateName, name_of};
+use pool_state::PoolState;
+use pool_state::state::HostState;
 use proto::HostId;
 use tonic::transport::server::{TcpConnectInfo, TlsConnectInfo};
 use tonic::{Code, Request, Status};
@@ -51,4 +53,22 @@ pub fn require_host<T>(request: &Request<T>) -> Result<HostId, Status> {
 /// No certificate was shown.
 pub fn require_user<T>(request: &Request<T>) -> Result<Principal, Status> {
     principal_of(request)
+}
+
+/// Lets a call pass unless it comes from a host that was removed from the pool.
+///
+/// # Errors
+/// It does.
+pub fn refuse_removed_hosts<T>(state: &PoolState, request: Request<T>) -> Result<Request<T>, Status> {
+    let Ok(Principal::Host(host)) = principal_of(&request) else { return Ok(request) };
+    match state.hosts.get(&host) {
+        Some(known) if known.state == HostState::Removed => Err(detailed(
+            Code::PermissionDenied,
+            "HOST_REMOVED",
+            &format!("host {}", known.name),
+            "stop poold there; to take the host in again, run `poold join` with an empty folder",
+            &format!("{host} was removed from the pool"),
+        )),
+        _ => Ok(request),
+    }
 }

@@ -53,7 +53,7 @@ pub async fn run(args: HostArgs, name: String, timing: TimingName) -> Result<(),
             feature_level: FEATURE_LEVEL,
         },
     }));
-    found(data, identity, timing, &args, command).await?;
+    found(data, identity, &config, command).await?;
     write_admin(data, &ca, &args)?;
     // Last, since it is what `serve` and another `init` look for.
     config.save(data).map_err(|error| failed(&error))?;
@@ -88,28 +88,19 @@ fn check(args: &HostArgs, name: &str) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Runs a Raft of this host alone until the pool's founding entry is applied. What an interrupted attempt left is removed
-/// first: without `poold.toml` nothing of it was ever used.
+/// Runs a Raft of this host alone until the pool's founding entry is applied.
 async fn found(
     data: &Path,
     identity: HostIdentity,
-    timing: TimingName,
-    args: &HostArgs,
+    config: &HostConfig,
     command: Command,
 ) -> Result<(), Failure> {
-    for leftover in ["raft", "snapshots"] {
-        let dir = data.join(leftover);
-        match std::fs::remove_dir_all(&dir) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(Failure::failed(format!("{} can't be removed: {error}", dir.display())));
-            }
-            _ => {}
-        }
-    }
     let failed = |error: &dyn std::error::Error| Failure::failed(chain(error));
-    let options = StartOptions { data_dir: data, host: FIRST_HOST, timing: timing.timing(), identity };
+    let (pool_id, host) = (config.pool_id.as_str(), config.host());
+    Consensus::create_stores(data, pool_id, host).await.map_err(|error| failed(&error))?;
+    let options = StartOptions { data_dir: data, pool_id, host, timing: config.timing.timing(), identity };
     let consensus = Consensus::start(options).await.map_err(|error| failed(&error))?;
-    consensus.found(&args.listen.to_string()).await.map_err(|error| failed(&error))?;
+    consensus.found(&config.listen.to_string()).await.map_err(|error| failed(&error))?;
     let meta = ProposeMeta { request_id: None, principal: "user-admin".to_owned() };
     let founded = consensus.propose(command, meta).await;
     consensus.shutdown().await;

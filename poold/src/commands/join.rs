@@ -45,6 +45,6 @@ fn code(error: &JoinError) -> u8 {
             Code::DeadlineExceeded => 6,
             _ => 1,
         },
-        JoinError::Identity(_) | JoinError::Key { .. } | JoinError::Config(_) => 1,
+        JoinError::Identity(_) | JoinError::Key { .. } | JoinError::Stores { .. } | JoinError::Config(_) => 1,
     }
 }

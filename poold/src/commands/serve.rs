@@ -5,7 +5,7 @@ use crate::config::HostConfig;
 use crate::consensus::{Consensus, MembershipTask, StartOptions};
 use crate::identity::IdentityDir;
 use crate::node::{self, NodeContext};
-use crate::server::{self, ServerOptions};
+use crate::server::{self, RunningServer, ServerOptions};
 use nix::fcntl::{Flock, FlockArg};
 use std::fs::File;
 use std::path::Path;
@@ -27,6 +27,7 @@ pub async fn run(data: &Path) -> Result<(), Failure> {
         .map_err(|error| Failure::blocked(format!("TCP {} can't be bound: {error}", config.listen)))?;
     let options = StartOptions {
         data_dir: data,
+        pool_id: &config.pool_id,
         host: config.host(),
         timing: config.timing.timing(),
         identity: identity.clone(),
@@ -45,10 +46,11 @@ pub async fn run(data: &Path) -> Result<(), Failure> {
     let mut node = node::run(context).await.map_err(|error| failed(&error))?;
     let membership = tokio::spawn(MembershipTask::new(consensus.clone()).run(shutdown.clone()));
     let routes = std::mem::take(&mut node.routes);
-    let options = ServerOptions { listener, identity, consensus: consensus.clone(), routes };
-    let server = server::spawn(options, shutdown.clone()).map_err(|error| failed(&error))?;
+    let leader = node.leader.clone();
+    let options = ServerOptions { listener, identity, consensus: consensus.clone(), leader, routes };
+    let mut server = server::spawn(options, shutdown.clone()).map_err(|error| failed(&error))?;
     tracing::info!(host = %config.host(), address = %config.listen, "serving");
-    let outcome = wait(&consensus, &mut node).await;
+    let outcome = wait(&consensus, &mut node, &mut server).await;
     shutdown.cancel();
     node.stopped().await;
     server.stopped().await;
@@ -60,18 +62,25 @@ pub async fn run(data: &Path) -> Result<(), Failure> {
 }
 
 /// Waits for a signal (a good end) or a fatal error.
-async fn wait(consensus: &Consensus, node: &mut node::Node) -> Result<(), Failure> {
+async fn wait(
+    consensus: &Consensus,
+    node: &mut node::Node,
+    server: &mut RunningServer,
+) -> Result<(), Failure> {
     let signals = |kind| signal(kind).map_err(|error| Failure::failed(format!("signals: {error}")));
     let mut terminate = signals(SignalKind::terminate())?;
     let mut interrupt = signals(SignalKind::interrupt())?;
     tokio::select! {
-        _ = terminate.recv() => Ok(()),
-        _ = interrupt.recv() => Ok(()),
-        cause = consensus.failed() => Err(Failure::failed(format!("consensus has stopped: {cause}"))),
+        // The node and consensus know why; the server may merely follow them.
+        biased;
         failure = &mut node.failed => Err(Failure::failed(match failure {
             Ok(failure) => chain(&failure),
             Err(_) => "the node's tasks have ended".to_owned(),
         })),
+        cause = consensus.failed() => Err(Failure::failed(format!("consensus has stopped: {cause}"))),
+        error = server.failed() => Err(Failure::failed(chain(&error))),
+        _ = terminate.recv() => Ok(()),
+        _ = interrupt.recv() => Ok(()),
     }
 }
 

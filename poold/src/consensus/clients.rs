@@ -6,10 +6,11 @@ use proto::HostId;
 use proto::v1::agent_service_client::AgentServiceClient;
 use proto::v1::lease_service_client::LeaseServiceClient;
 use proto::v1::raft_service_client::RaftServiceClient;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::watch;
+use tonic::Status;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
 /// A host that is up answers a connection attempt within this time also under load; a dead one must not hold us longer.
@@ -40,13 +41,15 @@ struct Shared {
     identity: HostIdentity,
     state: watch::Receiver<Arc<PoolState>>,
     channels: Mutex<HashMap<HostId, (String, Channel)>>,
+    silent: Mutex<HashSet<HostId>>,
 }
 
 impl HostClients {
     /// Channels that show `identity` and take addresses from the published state.
     #[must_use]
     pub fn new(identity: HostIdentity, state: watch::Receiver<Arc<PoolState>>) -> Self {
-        Self { shared: Arc::new(Shared { identity, state, channels: Mutex::default() }) }
+        let (channels, silent) = (Mutex::default(), Mutex::default());
+        Self { shared: Arc::new(Shared { identity, state, channels, silent }) }
     }
 
     /// The channel to a host; it connects when first used and again when the connection was lost.
@@ -92,6 +95,23 @@ impl HostClients {
             .keep_alive_while_idle(true)
             .tcp_nodelay(true)
             .connect_lazy())
+    }
+
+    /// Tells the operator when a host falls silent for Raft and when it is back, once each.
+    pub(super) fn note_reachable(&self, host: HostId, failure: Option<&Status>) {
+        let mut silent = self.shared.silent.lock().unwrap_or_else(PoisonError::into_inner);
+        match failure {
+            Some(status) => {
+                if silent.insert(host) {
+                    tracing::warn!(%host, error = %status, "a host does not answer Raft");
+                }
+            }
+            None => {
+                if silent.remove(&host) {
+                    tracing::info!(%host, "the host answers Raft again");
+                }
+            }
+        }
     }
 
     /// The agent of a host.

@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
@@ -56,7 +56,7 @@ impl Drop for Flusher {
     }
 }
 
-fn run(db: &sled::Db, file: &File, dir: &PathBuf, queue: &Receiver<OnDurable>) {
+fn run(db: &sled::Db, file: &File, dir: &Path, queue: &Receiver<OnDurable>) {
     while let Ok(first) = queue.recv() {
         let waiting: Vec<OnDurable> = std::iter::once(first).chain(queue.try_iter()).collect();
         let result = db.flush().map_err(io::Error::other).and_then(|_| file.sync_data());
@@ -64,13 +64,57 @@ fn run(db: &sled::Db, file: &File, dir: &PathBuf, queue: &Receiver<OnDurable>) {
             tracing::error!(%error, dir = %dir.display(), "the Raft log can't be made durable: stopping");
         }
         for done in waiting {
-            done(
-                result.as_ref().map(|()| ()).map_err(|error| io::Error::new(error.kind(), error.to_string())),
-            );
+            done(result.as_ref().copied().map_err(|error| io::Error::new(error.kind(), error.to_string())));
         }
         if result.is_err() {
             // After a failed fsync the kernel may have dropped the pages: a second try could lie.
             return;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+
+    fn ask(jobs: &Sender<OnDurable>) -> Option<io::Result<()>> {
+        let (done, answer) = mpsc::channel();
+        // A callback that is dropped counts as an error for its asker, too.
+        let _ = jobs.send(Box::new(move |result| {
+            let _ = done.send(result);
+        }));
+        answer.recv().ok()
+    }
+
+    #[test]
+    fn after_a_failed_fsync_nothing_is_acknowledged_any_more() {
+        let dir = tempfile::tempdir().unwrap();
+        let db = sled::Config::new().path(dir.path()).flush_every_ms(None).open().unwrap();
+        // A pipe can't be synced: the kernel refuses as it does for a disk that has failed.
+        let (pipe, _other_end) = io::pipe().unwrap();
+        let file = File::from(std::os::fd::OwnedFd::from(pipe));
+        let (jobs, queue) = channel();
+        let path = dir.path().to_owned();
+        let thread = std::thread::spawn(move || run(&db, &file, &path, &queue));
+        refused(&ask(&jobs));
+        refused(&ask(&jobs));
+        drop(jobs);
+        thread.join().unwrap();
+    }
+
+    fn refused(answer: &Option<io::Result<()>>) {
+        assert!(!matches!(answer, Some(Ok(()))), "acknowledged without fsync: {answer:?}");
+    }
+
+    #[test]
+    fn what_was_written_before_is_durable_when_it_calls_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let db = sled::Config::new().path(dir.path()).flush_every_ms(None).open().unwrap();
+        let flusher = Flusher::start(db.clone(), dir.path()).unwrap();
+        db.insert("key", "value").unwrap();
+        let (done, answer) = mpsc::channel();
+        flusher.when_durable(Box::new(move |result| done.send(result).unwrap()));
+        answer.recv().unwrap().unwrap();
     }
 }

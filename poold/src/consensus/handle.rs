@@ -1,34 +1,36 @@
-//! The handle of consensus: propose, read, watch.
-//!
-//! A proposal is made by the leader. On another host it is forwarded; when the leader is unknown or changes, it is tried
-//! again until the deadline. That is safe for entries with a request id, which `apply` deduplicates; each entry gets one
-//! here if its client sent none.
+//! The handle of consensus: start, follow, stop. Proposals and reads are in [`propose`](super::propose) and
+//! [`read`](super::read).
 
+use super::PoolRaft;
 use super::clients::HostClients;
-use super::log_store::LogStore;
+use super::log_store::{LogOpenError, LogOwner, LogStore};
 use super::network::Network;
+use super::quorum::QuorumProof;
 use super::state_store::StateStore;
-use super::{Applied, PoolRaft};
-use openraft::error::{ClientWriteError, RaftError};
 use openraft::{BasicNode, Config, ServerState, SnapshotPolicy};
-use pool_state::{Command, Entry, Outcome, PoolState, Rejection, Seed, Timing};
+use pool_state::{PoolState, Timing};
 use proto::HostId;
-use proto::v1::{RaftMessage, ReadIndexRequest};
-use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep, timeout_at};
-use tonic::{Code, Status};
+use tokio_util::sync::CancellationToken;
 
-/// A proposal or read that has no answer after this time is unknown: two elections and a slow disk fit in.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(8);
+/// A proposal or read that has no answer after this time is given up. Elections fit in, and clients, who wait 5 s, still
+/// learn the reason.
+pub(super) const ANSWER_TIMEOUT: Duration = Duration::from_millis(4_500);
+
+/// A leader that does not answer a forwarded call within this time may be dead: look who leads now, and ask again.
+pub(super) const ATTEMPT_TIMEOUT: Duration = Duration::from_millis(1_500);
 
 /// Pause before the leader is asked again.
-const RETRY: Duration = Duration::from_millis(50);
+pub(super) const RETRY: Duration = Duration::from_millis(50);
+
+/// Where the stores are in the data folder.
+const RAFT_DIR: &str = "raft";
+const SNAPSHOTS_DIR: &str = "snapshots";
 
 /// A snapshot is made, and the log before it dropped, after this many entries: a restart replays them in under a second.
 const SNAPSHOT_EVERY: u64 = 5_000;
@@ -40,11 +42,11 @@ const KEEP_ENTRIES: u64 = 1_000;
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// The log can't be opened.
-    #[error("the Raft log in {dir} can't be opened")]
+    #[error("{dir} can't be used")]
     Log {
         dir: String,
         #[source]
-        source: io::Error,
+        source: LogOpenError,
     },
     /// The snapshots can't be opened.
     #[error("the snapshots in {dir} can't be opened")]
@@ -53,64 +55,23 @@ pub enum StartError {
         #[source]
         source: io::Error,
     },
+    /// The log begins after the newest snapshot that can be read.
+    #[error(
+        "the snapshot in {dir} is lost or damaged, and the log no longer has the entries before {log_begins}: take \
+         {host} out with `poolctl host forget` and let it join again with an empty folder"
+    )]
+    SnapshotLost { dir: String, log_begins: u64, host: HostId },
     /// openraft refuses what is stored, or the timing.
     #[error("Raft does not start: {cause}")]
     Raft { cause: String },
-}
-
-/// A proposal was not accepted, or nobody knows.
-#[derive(Debug, Clone, thiserror::Error)]
-pub enum ProposeError {
-    /// The state does not allow it; nothing changed.
-    #[error(transparent)]
-    Rejected(#[from] Rejection),
-    /// The entry is malformed; it was not proposed.
-    #[error("the request can't be proposed: {cause}")]
-    Invalid { cause: String },
-    /// No leader was found in time; nothing was proposed.
-    #[error("no majority of the pool's voters can be reached")]
-    NoQuorum,
-    /// It was proposed and not answered in time: it may have happened, or happen yet.
-    #[error("the pool did not answer in time; the change may or may not have happened")]
-    Unknown,
-    /// The local Raft has stopped.
-    #[error("consensus has stopped on this host: {cause}")]
-    Stopped { cause: String },
-}
-
-/// A linearizable read was not possible.
-#[derive(Debug, Clone, thiserror::Error)]
-pub enum ReadError {
-    /// No majority confirmed the leader in time.
-    #[error("no majority of the pool's voters can be reached")]
-    NoQuorum,
-    /// The local Raft has stopped.
-    #[error("consensus has stopped on this host: {cause}")]
-    Stopped { cause: String },
-}
-
-/// What a proposal is stamped with.
-#[derive(Debug, Clone, Default)]
-pub struct ProposeMeta {
-    /// The client's id of the change.
-    pub request_id: Option<String>,
-    /// Who asks, e.g. `user-admin`.
-    pub principal: String,
-}
-
-/// The leader's answer to a forwarded proposal.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub enum ForwardedAnswer {
-    /// Applied at the index, with this result.
-    Applied(u64, Result<Outcome, Rejection>),
-    /// The asked host does not lead; nothing was proposed.
-    NotLeader,
 }
 
 /// What consensus needs to start.
 pub struct StartOptions<'a> {
     /// Data folder of the host.
     pub data_dir: &'a Path,
+    /// Id of the pool that it belongs to.
+    pub pool_id: &'a str,
     /// This host, which is also the Raft node.
     pub host: HostId,
     /// Election and heartbeat intervals.
@@ -126,20 +87,31 @@ pub struct Consensus {
     host: HostId,
     state: watch::Receiver<Arc<PoolState>>,
     clients: HostClients,
+    quorum: QuorumProof,
+    /// A leader whose last proof is older than this accepts nothing.
+    quorum_silence_max: Duration,
+    stop: CancellationToken,
 }
 
 impl Consensus {
+    /// Makes empty stores for a host that founds or joins a pool; what an interrupted attempt left is removed.
+    ///
+    /// # Errors
+    /// The folder can't be written.
+    pub async fn create_stores(data_dir: &Path, pool_id: &str, host: HostId) -> io::Result<()> {
+        match std::fs::remove_dir_all(data_dir.join(SNAPSHOTS_DIR)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        LogStore::create(&data_dir.join(RAFT_DIR), &LogOwner { pool_id: pool_id.to_owned(), host }).await
+    }
+
     /// Opens the stores and starts Raft.
     ///
     /// # Errors
     /// The stores can't be opened or contradict each other.
     pub async fn start(options: StartOptions<'_>) -> Result<Self, StartError> {
-        let dir = options.data_dir.join("raft");
-        let log = LogStore::open(&dir)
-            .map_err(|source| StartError::Log { dir: dir.display().to_string(), source })?;
-        let dir = options.data_dir.join("snapshots");
-        let (store, state) = StateStore::open(&dir)
-            .map_err(|source| StartError::Snapshots { dir: dir.display().to_string(), source })?;
+        let (log, store, state) = open_stores(&options).await?;
         let clients = HostClients::new(options.identity, state.clone());
         let config = Config {
             heartbeat_interval: options.timing.heartbeat_ms,
@@ -155,7 +127,12 @@ impl Consensus {
         let raft = PoolRaft::new(options.host.0, Arc::new(config), network, log, store)
             .await
             .map_err(|error| StartError::Raft { cause: error.to_string() })?;
-        Ok(Self { raft, host: options.host, state, clients })
+        let (quorum, stop) = (QuorumProof::default(), CancellationToken::new());
+        let renew = Duration::from_millis(options.timing.lease_renew_ms);
+        tokio::spawn(quorum.clone().run(raft.clone(), renew, stop.clone()));
+        // Two elections: if a majority had followed somebody else meanwhile, it would have spoken.
+        let quorum_silence_max = Duration::from_millis(options.timing.election_max_ms) * 2;
+        Ok(Self { raft, host: options.host, state, clients, quorum, quorum_silence_max, stop })
     }
 
     /// Founds a pool of this host alone.
@@ -224,132 +201,19 @@ impl Consensus {
         self.raft.metrics().borrow().membership_config.membership().voter_ids().map(HostId).collect()
     }
 
-    /// On the leader: how long ago a majority last confirmed it. `None` elsewhere.
+    /// On the leader: how long ago at most a majority still followed it. `None` elsewhere.
     #[must_use]
     pub fn quorum_ack_age(&self) -> Option<Duration> {
-        if !self.is_leader() {
-            return None;
-        }
-        if self.voters() == [self.host] {
-            return Some(Duration::ZERO);
-        }
-        self.raft.metrics().borrow().millis_since_quorum_ack.map(Duration::from_millis)
+        if self.is_leader() { self.quorum.age(self.term()) } else { None }
     }
 
-    /// Proposes a change, here or at the leader, and returns the index of its entry with the outcome.
+    /// Whether proposals are accepted here: this host leads, and has no reason to think that its majority is gone.
     ///
-    /// # Errors
-    /// See [`ProposeError`]; after `Unknown` the same request id may be tried again.
-    pub async fn propose(&self, command: Command, meta: ProposeMeta) -> Result<(u64, Outcome), ProposeError> {
-        let entry = Entry {
-            request_id: Some(meta.request_id.unwrap_or_else(|| uuid::Uuid::new_v4().to_string())),
-            principal: meta.principal,
-            time_ms: unix_ms(),
-            seed: Seed(rand::random()),
-            command,
-        };
-        entry.check().map_err(|error| ProposeError::Invalid { cause: error.to_string() })?;
-        let deadline = Instant::now() + ANSWER_TIMEOUT;
-        let mut attempted = false;
-        while Instant::now() < deadline {
-            match timeout_at(deadline, self.try_propose(&entry, &mut attempted)).await {
-                Ok(Ok(ForwardedAnswer::Applied(index, result))) => return Ok((index, result?)),
-                Ok(Err(ProposeError::Unknown)) | Ok(Ok(ForwardedAnswer::NotLeader)) => sleep(RETRY).await,
-                Ok(Err(error)) => return Err(error),
-                Err(_elapsed) => break,
-            }
-        }
-        Err(if attempted { ProposeError::Unknown } else { ProposeError::NoQuorum })
-    }
-
-    async fn try_propose(&self, entry: &Entry, sent: &mut bool) -> Result<ForwardedAnswer, ProposeError> {
-        let Some(leader) = self.leader() else { return Ok(ForwardedAnswer::NotLeader) };
-        if leader == self.host {
-            *sent = true;
-            return self.write_here(entry.clone()).await;
-        }
-        let Ok(mut client) = self.clients.raft(leader) else { return Ok(ForwardedAnswer::NotLeader) };
-        let payload =
-            postcard::to_stdvec(entry).map_err(|error| ProposeError::Invalid { cause: error.to_string() })?;
-        match client.propose(RaftMessage { target: leader.0, payload }).await {
-            Ok(reply) => {
-                let answer = postcard::from_bytes(&reply.into_inner().payload);
-                let answer = answer.map_err(|error| ProposeError::Invalid { cause: error.to_string() })?;
-                *sent |= matches!(answer, ForwardedAnswer::Applied(..));
-                Ok(answer)
-            }
-            // The address answers for another host, or refuses: nothing was proposed.
-            Err(status) if matches!(status.code(), Code::FailedPrecondition | Code::PermissionDenied) => {
-                Ok(ForwardedAnswer::NotLeader)
-            }
-            Err(_status) => {
-                *sent = true;
-                Err(ProposeError::Unknown)
-            }
-        }
-    }
-
-    async fn write_here(&self, entry: Entry) -> Result<ForwardedAnswer, ProposeError> {
-        match self.raft.client_write(entry).await {
-            Ok(response) => match response.data {
-                Applied::Entry(result) => Ok(ForwardedAnswer::Applied(response.log_id.index, result)),
-                Applied::Nothing => {
-                    Err(ProposeError::Stopped { cause: "an entry was applied as a blank one".to_owned() })
-                }
-            },
-            Err(RaftError::APIError(ClientWriteError::ForwardToLeader(_))) => Ok(ForwardedAnswer::NotLeader),
-            Err(RaftError::APIError(ClientWriteError::ChangeMembershipError(error))) => {
-                Err(ProposeError::Stopped { cause: error.to_string() })
-            }
-            Err(RaftError::Fatal(error)) => Err(ProposeError::Stopped { cause: error.to_string() }),
-        }
-    }
-
-    /// Proposes an entry that another host forwarded.
-    pub(super) async fn propose_here(&self, entry: Entry) -> Result<ForwardedAnswer, Status> {
-        entry.check().map_err(|error| Status::invalid_argument(error.to_string()))?;
-        self.write_here(entry).await.map_err(|error| Status::unavailable(error.to_string()))
-    }
-
-    /// Reads the state so that everything acknowledged before the call is in it.
-    ///
-    /// # Errors
-    /// No majority could be reached.
-    pub async fn read_linearizable(&self) -> Result<Arc<PoolState>, ReadError> {
-        let deadline = Instant::now() + ANSWER_TIMEOUT;
-        let index = loop {
-            match timeout_at(deadline, self.read_index()).await {
-                Ok(Ok(index)) => break index,
-                Ok(Err(())) if Instant::now() < deadline => sleep(RETRY).await,
-                Ok(Err(())) | Err(_) => return Err(ReadError::NoQuorum),
-            }
-        };
-        let mut state = self.state.clone();
-        match timeout_at(deadline, state.wait_for(|state| state.revision >= index)).await {
-            Ok(Ok(state)) => Ok(state.clone()),
-            Ok(Err(_)) => Err(ReadError::Stopped { cause: "the state store is closed".to_owned() }),
-            Err(_) => Err(ReadError::NoQuorum),
-        }
-    }
-
-    async fn read_index(&self) -> Result<u64, ()> {
-        let leader = self.leader().ok_or(())?;
-        if leader == self.host {
-            return self.read_index_here().await.map_err(|_| ());
-        }
-        let mut client = self.clients.raft(leader).map_err(|_| ())?;
-        let reply = client.read_index(ReadIndexRequest { target: leader.0 }).await.map_err(|_| ())?;
-        Ok(reply.into_inner().index)
-    }
-
-    /// The index that a read must wait for; only on the leader.
-    pub(super) async fn read_index_here(&self) -> Result<u64, Status> {
-        let (read, _applied) = self
-            .raft
-            .get_read_log_id()
-            .await
-            .map_err(|error| Status::failed_precondition(format!("not the leader: {error}")))?;
-        Ok(read.map_or(0, |id| id.index))
+    /// A leader that was cut off does not notice by itself. An entry that it took could not be committed, and its fate would
+    /// stay unknown to the client.
+    pub(super) fn may_accept(&self) -> bool {
+        let age = self.quorum.age(self.term());
+        self.is_leader() && age.is_none_or(|age| age < self.quorum_silence_max)
     }
 
     /// openraft itself, for its service and the membership task.
@@ -366,11 +230,31 @@ impl Consensus {
         }
     }
 
-    /// Stops Raft.
+    /// Stops Raft. Needed before the data folder may be opened again.
     pub async fn shutdown(&self) {
+        self.stop.cancel();
         if let Err(error) = self.raft.shutdown().await {
             tracing::warn!(%error, "Raft did not stop cleanly");
         }
+    }
+}
+
+async fn open_stores(
+    options: &StartOptions<'_>,
+) -> Result<(LogStore, StateStore, watch::Receiver<Arc<PoolState>>), StartError> {
+    let dir = options.data_dir.join(RAFT_DIR);
+    let failed = |source: LogOpenError| StartError::Log { dir: dir.display().to_string(), source };
+    let owner = LogOwner { pool_id: options.pool_id.to_owned(), host: options.host };
+    let log = LogStore::open(&dir, &owner).await.map_err(failed)?;
+    let purged = log.purged().map_err(|error| failed(error.into()))?;
+    let dir = options.data_dir.join(SNAPSHOTS_DIR).display().to_string();
+    let (store, state) = StateStore::open(Path::new(&dir))
+        .map_err(|source| StartError::Snapshots { dir: dir.clone(), source })?;
+    match purged {
+        Some(purged) if store.last_applied() < Some(purged) => {
+            Err(StartError::SnapshotLost { dir, log_begins: purged.index + 1, host: options.host })
+        }
+        _ => Ok((log, store, state)),
     }
 }
 

@@ -1,6 +1,10 @@
 //! The Raft log, the vote and the purge mark in sled.
 //!
-//! Tree `log`: index as 8 bytes big-endian → sealed entry. Tree `meta`: `vote`, `committed`, `purged`.
+//! Tree `log`: index as 8 bytes big-endian → sealed entry. Tree `meta`: `vote`, `committed`, `purged`, and `owner`.
+//!
+//! The owner is written when a host founds or joins a pool, before its configuration exists. `serve` opens only a log that
+//! bears it: a host whose log was lost, or belongs to an earlier attempt, must not vote under its old id, since it may have
+//! forgotten a vote or entries that it acknowledged.
 
 use super::TypeConfig;
 use super::codec::{open, seal};
@@ -10,8 +14,10 @@ use openraft::{
     AnyError, Entry, ErrorSubject, ErrorVerb, LogId, LogState, OptionalSend, RaftLogReader, StorageError,
     StorageIOError, Vote,
 };
-use serde::{Serialize, de::DeserializeOwned};
+use proto::HostId;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::fmt::Debug;
+use std::fs;
 use std::io;
 use std::ops::{Bound, RangeBounds};
 use std::path::Path;
@@ -23,9 +29,47 @@ const CACHE_BYTES: u64 = 16 << 20;
 /// Entries read at once for a lagging peer; at 256 KiB each it bounds the memory to 64 MiB, typically 100 KiB.
 const READ_ENTRIES_MAX: usize = 256;
 
+/// sled's file with everything in it.
+const DB_FILE: &str = "db";
+
+const OWNER: &str = "owner";
 const VOTE: &str = "vote";
 const COMMITTED: &str = "committed";
 const PURGED: &str = "purged";
+
+/// Whose log it is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogOwner {
+    /// Id of the pool.
+    pub pool_id: String,
+    /// The host, which is the Raft node.
+    pub host: HostId,
+}
+
+/// A log can't be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum LogOpenError {
+    /// The files can't be used.
+    #[error("the Raft log can't be opened")]
+    Io(#[from] io::Error),
+    /// There is none, though the host has joined.
+    #[error(
+        "the Raft log of {host} is gone, and with it what the host had promised: take it out with \
+         `poolctl host forget` and let it join again with an empty folder"
+    )]
+    Lost {
+        /// The host.
+        host: HostId,
+    },
+    /// It is another host's.
+    #[error("the Raft log belongs to {} of pool {}, not to {} of pool {}", found.host, found.pool_id, wanted.host, wanted.pool_id)]
+    Foreign {
+        /// Who is written in it.
+        found: LogOwner,
+        /// Who opens it.
+        wanted: LogOwner,
+    },
+}
 
 /// The log of one host; clones share it.
 #[derive(Clone)]
@@ -39,14 +83,45 @@ struct Shared {
     flusher: Flusher,
 }
 
-type Result<T> = std::result::Result<T, StorageError<u64>>;
+type Result<T, E = StorageError<u64>> = std::result::Result<T, E>;
 
 impl LogStore {
-    /// Opens or creates the log in `dir`.
+    /// Makes an empty log for a host that founds or joins a pool, in place of what an interrupted attempt left.
     ///
     /// # Errors
-    /// The folder can't be written, is in use, or holds no valid database.
-    pub fn open(dir: &Path) -> io::Result<Self> {
+    /// The folder can't be written or is in use.
+    pub async fn create(dir: &Path, owner: &LogOwner) -> io::Result<()> {
+        match fs::remove_dir_all(dir) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let store = Self::open_files(dir)?;
+        store.put(OWNER, owner)?;
+        store.sync().await
+    }
+
+    /// Opens the log of a host.
+    ///
+    /// # Errors
+    /// The files are damaged or in use, gone, or another host's.
+    pub async fn open(dir: &Path, wanted: &LogOwner) -> Result<Self, LogOpenError> {
+        let lost = LogOpenError::Lost { host: wanted.host };
+        if !dir.join(DB_FILE).exists() {
+            return Err(lost);
+        }
+        let store = Self::open_files(dir)?;
+        match store.get::<LogOwner>(OWNER)? {
+            None => return Err(lost),
+            Some(found) if found != *wanted => {
+                return Err(LogOpenError::Foreign { found, wanted: wanted.clone() });
+            }
+            Some(_) => {}
+        }
+        store.finish_purge().await?;
+        Ok(store)
+    }
+
+    fn open_files(dir: &Path) -> io::Result<Self> {
         let db = sled::Config::new()
             .path(dir)
             .cache_capacity(CACHE_BYTES)
@@ -57,6 +132,21 @@ impl LogStore {
         let (log, meta) = (tree("log")?, tree("meta")?);
         let flusher = Flusher::start(db, dir)?;
         Ok(Self { shared: Arc::new(Shared { log, meta, flusher }) })
+    }
+
+    /// Removes what a purge left that was interrupted between its mark and its end.
+    async fn finish_purge(&self) -> io::Result<()> {
+        let Some(purged) = self.purged()? else { return Ok(()) };
+        self.remove(..=key(purged.index))?;
+        self.sync().await
+    }
+
+    /// The last entry that was dropped because a snapshot has it.
+    ///
+    /// # Errors
+    /// The mark is damaged.
+    pub fn purged(&self) -> io::Result<Option<LogId<u64>>> {
+        self.get(PURGED)
     }
 
     async fn sync(&self) -> io::Result<()> {
@@ -97,6 +187,19 @@ fn key(index: u64) -> [u8; 8] {
     index.to_be_bytes()
 }
 
+/// Entries that lack one between them would be applied to the wrong state.
+fn without_holes(entries: Vec<Entry<TypeConfig>>) -> io::Result<Vec<Entry<TypeConfig>>> {
+    let hole = entries.windows(2).find(|pair| pair[0].log_id.index + 1 != pair[1].log_id.index);
+    match hole {
+        None => Ok(entries),
+        Some(pair) => {
+            let (before, after) = (pair[0].log_id.index, pair[1].log_id.index);
+            let cause = format!("entries are missing between {before} and {after}");
+            Err(io::Error::new(io::ErrorKind::InvalidData, cause))
+        }
+    }
+}
+
 fn failed(subject: ErrorSubject<u64>, verb: ErrorVerb, error: &io::Error) -> StorageError<u64> {
     StorageError::from(StorageIOError::new(subject, verb, AnyError::new(error)))
 }
@@ -115,8 +218,10 @@ impl RaftLogReader<TypeConfig> for LogStore {
         range: RB,
     ) -> Result<Vec<Entry<TypeConfig>>> {
         let range = (bound(range.start_bound()), bound(range.end_bound()));
-        let read = self.shared.log.range(range).values().map(|value| open(&value.map_err(io::Error::other)?));
-        read.collect::<io::Result<_>>().map_err(|e| failed(ErrorSubject::Logs, ErrorVerb::Read, &e))
+        let values = self.shared.log.range(range).values();
+        let entries = values.map(|value| open(&value.map_err(io::Error::other)?));
+        let read = entries.collect::<io::Result<Vec<Entry<TypeConfig>>>>().and_then(without_holes);
+        read.map_err(|e| failed(ErrorSubject::Logs, ErrorVerb::Read, &e))
     }
 
     async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> Result<Vec<Entry<TypeConfig>>> {
@@ -130,7 +235,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
 
     async fn get_log_state(&mut self) -> Result<LogState<TypeConfig>> {
         let read = || -> io::Result<_> {
-            let last_purged_log_id: Option<LogId<u64>> = self.get(PURGED)?;
+            let last_purged_log_id = self.purged()?;
             let last_log_id = self.last()?.or(last_purged_log_id);
             Ok(LogState { last_purged_log_id, last_log_id })
         };

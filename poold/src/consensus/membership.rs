@@ -32,6 +32,7 @@ pub struct MembershipTask {
 #[derive(Debug, PartialEq, Eq)]
 enum Step {
     AddLearner(HostId, String),
+    SetAddress(HostId, String),
     SetVoters(BTreeSet<u64>),
     Remove(BTreeSet<u64>),
 }
@@ -90,6 +91,10 @@ impl MembershipTask {
                 Step::AddLearner(host, address) => {
                     raft.add_learner(host.0, BasicNode::new(address), false).await.map(drop)
                 }
+                Step::SetAddress(host, address) => {
+                    let nodes = BTreeMap::from([(host.0, BasicNode::new(address))]);
+                    raft.change_membership(ChangeMembers::SetNodes(nodes), true).await.map(drop)
+                }
                 Step::SetVoters(voters) => raft.change_membership(voters, true).await.map(drop),
                 Step::Remove(nodes) => {
                     raft.change_membership(ChangeMembers::RemoveNodes(nodes), true).await.map(drop)
@@ -105,8 +110,12 @@ impl MembershipTask {
 
 fn plan_step(state: &PoolState, nodes: &BTreeMap<u64, String>, view: &VoterView) -> Option<Step> {
     for host in state.hosts.values().filter(|host| host.state != HostState::Removed) {
-        if nodes.get(&host.id.0) != Some(&host.address) {
-            return Some(Step::AddLearner(host.id, host.address.clone()));
+        match nodes.get(&host.id.0) {
+            None => return Some(Step::AddLearner(host.id, host.address.clone())),
+            Some(address) if *address != host.address => {
+                return Some(Step::SetAddress(host.id, host.address.clone()));
+            }
+            Some(_) => {}
         }
     }
     let wanted = desired_voters(state, view);

@@ -18,6 +18,9 @@ mod handle;
 mod log_store;
 mod membership;
 mod network;
+mod propose;
+mod quorum;
+mod read;
 mod service;
 mod snapshot_file;
 mod state_store;
@@ -26,12 +29,15 @@ mod state_store;
 mod tests;
 
 pub use clients::{ClientError, HostClients};
-pub use handle::{Consensus, ProposeError, ProposeMeta, ReadError, StartError, StartOptions, unix_ms};
+pub use handle::{Consensus, StartError, StartOptions, unix_ms};
+pub use log_store::LogOpenError;
 pub use membership::MembershipTask;
+pub use propose::{ProposeError, ProposeMeta};
+pub use read::ReadError;
 pub use service::{RAFT_MESSAGE_BYTES_MAX, RaftApi};
 
 use pool_state::{Entry, Outcome, Rejection};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 /// The answer to an applied entry.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -54,3 +60,8 @@ openraft::declare_raft_types!(
 
 /// openraft, as the pool uses it.
 pub type PoolRaft = openraft::Raft<TypeConfig>;
+
+/// Reads the payload of a message of `RaftService`.
+fn payload<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, postcard::Error> {
+    postcard::from_bytes(bytes)
+}

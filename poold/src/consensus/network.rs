@@ -1,8 +1,8 @@
 //! Raft's messages to other hosts, over `RaftService`.
 
-use super::TypeConfig;
 use super::clients::{ClientError, HostClients, raft_client};
-use super::service::{SnapshotHeader, payload};
+use super::service::SnapshotHeader;
+use super::{TypeConfig, payload};
 use openraft::error::{
     Fatal, NetworkError, RPCError, RaftError, RemoteError, ReplicationClosed, StreamingError, Unreachable,
 };
@@ -65,17 +65,20 @@ impl Peer {
         Ok(raft_client(channel))
     }
 
-    fn message<T: Serialize>(&self, value: &T) -> RpcResult<RaftMessage> {
-        let bytes =
-            postcard::to_stdvec(value).map_err(|error| RPCError::Network(NetworkError::new(&error)))?;
+    fn message<T: Serialize>(&self, value: &T) -> Result<RaftMessage, NetworkError> {
+        let bytes = postcard::to_stdvec(value).map_err(|error| NetworkError::new(&error))?;
         Ok(RaftMessage { target: self.target, payload: bytes })
     }
 
-    fn answer<T: DeserializeOwned>(&self, reply: Result<Response<RaftMessage>, Status>) -> RpcResult<T> {
+    fn answer<T: DeserializeOwned>(
+        &self,
+        reply: Result<Response<RaftMessage>, Status>,
+    ) -> Result<T, Box<RPCError<u64, BasicNode, RaftError<u64>>>> {
+        self.clients.note_reachable(HostId(self.target), reply.as_ref().err());
         let message = reply.map_err(|status| RPCError::Unreachable(Unreachable::new(&status)))?.into_inner();
         let result: Result<T, RaftError<u64>> =
             payload(&message.payload).map_err(|error| RPCError::Network(NetworkError::new(&error)))?;
-        result.map_err(|error| RPCError::RemoteError(RemoteError::new(self.target, error)))
+        Ok(result.map_err(|error| RPCError::RemoteError(RemoteError::new(self.target, error)))?)
     }
 
     fn unreachable<E: std::error::Error + 'static, X: std::error::Error>(
@@ -89,16 +92,18 @@ impl Peer {
         vote: Vote<u64>,
         snapshot: Snapshot<TypeConfig>,
     ) -> Result<SnapshotResponse<u64>, RPCError<u64, BasicNode, RaftError<u64>>> {
-        let header = SnapshotHeader { vote, meta: snapshot.meta };
+        let header = self.message(&SnapshotHeader { vote, meta: snapshot.meta })?;
         let target = self.target;
-        let mut messages = vec![self.message(&header)?];
         let bytes = snapshot.snapshot.into_inner();
-        messages
-            .extend(bytes.chunks(CHUNK_BYTES).map(|chunk| RaftMessage { target, payload: chunk.to_vec() }));
-        drop(bytes);
+        // Cut as they are sent, so that the state is in memory once.
+        let pieces = (0..bytes.len()).step_by(CHUNK_BYTES).map(move |at| {
+            let end = bytes.len().min(at + CHUNK_BYTES);
+            RaftMessage { target, payload: bytes[at..end].to_vec() }
+        });
+        let messages = tokio_stream::iter(std::iter::once(header).chain(pieces));
         let mut client = self.client().map_err(|error| Self::unreachable(&error))?;
-        let reply = client.install_snapshot(tokio_stream::iter(messages)).await;
-        self.answer(reply)
+        let reply = client.install_snapshot(messages).await;
+        self.answer(reply).map_err(|error| *error)
     }
 }
 
@@ -111,14 +116,14 @@ impl RaftNetwork<TypeConfig> for Peer {
         let mut client = self.client().map_err(|error| Self::unreachable(&error))?;
         let mut request = tonic::Request::new(self.message(&rpc)?);
         request.set_timeout(option.hard_ttl());
-        self.answer(client.append(request).await)
+        self.answer(client.append(request).await).map_err(|error| *error)
     }
 
     async fn vote(&mut self, rpc: VoteRequest<u64>, option: RPCOption) -> RpcResult<VoteResponse<u64>> {
         let mut client = self.client().map_err(|error| Self::unreachable(&error))?;
         let mut request = tonic::Request::new(self.message(&rpc)?);
         request.set_timeout(option.hard_ttl());
-        self.answer(client.vote(request).await)
+        self.answer(client.vote(request).await).map_err(|error| *error)
     }
 
     async fn full_snapshot(

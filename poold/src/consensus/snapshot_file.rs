@@ -25,6 +25,10 @@ pub struct SnapshotContent {
 /// Tells this format from whatever else may lie in the folder; the digit is the version.
 const MAGIC: &[u8; 8] = b"poolsnp1";
 
+/// Endings of a finished snapshot and of one that is being written.
+const COMPLETE: &str = ".snap";
+const TEMPORARY: &str = ".tmp";
+
 /// Serialises a snapshot.
 ///
 /// # Errors
@@ -53,13 +57,17 @@ pub struct SnapshotDir {
 }
 
 impl SnapshotDir {
-    /// Opens or creates the folder.
+    /// Opens or creates the folder, and removes what interrupted writes left.
     ///
     /// # Errors
-    /// It can't be created.
+    /// It can't be created or read.
     pub fn open(dir: &Path) -> io::Result<Self> {
         fs::create_dir_all(dir)?;
-        Ok(Self { dir: dir.to_owned() })
+        let snapshots = Self { dir: dir.to_owned() };
+        for name in snapshots.names(TEMPORARY)? {
+            fs::remove_file(dir.join(name))?;
+        }
+        Ok(snapshots)
     }
 
     /// Makes `bytes` the newest snapshot, durably, and removes older ones.
@@ -68,14 +76,14 @@ impl SnapshotDir {
     /// The disk refuses.
     pub fn write(&self, last_applied: Option<LogId<u64>>, bytes: &[u8]) -> io::Result<()> {
         let (index, term) = last_applied.map_or((0, 0), |id| (id.index, id.leader_id.term));
-        let name = format!("{index:020}-{term:020}.snap");
-        let temporary = self.dir.join(format!("{name}.tmp"));
+        let name = format!("{index:020}-{term:020}{COMPLETE}");
+        let temporary = self.dir.join(format!("{name}{TEMPORARY}"));
         let mut file = File::create(&temporary)?;
         file.write_all(bytes)?;
         file.sync_all()?;
         fs::rename(&temporary, self.dir.join(&name))?;
         File::open(&self.dir)?.sync_all()?;
-        for older in self.names()?.into_iter().filter(|other| *other < name) {
+        for older in self.names(COMPLETE)?.into_iter().filter(|other| *other < name) {
             fs::remove_file(self.dir.join(older))?;
         }
         Ok(())
@@ -86,7 +94,7 @@ impl SnapshotDir {
     /// # Errors
     /// The folder can't be read.
     pub fn newest(&self) -> io::Result<Option<(SnapshotContent, Vec<u8>)>> {
-        let mut names = self.names()?;
+        let mut names = self.names(COMPLETE)?;
         names.sort_unstable_by(|a, b| b.cmp(a));
         for name in names {
             let bytes = fs::read(self.dir.join(&name))?;
@@ -98,14 +106,64 @@ impl SnapshotDir {
         Ok(None)
     }
 
-    fn names(&self) -> io::Result<Vec<String>> {
+    fn names(&self, ending: &str) -> io::Result<Vec<String>> {
         let mut names = Vec::new();
         for file in fs::read_dir(&self.dir)? {
             let name = file?.file_name().to_string_lossy().into_owned();
-            if name.ends_with(".snap") {
+            if name.ends_with(ending) {
                 names.push(name);
             }
         }
         Ok(names)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use openraft::CommittedLeaderId;
+
+    fn content(index: u64) -> SnapshotContent {
+        let last_applied = Some(LogId::new(CommittedLeaderId::new(1, 1), index));
+        SnapshotContent { last_applied, ..SnapshotContent::default() }
+    }
+
+    fn write(snapshots: &SnapshotDir, index: u64) {
+        let content = content(index);
+        snapshots.write(content.last_applied, &encode(&content).unwrap()).unwrap();
+    }
+
+    #[test]
+    fn the_newest_snapshot_replaces_the_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let snapshots = SnapshotDir::open(dir.path()).unwrap();
+        write(&snapshots, 9);
+        write(&snapshots, 10);
+        let (found, bytes) = snapshots.newest().unwrap().unwrap();
+        assert_eq!(found.last_applied.map(|id| id.index), Some(10));
+        assert_eq!(decode(&bytes).unwrap().last_applied, found.last_applied);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_damaged_snapshot_is_not_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        let snapshots = SnapshotDir::open(dir.path()).unwrap();
+        write(&snapshots, 9);
+        let file = fs::read_dir(dir.path()).unwrap().next().unwrap().unwrap().path();
+        let mut bytes = fs::read(&file).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        fs::write(&file, bytes).unwrap();
+        assert!(snapshots.newest().unwrap().is_none());
+    }
+
+    #[test]
+    fn an_interrupted_write_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("00000000000000000009-00000000000000000001.snap.tmp"), b"half").unwrap();
+        let snapshots = SnapshotDir::open(dir.path()).unwrap();
+        assert!(snapshots.newest().unwrap().is_none());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 }

@@ -35,6 +35,12 @@ impl StateStore {
         Ok((Self { content, snapshots, publish }, published))
     }
 
+    /// The last entry that is in the state.
+    #[must_use]
+    pub fn last_applied(&self) -> Option<LogId<u64>> {
+        self.content.last_applied
+    }
+
     fn apply_one(&mut self, entry: Entry<TypeConfig>) -> Applied {
         let log_id = entry.log_id;
         self.content.last_applied = Some(log_id);

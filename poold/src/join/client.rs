@@ -6,16 +6,21 @@ use super::local::{local_facts, local_problems};
 use super::pin::fetch_ca;
 use super::token::{JoinToken, TokenError};
 use crate::config::{ConfigError, FEATURE_LEVEL, HostConfig, TimingName};
-use crate::consensus::unix_ms;
+use crate::consensus::{Consensus, unix_ms};
 use crate::identity::{ANY_HOST, IdentityDir, IdentityError};
 use proto::v1::host_service_client::HostServiceClient;
 use proto::v1::{HostStats, JoinRequest, JoinResponse};
 use rcgen::{KeyPair, PublicKeyData};
+use std::error::Error;
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
 use tonic::{Code, Status};
+
+/// Longest wait for a connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Longest wait for one answer: an election may be under way.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
@@ -64,6 +69,13 @@ pub enum JoinError {
     /// The key on disk is damaged.
     #[error("identity/key.pem is damaged ({cause}); remove it and join again with a new token")]
     Key { cause: String },
+    /// The stores of consensus can't be made.
+    #[error("the Raft log in {} can't be made: {source}", data_dir.display())]
+    Stores {
+        data_dir: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
     /// The configuration can't be read or saved.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -104,6 +116,10 @@ pub async fn join(options: JoinOptions) -> Result<(HostConfig, Joined), JoinErro
     let answer = client.join(request.clone()).await.map_err(refused)?.into_inner();
     identity.save_certificates(&answer.ca_pem, &answer.certificate_pem)?;
     let config = config(&options, &answer, request.vm_memory_bytes);
+    // A log of an interrupted `init` or join must not be taken for this host's.
+    Consensus::create_stores(&options.data_dir, &config.pool_id, config.host())
+        .await
+        .map_err(|source| JoinError::Stores { data_dir: options.data_dir.clone(), source })?;
     // Last, since it is what `serve` looks for.
     config.save(&options.data_dir)?;
     Ok((config, Joined::Now))
@@ -141,35 +157,43 @@ fn config(options: &JoinOptions, answer: &JoinResponse, vm_memory_bytes: u64) ->
 
 /// A channel to the first host of the token that answers and belongs to its pool.
 async fn connect(token: &JoinToken) -> Result<HostServiceClient<Channel>, JoinError> {
-    let mut last = JoinError::Unreachable {
-        addresses: token.addresses.join(", "),
-        cause: "the token names no address".to_owned(),
-    };
+    let mut causes = Vec::new();
     for address in &token.addresses {
-        let unreachable = |cause: String| JoinError::Unreachable { addresses: address.clone(), cause };
-        match fetch_ca(address, &token.ca_fingerprint).await {
-            Ok(ca) => {
-                let tls = ClientTlsConfig::new()
-                    .ca_certificate(Certificate::from_pem(pem::encode(&pem::Pem::new(
-                        "CERTIFICATE",
-                        ca.to_vec(),
-                    ))))
-                    .domain_name(ANY_HOST);
-                let endpoint = Endpoint::from_shared(format!("https://{address}"))
-                    .and_then(|endpoint| endpoint.timeout(ANSWER_TIMEOUT).tls_config(tls))
-                    .map_err(|error| unreachable(error.to_string()))?;
-                match endpoint.connect().await {
-                    Ok(channel) => return Ok(HostServiceClient::new(channel)),
-                    Err(error) => last = unreachable(error.to_string()),
-                }
+        match connect_to(address, token).await {
+            Ok(channel) => return Ok(HostServiceClient::new(channel)),
+            Err(ConnectError::Unreachable(cause)) => causes.push(format!("{address}: {cause}")),
+            Err(ConnectError::Stranger(cause)) => {
+                return Err(JoinError::WrongPool { address: address.clone(), cause });
             }
-            Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
-                last = JoinError::WrongPool { address: address.clone(), cause: error.to_string() };
-            }
-            Err(error) => last = unreachable(error.to_string()),
         }
     }
-    Err(last)
+    let (addresses, cause) = (token.addresses.join(", "), causes.join("; "));
+    Err(JoinError::Unreachable { addresses, cause })
+}
+
+/// One address of the token does not help.
+enum ConnectError {
+    Unreachable(String),
+    /// Somebody else answers there.
+    Stranger(String),
+}
+
+async fn connect_to(address: &str, token: &JoinToken) -> Result<Channel, ConnectError> {
+    let unreachable = |error: tonic::transport::Error| {
+        ConnectError::Unreachable(error.source().map_or_else(|| error.to_string(), ToString::to_string))
+    };
+    let ca = fetch_ca(address, &token.ca_fingerprint).await.map_err(|error| match error.kind() {
+        ErrorKind::InvalidData => ConnectError::Stranger(error.to_string()),
+        _ => ConnectError::Unreachable(error.to_string()),
+    })?;
+    let ca = pem::encode(&pem::Pem::new("CERTIFICATE", ca.to_vec()));
+    let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(ca)).domain_name(ANY_HOST);
+    let endpoint = Endpoint::from_shared(format!("https://{address}"))
+        .and_then(|endpoint| {
+            endpoint.connect_timeout(CONNECT_TIMEOUT).timeout(ANSWER_TIMEOUT).tls_config(tls)
+        })
+        .map_err(unreachable)?;
+    endpoint.connect().await.map_err(unreachable)
 }
 
 fn refused(status: Status) -> JoinError {

@@ -5,6 +5,9 @@ mod local;
 mod pin;
 mod token;
 
+#[cfg(test)]
+mod tests;
+
 pub use client::{JoinError, JoinOptions, Joined, join};
 pub use local::{LocalFacts, boot_id, local_facts, local_problems};
 pub use token::{JoinToken, TokenError, from_hex};

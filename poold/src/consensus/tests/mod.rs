@@ -1,0 +1,4 @@
+//! Consensus as a whole: openraft's own suite on the stores, restarts, and pools over real TLS.
+
+mod pool;
+mod stores;
