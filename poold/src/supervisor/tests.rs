@@ -1,6 +1,9 @@
 //! Real processes (a shell in place of the VM program): found again, seen ending, ended, never started twice.
 
-use super::{ProcessError, ProcessKey, StopMode, Supervisor, is_overtaken, process::Process};
+use super::{
+    ProcessError, ProcessKey, StopMode, Supervisor, is_overtaken,
+    process::{Found, Process, scan},
+};
 use proto::{
     Epoch, VmId,
     v1::{MachineStatus, MigrationState},
@@ -46,6 +49,17 @@ impl Fixture {
 
     fn directory(&self) -> PathBuf {
         self.vms().join("vm-17-e3")
+    }
+}
+
+impl Drop for Fixture {
+    /// Ends what a failed test has left running.
+    fn drop(&mut self) {
+        for found in scan(&self.vms()).into_iter().flatten() {
+            if let Found::Present(process) = found {
+                let _ = process.signal(libc::SIGKILL);
+            }
+        }
     }
 }
 
