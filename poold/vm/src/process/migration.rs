@@ -104,9 +104,15 @@ impl Process {
 
     fn outgoing(&self, migration: u64) -> Option<SourceHandle> {
         match &self.part {
-            Some(Part::Outgoing(outgoing)) if outgoing.migration.0 == migration => {
-                Some(outgoing.handle.clone())
-            }
+            Some(Part::Outgoing(outgoing)) if outgoing.migration.0 == migration => self.source_handle(),
+            _ => None,
+        }
+    }
+
+    /// The migration away from here, if there is or was one.
+    pub(super) fn source_handle(&self) -> Option<SourceHandle> {
+        match &self.part {
+            Some(Part::Outgoing(outgoing)) => Some(outgoing.handle.clone()),
             _ => None,
         }
     }

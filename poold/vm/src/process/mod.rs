@@ -100,7 +100,7 @@ impl Process {
     }
 
     /// Serves until the process may exit.
-    pub async fn run(mut self, mut requests: mpsc::Receiver<Request>) {
+    pub async fn run(&mut self, mut requests: mpsc::Receiver<Request>) {
         let mut renewal = tokio::time::interval(STATUS_INTERVAL);
         while !self.is_over {
             tokio::select! {

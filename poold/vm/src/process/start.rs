@@ -1,8 +1,8 @@
 //! Cold boot, the operator's pause, and the guest's own end.
 
 use super::machine::{blocking, watch_guest, with_gate};
-use super::migration::Part;
 use super::phase::Phase;
+use super::stop::call_off;
 use super::{Event, Process};
 use crate::fence::{SharedGate, lock};
 use crate::gate::Hold;
@@ -144,16 +144,9 @@ impl Process {
         tracing::info!(?exit, "the guest has ended");
         let Some(vm) = &self.vm else { return };
         let volumes = vm.volumes.clone();
-        let outgoing = match &self.part {
-            Some(Part::Outgoing(outgoing)) => Some(outgoing.handle.clone()),
-            _ => None,
-        };
+        let outgoing = self.source_handle();
         self.spawn(async move {
-            if let Some(outgoing) = outgoing
-                && let Err(error) = outgoing.cancel().await
-            {
-                tracing::debug!(%error, "the migration of the ended guest is not cancelled");
-            }
+            call_off(outgoing).await;
             match tokio::time::timeout(REST_TIMEOUT, volumes.drain()).await {
                 Ok(Ok(_)) => {}
                 Ok(Err(error)) => {

@@ -1,13 +1,13 @@
 //! Taking the machine down and ending the process.
 
 use super::machine::blocking;
-use super::migration::Part;
 use super::phase::Phase;
 use super::{Event, Process};
 use crate::fence::{SharedGate, lock};
 use crate::gate::Hold;
 use crate::request::{Reply, StopMode};
 use crate::volumes::VolumeSet;
+use migrate::SourceHandle;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vmm::Machine;
@@ -32,17 +32,10 @@ impl Process {
         }
         let Some(vm) = &self.vm else { return self.end_at_once() };
         self.phase = Phase::Ending;
-        let outgoing = match &self.part {
-            Some(Part::Outgoing(outgoing)) => Some(outgoing.handle.clone()),
-            _ => None,
-        };
+        let outgoing = self.source_handle();
         let (gate, machine, volumes) = (vm.gate.clone(), vm.machine.clone(), vm.volumes.clone());
         self.spawn(async move {
-            if let Some(outgoing) = outgoing
-                && let Err(error) = outgoing.cancel().await
-            {
-                tracing::debug!(%error, "the migration of the stopping machine is not cancelled");
-            }
+            call_off(outgoing).await;
             come_to_rest(gate, machine, volumes).await;
             Event::Rested
         });
@@ -58,6 +51,16 @@ impl Process {
         self.is_over = true;
         let stoppers = std::mem::take(&mut self.stoppers);
         self.answer_all(stoppers, &Ok(()));
+    }
+}
+
+/// Ends a migration of a machine that is at its end.
+pub(super) async fn call_off(outgoing: Option<SourceHandle>) {
+    let Some(outgoing) = outgoing else { return };
+    match tokio::time::timeout(REST_TIMEOUT, outgoing.cancel()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::debug!(%error, "the migration of an ended machine is not cancelled"),
+        Err(_) => tracing::warn!("the migration of an ended machine does not end"),
     }
 }
 

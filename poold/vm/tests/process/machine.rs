@@ -66,7 +66,7 @@ async fn what_the_guest_was_told_is_on_its_disk_after_a_power_cut() {
     assert!(process.wait_exit().await.success());
 
     host.next_epoch();
-    let process = host.spawn("vm-7-e2").await;
+    let mut process = host.spawn("vm-7-e2").await;
     process.boot(host.config(2, "wss=4M rate=0 disk=1 turns=3"), LONG).await;
     let status = process.wait_state("stopped").await;
     assert_eq!(status.guest_exit, "poweroff");
@@ -74,6 +74,9 @@ async fn what_the_guest_was_told_is_on_its_disk_after_a_power_cut() {
     let found = number_after(&console, "PROBE boot disk_counter=");
     assert!(found >= acked && acked > 0, "the guest was told {acked}, and found:\n{console}");
     assert!(console.contains(" errors=0") && !console.contains("PROBE ERROR"), "{console}");
+    // The process waits with the answer to how its guest ended, until it is told to go.
+    process.client.clone().stop(v1::MachineStopRequest { force: false }).await.unwrap();
+    assert!(process.wait_exit().await.success());
 }
 
 #[tokio::test(flavor = "multi_thread")]

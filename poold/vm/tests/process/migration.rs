@@ -56,6 +56,19 @@ impl Pair {
     }
 }
 
+/// Follows the migration to its end, as a daemon does; all phases that it was told.
+async fn watch(process: &VmProcess) -> tokio::task::JoinHandle<Vec<String>> {
+    let request = v1::WatchMigrationRequest { migration_id: MIGRATION };
+    let mut stream = process.client.clone().watch_migration(request).await.unwrap().into_inner();
+    tokio::spawn(async move {
+        let mut phases = Vec::new();
+        while let Some(status) = stream.message().await.unwrap() {
+            phases.extend(status.migration.map(|migration| migration.phase));
+        }
+        phases
+    })
+}
+
 async fn wait_phase(process: &VmProcess, word: &str) -> v1::MachineStatus {
     until(word, || async {
         let status = process.status().await;
@@ -72,6 +85,7 @@ async fn a_running_guest_moves_with_its_memory_and_its_disk() {
     let (mut source, mut target) = (pair.source.client.clone(), pair.target.client.clone());
     source.start_outgoing(outgoing.clone()).await.unwrap();
     source.start_outgoing(outgoing).await.unwrap();
+    let watched = watch(&pair.source).await;
     let paused = wait_phase(&pair.source, "paused").await;
     assert_eq!(paused.state, "paused");
     let last = &paused.migration.unwrap().last_sequences;
@@ -103,6 +117,8 @@ async fn a_running_guest_moves_with_its_memory_and_its_disk() {
         "moved in {:.0} ms, blackout {:.1} ms: {:?}",
         record.total_ms, record.blackout_ms, record.blackout_parts
     );
+    let phases = watched.await.unwrap();
+    assert_eq!(phases.last().map(String::as_str), Some("done"), "{phases:?}");
     source.stop(v1::MachineStopRequest { force: true }).await.unwrap();
     assert!(pair.source.wait_exit().await.success());
     target.stop(v1::MachineStopRequest { force: false }).await.unwrap();
