@@ -130,9 +130,9 @@ pub fn spawn(options: ServerOptions, shutdown: CancellationToken) -> Result<Runn
         .add_service(HostServiceServer::new(HostApi::new(options.consensus.clone(), options.leader)))
         .add_service(health_service)
         .add_service(reflection);
-    let state = options.consensus.watch();
+    let consensus = options.consensus.clone();
     let server = Server::builder()
-        .layer(InterceptorLayer::new(move |request| refuse_removed_hosts(&state.borrow(), request)))
+        .layer(InterceptorLayer::new(move |request| refuse_removed_hosts(&consensus, request)))
         .tls_config(tls)
         .map_err(ServerError::Tls)?
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))

@@ -134,6 +134,14 @@ fn problems(state: &PoolState, request: &v1::JoinRequest, join: &JoinHost) -> v1
     v1::PreflightResponse { problems, token_refused }
 }
 
+/// The host that this very request has removed before its answer was lost; its name means nothing any more.
+fn removed_before(state: &PoolState, meta: Option<&v1::RequestMeta>) -> Option<HostId> {
+    match state.requests.get(&meta?.request_id)?.outcome {
+        Outcome::Host(host) => Some(host),
+        _ => None,
+    }
+}
+
 /// Where a new host finds the pool: hosts that are up first.
 fn token_addresses(state: &PoolState) -> Vec<String> {
     let (up, others): (Vec<_>, Vec<_>) = state.members().partition(|host| host.is_up());
@@ -259,10 +267,16 @@ impl HostService for HostApi {
         let principal = require_user(&request)?;
         let request = request.into_inner();
         let state = self.read().await?;
-        let host = state.resolve_host(&request.host).map_err(|rejection| status::rejected(&rejection))?.id;
+        let host = match removed_before(&state, request.meta.as_ref()) {
+            Some(host) => host,
+            None => state.resolve_host(&request.host).map_err(|rejection| status::rejected(&rejection))?.id,
+        };
         let mode = if request.force { RemoveMode::ConfirmDead } else { RemoveMode::Drained };
-        self.change(&principal, request.meta.as_ref(), Command::RemoveHost { host, mode }).await?;
-        let state = self.read().await?;
+        let meta = super::propose_meta(&principal, request.meta.as_ref());
+        let command = Command::RemoveHost { host, mode };
+        let (index, _) = self.consensus.propose(command, meta).await.map_err(status::proposed)?;
+        // Not by asking the leader, which may be the one that leaves.
+        let state = self.consensus.applied(index).await.map_err(status::read)?;
         let removed = state.host(host).map_err(|rejection| status::rejected(&rejection))?;
         Ok(Response::new(self.view(&state, removed)))
     }

@@ -4,9 +4,8 @@
 //! no certificate; only the join calls and the health service answer them.
 
 use super::status::detailed;
+use crate::consensus::Consensus;
 use crate::identity::{CertificateName, name_of};
-use pool_state::PoolState;
-use pool_state::state::HostState;
 use proto::HostId;
 use tonic::transport::server::{TcpConnectInfo, TlsConnectInfo};
 use tonic::{Code, Request, Status};
@@ -55,17 +54,16 @@ pub fn require_user<T>(request: &Request<T>) -> Result<Principal, Status> {
     principal_of(request)
 }
 
-/// Lets a call pass unless it comes from a host that was removed from the pool.
+/// Lets a call pass unless it comes from a host that is out of the pool.
 ///
 /// # Errors
 /// It does.
-pub fn refuse_removed_hosts<T>(state: &PoolState, request: Request<T>) -> Result<Request<T>, Status> {
-    let Ok(Principal::Host(host)) = principal_of(&request) else { return Ok(request) };
-    match state.hosts.get(&host) {
-        Some(known) if known.state == HostState::Removed => Err(detailed(
+pub fn refuse_removed_hosts<T>(consensus: &Consensus, request: Request<T>) -> Result<Request<T>, Status> {
+    match principal_of(&request) {
+        Ok(Principal::Host(host)) if consensus.is_out(host) => Err(detailed(
             Code::PermissionDenied,
             "HOST_REMOVED",
-            &format!("host {}", known.name),
+            &format!("host {}", consensus.local().host_name(host)),
             "stop poold there; to take the host in again, run `poold join` with an empty folder",
             &format!("{host} was removed from the pool"),
         )),

@@ -58,3 +58,33 @@ fn no_quorum(message: &str) -> Status {
         message,
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reason(status: &Status) -> String {
+        ErrorDetail::decode(status.details()).unwrap().reason
+    }
+
+    #[test]
+    fn each_failure_has_its_code_and_says_what_to_do() {
+        let no_token = proposed(ProposeError::Rejected(Rejection::TokenUnknown));
+        assert_eq!(no_token.code(), Code::PermissionDenied);
+        let taken = Rejection::AddressTaken { address: "a".to_owned(), host: "h".to_owned() };
+        assert_eq!(proposed(taken.into()).code(), Code::FailedPrecondition);
+        for (status, code, word) in [
+            (proposed(ProposeError::NoQuorum), Code::Unavailable, "NO_QUORUM"),
+            (read(ReadError::NoQuorum), Code::Unavailable, "NO_QUORUM"),
+            (proposed(ProposeError::Unknown), Code::DeadlineExceeded, "OUTCOME_UNKNOWN"),
+            (
+                proposed(ProposeError::Invalid { cause: "x".to_owned() }),
+                Code::InvalidArgument,
+                "INVALID_REQUEST",
+            ),
+        ] {
+            assert_eq!((status.code(), reason(&status).as_str()), (code, word));
+            assert!(!ErrorDetail::decode(status.details()).unwrap().remedy.is_empty());
+        }
+    }
+}

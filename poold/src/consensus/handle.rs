@@ -8,6 +8,7 @@ use super::network::Network;
 use super::quorum::QuorumProof;
 use super::state_store::StateStore;
 use openraft::{BasicNode, Config, ServerState, SnapshotPolicy};
+use pool_state::state::HostState;
 use pool_state::{PoolState, Timing};
 use proto::HostId;
 use std::collections::BTreeMap;
@@ -199,6 +200,17 @@ impl Consensus {
     #[must_use]
     pub fn voters(&self) -> Vec<HostId> {
         self.raft.metrics().borrow().membership_config.membership().voter_ids().map(HostId).collect()
+    }
+
+    /// Whether a host was removed from the pool and from Raft. Between the two it still has to vote and, if it leads, to
+    /// bring its own removal about.
+    #[must_use]
+    pub fn is_out(&self, host: HostId) -> bool {
+        let removed = match self.state.borrow().hosts.get(&host) {
+            Some(known) => known.state == HostState::Removed,
+            None => false,
+        };
+        removed && self.raft.metrics().borrow().membership_config.membership().get_node(&host.0).is_none()
     }
 
     /// On the leader: how long ago at most a majority still followed it. `None` elsewhere.

@@ -132,3 +132,79 @@ fn plan_step(state: &PoolState, nodes: &BTreeMap<u64, String>, view: &VoterView)
         .collect();
     (!gone.is_empty()).then_some(Step::Remove(gone))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pool_state::state::{Host, HostState};
+    use proto::ByteCount;
+
+    fn host(id: u64, state: HostState) -> Host {
+        Host {
+            id: HostId(id),
+            name: format!("h{id}"),
+            address: format!("10.0.0.{id}:7"),
+            vm_memory: ByteCount(1),
+            public_key: vec![],
+            cpu_vendor: String::new(),
+            feature_level: 1,
+            incarnation: None,
+            replica_fingerprint: None,
+            boot_id: String::new(),
+            state,
+            joined_ms: 0,
+            lost_ms: None,
+        }
+    }
+
+    fn pool(hosts: &[(u64, HostState)]) -> PoolState {
+        let mut state = PoolState::default();
+        for &(id, host_state) in hosts {
+            state.hosts.insert(HostId(id), host(id, host_state));
+        }
+        state
+    }
+
+    /// The next step when Raft has these nodes at their proper addresses, all caught up, and host 1 leads.
+    fn step(state: &PoolState, nodes: &[u64], voters: &[u64]) -> Option<Step> {
+        let addresses = nodes.iter().map(|id| (*id, format!("10.0.0.{id}:7"))).collect();
+        plan_step(state, &addresses, &view(nodes, voters))
+    }
+
+    fn view(nodes: &[u64], voters: &[u64]) -> VoterView {
+        let ids = |ids: &[u64]| ids.iter().copied().map(HostId).collect();
+        VoterView { now_ms: 0, voters: ids(voters), leader: HostId(1), caught_up: ids(nodes) }
+    }
+
+    #[test]
+    fn a_new_host_learns_before_it_votes() {
+        use HostState::{Joining, Up};
+        let joining = pool(&[(1, Up), (2, Up), (3, Joining)]);
+        let learner = Step::AddLearner(HostId(3), "10.0.0.3:7".to_owned());
+        assert_eq!(step(&joining, &[1, 2], &[1]), Some(learner));
+        assert_eq!(step(&joining, &[1, 2, 3], &[1]), None);
+        let up = pool(&[(1, Up), (2, Up), (3, Up)]);
+        assert_eq!(step(&up, &[1, 2, 3], &[1]), Some(Step::SetVoters(BTreeSet::from([1, 2, 3]))));
+        assert_eq!(step(&up, &[1, 2, 3], &[1, 2, 3]), None);
+    }
+
+    #[test]
+    fn a_removed_host_loses_its_vote_before_its_place() {
+        use HostState::{Removed, Up};
+        let state = pool(&[(1, Up), (2, Up), (3, Removed)]);
+        let Some(Step::SetVoters(voters)) = step(&state, &[1, 2, 3], &[1, 2, 3]) else {
+            panic!("the removed host keeps its vote")
+        };
+        assert!(!voters.contains(&3));
+        assert_eq!(step(&state, &[1, 2, 3], &[1]), Some(Step::Remove(BTreeSet::from([3]))));
+        assert_eq!(step(&state, &[1, 2], &[1]), None);
+    }
+
+    #[test]
+    fn a_host_that_moved_is_found_at_its_new_address() {
+        let state = pool(&[(1, HostState::Up)]);
+        let old = BTreeMap::from([(1, "10.9.9.9:7".to_owned())]);
+        let moved = Step::SetAddress(HostId(1), "10.0.0.1:7".to_owned());
+        assert_eq!(plan_step(&state, &old, &view(&[1], &[1])), Some(moved));
+    }
+}

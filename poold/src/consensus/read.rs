@@ -36,6 +36,18 @@ impl Consensus {
                 Ok(Err(NoIndex)) | Err(_) => return Err(ReadError::NoQuorum),
             }
         };
+        self.applied_by(index, deadline).await
+    }
+
+    /// The state as soon as it contains the entry here, e.g. one that was just acknowledged.
+    ///
+    /// # Errors
+    /// This host lags too far behind.
+    pub async fn applied(&self, index: u64) -> Result<Arc<PoolState>, ReadError> {
+        self.applied_by(index, Instant::now() + ANSWER_TIMEOUT).await
+    }
+
+    async fn applied_by(&self, index: u64, deadline: Instant) -> Result<Arc<PoolState>, ReadError> {
         let mut state = self.watch();
         match timeout_at(deadline, state.wait_for(|state| state.revision >= index)).await {
             Ok(Ok(state)) => Ok(state.clone()),

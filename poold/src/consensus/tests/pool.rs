@@ -2,10 +2,11 @@
 
 use crate::consensus::{ProposeError, ProposeMeta, ReadError};
 use crate::test_pool::{SOON, TestPool, by_admin, eventually};
-use pool_state::command::RemoveMode;
 use pool_state::{Command, Rejection};
-use proto::v1::RaftMessage;
+use proto::HostId;
+use proto::v1::host_service_client::HostServiceClient;
 use proto::v1::raft_service_client::RaftServiceClient;
+use proto::v1::{LeaveRequest, ListHostsRequest, RaftMessage, RequestMeta};
 use std::time::{Duration, Instant};
 use tonic::Code;
 use tonic::transport::Identity;
@@ -98,23 +99,38 @@ async fn a_leader_without_a_majority_promises_nothing() {
     .await;
 }
 
+/// Takes a host out over the API of another one, as an operator does.
+async fn remove(pool: &TestPool, at: usize, host: HostId) {
+    let mut client = HostServiceClient::new(pool.admin_channel(at).await);
+    let request = LeaveRequest {
+        meta: Some(RequestMeta { request_id: format!("remove {host}") }),
+        host: pool.hosts[at].consensus().local().host_name(host),
+        force: false,
+    };
+    let removed = client.leave(request.clone()).await.unwrap().into_inner();
+    assert_eq!((removed.id, removed.state.as_str()), (host.0, "removed"));
+    // A client that missed the answer asks again, although the name is free now.
+    assert_eq!(client.leave(request).await.unwrap().into_inner().id, host.0);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_removed_host_is_refused_and_comes_back_as_another_one() {
     let mut pool = TestPool::new(3).await;
-    let removed = pool.hosts.pop().unwrap();
+    let removed = pool.hosts.remove((pool.leader().await + 1) % 3);
     let identity = removed.identity();
-    let command = Command::RemoveHost { host: removed.id, mode: RemoveMode::Drained };
-    pool.hosts[0].consensus().propose(command, by_admin()).await.unwrap();
+    remove(&pool, 0, removed.id).await;
     for host in &pool.hosts {
-        let seen = || host.consensus().local().hosts.get(&removed.id).is_some_and(|host| !host.is_member());
-        eventually("every host knows", async || seen()).await;
+        eventually("every host has put it out", async || host.consensus().is_out(removed.id)).await;
     }
     // The host still runs, and its certificate is still signed by the CA; but nobody listens to it.
     let channel = pool.channel(0, Some(Identity::from_pem(&identity.cert_pem, &identity.key_pem))).await;
-    let message = RaftMessage { target: 1, payload: Vec::new() };
-    let refused = RaftServiceClient::new(channel).vote(message).await.unwrap_err();
+    let message = RaftMessage { target: pool.hosts[0].id.0, payload: Vec::new() };
+    let refused = RaftServiceClient::new(channel.clone()).vote(message).await.unwrap_err();
     assert_eq!(refused.code(), Code::PermissionDenied, "{refused:?}");
-    eventually("two hosts have one voter", async || pool.hosts[0].consensus().voters().len() == 1).await;
+    let refused = HostServiceClient::new(channel).list(ListHostsRequest {}).await.unwrap_err();
+    assert_eq!(refused.code(), Code::PermissionDenied, "{refused:?}");
+    let voters = || pool.hosts[0].consensus().voters().len();
+    eventually("two hosts have one voter", async || voters() == 1).await;
     let term = pool.hosts[0].consensus().term();
     pool.change(0, 1).await.unwrap();
 
@@ -123,6 +139,20 @@ async fn a_removed_host_is_refused_and_comes_back_as_another_one() {
     assert_ne!(again.id, removed.id);
     assert_eq!(pool.hosts[0].consensus().term(), term, "the removed host forced an election");
     drop(removed);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_leader_can_be_removed() {
+    let mut pool = TestPool::new(4).await;
+    let leader = pool.leader().await;
+    let removed = pool.hosts.remove(leader);
+    remove(&pool, 0, removed.id).await;
+    eventually("the others go on", async || pool.change(0, 1).await.is_ok()).await;
+    for host in &pool.hosts {
+        eventually("every host has put it out", async || host.consensus().is_out(removed.id)).await;
+    }
+    eventually("three hosts vote", async || pool.hosts[0].consensus().voters().len() == 3).await;
+    assert!(!pool.hosts[0].consensus().voters().contains(&removed.id));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
