@@ -123,3 +123,23 @@ fn number_after(text: &str, label: &str) -> u64 {
     let rest = text.split(label).last().unwrap_or_default();
     rest.chars().take_while(char::is_ascii_digit).collect::<String>().parse().unwrap_or(0)
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_exempt_guest_needs_no_lease_and_outlives_updates_for_other_owners() {
+    let host = Host::new().await;
+    let process = host.spawn("vm-7-e1").await;
+    let mut client = process.client.clone();
+    let config = v1::MachineConfig { lease_exempt: true, ..host.config(1, "wss=4M rate=0 disk=1") };
+    client.configure(config).await.unwrap();
+    client.start(v1::MachineStartRequest {}).await.unwrap();
+    process.wait_beats(1).await;
+    let mine = host.attachment();
+    let other = v1::VolumeAttachment { epoch: 2, secret: vec![2; 32], ..mine.clone() };
+    client.update_volumes(v1::UpdateVolumesRequest { volumes: vec![other, mine] }).await.unwrap();
+    process.wait_beats(2).await;
+    let status = process.wait_state("running").await;
+    assert_eq!((status.volumes[0].epoch, status.volumes[0].state.as_str()), (1, "active"));
+    let bad = v1::VolumeAttachment { secret: Vec::new(), ..host.attachment() };
+    let refused = client.update_volumes(v1::UpdateVolumesRequest { volumes: vec![bad] }).await.unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::InvalidArgument);
+}
