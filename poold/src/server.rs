@@ -4,6 +4,8 @@
 //! health and reflection demands one. A host that was removed is refused by all of them: its certificate lives on, but
 //! counts no more. Garbage on the port ends its own connection and nothing else.
 
+mod incoming;
+
 #[cfg(test)]
 mod tests;
 
@@ -13,7 +15,7 @@ use crate::api::principal::refuse_removed_hosts;
 use crate::consensus::{Consensus, RaftApi};
 use crate::identity::HostIdentity;
 use crate::lease::LeaderHandle;
-use futures::StreamExt;
+use incoming::{CONNECTIONS_MAX, incoming};
 use proto::v1::host_service_server::HostServiceServer;
 use proto::v1::pool_service_server::PoolServiceServer;
 use proto::v1::raft_service_server::RaftServiceServer;
@@ -22,7 +24,6 @@ use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tonic::service::{InterceptorLayer, Routes};
-use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 
 /// A peer that is silent this long is gone.
@@ -37,10 +38,6 @@ const STREAMS_MAX: u32 = 256;
 
 /// Open calls get this long to end at shutdown: watches never end by themselves.
 const DRAIN: Duration = Duration::from_millis(500);
-
-/// Pause after a connection could not be accepted, e.g. since all file descriptors are in use: trying at once again would
-/// only burn the CPU that could close some.
-const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 
 /// The server could not be set up, or has ended.
 #[derive(Debug, thiserror::Error)]
@@ -140,17 +137,11 @@ pub fn spawn(options: ServerOptions, shutdown: CancellationToken) -> Result<Runn
         .max_concurrent_streams(STREAMS_MAX)
         .tcp_nodelay(true)
         .add_routes(routes);
-    let incoming = TcpIncoming::from(options.listener).with_nodelay(Some(true)).then(|accepted| async {
-        if let Err(error) = &accepted {
-            tracing::warn!(%error, "a connection could not be accepted");
-            tokio::time::sleep(ACCEPT_RETRY).await;
-        }
-        accepted
-    });
+    let incoming = incoming(options.listener, CONNECTIONS_MAX);
     let task = tokio::spawn(async move {
         // An empty name stands for the whole server.
         health.set_service_status("", tonic_health::ServingStatus::Serving).await;
-        server.serve_with_incoming_shutdown(Box::pin(incoming), shutdown.cancelled_owned()).await
+        server.serve_with_incoming_shutdown(incoming, shutdown.cancelled_owned()).await
     });
     Ok(RunningServer { task: Some(task) })
 }

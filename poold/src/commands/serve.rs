@@ -7,6 +7,9 @@ use crate::identity::IdentityDir;
 use crate::node::{self, NodeContext};
 use crate::server::{self, RunningServer, ServerOptions};
 use nix::fcntl::{Flock, FlockArg};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use pool_state::PoolState;
+use pool_state::state::HostState;
 use std::fs::File;
 use std::path::Path;
 use tokio::signal::unix::{SignalKind, signal};
@@ -20,6 +23,7 @@ pub async fn run(data: &Path) -> Result<(), Failure> {
         Failure::blocked(format!("{data} belongs to no pool: run `poold init` or `poold join` with it first"))
     })?;
     let _lock = lock(data)?;
+    raise_file_limit();
     let identity = IdentityDir::open(data).and_then(|dir| dir.load()).map_err(|error| failed(&error))?;
     // Bound before anything else is started: a taken port is the operator's most likely mistake.
     let listener = tokio::net::TcpListener::bind(config.listen)
@@ -49,6 +53,7 @@ pub async fn run(data: &Path) -> Result<(), Failure> {
     let leader = node.leader.clone();
     let options = ServerOptions { listener, identity, consensus: consensus.clone(), leader, routes };
     let mut server = server::spawn(options, shutdown.clone()).map_err(|error| failed(&error))?;
+    tokio::spawn(tell_removal(consensus.clone(), shutdown.clone()));
     tracing::info!(host = %config.host(), address = %config.listen, "serving");
     let outcome = wait(&consensus, &mut node, &mut server).await;
     shutdown.cancel();
@@ -81,6 +86,34 @@ async fn wait(
         error = server.failed() => Err(Failure::failed(chain(&error))),
         _ = terminate.recv() => Ok(()),
         _ = interrupt.recv() => Ok(()),
+    }
+}
+
+/// Tells the operator of a host that was taken out why nothing happens there any more. The daemon goes on: VM processes that
+/// are still here have to be ended.
+async fn tell_removal(consensus: Consensus, shutdown: CancellationToken) {
+    let me = consensus.host_id();
+    let mut states = consensus.watch();
+    let removed = |state: &std::sync::Arc<PoolState>| {
+        state.hosts.get(&me).is_some_and(|host| host.state == HostState::Removed)
+    };
+    tokio::select! {
+        seen = states.wait_for(removed) => if seen.is_ok() {
+            tracing::error!(
+                host = %me,
+                "this host was removed from the pool; stop poold here, and join again with an empty folder if you want it back"
+            );
+        },
+        () = shutdown.cancelled() => {}
+    }
+}
+
+/// Takes as many file descriptors as the system gives: connections, segments of volumes and VM processes need some each.
+fn raise_file_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit of open files could not be raised");
     }
 }
 
