@@ -183,7 +183,7 @@ impl TestPool {
                 name: "h1".to_owned(),
                 address: host.address.to_string(),
                 public_key,
-                cpu_vendor: "v".to_owned(),
+                cpu_vendor: crate::join::local_facts().cpu_vendor,
                 vm_memory: ByteCount(1 << 30),
                 feature_level: crate::config::FEATURE_LEVEL,
             },

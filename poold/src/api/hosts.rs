@@ -4,7 +4,7 @@ use super::principal::{Principal, require_user};
 use super::status::{self, detailed};
 use crate::config::FEATURE_LEVEL;
 use crate::consensus::{Consensus, unix_ms};
-use crate::identity::{CertificateAuthority, fingerprint_of_pem};
+use crate::identity::{CertificateAuthority, fingerprint_of_pem, is_public_key};
 use crate::join::{JoinToken, from_hex};
 use crate::lease::LeaderHandle;
 use pool_state::command::{HostFacts, JoinHost, RemoveMode};
@@ -12,6 +12,7 @@ use pool_state::state::{Host, Token};
 use pool_state::{Command, Outcome, PoolState, RejectionClass, Timing};
 use proto::v1::{self, host_service_server::HostService};
 use proto::{ByteCount, HostId, TokenId};
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use tokio_stream::{Stream, StreamExt, wrappers::WatchStream};
@@ -125,11 +126,29 @@ fn problems(state: &PoolState, request: &v1::JoinRequest, join: &JoinHost) -> v1
             skew_ms / 1000
         ));
     }
-    if request.feature_level != FEATURE_LEVEL {
-        let level = request.feature_level;
+    // A level that is too low is among the state's own reasons.
+    if request.feature_level > FEATURE_LEVEL {
         problems.push(format!(
-            "its poold has feature level {level}, the pool needs {FEATURE_LEVEL}: install the same version"
+            "its poold has feature level {}, the pool's {FEATURE_LEVEL}: upgrade the pool's hosts first",
+            request.feature_level
         ));
+    }
+    let mut vendors =
+        state.members().map(|host| host.cpu_vendor.as_str()).filter(|vendor| !vendor.is_empty());
+    if let Some(vendor) = vendors.next()
+        && vendor != request.cpu_vendor
+        && !vendors.any(|vendor| vendor == request.cpu_vendor)
+    {
+        let own = &request.cpu_vendor;
+        problems.push(format!(
+            "its CPU is of vendor `{own}`, the pool's are of `{vendor}`: VMs could not move between them"
+        ));
+    }
+    if request.address.parse::<SocketAddr>().is_err() {
+        problems.push(format!("`{}` is no address of the form IP:PORT", request.address));
+    }
+    if !is_public_key(&request.public_key) {
+        problems.push("its key can't be certified: remove identity/key.pem in its data folder".into());
     }
     v1::PreflightResponse { problems, token_refused }
 }

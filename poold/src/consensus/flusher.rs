@@ -29,6 +29,11 @@ impl Flusher {
         file.sync_all()?;
         File::open(dir.join("conf"))?.sync_all()?;
         File::open(dir)?.sync_all()?;
+        Self::spawn(db, file, dir)
+    }
+
+    /// Starts the thread with a descriptor of the database's file.
+    pub(super) fn spawn(db: sled::Db, file: File, dir: &Path) -> io::Result<Self> {
         let (jobs, queue) = channel();
         let dir = dir.to_owned();
         let thread = std::thread::Builder::new()
@@ -73,48 +78,45 @@ fn run(db: &sled::Db, file: &File, dir: &Path, queue: &Receiver<OnDurable>) {
     }
 }
 
+/// A descriptor that can't be synced: the kernel refuses a pipe as it refuses a disk that has failed.
+#[cfg(test)]
+pub(super) fn failing_file() -> File {
+    let (pipe, _other_end) = io::pipe().expect("two file descriptors are free");
+    File::from(std::os::fd::OwnedFd::from(pipe))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::sync::mpsc;
 
-    fn ask(jobs: &Sender<OnDurable>) -> Option<io::Result<()>> {
+    /// The answer to a job; none if it was dropped, which its asker takes for an error too.
+    fn ask(flusher: &Flusher) -> Option<io::Result<()>> {
         let (done, answer) = mpsc::channel();
-        // A callback that is dropped counts as an error for its asker, too.
-        let _ = jobs.send(Box::new(move |result| {
-            let _ = done.send(result);
-        }));
+        flusher.when_durable(Box::new(move |result| done.send(result).unwrap()));
         answer.recv().ok()
+    }
+
+    fn database(dir: &Path) -> sled::Db {
+        sled::Config::new().path(dir).flush_every_ms(None).open().unwrap()
     }
 
     #[test]
     fn after_a_failed_fsync_nothing_is_acknowledged_any_more() {
         let dir = tempfile::tempdir().unwrap();
-        let db = sled::Config::new().path(dir.path()).flush_every_ms(None).open().unwrap();
-        // A pipe can't be synced: the kernel refuses as it does for a disk that has failed.
-        let (pipe, _other_end) = io::pipe().unwrap();
-        let file = File::from(std::os::fd::OwnedFd::from(pipe));
-        let (jobs, queue) = channel();
-        let path = dir.path().to_owned();
-        let thread = std::thread::spawn(move || run(&db, &file, &path, &queue));
-        refused(&ask(&jobs));
-        refused(&ask(&jobs));
-        drop(jobs);
-        thread.join().unwrap();
-    }
-
-    fn refused(answer: &Option<io::Result<()>>) {
-        assert!(!matches!(answer, Some(Ok(()))), "acknowledged without fsync: {answer:?}");
+        let flusher = Flusher::spawn(database(dir.path()), failing_file(), dir.path()).unwrap();
+        for attempt in 1..=3 {
+            let answer = ask(&flusher);
+            assert!(!matches!(answer, Some(Ok(()))), "acknowledged without fsync at attempt {attempt}");
+        }
     }
 
     #[test]
     fn what_was_written_before_is_durable_when_it_calls_back() {
         let dir = tempfile::tempdir().unwrap();
-        let db = sled::Config::new().path(dir.path()).flush_every_ms(None).open().unwrap();
+        let db = database(dir.path());
         let flusher = Flusher::start(db.clone(), dir.path()).unwrap();
         db.insert("key", "value").unwrap();
-        let (done, answer) = mpsc::channel();
-        flusher.when_durable(Box::new(move |result| done.send(result).unwrap()));
-        answer.recv().unwrap().unwrap();
+        ask(&flusher).unwrap().unwrap();
     }
 }

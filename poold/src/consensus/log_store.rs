@@ -332,6 +332,30 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_disk_that_can_not_sync_ends_raft() {
+        use crate::consensus::clients::HostClients;
+        use crate::consensus::flusher::failing_file;
+        use crate::consensus::network::Network;
+        use crate::consensus::{PoolRaft, state_store::StateStore};
+        use crate::identity::HostIdentity;
+        let dir = tempfile::tempdir().unwrap();
+        let db = sled::Config::new().path(dir.path().join("raft")).flush_every_ms(None).open().unwrap();
+        let (log, meta) = (db.open_tree("log").unwrap(), db.open_tree("meta").unwrap());
+        let flusher = Flusher::spawn(db, failing_file(), dir.path()).unwrap();
+        let log = LogStore { shared: Arc::new(Shared { log, meta, flusher }) };
+        let (store, state) = StateStore::open(&dir.path().join("snapshots")).unwrap();
+        let [ca_pem, cert_pem, key_pem] = [const { String::new() }; 3];
+        let network = Network::new(HostClients::new(HostIdentity { ca_pem, cert_pem, key_pem }, state));
+        let config = Arc::new(openraft::Config::default());
+        let raft = PoolRaft::new(1, config, network, log, store).await.unwrap();
+        let node = std::collections::BTreeMap::from([(1, openraft::BasicNode::new("here"))]);
+        assert!(raft.initialize(node).await.is_err());
+        let mut metrics = raft.metrics();
+        let ended = metrics.wait_for(|now| now.running_state.is_err());
+        tokio::time::timeout(std::time::Duration::from_secs(10), ended).await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
     async fn an_interrupted_purge_is_finished_at_the_next_start() {
         let dir = tempfile::tempdir().unwrap();
         // A snapshot up to 100 was installed over a log that ended at 50; the power went before its entries were deleted.

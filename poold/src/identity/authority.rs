@@ -31,6 +31,12 @@ pub fn generate_key() -> Result<(String, Vec<u8>), CaError> {
     Ok((key.serialize_pem(), rcgen::PublicKeyData::subject_public_key_info(&key)))
 }
 
+/// Whether these bytes are a public key (SubjectPublicKeyInfo in DER) that a certificate can be made for.
+#[must_use]
+pub fn is_public_key(der: &[u8]) -> bool {
+    SubjectPublicKeyInfo::from_der(der).is_ok()
+}
+
 /// The CA with its key; it lives in the replicated state, so any leader can sign.
 pub struct CertificateAuthority {
     cert_pem: String,

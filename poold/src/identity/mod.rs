@@ -7,7 +7,7 @@ mod authority;
 mod files;
 mod names;
 
-pub use authority::{CaError, CertificateAuthority, generate_key};
+pub use authority::{CaError, CertificateAuthority, generate_key, is_public_key};
 pub use files::{HostIdentity, IdentityDir, IdentityError, write_private};
 pub use names::{
     ANY_HOST, CertificateName, NameError, fingerprint_of_der, fingerprint_of_pem, host_domain, name_of,

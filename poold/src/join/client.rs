@@ -15,15 +15,21 @@ use std::error::Error;
 use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
 use tonic::{Code, Status};
 
 /// Longest wait for a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Longest wait for one answer: an election may be under way.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
+/// Longest wait for one answer: a host of the pool gives up after less.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a pool without a leader is asked again: some elections fit in.
+const PATIENCE: Duration = Duration::from_secs(15);
+
+/// Pause before it is asked again.
+const RETRY: Duration = Duration::from_millis(250);
 
 /// What the operator asked for.
 pub struct JoinOptions {
@@ -106,14 +112,8 @@ pub async fn join(options: JoinOptions) -> Result<(HostConfig, Joined), JoinErro
     let identity = IdentityDir::open(&options.data_dir)?;
     let key = identity.key_pem()?;
     let key = KeyPair::from_pem(&key).map_err(|error| JoinError::Key { cause: error.to_string() })?;
-    let mut client = connect(&token).await?;
     let request = request(&options, &token, key.subject_public_key_info());
-    let preflight = client.preflight_join(request.clone()).await.map_err(refused)?.into_inner();
-    if !preflight.problems.is_empty() {
-        let (problems, token_refused) = (preflight.problems, preflight.token_refused);
-        return Err(JoinError::Problems { problems, token_refused });
-    }
-    let answer = client.join(request.clone()).await.map_err(refused)?.into_inner();
+    let answer = redeem_patiently(&token, &request).await?;
     identity.save_certificates(&answer.ca_pem, &answer.certificate_pem)?;
     let config = config(&options, &answer, request.vm_memory_bytes);
     // A log of an interrupted `init` or join must not be taken for this host's.
@@ -123,6 +123,31 @@ pub async fn join(options: JoinOptions) -> Result<(HostConfig, Joined), JoinErro
     // Last, since it is what `serve` looks for.
     config.save(&options.data_dir)?;
     Ok((config, Joined::Now))
+}
+
+/// Redeems the token, again while the pool has no leader: that passes, or the operator learns that it doesn't.
+async fn redeem_patiently(token: &JoinToken, request: &JoinRequest) -> Result<JoinResponse, JoinError> {
+    let start = Instant::now();
+    loop {
+        match redeem(token, request).await {
+            Err(JoinError::Refused { code: Code::Unavailable | Code::DeadlineExceeded, .. })
+                if start.elapsed() < PATIENCE =>
+            {
+                tokio::time::sleep(RETRY).await;
+            }
+            result => return result,
+        }
+    }
+}
+
+async fn redeem(token: &JoinToken, request: &JoinRequest) -> Result<JoinResponse, JoinError> {
+    let mut client = connect(token).await?;
+    let preflight = client.preflight_join(request.clone()).await.map_err(refused)?.into_inner();
+    if !preflight.problems.is_empty() {
+        let (problems, token_refused) = (preflight.problems, preflight.token_refused);
+        return Err(JoinError::Problems { problems, token_refused });
+    }
+    Ok(client.join(request.clone()).await.map_err(refused)?.into_inner())
 }
 
 fn request(options: &JoinOptions, token: &JoinToken, public_key: Vec<u8>) -> JoinRequest {

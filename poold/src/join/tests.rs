@@ -78,20 +78,31 @@ async fn all_problems_are_told_at_once() {
         public_key: vec![1; 64],
         feature_level: 0,
         clock_ms: 1,
+        cpu_vendor: "AnotherVendor".to_owned(),
         local_problems: vec!["/dev/kvm is missing".to_owned()],
         ..JoinRequest::default()
     };
     let answer = client.preflight_join(request.clone()).await.unwrap().into_inner();
     let all = answer.problems.join("\n");
-    for part in ["h1", &request.address, "clock", "feature level", "/dev/kvm"] {
+    for part in ["h1", &request.address, "clock", "feature level", "AnotherVendor", "key", "/dev/kvm"] {
         assert!(all.contains(part), "`{part}` lacks in:\n{all}");
     }
-    assert!(answer.problems.len() >= 5, "{all}");
+    assert!(answer.problems.len() >= 7, "{all}");
     assert!(!answer.token_refused);
     // Whoever skips the preflight is refused just so, and the token stays good.
     let refused = client.join(request).await.unwrap_err();
     assert_eq!(refused.code(), Code::FailedPrecondition, "{refused:?}");
     pool.join("h2", &token.encode()).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_join_waits_for_a_leader() {
+    let mut pool = TestPool::new(3).await;
+    let token = pool.token(3600).await.encode();
+    let leader = pool.leader().await;
+    pool.hosts[leader].kill().await;
+    // Right after the leader's death; the token names the other two as well.
+    pool.join("h4", &token).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
