@@ -16,6 +16,7 @@ use crate::consensus::{Consensus, RaftApi};
 use crate::identity::HostIdentity;
 use crate::lease::LeaderHandle;
 use incoming::{CONNECTIONS_MAX, incoming};
+use proto::limits::GRPC_MESSAGE_BYTES_MAX;
 use proto::v1::host_service_server::HostServiceServer;
 use proto::v1::pool_service_server::PoolServiceServer;
 use proto::v1::raft_service_server::RaftServiceServer;
@@ -120,8 +121,8 @@ pub fn spawn(options: ServerOptions, shutdown: CancellationToken) -> Result<Runn
     routes = routes
         .add_service(
             RaftServiceServer::new(RaftApi::new(options.consensus.clone()))
-                .max_decoding_message_size(crate::consensus::RAFT_MESSAGE_BYTES_MAX)
-                .max_encoding_message_size(crate::consensus::RAFT_MESSAGE_BYTES_MAX),
+                .max_decoding_message_size(GRPC_MESSAGE_BYTES_MAX)
+                .max_encoding_message_size(GRPC_MESSAGE_BYTES_MAX),
         )
         .add_service(PoolServiceServer::new(PoolApi::new(options.consensus.clone())))
         .add_service(HostServiceServer::new(HostApi::new(options.consensus.clone(), options.leader)))

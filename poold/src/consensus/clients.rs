@@ -3,6 +3,7 @@
 use crate::identity::HostIdentity;
 use pool_state::PoolState;
 use proto::HostId;
+use proto::limits::GRPC_MESSAGE_BYTES_MAX;
 use proto::v1::agent_service_client::AgentServiceClient;
 use proto::v1::lease_service_client::LeaseServiceClient;
 use proto::v1::raft_service_client::RaftServiceClient;
@@ -120,8 +121,8 @@ impl HostClients {
     /// As [`channel`](Self::channel).
     pub fn agent(&self, host: HostId) -> Result<AgentServiceClient<Channel>, ClientError> {
         Ok(AgentServiceClient::new(self.channel(host)?)
-            .max_decoding_message_size(proto::limits::GRPC_MESSAGE_BYTES_MAX)
-            .max_encoding_message_size(proto::limits::GRPC_MESSAGE_BYTES_MAX))
+            .max_decoding_message_size(GRPC_MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(GRPC_MESSAGE_BYTES_MAX))
     }
 
     /// The lease service of a host.
@@ -141,9 +142,9 @@ impl HostClients {
     }
 }
 
-/// A Raft client with room for a whole append.
+/// A Raft client with room for a whole append (see the log's batches).
 pub fn raft_client(channel: Channel) -> RaftServiceClient<Channel> {
     RaftServiceClient::new(channel)
-        .max_decoding_message_size(super::service::RAFT_MESSAGE_BYTES_MAX)
-        .max_encoding_message_size(super::service::RAFT_MESSAGE_BYTES_MAX)
+        .max_decoding_message_size(GRPC_MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(GRPC_MESSAGE_BYTES_MAX)
 }

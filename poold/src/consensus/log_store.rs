@@ -6,6 +6,9 @@
 //! bears it: a host whose log was lost, or belongs to an earlier attempt, must not vote under its old id, since it may have
 //! forgotten a vote or entries that it acknowledged.
 
+#[cfg(test)]
+mod tests;
+
 use super::TypeConfig;
 use super::codec::{open, seal};
 use super::flusher::Flusher;
@@ -15,6 +18,7 @@ use openraft::{
     StorageIOError, Vote,
 };
 use proto::HostId;
+use proto::limits::{GRPC_MESSAGE_BYTES_MAX, RAFT_ENTRY_BYTES_MAX};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::fmt::Debug;
 use std::fs;
@@ -26,8 +30,12 @@ use std::sync::Arc;
 /// sled's page cache in bytes: the log is read only at start and by a lagging peer, and the daemon shall stay small.
 const CACHE_BYTES: u64 = 16 << 20;
 
-/// Entries read at once for a lagging peer; at 256 KiB each it bounds the memory to 64 MiB, typically 100 KiB.
-const READ_ENTRIES_MAX: usize = 256;
+/// Entries and bytes read at once for a peer, so that one message of them arrives within a heartbeat on a common network. A
+/// single entry may be larger than the rest of the bytes.
+const BATCH_ENTRIES_MAX: usize = 256;
+const BATCH_BYTES_MAX: usize = 1 << 20;
+
+const _: () = assert!(BATCH_BYTES_MAX + 2 * RAFT_ENTRY_BYTES_MAX <= GRPC_MESSAGE_BYTES_MAX);
 
 /// sled's file with everything in it.
 const DB_FILE: &str = "db";
@@ -175,6 +183,26 @@ impl LogStore {
         self.shared.log.apply_batch(batch).map_err(io::Error::other)
     }
 
+    /// Entries from the start of the range, up to a number and until they exceed a number of bytes.
+    fn read(
+        &self,
+        range: impl RangeBounds<[u8; 8]>,
+        entries_max: usize,
+        bytes_max: usize,
+    ) -> io::Result<Vec<Entry<TypeConfig>>> {
+        let mut entries = Vec::new();
+        let mut bytes = 0;
+        for value in self.shared.log.range(range).values().take(entries_max) {
+            let value = value.map_err(io::Error::other)?;
+            entries.push(open(&value)?);
+            bytes += value.len();
+            if bytes > bytes_max {
+                break;
+            }
+        }
+        without_holes(entries)
+    }
+
     fn last(&self) -> io::Result<Option<LogId<u64>>> {
         match self.shared.log.last().map_err(io::Error::other)? {
             Some((_, bytes)) => Ok(Some(open::<Entry<TypeConfig>>(&bytes)?.log_id)),
@@ -218,15 +246,13 @@ impl RaftLogReader<TypeConfig> for LogStore {
         range: RB,
     ) -> Result<Vec<Entry<TypeConfig>>> {
         let range = (bound(range.start_bound()), bound(range.end_bound()));
-        let values = self.shared.log.range(range).values();
-        let entries = values.map(|value| open(&value.map_err(io::Error::other)?));
-        let read = entries.collect::<io::Result<Vec<Entry<TypeConfig>>>>().and_then(without_holes);
+        let read = self.read(range, usize::MAX, usize::MAX);
         read.map_err(|e| failed(ErrorSubject::Logs, ErrorVerb::Read, &e))
     }
 
     async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> Result<Vec<Entry<TypeConfig>>> {
-        let end = end.min(start.saturating_add(READ_ENTRIES_MAX as u64));
-        self.try_get_log_entries(start..end).await
+        let read = self.read(key(start)..key(end), BATCH_ENTRIES_MAX, BATCH_BYTES_MAX);
+        read.map_err(|e| failed(ErrorSubject::Logs, ErrorVerb::Read, &e))
     }
 }
 
@@ -302,78 +328,5 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         marked
             .and_then(|()| self.remove(..=key(log_id.index)))
             .map_err(|e| failed(ErrorSubject::Log(log_id), ErrorVerb::Delete, &e))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use openraft::{CommittedLeaderId, EntryPayload};
-
-    fn log_id(index: u64) -> LogId<u64> {
-        LogId::new(CommittedLeaderId::new(1, 1), index)
-    }
-
-    /// A log with these entries, marked as purged up to `purged`.
-    async fn log(dir: &Path, indices: impl Iterator<Item = u64>, purged: Option<u64>) -> LogStore {
-        let owner = LogOwner { pool_id: "p".to_owned(), host: HostId(1) };
-        LogStore::create(dir, &owner).await.unwrap();
-        let store = LogStore::open(dir, &owner).await.unwrap();
-        for index in indices {
-            let entry = Entry::<TypeConfig> { log_id: log_id(index), payload: EntryPayload::Blank };
-            store.shared.log.insert(key(index), seal(&entry).unwrap()).unwrap();
-        }
-        if let Some(purged) = purged {
-            store.put(PURGED, &log_id(purged)).unwrap();
-        }
-        store.sync().await.unwrap();
-        drop(store);
-        LogStore::open(dir, &owner).await.unwrap()
-    }
-
-    #[tokio::test]
-    async fn a_disk_that_can_not_sync_ends_raft() {
-        use crate::consensus::clients::HostClients;
-        use crate::consensus::flusher::failing_file;
-        use crate::consensus::network::Network;
-        use crate::consensus::{PoolRaft, state_store::StateStore};
-        use crate::identity::HostIdentity;
-        let dir = tempfile::tempdir().unwrap();
-        let db = sled::Config::new().path(dir.path().join("raft")).flush_every_ms(None).open().unwrap();
-        let (log, meta) = (db.open_tree("log").unwrap(), db.open_tree("meta").unwrap());
-        let flusher = Flusher::spawn(db, failing_file(), dir.path()).unwrap();
-        let log = LogStore { shared: Arc::new(Shared { log, meta, flusher }) };
-        let (store, state) = StateStore::open(&dir.path().join("snapshots")).unwrap();
-        let [ca_pem, cert_pem, key_pem] = [const { String::new() }; 3];
-        let network = Network::new(HostClients::new(HostIdentity { ca_pem, cert_pem, key_pem }, state));
-        let config = Arc::new(openraft::Config::default());
-        let raft = PoolRaft::new(1, config, network, log, store).await.unwrap();
-        let node = std::collections::BTreeMap::from([(1, openraft::BasicNode::new("here"))]);
-        assert!(raft.initialize(node).await.is_err());
-        let mut metrics = raft.metrics();
-        let ended = metrics.wait_for(|now| now.running_state.is_err());
-        tokio::time::timeout(std::time::Duration::from_secs(10), ended).await.unwrap().unwrap();
-    }
-
-    #[tokio::test]
-    async fn an_interrupted_purge_is_finished_at_the_next_start() {
-        let dir = tempfile::tempdir().unwrap();
-        // A snapshot up to 100 was installed over a log that ended at 50; the power went before its entries were deleted.
-        let mut store = log(dir.path(), 1..=50, Some(100)).await;
-        let state = store.get_log_state().await.unwrap();
-        assert_eq!(state.last_log_id, Some(log_id(100)));
-        assert!(store.try_get_log_entries(0..200).await.unwrap().is_empty());
-    }
-
-    #[tokio::test]
-    async fn a_log_with_a_hole_or_a_flipped_bit_is_not_read() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut store = log(dir.path(), (1..=10).filter(|index| *index != 5), None).await;
-        assert_eq!(store.try_get_log_entries(1..5).await.unwrap().len(), 4);
-        assert!(store.try_get_log_entries(1..11).await.is_err());
-        let mut sealed = store.shared.log.get(key(3)).unwrap().unwrap().to_vec();
-        sealed[0] ^= 1;
-        store.shared.log.insert(key(3), sealed).unwrap();
-        assert!(store.try_get_log_entries(1..5).await.is_err());
     }
 }

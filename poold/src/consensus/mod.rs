@@ -34,7 +34,7 @@ pub use log_store::LogOpenError;
 pub use membership::MembershipTask;
 pub use propose::{ProposeError, ProposeMeta};
 pub use read::ReadError;
-pub use service::{RAFT_MESSAGE_BYTES_MAX, RaftApi};
+pub use service::RaftApi;
 
 use pool_state::{Entry, Outcome, Rejection};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};

@@ -6,16 +6,10 @@ use super::propose::ForwardedAnswer;
 use super::snapshot_file::SNAPSHOT_BYTES_MAX;
 use crate::api::principal::require_host;
 use openraft::{BasicNode, Snapshot, SnapshotMeta, Vote};
-use proto::limits::RAFT_ENTRY_BYTES_MAX;
 use proto::v1::{RaftMessage, ReadIndexRequest, ReadIndexResponse, raft_service_server::RaftService};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::io::Cursor;
 use tonic::{Request, Response, Status, Streaming};
-
-/// Largest message of Raft in bytes: a full batch of the largest entries with their frame.
-pub const RAFT_MESSAGE_BYTES_MAX: usize = 80 << 20;
-
-const _: () = assert!(RAFT_MESSAGE_BYTES_MAX > 256 * RAFT_ENTRY_BYTES_MAX);
 
 /// The first piece of a snapshot transfer.
 #[derive(Debug, Serialize, Deserialize)]

@@ -90,8 +90,20 @@ async fn all_problems_are_told_at_once() {
     assert!(answer.problems.len() >= 7, "{all}");
     assert!(!answer.token_refused);
     // Whoever skips the preflight is refused just so, and the token stays good.
-    let refused = client.join(request).await.unwrap_err();
-    assert_eq!(refused.code(), Code::FailedPrecondition, "{refused:?}");
+    let only_its_key_is_bad = JoinRequest {
+        host_name: "h2".to_owned(),
+        address: "127.0.0.1:1".to_owned(),
+        feature_level: crate::config::FEATURE_LEVEL,
+        clock_ms: crate::consensus::unix_ms(),
+        cpu_vendor: super::local_facts().cpu_vendor,
+        local_problems: Vec::new(),
+        ..request.clone()
+    };
+    for request in [request, only_its_key_is_bad] {
+        let refused = client.join(request).await.unwrap_err();
+        assert_eq!(refused.code(), Code::FailedPrecondition, "{refused:?}");
+    }
+    assert_eq!(pool.hosts[0].consensus().local().members().count(), 1);
     pool.join("h2", &token.encode()).await.unwrap();
 }
 
