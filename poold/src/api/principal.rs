@@ -54,19 +54,24 @@ pub fn require_user<T>(request: &Request<T>) -> Result<Principal, Status> {
     principal_of(request)
 }
 
-/// Lets a call pass unless it comes from a host that is out of the pool.
+/// Lets a call pass unless a host that is out of the pool has part in it: as the caller, or as this host, whose state is that of
+/// the day it left. The other hosts may still talk to it, so that Raft can bring the removal to its end.
 ///
 /// # Errors
-/// It does.
+/// One of the two is out; clients go on to another host.
 pub fn refuse_removed_hosts<T>(consensus: &Consensus, request: Request<T>) -> Result<Request<T>, Status> {
-    match principal_of(&request) {
-        Ok(Principal::Host(host)) if consensus.is_out(host) => Err(detailed(
-            Code::PermissionDenied,
-            "HOST_REMOVED",
-            &format!("host {}", consensus.local().host_name(host)),
-            "stop poold there; to take the host in again, run `poold join` with an empty folder",
-            &format!("{host} was removed from the pool"),
-        )),
-        _ => Ok(request),
-    }
+    let me = consensus.host_id();
+    let (out, code) = match principal_of(&request) {
+        Ok(Principal::Host(host)) if consensus.is_out(host) => (host, Code::PermissionDenied),
+        Ok(Principal::Host(_)) => return Ok(request),
+        _ if consensus.is_removed(me) => (me, Code::Unavailable),
+        _ => return Ok(request),
+    };
+    Err(detailed(
+        code,
+        "HOST_REMOVED",
+        &format!("host {}", consensus.local().host_name(out)),
+        "stop poold there; to take the host in again, run `poold join` with an empty folder",
+        &format!("{out} was removed from the pool"),
+    ))
 }

@@ -202,15 +202,18 @@ impl Consensus {
         self.raft.metrics().borrow().membership_config.membership().voter_ids().map(HostId).collect()
     }
 
+    /// Whether a host was removed from the pool, as far as this host knows.
+    #[must_use]
+    pub fn is_removed(&self, host: HostId) -> bool {
+        self.state.borrow().hosts.get(&host).is_some_and(|known| known.state == HostState::Removed)
+    }
+
     /// Whether a host was removed from the pool and from Raft. Between the two it still has to vote and, if it leads, to
     /// bring its own removal about.
     #[must_use]
     pub fn is_out(&self, host: HostId) -> bool {
-        let removed = match self.state.borrow().hosts.get(&host) {
-            Some(known) => known.state == HostState::Removed,
-            None => false,
-        };
-        removed && self.raft.metrics().borrow().membership_config.membership().get_node(&host.0).is_none()
+        self.is_removed(host)
+            && self.raft.metrics().borrow().membership_config.membership().get_node(&host.0).is_none()
     }
 
     /// On the leader: how long ago at most a majority still followed it. `None` elsewhere.

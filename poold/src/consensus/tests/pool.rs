@@ -153,6 +153,11 @@ async fn the_leader_can_be_removed() {
     }
     eventually("three hosts vote", async || pool.hosts[0].consensus().voters().len() == 3).await;
     assert!(!pool.hosts[0].consensus().voters().contains(&removed.id));
+    // It still runs, with the state of the day it left; clients must not take that for the pool's.
+    pool.hosts.push(removed);
+    let mut client = HostServiceClient::new(pool.admin_channel(3).await);
+    let refused = client.list(ListHostsRequest {}).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unavailable, "{refused:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
