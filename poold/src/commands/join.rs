@@ -36,7 +36,7 @@ fn code(error: &JoinError) -> u8 {
     match error {
         JoinError::Token(_) => 2,
         JoinError::Problems { token_refused: true, .. } => 7,
-        JoinError::Problems { .. } | JoinError::OtherPool { .. } => 4,
+        JoinError::Problems { .. } | JoinError::OtherPool { .. } | JoinError::WasRemoved { .. } => 4,
         JoinError::Unreachable { .. } => 5,
         JoinError::WrongPool { .. } | JoinError::Denied { .. } => 7,
         JoinError::Refused { code, .. } => match code {

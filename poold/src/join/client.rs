@@ -2,28 +2,20 @@
 //!
 //! Interrupted anywhere it can be run again: the key is saved first and the token stays good for that key.
 
+use super::connect::connect;
 use super::local::{local_facts, local_problems};
-use super::pin::fetch_ca;
 use super::token::{JoinToken, TokenError};
 use crate::config::{ConfigError, FEATURE_LEVEL, HostConfig, TimingName};
 use crate::consensus::{Consensus, unix_ms};
-use crate::identity::{ANY_HOST, IdentityDir, IdentityError};
-use proto::v1::host_service_client::HostServiceClient;
-use proto::v1::{HostStats, JoinRequest, JoinResponse};
+use crate::identity::{IdentityDir, IdentityError};
+use proto::HostId;
+use proto::v1::{HostStats, JoinRequest, JoinResponse, ListHostsRequest};
 use rcgen::{KeyPair, PublicKeyData};
-use std::error::Error;
-use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
-use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
+use tonic::transport::Identity;
 use tonic::{Code, Status};
-
-/// Longest wait for a connection.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
-
-/// Longest wait for one answer: a host of the pool gives up after less.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long a pool without a leader is asked again: some elections fit in.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -54,6 +46,9 @@ pub enum JoinError {
     /// The folder belongs to a host of another pool.
     #[error("{} belongs to host {host} of pool {pool}; choose an empty folder", data_dir.display())]
     OtherPool { data_dir: PathBuf, host: String, pool: String },
+    /// The folder's host was taken out of the pool.
+    #[error("{} belongs to {host}, which was removed from the pool; choose an empty folder", data_dir.display())]
+    WasRemoved { data_dir: PathBuf, host: HostId },
     /// No address in the token answers.
     #[error("no host of the pool can be reached at {addresses}: {cause}")]
     Unreachable { addresses: String, cause: String },
@@ -104,6 +99,7 @@ pub async fn join(options: JoinOptions) -> Result<(HostConfig, Joined), JoinErro
     let token = JoinToken::decode(&options.token)?;
     if let Some(config) = HostConfig::load(&options.data_dir)? {
         if config.pool_id == token.pool_id && config.host_name == options.host_name {
+            check_not_removed(&config, &options, &token).await?;
             return Ok((config, Joined::Before));
         }
         let (host, pool) = (config.host_name, config.pool_id);
@@ -125,6 +121,24 @@ pub async fn join(options: JoinOptions) -> Result<(HostConfig, Joined), JoinErro
     Ok((config, Joined::Now))
 }
 
+/// Fails if the pool says that the host of this folder was removed; a pool that can't be asked says nothing.
+async fn check_not_removed(
+    config: &HostConfig,
+    options: &JoinOptions,
+    token: &JoinToken,
+) -> Result<(), JoinError> {
+    let identity = IdentityDir::open(&options.data_dir)?.load()?;
+    let identity = Identity::from_pem(identity.cert_pem, identity.key_pem);
+    let Ok(mut client) = connect(token, Some(identity)).await else { return Ok(()) };
+    match client.list(ListHostsRequest {}).await {
+        Err(status) if status.code() == Code::PermissionDenied => {
+            let (data_dir, host) = (options.data_dir.clone(), config.host());
+            Err(JoinError::WasRemoved { data_dir, host })
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Redeems the token, again while the pool has no leader: that passes, or the operator learns that it doesn't.
 async fn redeem_patiently(token: &JoinToken, request: &JoinRequest) -> Result<JoinResponse, JoinError> {
     let start = Instant::now();
@@ -141,7 +155,7 @@ async fn redeem_patiently(token: &JoinToken, request: &JoinRequest) -> Result<Jo
 }
 
 async fn redeem(token: &JoinToken, request: &JoinRequest) -> Result<JoinResponse, JoinError> {
-    let mut client = connect(token).await?;
+    let mut client = connect(token, None).await?;
     let preflight = client.preflight_join(request.clone()).await.map_err(refused)?.into_inner();
     if !preflight.problems.is_empty() {
         let (problems, token_refused) = (preflight.problems, preflight.token_refused);
@@ -178,47 +192,6 @@ fn config(options: &JoinOptions, answer: &JoinResponse, vm_memory_bytes: u64) ->
         vm_memory_bytes,
         timing,
     }
-}
-
-/// A channel to the first host of the token that answers and belongs to its pool.
-async fn connect(token: &JoinToken) -> Result<HostServiceClient<Channel>, JoinError> {
-    let mut causes = Vec::new();
-    for address in &token.addresses {
-        match connect_to(address, token).await {
-            Ok(channel) => return Ok(HostServiceClient::new(channel)),
-            Err(ConnectError::Unreachable(cause)) => causes.push(format!("{address}: {cause}")),
-            Err(ConnectError::Stranger(cause)) => {
-                return Err(JoinError::WrongPool { address: address.clone(), cause });
-            }
-        }
-    }
-    let (addresses, cause) = (token.addresses.join(", "), causes.join("; "));
-    Err(JoinError::Unreachable { addresses, cause })
-}
-
-/// One address of the token does not help.
-enum ConnectError {
-    Unreachable(String),
-    /// Somebody else answers there.
-    Stranger(String),
-}
-
-async fn connect_to(address: &str, token: &JoinToken) -> Result<Channel, ConnectError> {
-    let unreachable = |error: tonic::transport::Error| {
-        ConnectError::Unreachable(error.source().map_or_else(|| error.to_string(), ToString::to_string))
-    };
-    let ca = fetch_ca(address, &token.ca_fingerprint).await.map_err(|error| match error.kind() {
-        ErrorKind::InvalidData => ConnectError::Stranger(error.to_string()),
-        _ => ConnectError::Unreachable(error.to_string()),
-    })?;
-    let ca = pem::encode(&pem::Pem::new("CERTIFICATE", ca.to_vec()));
-    let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(ca)).domain_name(ANY_HOST);
-    let endpoint = Endpoint::from_shared(format!("https://{address}"))
-        .and_then(|endpoint| {
-            endpoint.connect_timeout(CONNECT_TIMEOUT).timeout(ANSWER_TIMEOUT).tls_config(tls)
-        })
-        .map_err(unreachable)?;
-    endpoint.connect().await.map_err(unreachable)
 }
 
 fn refused(status: Status) -> JoinError {

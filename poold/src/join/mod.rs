@@ -1,6 +1,7 @@
 //! Joining a pool: the token, what a new host finds out about itself, and the client side of the join.
 
 mod client;
+mod connect;
 mod local;
 mod pin;
 mod token;

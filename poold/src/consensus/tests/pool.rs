@@ -1,6 +1,7 @@
 //! Pools of several hosts in one process, over real TLS.
 
 use crate::consensus::{ProposeError, ProposeMeta, ReadError};
+use crate::join::JoinError;
 use crate::test_pool::{SOON, TestPool, by_admin, eventually};
 use pool_state::{Command, Rejection};
 use proto::HostId;
@@ -129,6 +130,11 @@ async fn a_removed_host_is_refused_and_comes_back_as_another_one() {
     assert_eq!(refused.code(), Code::PermissionDenied, "{refused:?}");
     let refused = HostServiceClient::new(channel).list(ListHostsRequest {}).await.unwrap_err();
     assert_eq!(refused.code(), Code::PermissionDenied, "{refused:?}");
+    // Its operator is told so when joining with the old folder again.
+    let token = pool.token(3600).await.encode();
+    let name = removed.data_dir.file_name().unwrap().to_string_lossy();
+    let joined = pool.join(&name, &token).await.map(|host| host.id);
+    assert!(matches!(joined, Err(JoinError::WasRemoved { .. })), "{joined:?}");
     let voters = || pool.hosts[0].consensus().voters().len();
     eventually("two hosts have one voter", async || voters() == 1).await;
     let term = pool.hosts[0].consensus().term();
