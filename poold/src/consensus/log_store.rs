@@ -12,6 +12,8 @@ mod tests;
 use super::TypeConfig;
 use super::codec::{open, seal};
 use super::flusher::Flusher;
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use openraft::storage::{LogFlushed, RaftLogStorage};
 use openraft::{
     AnyError, Entry, ErrorSubject, ErrorVerb, LogId, LogState, OptionalSend, RaftLogReader, StorageError,
@@ -21,11 +23,12 @@ use proto::HostId;
 use proto::limits::{GRPC_MESSAGE_BYTES_MAX, RAFT_ENTRY_BYTES_MAX};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::fmt::Debug;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::ops::{Bound, RangeBounds};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// sled's page cache in bytes: the log is read only at start and by a lagging peer, and the daemon shall stay small.
 const CACHE_BYTES: u64 = 16 << 20;
@@ -36,6 +39,10 @@ const BATCH_ENTRIES_MAX: usize = 256;
 const BATCH_BYTES_MAX: usize = 1 << 20;
 
 const _: () = assert!(BATCH_BYTES_MAX + 2 * RAFT_ENTRY_BYTES_MAX <= GRPC_MESSAGE_BYTES_MAX);
+
+/// How long a database that was closed just now may stay locked, and the pause between two looks.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(3);
+const RELEASE_RETRY: Duration = Duration::from_millis(10);
 
 /// sled's file with everything in it.
 const DB_FILE: &str = "db";
@@ -103,7 +110,7 @@ impl LogStore {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
-        let store = Self::open_files(dir)?;
+        let store = Self::open_files(dir).await?;
         store.put(OWNER, owner)?;
         store.sync().await
     }
@@ -117,7 +124,7 @@ impl LogStore {
         if !dir.join(DB_FILE).exists() {
             return Err(lost);
         }
-        let store = Self::open_files(dir)?;
+        let store = Self::open_files(dir).await?;
         match store.get::<LogOwner>(OWNER)? {
             None => return Err(lost),
             Some(found) if found != *wanted => {
@@ -129,7 +136,8 @@ impl LogStore {
         Ok(store)
     }
 
-    fn open_files(dir: &Path) -> io::Result<Self> {
+    async fn open_files(dir: &Path) -> io::Result<Self> {
+        wait_until_released(&dir.join(DB_FILE)).await?;
         let db = sled::Config::new()
             .path(dir)
             .cache_capacity(CACHE_BYTES)
@@ -207,6 +215,24 @@ impl LogStore {
         match self.shared.log.last().map_err(io::Error::other)? {
             Some((_, bytes)) => Ok(Some(open::<Entry<TypeConfig>>(&bytes)?.log_id)),
             None => Ok(None),
+        }
+    }
+}
+
+/// Waits while another handle still locks the file. sled gives it back in the background after the last handle was dropped; if
+/// it is really in use, opening it says so.
+async fn wait_until_released(file: &Path) -> io::Result<()> {
+    let deadline = Instant::now() + RELEASE_TIMEOUT;
+    loop {
+        let opened = match File::open(file) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            opened => opened?,
+        };
+        match Flock::lock(opened, FlockArg::LockExclusiveNonblock) {
+            Err((_, Errno::EWOULDBLOCK)) if Instant::now() < deadline => {
+                tokio::time::sleep(RELEASE_RETRY).await
+            }
+            Ok(_) | Err(_) => return Ok(()),
         }
     }
 }

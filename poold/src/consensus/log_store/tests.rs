@@ -100,3 +100,15 @@ async fn a_log_with_a_hole_or_a_flipped_bit_is_not_read() {
     store.shared.log.insert(key(3), sealed).unwrap();
     assert!(store.try_get_log_entries(1..5).await.is_err());
 }
+
+#[tokio::test]
+async fn a_log_that_is_just_being_closed_is_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    drop(log(dir.path(), 1..=3, None).await);
+    let file = File::open(dir.path().join(DB_FILE)).unwrap();
+    let held = Flock::lock(file, FlockArg::LockExclusive).unwrap();
+    let owner = LogOwner { pool_id: "p".to_owned(), host: HostId(1) };
+    // Polled first, so that it finds the lock taken.
+    let (opened, ()) = tokio::join!(LogStore::open(dir.path(), &owner), async { drop(held) });
+    assert_eq!(opened.unwrap().try_get_log_entries(..).await.unwrap().len(), 3);
+}
