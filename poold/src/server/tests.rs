@@ -106,8 +106,8 @@ async fn a_certificate_of_another_pool_is_none() {
     let endpoint = tonic::transport::Endpoint::from_shared(format!("https://{}", pool.hosts[0].address));
     let channel = endpoint.unwrap().tls_config(tls).unwrap().connect_lazy();
     let refused = PoolServiceClient::new(channel).show(PoolShowRequest {}).await.unwrap_err();
-    // The connection breaks; how far the request came by then is chance.
-    assert!(matches!(refused.code(), Code::Unavailable | Code::Cancelled), "{refused:?}");
+    // Refused by TLS: the connection breaks, and no answer of the service ever comes.
+    assert!(std::error::Error::source(&refused).is_some(), "{refused:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
