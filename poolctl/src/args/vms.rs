@@ -1,0 +1,153 @@
+//! Commands of VMs and their consoles.
+
+use crate::reference;
+use clap::{Args, Subcommand, ValueEnum};
+use proto::ByteCount;
+use std::time::Duration;
+
+/// What becomes of a VM whose host is lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum HaPolicy {
+    /// It is started on another host
+    #[default]
+    Restart,
+    /// It waits for its host or for an operator
+    None,
+}
+
+/// How hard a migration tries to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Policy {
+    /// Gives up rather than slow the guest
+    Gentle,
+    /// Slows a guest that writes faster than the network
+    Default,
+    /// Runs the guest at the target before all of its memory is there
+    PostCopy,
+    /// Ends, whatever the blackout
+    MustFinish,
+}
+
+/// `poolctl vm …`
+#[derive(Debug, Subcommand)]
+pub enum VmCommand {
+    /// Makes a VM; it does not run yet
+    Create(CreateArguments),
+    /// Starts a VM and waits until it runs
+    Start {
+        /// The VM
+        vm: String,
+        /// Where to run it [default: the pool chooses]
+        #[arg(long)]
+        host: Option<String>,
+        /// Print the task and do not wait
+        #[arg(long = "async")]
+        detach: bool,
+    },
+    /// Stops a VM and waits until it has stopped
+    Stop {
+        /// The VM
+        vm: String,
+        /// At once, without asking the guest
+        #[arg(long)]
+        force: bool,
+        /// Print the task and do not wait
+        #[arg(long = "async")]
+        detach: bool,
+    },
+    /// Halts the vCPUs
+    Pause {
+        /// The VM
+        vm: String,
+    },
+    /// Lets a paused VM run on
+    Resume {
+        /// The VM
+        vm: String,
+    },
+    /// Moves a running VM to another host
+    Migrate(MigrateArguments),
+    /// All VMs
+    List,
+    /// One VM
+    Show {
+        /// The VM
+        vm: String,
+    },
+    /// Where a VM runs, as the majority of the pool knows it
+    Where {
+        /// The VM
+        vm: String,
+    },
+    /// Deletes a stopped VM; its volumes stay
+    Delete {
+        /// The VM
+        vm: String,
+    },
+}
+
+/// A VM to be.
+#[derive(Debug, Args)]
+pub struct CreateArguments {
+    /// Its name
+    pub name: String,
+    /// Number of vCPUs
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub vcpus: u32,
+    /// Its memory, such as 2GiB
+    #[arg(long, value_parser = reference::size)]
+    pub memory: ByteCount,
+    /// A volume, as vda, vdb, …; may be repeated
+    #[arg(long = "disk", value_name = "VOLUME")]
+    pub disks: Vec<String>,
+    /// Image of the kernel
+    #[arg(long, value_name = "IMAGE")]
+    pub kernel: Option<String>,
+    /// Image of the initial ramdisk
+    #[arg(long, value_name = "IMAGE", requires = "kernel")]
+    pub initrd: Option<String>,
+    /// Command line of the kernel
+    #[arg(long, requires = "kernel", allow_hyphen_values = true)]
+    pub cmdline: Option<String>,
+    /// What becomes of it when its host is lost
+    #[arg(long, value_enum, default_value_t)]
+    pub ha: HaPolicy,
+}
+
+/// A move.
+#[derive(Debug, Args)]
+pub struct MigrateArguments {
+    /// The VM
+    pub vm: String,
+    /// The host to move to [default: the pool chooses]
+    #[arg(long, value_name = "HOST")]
+    pub to: Option<String>,
+    /// How hard to try [default: default]
+    #[arg(long, value_enum)]
+    pub policy: Option<Policy>,
+    /// Most bytes a second, such as 500MiB
+    #[arg(long, value_parser = reference::size, value_name = "SIZE")]
+    pub bandwidth: Option<ByteCount>,
+    /// Longest blackout to aim for, such as 30ms
+    #[arg(long, value_parser = reference::duration_ms, value_name = "DURATION")]
+    pub downtime: Option<Duration>,
+    /// Print the task and do not wait
+    #[arg(long = "async", conflicts_with = "dry_run")]
+    pub detach: bool,
+    /// Print the plan and all blockers; move nothing
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// `poolctl console …`
+#[derive(Debug, Subcommand)]
+pub enum ConsoleCommand {
+    /// The last MiB of a VM's serial output
+    Log {
+        /// The VM
+        vm: String,
+        /// Go on with live output until interrupted
+        #[arg(long, short)]
+        follow: bool,
+    },
+}

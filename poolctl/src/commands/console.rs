@@ -1,0 +1,138 @@
+//! `poolctl console`.
+
+use super::Session;
+use crate::{
+    args::ConsoleCommand,
+    client::call,
+    failure::{Exit, Failure},
+    output::Format,
+    view::ConsoleView,
+};
+use proto::v1::{ConsoleLogResponse, VmRef, console_service_client::ConsoleServiceClient};
+use std::ops::ControlFlow;
+
+/// Runs a command of consoles.
+///
+/// # Errors
+/// As the pool answers.
+pub async fn run(command: ConsoleCommand, session: &mut Session) -> Result<(), Failure> {
+    let ConsoleCommand::Log { vm, follow } = command;
+    if follow { follow_log(vm, session).await } else { show_log(vm, session).await }
+}
+
+async fn show_log(vm: String, session: &mut Session) -> Result<(), Failure> {
+    let log = call!(session.client, ConsoleServiceClient, log, VmRef { r#ref: vm.clone() }).await?;
+    match session.output.format() {
+        Format::Table | Format::Wide | Format::Name => session.output.raw(&log.data),
+        Format::Json | Format::Yaml => session.output.show(&ConsoleView::new(&vm, &log)),
+    }
+}
+
+/// The log, and then what comes. When the stream breaks, the log fills the gap.
+async fn follow_log(vm: String, session: &mut Session) -> Result<(), Failure> {
+    let Session { client, output } = session;
+    let mut cursor = Cursor::default();
+    let mut print = |piece: ConsoleLogResponse| match output.format() {
+        _ if piece.data.is_empty() => Ok(()),
+        Format::Table | Format::Wide | Format::Name => output.raw(&piece.data),
+        Format::Json | Format::Yaml => output.stream(&ConsoleView::new(&vm, &piece)),
+    };
+    let mut seen = false;
+    // It was there and has stopped: the end, not an error.
+    let is_end = |failure: &Failure, seen: bool| seen && failure.exit == Exit::Blocked;
+    loop {
+        let request = VmRef { r#ref: vm.clone() };
+        // Opened before the log is read: together they leave no gap.
+        let mut stream = match call!(client, ConsoleServiceClient, follow, request.clone()).await {
+            Err(failure) if is_end(&failure, seen) => return Ok(()),
+            other => other?,
+        };
+        seen = true;
+        let log = match call!(client, ConsoleServiceClient, log, request).await {
+            Err(failure) if is_end(&failure, seen) => return Ok(()),
+            other => other?,
+        };
+        print(cursor.unseen_of_log(log))?;
+        let each = |piece| {
+            print(cursor.unseen_of_stream(piece))?;
+            Ok(ControlFlow::Continue(()))
+        };
+        // It never asks for a break: what ended is opened again.
+        let _continue = client.read(&mut stream, each).await?;
+    }
+}
+
+/// How much of a console has been printed.
+#[derive(Default)]
+struct Cursor {
+    /// Offset after the last byte printed.
+    end: u64,
+    /// The live output may still repeat the end of the log.
+    overlaps: bool,
+}
+
+impl Cursor {
+    /// The part of a log that is new. A log that ends before what was printed is that of a new process.
+    fn unseen_of_log(&mut self, log: ConsoleLogResponse) -> ConsoleLogResponse {
+        let log_end = log.offset + log.data.len() as u64;
+        if log_end < self.end {
+            self.end = 0;
+        }
+        self.overlaps = true;
+        self.cut(log)
+    }
+
+    /// The part of a live piece that is new.
+    fn unseen_of_stream(&mut self, piece: ConsoleLogResponse) -> ConsoleLogResponse {
+        self.overlaps &= piece.offset < self.end;
+        if !self.overlaps {
+            self.end = piece.offset;
+        }
+        self.cut(piece)
+    }
+
+    fn cut(&mut self, mut piece: ConsoleLogResponse) -> ConsoleLogResponse {
+        let seen = self.end.saturating_sub(piece.offset).min(piece.data.len() as u64);
+        piece.offset += seen;
+        // `seen` is at most the length, which is a usize.
+        piece.data.drain(..seen as usize);
+        self.end = self.end.max(piece.offset + piece.data.len() as u64);
+        piece
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn piece(offset: u64, text: &str) -> ConsoleLogResponse {
+        ConsoleLogResponse { data: text.as_bytes().to_vec(), offset }
+    }
+
+    #[test]
+    fn live_output_that_repeats_the_log_is_cut() {
+        let mut cursor = Cursor::default();
+        assert_eq!(cursor.unseen_of_log(piece(0, "abcd")), piece(0, "abcd"));
+        assert_eq!(cursor.unseen_of_stream(piece(1, "bc")).data, b"");
+        assert_eq!(cursor.unseen_of_stream(piece(3, "def")), piece(4, "ef"));
+        assert_eq!(cursor.unseen_of_stream(piece(6, "g")), piece(6, "g"));
+    }
+
+    #[test]
+    fn after_a_break_only_the_gap_is_printed() {
+        let mut cursor = Cursor::default();
+        cursor.unseen_of_log(piece(0, "abcd"));
+        assert_eq!(cursor.unseen_of_log(piece(2, "cdef")), piece(4, "ef"));
+    }
+
+    #[test]
+    fn a_new_process_is_printed_from_its_beginning() {
+        let mut cursor = Cursor::default();
+        cursor.unseen_of_log(piece(0, "abcd"));
+        // Its log is shorter than what was printed of the old one.
+        assert_eq!(cursor.unseen_of_log(piece(0, "x")), piece(0, "x"));
+        assert_eq!(cursor.unseen_of_stream(piece(1, "y")), piece(1, "y"));
+        // Live output that begins anew without a look at the log.
+        assert_eq!(cursor.unseen_of_stream(piece(0, "boot")), piece(0, "boot"));
+    }
+}

@@ -1,0 +1,113 @@
+//! `poolctl vm`, but for moves.
+
+use super::{Session, migrations};
+use crate::{
+    args::{CreateArguments, HaPolicy, VmCommand},
+    client::{call, new_meta},
+    failure::Failure,
+    output::Object as _,
+    view::{TaskView, VmView},
+    wait,
+};
+use proto::{
+    TaskId,
+    v1::{
+        CreateVmRequest, ListVmsRequest, StartVmRequest, StopVmRequest, Task, VmChangeRequest, VmRef,
+        vm_service_client::VmServiceClient,
+    },
+};
+
+/// Runs a command of VMs.
+///
+/// # Errors
+/// As the pool answers, and when a task that is waited for fails.
+pub async fn run(command: VmCommand, session: &mut Session) -> Result<(), Failure> {
+    match command {
+        VmCommand::Create(arguments) => create(arguments, session).await,
+        VmCommand::Start { vm, host, detach } => {
+            let request = StartVmRequest { meta: new_meta(), vm: vm.clone(), host: host.unwrap_or_default() };
+            let task = call!(session.client, VmServiceClient, start, request).await?;
+            end_of_task(session, task, &vm, &format!("starting {vm}"), detach).await
+        }
+        VmCommand::Stop { vm, force, detach } => {
+            let request = StopVmRequest { meta: new_meta(), vm: vm.clone(), force };
+            let task = call!(session.client, VmServiceClient, stop, request).await?;
+            end_of_task(session, task, &vm, &format!("stopping {vm}"), detach).await
+        }
+        VmCommand::Pause { vm } => {
+            let request = VmChangeRequest { meta: new_meta(), vm };
+            let vm = call!(session.client, VmServiceClient, pause, request).await?;
+            tell(session, vm.into())
+        }
+        VmCommand::Resume { vm } => {
+            let request = VmChangeRequest { meta: new_meta(), vm };
+            let vm = call!(session.client, VmServiceClient, resume, request).await?;
+            tell(session, vm.into())
+        }
+        VmCommand::Migrate(arguments) => migrations::migrate(arguments, session).await,
+        VmCommand::List => {
+            let vms = call!(session.client, VmServiceClient, list, ListVmsRequest {}).await?;
+            let views: Vec<VmView> = vms.vms.into_iter().map(VmView::from).collect();
+            session.output.list(vms.revision, &views)
+        }
+        VmCommand::Show { vm } => {
+            let vm = call!(session.client, VmServiceClient, show, VmRef { r#ref: vm }).await?;
+            session.output.show(&VmView::from(vm))
+        }
+        VmCommand::Where { vm } => {
+            let vm = call!(session.client, VmServiceClient, r#where, VmRef { r#ref: vm }).await?;
+            tell(session, vm.into())
+        }
+        VmCommand::Delete { vm } => {
+            let request = VmChangeRequest { meta: new_meta(), vm };
+            let vm = call!(session.client, VmServiceClient, delete, request).await?;
+            let sentence = format!("vm {} deleted", vm.name);
+            session.output.changed(&VmView::from(vm), &sentence)
+        }
+    }
+}
+
+async fn create(arguments: CreateArguments, session: &mut Session) -> Result<(), Failure> {
+    let CreateArguments { name, vcpus, memory, disks, kernel, initrd, cmdline, ha } = arguments;
+    let request = CreateVmRequest {
+        meta: new_meta(),
+        name,
+        vcpus,
+        memory_bytes: memory.0,
+        disks,
+        kernel: kernel.unwrap_or_default(),
+        initrd: initrd.unwrap_or_default(),
+        cmdline: cmdline.unwrap_or_default(),
+        ha: match ha {
+            HaPolicy::Restart => "restart",
+            HaPolicy::None => "none",
+        }
+        .to_owned(),
+    };
+    let vm = call!(session.client, VmServiceClient, create, request).await?;
+    let sentence = format!("vm {} made; start it with `poolctl vm start {}`", vm.name, vm.name);
+    session.output.changed(&VmView::from(vm), &sentence)
+}
+
+/// Waits for a task and shows the VM, or shows the task alone.
+async fn end_of_task(
+    session: &mut Session,
+    task: Task,
+    vm: &str,
+    what: &str,
+    detach: bool,
+) -> Result<(), Failure> {
+    let id = TaskId(task.id);
+    if detach {
+        let view = TaskView::from(task);
+        return session.output.changed(&view, &view.name());
+    }
+    wait::task(&session.client, id, &format!("vm {vm}"), what).await?;
+    let vm = call!(session.client, VmServiceClient, show, VmRef { r#ref: vm.to_owned() }).await?;
+    tell(session, vm.into())
+}
+
+fn tell(session: &mut Session, vm: VmView) -> Result<(), Failure> {
+    let sentence = format!("{} is {}", vm.name(), vm.whereabouts());
+    session.output.changed(&vm, &sentence)
+}

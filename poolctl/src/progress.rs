@@ -1,0 +1,158 @@
+//! Progress on a terminal. Written to standard error, and to nothing at all when that is no terminal.
+
+use indicatif::{ProgressBar, ProgressStyle};
+use proto::{ByteCount, limits::BLOCK_BYTES, v1};
+use std::time::Duration;
+
+/// How often a spinner turns by itself.
+const TICK: Duration = Duration::from_millis(120);
+
+/// A spinner with the phase of some work; gone when dropped.
+pub struct Spinner {
+    bar: ProgressBar,
+    what: String,
+}
+
+impl Spinner {
+    /// Begins to turn.
+    #[must_use]
+    pub fn new(what: impl Into<String>) -> Self {
+        let (bar, what) = (ProgressBar::new_spinner(), what.into());
+        bar.enable_steady_tick(TICK);
+        bar.set_message(what.clone());
+        Self { bar, what }
+    }
+
+    /// Shows a phase.
+    pub fn phase(&self, phase: &str) {
+        let Self { bar, what } = self;
+        bar.set_message(if phase.is_empty() { what.clone() } else { format!("{what}: {phase}") });
+    }
+}
+
+impl Drop for Spinner {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+/// A bar of bytes sent to the pool; gone when dropped.
+pub struct Upload {
+    bar: ProgressBar,
+}
+
+impl Upload {
+    /// Nothing of `bytes` is sent yet.
+    #[must_use]
+    pub fn new(bytes: u64) -> Self {
+        let bar = ProgressBar::new(bytes);
+        bar.set_style(style("{bar:30} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} ETA {eta}"));
+        Self { bar }
+    }
+
+    /// What is sent by now.
+    pub fn sent(&self, bytes: u64) {
+        self.bar.set_position(bytes);
+    }
+}
+
+impl Drop for Upload {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+/// The bar of a migration: how much of the guest's memory is the same on both sides. It goes back when the guest writes.
+pub struct MigrationBar {
+    bar: ProgressBar,
+}
+
+impl MigrationBar {
+    /// Nothing has moved.
+    #[must_use]
+    pub fn new() -> Self {
+        let bar = ProgressBar::new(1);
+        bar.set_style(style("{bar:30} {percent:>3}%  {msg}"));
+        bar.enable_steady_tick(TICK);
+        Self { bar }
+    }
+
+    /// Shows the newest record.
+    pub fn update(&self, migration: &v1::Migration) {
+        self.bar.set_length((migration.memory_bytes / BLOCK_BYTES as u64).max(1));
+        let remaining = migration.record.as_ref().map(|record| record.pages_remaining);
+        let pages = migration.memory_bytes / BLOCK_BYTES as u64;
+        // Before the first page nothing remains either; that is not the end.
+        let begun = migration.record.as_ref().is_some_and(|record| record.bytes_sent > 0);
+        self.bar.set_position(if begun { pages.saturating_sub(remaining.unwrap_or(pages)) } else { 0 });
+        self.bar.set_message(line(migration));
+    }
+}
+
+impl Drop for MigrationBar {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+/// Phase, remainder, rates and estimate in one line.
+fn line(migration: &v1::Migration) -> String {
+    let Some(record) = &migration.record else { return migration.phase.clone() };
+    let remaining_bytes = record.pages_remaining * BLOCK_BYTES as u64;
+    let eta = match estimate(remaining_bytes, record.bytes_per_s, record.dirty_bytes_per_s) {
+        Some(eta) => format!("{:.1} s", eta.as_secs_f64()),
+        None => "–".to_owned(),
+    };
+    format!(
+        "{} · {} left · {}/s · guest writes {}/s · ETA {eta}",
+        migration.phase,
+        ByteCount(remaining_bytes),
+        ByteCount(record.bytes_per_s),
+        ByteCount(record.dirty_bytes_per_s),
+    )
+}
+
+/// Time until the remainder is sent while the guest goes on writing; none when it writes faster than the link carries.
+fn estimate(remaining_bytes: u64, rate_bytes_per_s: u64, dirty_bytes_per_s: u64) -> Option<Duration> {
+    let net_bytes_per_s = rate_bytes_per_s.checked_sub(dirty_bytes_per_s).filter(|net| *net > 0)?;
+    Some(Duration::from_secs_f64(remaining_bytes as f64 / net_bytes_per_s as f64))
+}
+
+fn style(template: &str) -> ProgressStyle {
+    // The templates are literals of this file, and a test makes each of them.
+    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_estimate_counts_what_the_guest_writes_meanwhile() {
+        assert_eq!(estimate(100, 60, 10), Some(Duration::from_secs(2)));
+        assert_eq!(estimate(100, 10, 10), None);
+        assert_eq!(estimate(0, 10, 0), Some(Duration::ZERO));
+    }
+
+    #[test]
+    fn the_templates_are_templates() {
+        for template in [
+            "{bar:30} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} ETA {eta}",
+            "{bar:30} {percent:>3}%  {msg}",
+        ] {
+            assert!(ProgressStyle::with_template(template).is_ok(), "{template}");
+        }
+    }
+
+    #[test]
+    fn the_line_of_a_migration_tells_what_is_left() {
+        let record = v1::MigrationRecord {
+            pages_remaining: 256,
+            bytes_per_s: 2 << 20,
+            dirty_bytes_per_s: 1 << 20,
+            ..Default::default()
+        };
+        let migration = v1::Migration { phase: "copying".into(), record: Some(record), ..Default::default() };
+        assert_eq!(line(&migration), "copying · 1 MiB left · 2 MiB/s · guest writes 1 MiB/s · ETA 1.0 s");
+    }
+}

@@ -1,0 +1,153 @@
+//! Values that operators write: sizes, durations, and numbers of tasks and migrations.
+
+use proto::{ByteCount, MigrationId, TaskId, TokenId};
+use std::time::Duration;
+
+/// The text is no value of the wanted kind.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ValueError {
+    /// No duration.
+    #[error("`{text}` is not a duration; write a number with a unit, such as 30ms, 10s, 5m or 3h")]
+    Duration {
+        /// What was given.
+        text: String,
+    },
+    /// Zero where something is needed.
+    #[error("`{text}` is zero; it must be at least {least}")]
+    Zero {
+        /// What was given.
+        text: String,
+        /// The smallest that will do.
+        least: &'static str,
+    },
+    /// Neither an id of the kind nor a number.
+    #[error("`{text}` is not an id; write {prefix}NUMBER or the number alone")]
+    Id {
+        /// What was given.
+        text: String,
+        /// The prefix of the kind, with its dash.
+        prefix: &'static str,
+    },
+}
+
+/// Units of a duration in milliseconds, longest suffix first where one ends with another.
+const DURATION_UNITS: [(&str, u64); 5] =
+    [("ms", 1), ("s", 1000), ("m", 60_000), ("h", 3_600_000), ("d", 86_400_000)];
+
+/// Reads a duration such as `30ms`, `1.5s`, `5m`, `3h`.
+///
+/// # Errors
+/// When the unit is missing or the number is none.
+pub fn duration(text: &str) -> Result<Duration, ValueError> {
+    let error = || ValueError::Duration { text: text.to_owned() };
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').ok_or_else(error)?;
+    let (number, unit) = text.split_at(digits);
+    let scale = DURATION_UNITS.iter().find(|(name, _)| *name == unit).ok_or_else(error)?.1;
+    let number: f64 = number.parse().map_err(|_| error())?;
+    Duration::try_from_secs_f64(number * scale as f64 / 1000.0).map_err(|_| error())
+}
+
+/// A duration of at least one millisecond.
+///
+/// # Errors
+/// As [`duration`], and for zero.
+pub fn duration_ms(text: &str) -> Result<Duration, ValueError> {
+    at_least(text, Duration::from_millis(1), "1ms")
+}
+
+/// A duration of at least one second.
+///
+/// # Errors
+/// As [`duration`], and for less than a second.
+pub fn duration_s(text: &str) -> Result<Duration, ValueError> {
+    at_least(text, Duration::from_secs(1), "1s")
+}
+
+fn at_least(text: &str, least: Duration, name: &'static str) -> Result<Duration, ValueError> {
+    let duration = duration(text)?;
+    if duration < least {
+        return Err(ValueError::Zero { text: text.to_owned(), least: name });
+    }
+    Ok(duration)
+}
+
+/// A size of at least one byte, such as `512MiB`.
+///
+/// # Errors
+/// When it is no size, or zero.
+pub fn size(text: &str) -> Result<ByteCount, Box<dyn std::error::Error + Send + Sync>> {
+    let size: ByteCount = text.parse()?;
+    if size.0 == 0 {
+        return Err(Box::new(ValueError::Zero { text: text.to_owned(), least: "1 byte" }));
+    }
+    Ok(size)
+}
+
+/// `mig-21` or `21`.
+///
+/// # Errors
+/// When it is neither.
+pub fn migration(text: &str) -> Result<MigrationId, ValueError> {
+    number(text, "mig-").map(MigrationId)
+}
+
+/// `task-20` or `20`.
+///
+/// # Errors
+/// When it is neither.
+pub fn task(text: &str) -> Result<TaskId, ValueError> {
+    number(text, "task-").map(TaskId)
+}
+
+/// `token-9` or `9`.
+///
+/// # Errors
+/// When it is neither.
+pub fn token(text: &str) -> Result<TokenId, ValueError> {
+    number(text, "token-").map(TokenId)
+}
+
+fn number(text: &str, prefix: &'static str) -> Result<u64, ValueError> {
+    let digits = text.strip_prefix(prefix).unwrap_or(text);
+    let is_number = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit());
+    let error = || ValueError::Id { text: text.to_owned(), prefix };
+    if is_number { digits.parse().map_err(|_| error()) } else { Err(error()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_need_a_unit() {
+        for (text, ms) in
+            [("30ms", 30), ("1.5s", 1500), ("5m", 300_000), ("3h", 10_800_000), ("2d", 172_800_000)]
+        {
+            assert_eq!(duration(text), Ok(Duration::from_millis(ms)), "{text}");
+        }
+        for bad in ["", "30", "s", "-1s", "1 s", "3w", "1.2.3s", "99999999999999999999999999d"] {
+            assert!(duration(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn nothing_is_not_enough() {
+        assert!(duration_ms("0ms").is_err());
+        assert!(duration_s("500ms").is_err());
+        assert!(duration_s("1s").is_ok());
+        assert!(size("0").is_err());
+        assert!(size("ten").is_err());
+        assert_eq!(size("10GiB").unwrap(), ByteCount(10 << 30));
+    }
+
+    #[test]
+    fn ids_are_accepted_with_and_without_their_kind() {
+        assert_eq!(migration("mig-21"), Ok(MigrationId(21)));
+        assert_eq!(migration("21"), Ok(MigrationId(21)));
+        assert_eq!(task("task-20"), Ok(TaskId(20)));
+        assert_eq!(token("9"), Ok(TokenId(9)));
+        for bad in ["", "mig-", "task-21", "+21", "21x", "99999999999999999999999"] {
+            assert!(migration(bad).is_err(), "{bad}");
+        }
+    }
+}

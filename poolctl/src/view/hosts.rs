@@ -1,0 +1,157 @@
+//! Pool, hosts and join tokens.
+
+use super::{bytes, utc, words};
+use crate::output::Object;
+use proto::{HostId, TokenId, v1};
+use serde::Serialize;
+
+/// The pool.
+#[derive(Debug, Serialize)]
+pub struct PoolView {
+    id: String,
+    name: String,
+    leader: String,
+    hosts: u32,
+    voters: Vec<String>,
+    revision: u64,
+    ha_braked: bool,
+    ca_fingerprint: String,
+}
+
+impl From<v1::Pool> for PoolView {
+    fn from(pool: v1::Pool) -> Self {
+        Self {
+            id: pool.id,
+            name: pool.name,
+            leader: pool.leader,
+            hosts: pool.hosts,
+            voters: pool.voters,
+            revision: pool.revision,
+            ha_braked: pool.ha_braked,
+            ca_fingerprint: pool.ca_fingerprint,
+        }
+    }
+}
+
+impl Object for PoolView {
+    const KIND: &'static str = "Pool";
+    const COLUMNS: &'static [&'static str] = &["NAME", "LEADER", "HOSTS", "VOTERS", "RECOVERY", "REVISION"];
+    const WIDE: &'static [&'static str] = &["ID", "CA"];
+
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn cells(&self) -> Vec<String> {
+        let leader = if self.leader.is_empty() { "none (no quorum?)" } else { &self.leader };
+        let recovery = if self.ha_braked { "halted; see `poolctl ha resume`" } else { "on" };
+        vec![
+            self.name.clone(),
+            leader.to_owned(),
+            self.hosts.to_string(),
+            words(&self.voters),
+            recovery.to_owned(),
+            self.revision.to_string(),
+            self.id.clone(),
+            self.ca_fingerprint.clone(),
+        ]
+    }
+}
+
+/// A host.
+#[derive(Debug, Serialize)]
+pub struct HostView {
+    id: String,
+    name: String,
+    state: String,
+    role: String,
+    address: String,
+    vm_memory_bytes: u64,
+    vm_memory_reserved_bytes: u64,
+    lease_age_ms: u64,
+    vms: Vec<String>,
+}
+
+impl From<v1::Host> for HostView {
+    fn from(host: v1::Host) -> Self {
+        Self {
+            id: HostId(host.id).to_string(),
+            name: host.name,
+            state: host.state,
+            role: host.role,
+            address: host.address,
+            vm_memory_bytes: host.vm_memory_bytes,
+            vm_memory_reserved_bytes: host.vm_memory_reserved_bytes,
+            lease_age_ms: host.lease_age_ms,
+            vms: host.vms,
+        }
+    }
+}
+
+impl Object for HostView {
+    const KIND: &'static str = "Host";
+    const COLUMNS: &'static [&'static str] = &["NAME", "STATE", "ROLE", "ADDRESS", "VMS"];
+    const WIDE: &'static [&'static str] = &["ID", "VM MEMORY", "RESERVED", "LEASE AGE"];
+
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn cells(&self) -> Vec<String> {
+        vec![
+            self.name.clone(),
+            self.state.clone(),
+            self.role.clone(),
+            self.address.clone(),
+            words(&self.vms),
+            self.id.clone(),
+            bytes(self.vm_memory_bytes),
+            bytes(self.vm_memory_reserved_bytes),
+            format!("{} ms", self.lease_age_ms),
+        ]
+    }
+}
+
+/// A join token.
+#[derive(Debug, Serialize)]
+pub struct TokenView {
+    id: String,
+    token: String,
+    expires_ms: u64,
+    state: String,
+}
+
+impl TokenView {
+    /// The text for `poold join`; empty in a list.
+    #[must_use]
+    pub fn token(&self) -> &str {
+        &self.token
+    }
+
+    /// When it becomes useless.
+    #[must_use]
+    pub fn expires(&self) -> String {
+        utc(self.expires_ms)
+    }
+}
+
+impl From<v1::JoinToken> for TokenView {
+    fn from(token: v1::JoinToken) -> Self {
+        let id = TokenId(token.id).to_string();
+        Self { id, token: token.token, expires_ms: token.expires_ms, state: token.state }
+    }
+}
+
+impl Object for TokenView {
+    const KIND: &'static str = "JoinToken";
+    const COLUMNS: &'static [&'static str] = &["ID", "STATE", "EXPIRES"];
+    const WIDE: &'static [&'static str] = &[];
+
+    fn name(&self) -> String {
+        self.id.clone()
+    }
+
+    fn cells(&self) -> Vec<String> {
+        vec![self.id.clone(), self.state.clone(), self.expires()]
+    }
+}

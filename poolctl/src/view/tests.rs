@@ -1,0 +1,242 @@
+//! The JSON of each kind, field by field: what scripts rely on.
+
+use super::*;
+use crate::output::Object;
+use proto::v1;
+use serde_json::{Value, json};
+
+/// The JSON of an object, after checks that hold for every kind.
+fn shape<T: Object>(object: &T) -> Value {
+    assert_eq!(object.cells().len(), T::COLUMNS.len() + T::WIDE.len(), "{}", T::KIND);
+    assert!(!object.name().is_empty(), "{}", T::KIND);
+    serde_json::to_value(object).unwrap()
+}
+
+#[test]
+fn pool() {
+    let pool = v1::Pool {
+        id: "p1".into(),
+        name: "lab".into(),
+        leader: "h1".into(),
+        hosts: 3,
+        voters: vec!["h1".into(), "h2".into()],
+        revision: 9,
+        ha_braked: false,
+        ca_fingerprint: "ab".into(),
+    };
+    assert_eq!(
+        shape(&PoolView::from(pool)),
+        json!({"id": "p1", "name": "lab", "leader": "h1", "hosts": 3, "voters": ["h1", "h2"], "revision": 9,
+            "ha_braked": false, "ca_fingerprint": "ab"})
+    );
+}
+
+#[test]
+fn host_and_token() {
+    let host = v1::Host {
+        id: 7,
+        name: "h2".into(),
+        state: "up".into(),
+        role: "voter".into(),
+        address: "10.0.0.2:7443".into(),
+        vm_memory_bytes: 4096,
+        vm_memory_reserved_bytes: 1024,
+        lease_age_ms: 12,
+        vms: vec!["a".into()],
+    };
+    assert_eq!(
+        shape(&HostView::from(host)),
+        json!({"id": "host-7", "name": "h2", "state": "up", "role": "voter", "address": "10.0.0.2:7443",
+            "vm_memory_bytes": 4096, "vm_memory_reserved_bytes": 1024, "lease_age_ms": 12, "vms": ["a"]})
+    );
+    let token = v1::JoinToken { id: 9, token: "t".into(), expires_ms: 1, state: "valid".into() };
+    assert_eq!(
+        shape(&TokenView::from(token)),
+        json!({"id": "token-9", "token": "t", "expires_ms": 1, "state": "valid"})
+    );
+}
+
+#[test]
+fn volume_and_image() {
+    let volume = v1::Volume {
+        id: 5,
+        name: "data".into(),
+        size_bytes: 1 << 30,
+        epoch: 2,
+        owner: "vm a".into(),
+        replicas: vec![v1::Replica { host: "h1".into(), state: "in-sync".into() }],
+        isr_version: 3,
+        revision: 8,
+    };
+    assert_eq!(
+        shape(&VolumeView::from(volume)),
+        json!({"id": "vol-5", "name": "data", "size_bytes": 1 << 30, "epoch": 2, "owner": "vm a",
+            "replicas": [{"host": "h1", "state": "in-sync"}], "isr_version": 3, "revision": 8})
+    );
+    let image = v1::Image {
+        id: 4,
+        name: "probe".into(),
+        blake3: "cd".into(),
+        size_bytes: 10,
+        hosts: vec!["h1".into()],
+    };
+    assert_eq!(
+        shape(&ImageView::from(image)),
+        json!({"id": "img-4", "name": "probe", "blake3": "cd", "size_bytes": 10, "hosts": ["h1"]})
+    );
+}
+
+#[test]
+fn vm_and_console() {
+    let vm = v1::Vm {
+        id: 17,
+        name: "a".into(),
+        state: "running".into(),
+        host: "h2".into(),
+        epoch: 3,
+        vcpus: 1,
+        memory_bytes: 512 << 20,
+        disks: vec!["data".into()],
+        kernel: "probe".into(),
+        initrd: String::new(),
+        cmdline: "disk=1".into(),
+        ha: "restart".into(),
+        problem: String::new(),
+        revision: 11,
+    };
+    let view = VmView::from(vm);
+    assert_eq!(view.whereabouts(), "running at h2");
+    assert_eq!(
+        shape(&view),
+        json!({"id": "vm-17", "name": "a", "state": "running", "host": "h2", "epoch": 3, "vcpus": 1,
+            "memory_bytes": 512 << 20, "disks": ["data"], "kernel": "probe", "initrd": "", "cmdline": "disk=1",
+            "ha": "restart", "problem": "", "revision": 11})
+    );
+    let piece = v1::ConsoleLogResponse { data: b"hi\xff".to_vec(), offset: 4 };
+    assert_eq!(shape(&ConsoleView::new("a", &piece)), json!({"vm": "a", "offset": 4, "text": "hi\u{fffd}"}));
+}
+
+fn migration() -> v1::Migration {
+    let pages = v1::PageCounts { zero: 1, raw: 2, compressed: 3, delta: 4, reference: 5, faulted: 6 };
+    v1::Migration {
+        id: 21,
+        vm: "a".into(),
+        source: "h1".into(),
+        target: "h2".into(),
+        outcome: "done".into(),
+        phase: "done".into(),
+        error: String::new(),
+        policy: "default".into(),
+        memory_bytes: 512 << 20,
+        task: 20,
+        record: Some(v1::MigrationRecord {
+            total_ms: 900.5,
+            blackout_ms: 12.5,
+            blackout_parts: Some(v1::BlackoutParts {
+                pause: 1.0,
+                drain: 2.0,
+                last_pages: 3.0,
+                state: 0.5,
+                proof: 1.5,
+                commit: 2.5,
+                activate: 1.25,
+                resume: 0.75,
+            }),
+            rounds: 2,
+            bytes_sent: 1 << 20,
+            pages: Some(pages),
+            per_round: vec![v1::RoundRecord {
+                round: 0,
+                bytes: 10,
+                pages: Some(pages),
+                ms: 1.5,
+                dirty_pages_after: 7,
+            }],
+            memory_proved: true,
+            memory_hash: "ef".into(),
+            pages_remaining: 0,
+            bytes_per_s: 5,
+            dirty_bytes_per_s: 6,
+        }),
+        revision: 30,
+    }
+}
+
+#[test]
+fn a_migration_is_one_flat_record() {
+    let pages = json!({"zero": 1, "raw": 2, "compressed": 3, "delta": 4, "reference": 5, "faulted": 6});
+    let view = MigrationView::from(migration());
+    assert!(view.sentence().contains("from h1 to h2"), "{}", view.sentence());
+    assert_eq!(
+        shape(&view),
+        json!({"id": "mig-21", "vm": "a", "source": "h1", "target": "h2", "outcome": "done", "phase": "done",
+            "error": "", "policy": "default", "task": "task-20", "total_ms": 900.5, "blackout_ms": 12.5,
+            "blackout_parts": {"pause": 1.0, "drain": 2.0, "last_pages": 3.0, "state": 0.5, "proof": 1.5,
+                "commit": 2.5, "activate": 1.25, "resume": 0.75},
+            "rounds": 2, "bytes_sent": 1 << 20, "pages": pages, "memory_bytes": 512 << 20, "memory_proved": true,
+            "memory_hash": "ef",
+            "per_round": [{"round": 0, "bytes": 10, "pages": pages, "ms": 1.5, "dirty_pages_after": 7}],
+            "pages_remaining": 0, "bytes_per_s": 5, "dirty_bytes_per_s": 6})
+    );
+}
+
+#[test]
+fn a_migration_without_a_record_has_all_fields_all_the_same() {
+    let with = shape(&MigrationView::from(migration()));
+    let without = shape(&MigrationView::from(v1::Migration { record: None, ..migration() }));
+    let keys = |value: &Value| value.as_object().unwrap().keys().cloned().collect::<Vec<_>>();
+    assert_eq!(keys(&with), keys(&without));
+    assert_eq!(without["blackout_parts"]["commit"], 0.0);
+}
+
+#[test]
+fn plan_task_and_event() {
+    let plan = v1::MigrationPlan {
+        vm: "a".into(),
+        source: "h1".into(),
+        target: "h1".into(),
+        blockers: vec!["target is source".into()],
+    };
+    assert_eq!(
+        shape(&PlanView::from(plan)),
+        json!({"vm": "a", "source": "h1", "target": "h1", "blockers": ["target is source"]})
+    );
+    let task = v1::Task {
+        id: 20,
+        kind: "vm.start".into(),
+        state: "done".into(),
+        phase: "".into(),
+        objects: vec!["vm a".into()],
+        error: String::new(),
+        created_ms: 1,
+        ended_ms: 2,
+    };
+    assert_eq!(
+        shape(&TaskView::from(task)),
+        json!({"id": "task-20", "operation": "vm.start", "state": "done", "phase": "", "objects": ["vm a"],
+            "error": "", "created_ms": 1, "ended_ms": 2})
+    );
+    let event = v1::Event {
+        revision: 3,
+        ordinal: 1,
+        time_ms: 5,
+        kind: "host.lost".into(),
+        object: "host h1".into(),
+        message: "gone".into(),
+    };
+    assert_eq!(
+        shape(&EventView::from(event)),
+        json!({"revision": 3, "ordinal": 1, "time_ms": 5, "event": "host.lost", "object": "host h1",
+            "message": "gone"})
+    );
+}
+
+#[test]
+fn points_in_time_are_dates() {
+    assert_eq!(utc(0), "");
+    assert_eq!(utc(951_782_400_000), "2000-02-29T00:00:00Z");
+    assert_eq!(utc(1_795_512_600_000), "2026-11-24T09:30:00Z");
+    assert_eq!(utc(4_107_542_399_000), "2100-02-28T23:59:59Z");
+    // The largest number still ends at once.
+    assert!(utc(u64::MAX).ends_with('Z'));
+}

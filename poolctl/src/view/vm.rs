@@ -1,0 +1,119 @@
+//! VMs and their consoles.
+
+use super::{bytes, words};
+use crate::output::Object;
+use proto::{VmId, v1};
+use serde::Serialize;
+
+/// A VM.
+#[derive(Debug, Serialize)]
+pub struct VmView {
+    id: String,
+    name: String,
+    state: String,
+    host: String,
+    epoch: u64,
+    vcpus: u32,
+    memory_bytes: u64,
+    disks: Vec<String>,
+    kernel: String,
+    initrd: String,
+    cmdline: String,
+    ha: String,
+    problem: String,
+    revision: u64,
+}
+
+impl VmView {
+    /// `running at h2`, or its state alone when it has no host.
+    #[must_use]
+    pub fn whereabouts(&self) -> String {
+        match self.host.as_str() {
+            "" => self.state.clone(),
+            host => format!("{} at {host}", self.state),
+        }
+    }
+}
+
+impl From<v1::Vm> for VmView {
+    fn from(vm: v1::Vm) -> Self {
+        Self {
+            id: VmId(vm.id).to_string(),
+            name: vm.name,
+            state: vm.state,
+            host: vm.host,
+            epoch: vm.epoch,
+            vcpus: vm.vcpus,
+            memory_bytes: vm.memory_bytes,
+            disks: vm.disks,
+            kernel: vm.kernel,
+            initrd: vm.initrd,
+            cmdline: vm.cmdline,
+            ha: vm.ha,
+            problem: vm.problem,
+            revision: vm.revision,
+        }
+    }
+}
+
+impl Object for VmView {
+    const KIND: &'static str = "Vm";
+    const COLUMNS: &'static [&'static str] = &["NAME", "STATE", "HOST", "VCPUS", "MEMORY", "PROBLEM"];
+    const WIDE: &'static [&'static str] = &["ID", "EPOCH", "HA", "DISKS", "KERNEL", "INITRD", "CMDLINE"];
+
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn cells(&self) -> Vec<String> {
+        vec![
+            self.name.clone(),
+            self.state.clone(),
+            self.host.clone(),
+            self.vcpus.to_string(),
+            bytes(self.memory_bytes),
+            self.problem.clone(),
+            self.id.clone(),
+            self.epoch.to_string(),
+            self.ha.clone(),
+            words(&self.disks),
+            self.kernel.clone(),
+            self.initrd.clone(),
+            self.cmdline.clone(),
+        ]
+    }
+}
+
+/// A piece of a VM's serial output.
+#[derive(Debug, Serialize)]
+pub struct ConsoleView {
+    /// The VM, as the operator named it.
+    vm: String,
+    /// Bytes ever written before `text`.
+    offset: u64,
+    /// The output; bytes that are no UTF-8 are replaced.
+    text: String,
+}
+
+impl ConsoleView {
+    /// A piece of output of `vm`.
+    #[must_use]
+    pub fn new(vm: &str, piece: &v1::ConsoleLogResponse) -> Self {
+        let text = String::from_utf8_lossy(&piece.data).into_owned();
+        Self { vm: vm.to_owned(), offset: piece.offset, text }
+    }
+}
+
+impl Object for ConsoleView {
+    const KIND: &'static str = "ConsoleLog";
+    const COLUMNS: &'static [&'static str] = &["TEXT"];
+    const WIDE: &'static [&'static str] = &[];
+
+    fn name(&self) -> String {
+        self.vm.clone()
+    }
+
+    fn cells(&self) -> Vec<String> {
+        vec![self.text.clone()]
+    }
+}

@@ -1,0 +1,262 @@
+//! Both parts of a migration.
+
+use super::*;
+use crate::{
+    command::RestartCause,
+    fixture::endpoint,
+    state::{MigrationRecord, StopMode},
+};
+use proto::Sequence;
+
+struct Move {
+    pool: Pool,
+    source: HostId,
+    target: HostId,
+    vm: VmId,
+    id: MigrationId,
+}
+
+impl Move {
+    fn started() -> Self {
+        let (mut pool, source, vm) = with_vm(HaPolicy::Restart);
+        let target = pool.hosts()[1];
+        let (id, _) = pool.start_migration(vm, Some(target));
+        Self { pool, source, target, vm, id }
+    }
+
+    fn source_ready(&mut self) {
+        let fingerprint = CertificateFingerprint([3; 32]);
+        self.pool.accept(Command::MigrationSourceReady { migration: self.id, fingerprint });
+    }
+
+    fn prepared() -> Self {
+        let mut step = Self::started();
+        step.source_ready();
+        step.pool.accept(Command::MigrationPrepared { migration: step.id, endpoint: endpoint() });
+        step
+    }
+
+    fn copying() -> Self {
+        let mut step = Self::prepared();
+        step.pool.accept(Command::MigrationCopying { migration: step.id });
+        step
+    }
+
+    fn committed() -> Self {
+        let mut step = Self::copying();
+        let commit = step.pool.commit(step.id);
+        step.pool.accept(commit);
+        step
+    }
+
+    fn sends(&self, phase: SourcePhase) -> ObservedVm {
+        let state = match phase {
+            SourcePhase::Copying | SourcePhase::Aborted => ProcessState::Running,
+            _ => ProcessState::Paused,
+        };
+        let migration = ObservedMigration::Source {
+            migration: self.id,
+            phase,
+            error: "slow link".into(),
+            last_sequences: self.last_sequences(),
+            record: Some(Box::new(MigrationRecord::default())),
+        };
+        ObservedVm {
+            epoch: self.pool.migration(self.id).from_epoch,
+            migration: Some(migration),
+            ..process(&self.pool, self.vm, state)
+        }
+    }
+
+    fn receives(&self, phase: TargetPhase) -> ObservedVm {
+        let migration = ObservedMigration::Target { migration: self.id, phase, error: "no memory".into() };
+        let state =
+            if phase == TargetPhase::Resumed { ProcessState::Running } else { ProcessState::Incoming };
+        ObservedVm {
+            epoch: self.pool.migration(self.id).to_epoch(),
+            migration: Some(migration),
+            ..process(&self.pool, self.vm, state)
+        }
+    }
+
+    fn last_sequences(&self) -> Vec<LastSequence> {
+        let disks = self.pool.vm(self.vm).spec.disks.iter();
+        disks.map(|volume| LastSequence { volume: *volume, sequence: Sequence(41) }).collect()
+    }
+
+    fn at_source(&self, observed: ObservedVm) -> Vec<HostAction> {
+        actions(&self.pool, self.source, &[observed])
+    }
+
+    fn at_target(&self, observed: ObservedVm) -> Vec<HostAction> {
+        actions(&self.pool, self.target, &[observed])
+    }
+
+    fn destroyed(&self, reason: DestroyReason) -> [HostAction; 1] {
+        let epoch = match reason {
+            DestroyReason::MigrationEnded => self.pool.migration(self.id).to_epoch(),
+            _ => self.pool.migration(self.id).from_epoch,
+        };
+        [HostAction::Destroy { vm: self.vm, epoch, reason }]
+    }
+}
+
+fn is_abort(actions: &[HostAction]) -> bool {
+    matches!(actions, [HostAction::Report(Command::MigrationAbort { .. })])
+}
+
+#[test]
+fn the_target_prepares_when_it_knows_the_certificate_of_the_source() {
+    let mut step = Move::started();
+    let fingerprint = CertificateFingerprint([3; 32]);
+    let source = process(&step.pool, step.vm, ProcessState::Running);
+    assert_eq!(actions(&step.pool, step.target, &[]), []);
+    let ready = Command::MigrationSourceReady { migration: step.id, fingerprint };
+    assert_eq!(step.at_source(source.clone()), [HostAction::Report(ready)]);
+    step.source_ready();
+    assert_eq!(step.at_source(source), []);
+    let prepare = [HostAction::PrepareIncoming { migration: step.id }];
+    assert_eq!(actions(&step.pool, step.target, &[]), prepare);
+    assert_eq!(step.at_target(step.receives(TargetPhase::Listening)), prepare, "until it is in the state");
+}
+
+#[test]
+fn the_source_starts_reports_and_proposes_the_commit() {
+    let step = Move::prepared();
+    let plain = process(&step.pool, step.vm, ProcessState::Running);
+    assert_eq!(step.at_source(plain), [HostAction::StartOutgoing { migration: step.id }]);
+    let copying = HostAction::Report(Command::MigrationCopying { migration: step.id });
+    assert_eq!(step.at_source(step.sends(SourcePhase::Copying)), [copying.clone()]);
+    let commit = HostAction::ProposeCommit { migration: step.id, last_sequences: step.last_sequences() };
+    assert_eq!(step.at_source(step.sends(SourcePhase::Paused)), [copying, commit.clone()]);
+    let step = Move::copying();
+    assert_eq!(step.at_source(step.sends(SourcePhase::Copying)), []);
+    let commit = match commit {
+        HostAction::ProposeCommit { .. } => {
+            HostAction::ProposeCommit { migration: step.id, last_sequences: step.last_sequences() }
+        }
+        other => other,
+    };
+    assert_eq!(step.at_source(step.sends(SourcePhase::Paused)), [commit.clone()]);
+    assert_eq!(
+        step.at_source(step.sends(SourcePhase::CommitProposed)),
+        [commit],
+        "its daemon died meanwhile"
+    );
+    assert_eq!(step.at_target(step.receives(TargetPhase::Receiving)), []);
+}
+
+#[test]
+fn a_side_that_gives_up_or_vanishes_aborts_before_the_commit() {
+    let step = Move::copying();
+    assert!(is_abort(&step.at_source(step.sends(SourcePhase::Aborted))));
+    assert!(is_abort(&step.at_target(step.receives(TargetPhase::Failed))));
+    assert!(is_abort(&actions(&step.pool, step.target, &[])), "the target's process vanished");
+    let gone = ObservedVm { state: ProcessState::Gone, migration: None, ..step.receives(TargetPhase::Ready) };
+    assert!(is_abort(&step.at_target(gone)));
+    let forgetful = process(&step.pool, step.vm, ProcessState::Running);
+    assert!(is_abort(&step.at_source(forgetful)));
+    let died = report(&step.pool, step.source, &[]);
+    assert!(matches!(died, Command::RestartVm { cause: RestartCause::ProcessDied, .. }));
+}
+
+#[test]
+fn an_aborted_migration_resumes_the_source_and_clears_the_target() {
+    let mut step = Move::copying();
+    step.pool.accept(Command::CancelMigration { migration: step.id });
+    let resume = [HostAction::ResumeAfterAbort { migration: step.id }];
+    for phase in [SourcePhase::Copying, SourcePhase::Paused, SourcePhase::CommitProposed] {
+        assert_eq!(step.at_source(step.sends(phase)), resume);
+    }
+    assert_eq!(step.at_source(step.sends(SourcePhase::Aborted)), []);
+    let cleared = step.destroyed(DestroyReason::MigrationEnded);
+    assert_eq!(step.at_target(step.receives(TargetPhase::Receiving)), cleared);
+    step.pool.accept(Command::StopVm { vm: step.vm, mode: StopMode::Clean });
+    assert_eq!(step.at_source(step.sends(SourcePhase::Paused)), resume, "it resumes first");
+}
+
+#[test]
+fn what_an_attempt_left_is_cleared_before_the_next_one() {
+    let mut step = Move::copying();
+    let left = step.receives(TargetPhase::Receiving);
+    let gone = ObservedVm { state: ProcessState::Gone, migration: None, ..left.clone() };
+    step.pool.accept(Command::CancelMigration { migration: step.id });
+    let (id, _) = step.pool.start_migration(step.vm, Some(step.target));
+    step.id = id;
+    step.source_ready();
+    let cleared = step.destroyed(DestroyReason::MigrationEnded);
+    assert_eq!(step.at_target(left), cleared);
+    assert_eq!(step.at_target(gone), cleared);
+}
+
+#[test]
+fn after_the_commit_the_target_activates_and_the_source_waits_for_the_end() {
+    let mut step = Move::committed();
+    let activate = [HostAction::ActivateIncoming { migration: step.id }];
+    for phase in [TargetPhase::Receiving, TargetPhase::Ready] {
+        assert_eq!(step.at_target(step.receives(phase)), activate);
+    }
+    assert_eq!(step.at_target(step.receives(TargetPhase::Activating)), []);
+    let committed = [HostAction::ReportCommitted { migration: step.id }];
+    assert_eq!(step.at_source(step.sends(SourcePhase::CommitProposed)), committed);
+    assert_eq!(step.at_source(step.sends(SourcePhase::Committed)), []);
+
+    let resumed = step.receives(TargetPhase::Resumed);
+    let epoch = step.pool.epoch(step.vm);
+    let running = Command::VmRunning { vm: step.vm, epoch };
+    assert_eq!(step.at_target(resumed.clone()), [HostAction::Report(running.clone())]);
+    step.pool.accept(running);
+    assert_eq!(step.at_target(resumed), []);
+
+    let record = Some(Box::new(MigrationRecord::default()));
+    let done = Command::MigrationDone { migration: step.id, record };
+    assert_eq!(step.at_source(step.sends(SourcePhase::Done)), [HostAction::Report(done.clone())]);
+    step.pool.accept(done);
+    let cleared = step.destroyed(DestroyReason::NotPlacedHere);
+    assert_eq!(step.at_source(step.sends(SourcePhase::Done)), cleared);
+}
+
+#[test]
+fn a_source_that_died_after_the_commit_ends_the_migration_without_a_record() {
+    let mut step = Move::committed();
+    assert_eq!(actions(&step.pool, step.source, &[]), [], "the target has not arrived");
+    step.pool.runs(step.vm);
+    let done = Command::MigrationDone { migration: step.id, record: None };
+    assert_eq!(report(&step.pool, step.source, &[]), done);
+    let gone = ObservedVm { state: ProcessState::Gone, ..step.sends(SourcePhase::Committed) };
+    assert_eq!(report(&step.pool, step.source, &[gone]), done);
+}
+
+#[test]
+fn a_target_that_failed_after_the_commit_starts_anew() {
+    let step = Move::committed();
+    let restarts =
+        |actions: Vec<HostAction>| matches!(actions[..], [HostAction::Report(Command::RestartVm { .. })]);
+    assert!(restarts(step.at_target(step.receives(TargetPhase::Failed))));
+    assert!(restarts(actions(&step.pool, step.target, &[])));
+    let gone = ObservedVm { state: ProcessState::Gone, ..step.receives(TargetPhase::Ready) };
+    assert!(restarts(step.at_target(gone)));
+}
+
+#[test]
+fn a_target_that_returns_after_its_loss_activates_only_when_it_is_up_again() {
+    let mut step = Move::committed();
+    step.pool.accept(Command::HostLost { host: step.target });
+    assert_eq!(step.at_target(step.receives(TargetPhase::Ready)), []);
+    step.pool.accept(Command::HostReturned { host: step.target });
+    let activate = [HostAction::ActivateIncoming { migration: step.id }];
+    assert_eq!(step.at_target(step.receives(TargetPhase::Ready)), activate);
+}
+
+#[test]
+fn an_image_of_an_aborted_migration_is_never_run_at_the_epoch_of_a_recovery() {
+    let mut step = Move::copying();
+    let left = step.receives(TargetPhase::Ready);
+    let expect_epoch = step.pool.epoch(step.vm);
+    step.pool.accept(Command::HostLost { host: step.source });
+    step.pool.accept(Command::RecoverVm { vm: step.vm, expect_epoch, host: step.target });
+    assert_eq!(step.pool.epoch(step.vm), left.epoch, "both have the epoch after the lost one");
+    assert_eq!(step.at_target(left), step.destroyed(DestroyReason::MigrationEnded));
+    let start = HostAction::SpawnAndStart { vm: step.vm, epoch: step.pool.epoch(step.vm) };
+    assert_eq!(actions(&step.pool, step.target, &[]), [start]);
+}
