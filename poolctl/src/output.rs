@@ -191,7 +191,7 @@ fn yaml(value: &impl Serialize) -> Result<String, Failure> {
 /// An empty table without lines, whose columns are as wide as their contents.
 fn plain() -> Table {
     let mut table = Table::new();
-    table.load_preset(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
+    table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
     table
 }
 

@@ -6,7 +6,7 @@ use std::process::Command;
 use std::sync::OnceLock;
 
 /// Set by whoever has just built everything; the harness then builds nothing.
-const PREBUILT: &str = "POOL_TESTS_PREBUILT";
+pub const PREBUILT: &str = "POOL_TESTS_PREBUILT";
 
 /// Paths of the programs.
 #[derive(Debug, Clone)]
@@ -74,31 +74,62 @@ pub fn target_dir() -> Result<PathBuf> {
 }
 
 /// Runs cargo in the workspace with the profile of this build.
-///
-/// # Errors
-/// When cargo fails: its messages.
-pub(crate) fn cargo(arguments: &[&str]) -> Result<()> {
-    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+fn cargo(arguments: &[&str]) -> Result<()> {
+    let mut command = Command::new(cargo_path());
     command.current_dir(workspace_dir()).args(arguments);
     if target_dir()?.ends_with("release") {
         command.arg("--release");
     }
+    run_cargo(&mut command)
+}
+
+fn cargo_path() -> std::ffi::OsString {
+    std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into())
+}
+
+fn run_cargo(command: &mut Command) -> Result<()> {
     let output = command.output().context("start cargo")?;
     if !output.status.success() {
-        bail!("{} failed:\n{}", crate::output::show(&command), String::from_utf8_lossy(&output.stderr));
+        bail!("{} failed:\n{}", crate::output::show(command), String::from_utf8_lossy(&output.stderr));
     }
     Ok(())
 }
 
-/// Builds the probe guest (once in a process).
+/// Builds the probe guest (once in a process) and returns the path of its ELF file.
 ///
 /// # Errors
 /// When the build fails.
 pub fn build_probe() -> Result<PathBuf> {
     static BUILT: OnceLock<Result<PathBuf, String>> = OnceLock::new();
-    let built = BUILT.get_or_init(|| {
-        let path = target_dir().map_err(|e| format!("{e:#}"))?.join("probe");
-        Ok(path)
-    });
-    built.clone().map_err(anyhow::Error::msg)
+    BUILT
+        .get_or_init(|| try_build_probe().map_err(|error| format!("{error:#}")))
+        .clone()
+        .map_err(anyhow::Error::msg)
+}
+
+fn try_build_probe() -> Result<PathBuf> {
+    let target = guests_dir();
+    if std::env::var_os(PREBUILT).is_none() {
+        let mut command = Command::new(cargo_path());
+        command.args(["build", "--quiet", "--release", "--target-dir"]).arg(&target);
+        // Cargo reads the guest's own configuration only in its folder.
+        run_cargo(command.current_dir(workspace_dir().join("tests/guests/probe")))?;
+    }
+    let path = target.join("x86_64-unknown-linux-gnu/release/probe");
+    if !path.is_file() {
+        bail!("{} is missing; run `cargo xtask build`", path.display());
+    }
+    Ok(path)
+}
+
+/// Where guests are built: beside the profiles of the programs, since a guest is the same for all of them.
+fn guests_dir() -> PathBuf {
+    target_root().join("guests")
+}
+
+/// The folder that cargo builds into.
+#[must_use]
+pub fn target_root() -> PathBuf {
+    let target = std::env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
+    target.unwrap_or_else(|| workspace_dir().join("target"))
 }

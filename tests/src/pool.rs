@@ -217,8 +217,15 @@ impl Pool {
     /// # Errors
     /// When it can't be run or hangs.
     pub fn poolctl(&self, arguments: &[&str]) -> Result<Output> {
+        output::run(&mut self.poolctl_command(arguments), COMMAND_DEADLINE)
+    }
+
+    /// A `poolctl` command that is still to be run, e.g. at a terminal.
+    #[must_use]
+    pub fn poolctl_command(&self, arguments: &[&str]) -> std::process::Command {
         let mut command = self.fabric.at_operator(&self.binaries.poolctl);
-        output::run(command.arg("--config").arg(self.admin_config()).args(arguments), COMMAND_DEADLINE)
+        command.arg("--config").arg(self.admin_config()).args(arguments);
+        command
     }
 
     /// Runs `poolctl … -o json` and returns what it prints.

@@ -1,1 +1,75 @@
-fn main() {}
+//! The project's own commands: `cargo xtask demo`, `test`, `build`, `tidy`, `chaos`.
+//!
+//! ```text
+//!  demo ─┐                      ┌─ tests::Pool: real daemons on loopback addresses
+//!  test ─┼─▶ machine: what is   ├─ cargo: fmt, clippy, build, test
+//!  chaos ┘   missing, install   └─ tidy: rules that no compiler checks
+//! ```
+//!
+//! Needs nothing but Rust and a C linker to be built itself; what the rest needs it installs as root, or names.
+
+#![expect(clippy::print_stdout, reason = "a program that talks to a person")]
+
+mod build;
+mod demo;
+mod machine;
+mod test;
+mod tidy;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Work on this project.
+#[derive(Debug, Parser)]
+#[command(bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Shows a pool at work: three hosts, a VM, a live migration, a dead host
+    Demo,
+    /// Format, lints, tidy, all tests, a short chaos campaign
+    Test,
+    /// Builds the programs and the probe guest
+    Build {
+        /// With optimisation
+        #[arg(long)]
+        release: bool,
+    },
+    /// Rules that no compiler checks
+    Tidy,
+    /// Faults on a pool of real processes, and checkers; see chaos/README.md
+    Chaos {
+        /// Passed on to the program, such as --seed 7 --minutes 10
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+}
+
+fn main() -> Result<ExitCode> {
+    match Arguments::parse().command {
+        Command::Demo => demo::run()?,
+        Command::Test => test::run()?,
+        Command::Build { release } => {
+            machine::prepare_build()?;
+            build::programs(if release { build::Profile::Release } else { build::Profile::Dev })?;
+        }
+        Command::Tidy => tidy::run()?,
+        Command::Chaos { arguments } => return chaos(&arguments),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Runs the campaign program; its exit code tells what it found.
+fn chaos(arguments: &[String]) -> Result<ExitCode> {
+    machine::prepare_run()?;
+    let programs = build::programs(build::Profile::Dev)?;
+    let status =
+        build::prebuilt(std::process::Command::new(programs.join("chaos")).args(arguments)).status()?;
+    let code = status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1);
+    Ok(ExitCode::from(code))
+}

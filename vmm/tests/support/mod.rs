@@ -2,7 +2,6 @@
 
 use bytes::Bytes;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, mpsc};
 use std::time::{Duration, Instant};
@@ -16,20 +15,7 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 /// The probe guest, built once in a process.
 pub fn probe() -> &'static Path {
     static PATH: OnceLock<PathBuf> = OnceLock::new();
-    PATH.get_or_init(|| {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the crate lies in the workspace");
-        let target = root.join("target/guests");
-        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-        let built = Command::new(cargo)
-            .args(["build", "--quiet", "--release", "--target-dir"])
-            .arg(&target)
-            // Cargo reads the guest's own configuration only in its folder.
-            .current_dir(root.join("tests/guests/probe"))
-            .status()
-            .expect("cargo runs");
-        assert!(built.success(), "the probe guest does not build");
-        target.join("x86_64-unknown-linux-gnu/release/probe")
-    })
+    PATH.get_or_init(|| tests::build_probe().expect("the probe guest builds"))
 }
 
 /// A disk in memory.

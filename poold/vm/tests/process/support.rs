@@ -30,21 +30,7 @@ const HOST: HostId = HostId(1);
 /// The probe guest, built once in a process.
 pub fn probe() -> &'static Path {
     static PATH: OnceLock<PathBuf> = OnceLock::new();
-    PATH.get_or_init(|| {
-        let root =
-            Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).expect("the crate is in poold/vm");
-        let target = root.join("target/guests");
-        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-        let built = Command::new(cargo)
-            .args(["build", "--quiet", "--release", "--target-dir"])
-            .arg(&target)
-            // Cargo reads the guest's own configuration only in its folder.
-            .current_dir(root.join("tests/guests/probe"))
-            .status()
-            .expect("cargo runs");
-        assert!(built.success(), "the probe guest does not build");
-        target.join("x86_64-unknown-linux-gnu/release/probe")
-    })
+    PATH.get_or_init(|| tests::build_probe().expect("the probe guest builds"))
 }
 
 /// The pool's view of the one volume.

@@ -1,0 +1,55 @@
+//! Building the programs.
+
+use anyhow::{Context, Result, bail};
+use std::path::PathBuf;
+use std::process::Command;
+
+/// Packages whose programs a pool consists of, and the campaign program.
+const PROGRAMS: [&str; 4] = ["poold", "poold-vm", "poolctl", "chaos"];
+
+/// How to compile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Profile {
+    /// Fast to build; what the tests run.
+    Dev,
+    /// Optimised.
+    Release,
+}
+
+/// A cargo command in the workspace.
+pub fn cargo(arguments: &[&str]) -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(tests::binaries::workspace_dir()).args(arguments);
+    command
+}
+
+/// Runs a command to its end; its output goes where ours goes.
+pub fn run(command: &mut Command) -> Result<()> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    let status = command.status().with_context(|| format!("start {program}"))?;
+    if !status.success() {
+        let arguments: Vec<_> = command.get_args().map(|word| word.to_string_lossy()).collect();
+        bail!("`{program} {}` failed ({status})", arguments.join(" "));
+    }
+    Ok(())
+}
+
+/// Builds all programs and the probe guest; returns the folder of the programs.
+pub fn programs(profile: Profile) -> Result<PathBuf> {
+    let mut command = cargo(&["build"]);
+    for name in PROGRAMS {
+        command.args(["-p", name]);
+    }
+    if profile == Profile::Release {
+        command.arg("--release");
+    }
+    run(&mut command)?;
+    tests::build_probe()?;
+    let folder = if profile == Profile::Release { "release" } else { "debug" };
+    Ok(tests::binaries::target_root().join(folder))
+}
+
+/// Tells the harness in a child that everything is built.
+pub fn prebuilt(command: &mut Command) -> &mut Command {
+    command.env(tests::binaries::PREBUILT, "1")
+}
