@@ -52,6 +52,11 @@ impl Bus {
         &self.devices
     }
 
+    /// Where console output goes.
+    pub fn console(&self) -> ConsoleRing {
+        self.serial().writer().clone()
+    }
+
     /// The serial console's registers.
     pub fn serial_state(&self) -> SerialState {
         self.serial().state()

@@ -1,6 +1,8 @@
 //! The serial console's output: the last MiB, with absolute positions.
 
+use bytes::Bytes;
 use proto::limits::CONSOLE_RING_BYTES;
+use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -35,9 +37,41 @@ impl ConsoleRing {
         (ring.bytes.iter().skip(skip).copied().collect(), from)
     }
 
+    /// What moves with the machine.
+    #[must_use]
+    pub fn history(&self) -> ConsoleHistory {
+        let ring = self.ring();
+        ConsoleHistory { bytes: ring.bytes.iter().copied().collect(), end: ring.end }
+    }
+
+    /// Goes on where another console ended; what was here is dropped.
+    ///
+    /// # Errors
+    /// A history that no console has.
+    pub fn take_over(&mut self, history: &ConsoleHistory) -> Result<(), String> {
+        let kept = history.bytes.len();
+        if kept > CONSOLE_RING_BYTES || kept as u64 > history.end {
+            return Err(format!("a console of {} bytes can't have kept {kept}", history.end));
+        }
+        let mut ring = self.ring();
+        ring.bytes.clear();
+        ring.bytes.extend(&history.bytes);
+        ring.end = history.end;
+        Ok(())
+    }
+
     fn ring(&self) -> MutexGuard<'_, Ring> {
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Output of a console that goes on elsewhere.
+#[derive(Clone, Default, Serialize, Deserialize)]
+pub struct ConsoleHistory {
+    /// The last bytes.
+    bytes: Bytes,
+    /// Bytes ever written.
+    end: u64,
 }
 
 impl io::Write for ConsoleRing {
@@ -69,5 +103,17 @@ mod tests {
         let (kept, from) = ring.read_from(0);
         assert_eq!((kept.len(), from), (CONSOLE_RING_BYTES, 3));
         assert_eq!(ring.read_from(u64::MAX), (vec![], ring.end()));
+    }
+
+    #[test]
+    fn a_console_goes_on_elsewhere_at_the_same_position() {
+        let (mut old, mut new) = (ConsoleRing::default(), ConsoleRing::default());
+        old.write_all(&vec![b'x'; CONSOLE_RING_BYTES]).unwrap();
+        old.write_all(b"abc").unwrap();
+        new.take_over(&old.history()).unwrap();
+        new.write_all(b"def").unwrap();
+        assert_eq!(new.read_from(old.end() - 1), (b"cdef".to_vec(), old.end() - 1));
+        let forged = ConsoleHistory { bytes: Bytes::from_static(b"abc"), end: 2 };
+        assert!(new.take_over(&forged).is_err());
     }
 }

@@ -251,6 +251,7 @@ impl Machine {
                 scratch: serial.scratch,
                 in_buffer: serial.in_buffer,
             },
+            console: self.bus.console().history(),
             devices: self.bus.devices().iter().map(MmioTransport::save).collect(),
         })
     }
@@ -286,6 +287,7 @@ impl Machine {
         };
         let refused = |device: &str, cause| StateError::Device { device: device.to_owned(), cause };
         self.bus.restore_serial(&serial).map_err(|cause| refused("serial", cause))?;
+        self.bus.console().take_over(&state.console).map_err(|cause| refused("console", cause))?;
         for (index, (device, state)) in self.bus.devices().iter().zip(&state.devices).enumerate() {
             device.restore(state).map_err(|error| refused(&format!("disk {index}"), error.to_string()))?;
         }

@@ -4,6 +4,7 @@
 //! pending events, and `vcpu_events` last; at restoring the lapic before the MSRs, since the deadline timer's MSR arms
 //! it, and the TSC before that. The format is postcard behind a magic and a version, bounded, decoded without trust.
 
+use crate::console::ConsoleHistory;
 use crate::virtio::MmioState;
 use kvm_bindings::{
     CpuId, KVM_CLOCK_TSC_STABLE, Msrs, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip,
@@ -13,10 +14,10 @@ use kvm_bindings::{
 use kvm_ioctls::{VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
-/// Tells a state from anything else; the last byte is the version. Version 1: the first.
-const MAGIC: &[u8; 8] = b"vmstate\x01";
+/// Tells a state from anything else; the last byte is the version. Version 1: the first; 2: with the console.
+const MAGIC: &[u8; 8] = b"vmstate\x02";
 
-/// Largest encoded state in bytes: 64 vCPUs of 20 KiB, devices, and as much again.
+/// Largest encoded state in bytes: 64 vCPUs of 20 KiB, devices, a MiB of console, and as much again.
 pub const STATE_BYTES_MAX: usize = 4 << 20;
 
 const MSR_TSC: u32 = 0x10;
@@ -95,6 +96,7 @@ pub struct MachineState {
     pub(crate) vcpus: Vec<VcpuState>,
     pub(crate) chips: ChipState,
     pub(crate) serial: SerialRegisters,
+    pub(crate) console: ConsoleHistory,
     pub(crate) devices: Vec<MmioState>,
 }
 
@@ -245,7 +247,7 @@ mod tests {
     #[test]
     fn garbage_is_no_state() {
         assert!(MachineState::decode(b"").is_err());
-        assert!(MachineState::decode(b"vmstate\x02").is_err());
+        assert!(MachineState::decode(b"vmstate\x01").is_err());
         assert!(MachineState::decode(&[0; STATE_BYTES_MAX + 1]).is_err());
         // Any bytes behind the magic: refused or read, never a panic or a large allocation.
         let mut bytes = MAGIC.to_vec();

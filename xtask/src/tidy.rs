@@ -1,5 +1,6 @@
 //! Rules that no compiler checks.
 
+use ::tests::binaries::workspace_dir;
 use anyhow::{Context, Result, bail};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -22,7 +23,7 @@ const BANNED: [(&str, &str, &str); 6] = [
 
 /// Checks the whole tree; lists everything that is wrong.
 pub fn run() -> Result<()> {
-    let root = tests::binaries::workspace_dir();
+    let root = workspace_dir();
     let mut wrong = Vec::new();
     let mut files = Vec::new();
     collect(&root, &mut files)?;

@@ -180,7 +180,10 @@ impl Client {
             }
         }
         // Whoever opens it again at once must not storm a host that ends it at once.
-        let pause = async { Ok(tokio::time::sleep(RETRY_PAUSE).await) };
+        let pause = async {
+            tokio::time::sleep(RETRY_PAUSE).await;
+            Ok(())
+        };
         self.before_deadline(pause).await.map(|()| ControlFlow::Continue(()))
     }
 

@@ -123,7 +123,7 @@ fn write_page_tables(memory: &Memory) -> Result<(), BootError> {
     for gib in 0..IDENTITY_GIB {
         let table = second + gib * TABLE;
         write(memory, &(table | PRESENT_WRITABLE).to_le_bytes(), GuestAddress(third + gib * 8))?;
-        let pages = (0..512).map(|page| (gib << 30) + (page << 21) | PRESENT_WRITABLE | LARGE);
+        let pages = (0..512).map(|page| ((gib << 30) + (page << 21)) | PRESENT_WRITABLE | LARGE);
         let bytes: Vec<u8> = pages.flat_map(u64::to_le_bytes).collect();
         write(memory, &bytes, GuestAddress(table))?;
     }

@@ -1,4 +1,5 @@
 //! What an entry and an object cost; the numbers are printed with `--nocapture`.
+#![expect(clippy::print_stdout, reason = "measured numbers are for whoever reads the output")]
 
 use crate::{Command, PoolState, fixture::Pool, state::HaPolicy};
 use std::time::Instant;

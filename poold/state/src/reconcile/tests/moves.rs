@@ -126,7 +126,7 @@ fn the_source_starts_reports_and_proposes_the_commit() {
     let plain = process(&step.pool, step.vm, ProcessState::Running);
     assert_eq!(step.at_source(plain), [HostAction::StartOutgoing { migration: step.id }]);
     let copying = HostAction::Report(Command::MigrationCopying { migration: step.id });
-    assert_eq!(step.at_source(step.sends(SourcePhase::Copying)), [copying.clone()]);
+    assert_eq!(step.at_source(step.sends(SourcePhase::Copying)), std::slice::from_ref(&copying));
     let commit = HostAction::ProposeCommit { migration: step.id, last_sequences: step.last_sequences() };
     assert_eq!(step.at_source(step.sends(SourcePhase::Paused)), [copying, commit.clone()]);
     let step = Move::copying();
@@ -137,7 +137,7 @@ fn the_source_starts_reports_and_proposes_the_commit() {
         }
         other => other,
     };
-    assert_eq!(step.at_source(step.sends(SourcePhase::Paused)), [commit.clone()]);
+    assert_eq!(step.at_source(step.sends(SourcePhase::Paused)), std::slice::from_ref(&commit));
     assert_eq!(
         step.at_source(step.sends(SourcePhase::CommitProposed)),
         [commit],

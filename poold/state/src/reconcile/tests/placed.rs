@@ -35,7 +35,7 @@ fn a_start_waits_for_its_back_off_and_for_the_host_to_be_up() {
     assert_eq!(actions(&pool, host, &[]), []);
     pool.now_ms = pool.vm(vm).not_before_ms;
     let start = HostAction::SpawnAndStart { vm, epoch: pool.epoch(vm) };
-    assert_eq!(actions(&pool, host, &[]), [start.clone()]);
+    assert_eq!(actions(&pool, host, &[]), std::slice::from_ref(&start));
     pool.accept(Command::HostLost { host });
     assert_eq!(actions(&pool, host, &[]), []);
     pool.accept(Command::HostReturned { host });
@@ -67,7 +67,7 @@ fn a_process_that_no_placement_is_about_is_destroyed() {
     let epoch = running.epoch;
     let elsewhere = pool.hosts()[1];
     let not_here = HostAction::Destroy { vm, epoch, reason: DestroyReason::NotPlacedHere };
-    assert_eq!(actions(&pool, elsewhere, std::slice::from_ref(&running)), [not_here.clone()]);
+    assert_eq!(actions(&pool, elsewhere, std::slice::from_ref(&running)), std::slice::from_ref(&not_here));
     pool.accept(Command::HostLost { host });
     pool.accept(Command::RecoverVm { vm, expect_epoch: epoch, host: elsewhere });
     assert_eq!(actions(&pool, host, std::slice::from_ref(&running)), [not_here]);
