@@ -166,6 +166,25 @@ pub struct VolumeTask {
     acknowledged: watch::Sender<Sequence>,
     generations: Arc<AtomicU64>,
     tasks: JoinSet<()>,
+    replies: Vec<Reply>,
+}
+
+/// Who is told, once the new state is published: an asker must see it.
+enum Reply {
+    Done(oneshot::Sender<Result<(), VolumeError>>),
+    Drained(oneshot::Sender<Result<Sequence, VolumeError>>, Sequence),
+    Activated(oneshot::Sender<Result<Sequence, ActivateError>>, Sequence),
+}
+
+impl Reply {
+    /// The asker may have gone.
+    fn send(self) {
+        match self {
+            Self::Done(reply) => drop(reply.send(Ok(()))),
+            Self::Drained(reply, last) => drop(reply.send(Ok(last))),
+            Self::Activated(reply, last) => drop(reply.send(Ok(last))),
+        }
+    }
 }
 
 /// Events that wait for the task: some per connection.
@@ -204,6 +223,7 @@ impl VolumeTask {
             acknowledged,
             generations: Arc::default(),
             tasks: JoinSet::new(),
+            replies: Vec::new(),
         };
         task.take_config(config);
         task
@@ -230,6 +250,7 @@ impl VolumeTask {
             }
             self.advance();
             self.publish();
+            self.replies.drain(..).for_each(Reply::send);
         }
     }
 
@@ -455,7 +476,7 @@ impl VolumeTask {
                     drained: false,
                     proposing: false,
                 }));
-                let _ = reply.send(Ok(last));
+                self.replies.push(Reply::Activated(reply, last));
             }
             Err(error) => {
                 if let ActivateError::Fenced { epoch } = &error {
@@ -665,13 +686,12 @@ impl VolumeTask {
         });
         while active.in_flight.front().is_some_and(|write| write.sequence <= active.acknowledged.written) {
             if let Some(InFlight { write, .. }) = active.in_flight.pop_front() {
-                // The guest's request may have been given up.
-                let _ = write.reply.send(Ok(()));
+                self.replies.push(Reply::Done(write.reply));
             }
         }
         while active.flushes.front().is_some_and(|(upto, _)| *upto <= active.acknowledged.durable) {
             if let Some((_, reply)) = active.flushes.pop_front() {
-                let _ = reply.send(Ok(()));
+                self.replies.push(Reply::Done(reply));
             }
         }
         let idle = active.in_flight.is_empty() && active.waiting.is_empty() && active.flushes.is_empty();
@@ -685,7 +705,7 @@ impl VolumeTask {
             self.send_flush();
         } else if let Some(reply) = active.draining.take() {
             active.drained = true;
-            let _ = reply.send(Ok(active.issued));
+            self.replies.push(Reply::Drained(reply, active.issued));
         }
     }
 

@@ -15,10 +15,12 @@ use bytes::Bytes;
 use proto::limits::BLOCK_BYTES;
 use proto::{BlockIndex, Epoch, Sequence, VolumeId};
 use std::collections::{BTreeSet, HashMap};
+use std::fs::{File, TryLockError};
 use std::io;
 use std::ops::Range;
 use std::path::Path;
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
+use std::thread::JoinHandle;
 use tokio::sync::{mpsc, oneshot, watch};
 
 /// Operations that wait for the store's thread; each holds at most one frame of data.
@@ -136,6 +138,8 @@ pub enum Op {
     Complete { volume: VolumeId, epoch: Epoch, tail: Tail, done: Done<()> },
     /// Forgets a volume.
     Delete { volume: VolumeId, done: Done<()> },
+    /// Ends the thread; what was handed in before is done.
+    Close,
 }
 
 /// What readers share with the thread.
@@ -152,6 +156,7 @@ pub struct Store {
     shared: Arc<RwLock<Shared>>,
     disk: Arc<dyn Disk>,
     failed: watch::Receiver<Option<StoreError>>,
+    thread: Arc<Mutex<Option<JoinHandle<()>>>>,
 }
 
 impl Store {
@@ -161,6 +166,7 @@ impl Store {
     /// A file can't be read.
     pub fn open(dir: &Path, disk: Arc<dyn Disk>) -> Result<Self, StoreError> {
         let open = |cause: String| StoreError::Open { dir: dir.to_owned(), cause };
+        let lock = lock(dir).map_err(|error| open(error.to_string()))?;
         let promises = PromiseDir::open(&dir.join("promises")).map_err(|error| open(error.to_string()))?;
         let mut shared = Shared::default();
         let mut live = LiveCounts::default();
@@ -186,12 +192,26 @@ impl Store {
             full: false,
             until_usage: 0,
             recycled_at: None,
+            closing: false,
+            _lock: lock,
         };
-        std::thread::Builder::new()
+        let thread = std::thread::Builder::new()
             .name("store".to_owned())
             .spawn(move || thread.run(queue, &report))
             .map_err(|error| open(error.to_string()))?;
-        Ok(Self { ops, shared, disk, failed })
+        Ok(Self { ops, shared, disk, failed, thread: Arc::new(Mutex::new(Some(thread))) })
+    }
+
+    /// Ends the thread and waits for its end: nothing is written after this, and the folder may be opened again.
+    pub async fn close(&self) {
+        self.submit(Op::Close).await;
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(thread) = thread else { return };
+        // Its last batch may wait for the disk.
+        let joined = tokio::task::spawn_blocking(move || thread.join()).await;
+        if !matches!(joined, Ok(Ok(()))) {
+            tracing::error!("the store's thread has panicked");
+        }
     }
 
     /// Hands an operation to the thread; it is dropped unanswered when the store has failed.
@@ -352,6 +372,9 @@ struct StoreThread {
     until_usage: u32,
     /// The segment that was written when dead ones were last looked for.
     recycled_at: Option<SegmentId>,
+    closing: bool,
+    /// Held as long as the thread may write.
+    _lock: File,
 }
 
 /// What is gathered for one batch, and what follows when it is written.
@@ -386,6 +409,9 @@ impl StoreThread {
             if let Err(error) = self.commit(gathered) {
                 tracing::error!(%error, "the block store has failed");
                 report.send_replace(Some(StoreError::Failed { cause: error.to_string() }));
+                return;
+            }
+            if self.closing {
                 return;
             }
         }
@@ -456,6 +482,7 @@ impl StoreThread {
                 self.durable.remove(&volume);
                 gathered.after.push(After::Done(done));
             }
+            Op::Close => self.closing = true,
         }
     }
 
@@ -606,6 +633,19 @@ impl StoreThread {
             }
             self.live.remove(&segment);
         }
+    }
+}
+
+/// Locks the folder: two processes that append to one log would destroy it.
+fn lock(dir: &Path) -> io::Result<File> {
+    std::fs::create_dir_all(dir)?;
+    let file = File::create(dir.join("lock"))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => {
+            Err(io::Error::new(io::ErrorKind::ResourceBusy, "another process has it open"))
+        }
+        Err(TryLockError::Error(error)) => Err(error),
     }
 }
 

@@ -14,6 +14,7 @@ use std::io;
 use std::sync::Arc;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, BufReader, BufWriter};
 use tokio::sync::{mpsc, watch};
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 /// Answers that wait to be sent; an owner that does not read them is held up.
 const ANSWERS_MAX: usize = 64;
@@ -37,6 +38,9 @@ pub(super) struct Connection {
     owner: Option<Owner>,
     marks: Arc<watch::Sender<Watermark>>,
     beside: Arc<tokio::sync::Semaphore>,
+    /// Ends what is worked on beside the stream, with the connection.
+    end: CancellationToken,
+    _end_on_drop: DropGuard,
 }
 
 fn protocol(what: &str) -> io::Error {
@@ -46,7 +50,9 @@ fn protocol(what: &str) -> io::Error {
 impl Connection {
     pub(super) fn new(shared: Arc<Shared>) -> Self {
         let marks = Arc::new(watch::channel(Watermark::default()).0);
-        Self { shared, owner: None, marks, beside: Arc::new(tokio::sync::Semaphore::new(BESIDE_MAX)) }
+        let end = shared.shutdown.child_token();
+        let beside = Arc::new(tokio::sync::Semaphore::new(BESIDE_MAX));
+        Self { shared, owner: None, marks, beside, _end_on_drop: end.clone().drop_guard(), end }
     }
 
     /// Talks until the owner goes or breaks the protocol.
@@ -56,15 +62,18 @@ impl Connection {
         write: impl AsyncWrite + Unpin + Send + 'static,
     ) {
         let (answers, outbox) = mpsc::channel(ANSWERS_MAX);
-        let writer = tokio::spawn(send_all(write, outbox, self.marks.subscribe()));
+        let writer = send_all(write, outbox, self.marks.subscribe());
         let mut read = BufReader::new(read);
-        if let Err(error) = self.converse(&mut read, &answers).await
+        // The writer ends with the stream: an owner that is gone reads nothing.
+        let ended = tokio::select! {
+            ended = self.converse(&mut read, &answers) => ended,
+            ended = writer => ended,
+        };
+        if let Err(error) = ended
             && error.kind() == io::ErrorKind::InvalidData
         {
             tracing::warn!(%error, "a peer of the block store broke the protocol");
         }
-        // The writer ends with the stream: an owner that is gone reads nothing.
-        writer.abort();
     }
 
     async fn converse(
@@ -168,7 +177,7 @@ impl Connection {
     ) -> io::Result<()> {
         let permit = self.beside.clone().acquire_owned().await.map_err(io::Error::other)?;
         let (shared, answers) = (self.shared.clone(), answers.clone());
-        tokio::spawn(async move {
+        self.shared.spawn(self.end.clone(), async move {
             let (id, answer, data) = work(&shared, owner, request, data).await;
             // The owner may have gone.
             let _ = send(&answers, Response::Answer { id, answer }, data).await;

@@ -49,8 +49,20 @@ pub(crate) struct Shared {
     pub(crate) authority: Arc<dyn Authority>,
     pub(crate) incarnation: Incarnation,
     identity: quic::ServerIdentity,
-    shutdown: CancellationToken,
+    pub(crate) shutdown: CancellationToken,
     tasks: TaskTracker,
+}
+
+impl Shared {
+    /// A task that ends at `end`, which is the server's shutdown or a part of it, and that the shutdown waits for.
+    pub(crate) fn spawn(&self, end: CancellationToken, task: impl Future<Output = ()> + Send + 'static) {
+        self.tasks.spawn(async move {
+            tokio::select! {
+                () = end.cancelled() => {}
+                () = task => {}
+            }
+        });
+    }
 }
 
 impl ReplicaServer {
@@ -110,7 +122,8 @@ impl ReplicaServer {
                 Ok(listener)
             })
             .map_err(|error| failed(unix.display().to_string(), error))?;
-        let endpoint = self.shared.identity.listen(udp).map_err(|error| failed(udp.to_string(), error))?;
+        let endpoint = self.shared.identity.listen(udp, &self.shared.tasks);
+        let endpoint = endpoint.map_err(|error| failed(udp.to_string(), error))?;
         self.shared.tasks.spawn(self.clone().accept_unix(listener));
         self.shared.tasks.spawn(self.clone().accept_quic(endpoint));
         Ok(())
@@ -155,13 +168,7 @@ impl ReplicaServer {
     }
 
     fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
-        let shutdown = self.shared.shutdown.clone();
-        self.shared.tasks.spawn(async move {
-            tokio::select! {
-                () = shutdown.cancelled() => {}
-                () = task => {}
-            }
-        });
+        self.shared.spawn(self.shared.shutdown.clone(), task);
     }
 
     /// The volumes that have data or a promise here.
@@ -192,11 +199,12 @@ impl ReplicaServer {
         self.shared.store.failed().await
     }
 
-    /// Ends all connections.
+    /// Ends all connections and closes the store; on return its folder and its addresses are free.
     pub async fn shutdown(&self) {
         self.shared.shutdown.cancel();
         self.shared.tasks.close();
         self.shared.tasks.wait().await;
+        self.shared.store.close().await;
     }
 }
 

@@ -2,7 +2,10 @@
 
 use proto::CertificateFingerprint;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
-use quinn::{Endpoint, EndpointConfig, MtuDiscoveryConfig, TokioRuntime, TransportConfig, VarInt};
+use quinn::{
+    AsyncTimer, AsyncUdpSocket, Endpoint, EndpointConfig, MtuDiscoveryConfig, Runtime, TokioRuntime,
+    TransportConfig, VarInt,
+};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, ring};
 use rustls::{DigitallySignedStruct, SignatureScheme};
@@ -13,8 +16,10 @@ use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+use tokio_util::task::TaskTracker;
 
 /// A peer that is silent this long is dead; the owner then decides about its in-sync set.
 const IDLE_TIMEOUT_MS: u32 = 2_000;
@@ -67,10 +72,32 @@ fn socket(address: SocketAddr) -> io::Result<std::net::UdpSocket> {
     Ok(socket.into())
 }
 
-fn endpoint(address: SocketAddr, server: Option<quinn::ServerConfig>) -> io::Result<Endpoint> {
+fn endpoint(
+    address: SocketAddr,
+    server: Option<quinn::ServerConfig>,
+    runtime: Arc<dyn Runtime>,
+) -> io::Result<Endpoint> {
     let mut config = EndpointConfig::default();
     config.max_udp_payload_size(MTU_MAX).map_err(io::Error::other)?;
-    Endpoint::new(config, server, socket(address)?, Arc::new(TokioRuntime))
+    Endpoint::new(config, server, socket(address)?, runtime)
+}
+
+/// Tokio, with every task that an endpoint starts counted: the socket is free when they have ended, and only then.
+#[derive(Debug)]
+struct TrackedRuntime(TaskTracker);
+
+impl Runtime for TrackedRuntime {
+    fn new_timer(&self, deadline: Instant) -> Pin<Box<dyn AsyncTimer>> {
+        TokioRuntime.new_timer(deadline)
+    }
+
+    fn spawn(&self, future: Pin<Box<dyn Future<Output = ()> + Send>>) {
+        self.0.spawn(future);
+    }
+
+    fn wrap_udp_socket(&self, socket: std::net::UdpSocket) -> io::Result<Arc<dyn AsyncUdpSocket>> {
+        TokioRuntime.wrap_udp_socket(socket)
+    }
 }
 
 /// The server's key and self-signed certificate, kept with the store.
@@ -99,8 +126,8 @@ impl ServerIdentity {
         Ok(Self { cert, key_pem: fs::read_to_string(key_path)?, fingerprint })
     }
 
-    /// A listening endpoint.
-    pub(crate) fn listen(&self, address: SocketAddr) -> io::Result<Endpoint> {
+    /// A listening endpoint, whose tasks are counted in `tasks`.
+    pub(crate) fn listen(&self, address: SocketAddr, tasks: &TaskTracker) -> io::Result<Endpoint> {
         let key = PrivateKeyDer::from_pem_slice(self.key_pem.as_bytes()).map_err(io::Error::other)?;
         let mut tls = rustls::ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
             .with_protocol_versions(&[&rustls::version::TLS13])
@@ -112,7 +139,7 @@ impl ServerIdentity {
         let crypto = QuicServerConfig::try_from(tls).map_err(io::Error::other)?;
         let mut config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
         config.transport_config(Arc::new(transport()));
-        endpoint(address, Some(config))
+        endpoint(address, Some(config), Arc::new(TrackedRuntime(tasks.clone())))
     }
 }
 
@@ -141,7 +168,7 @@ impl ClientEndpoint {
     /// No socket can be made.
     pub fn new(ipv6: bool) -> io::Result<Self> {
         let any: SocketAddr = if ipv6 { ([0_u16; 8], 0).into() } else { ([0, 0, 0, 0], 0).into() };
-        Ok(Self { endpoint: endpoint(any, None)? })
+        Ok(Self { endpoint: endpoint(any, None, Arc::new(TokioRuntime))? })
     }
 
     /// Connects to the server that shows the certificate with this fingerprint, and nobody else.
@@ -160,7 +187,7 @@ impl ClientEndpoint {
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(|error| failed(error.to_string()))?
             .dangerous()
-            .with_custom_certificate_verifier(Arc::new(Pin { pinned, algorithms }))
+            .with_custom_certificate_verifier(Arc::new(PinnedCertificate { pinned, algorithms }))
             .with_no_client_auth();
         tls.alpn_protocols = vec![ALPN.to_vec()];
         let crypto = QuicClientConfig::try_from(tls).map_err(|error| failed(error.to_string()))?;
@@ -173,12 +200,12 @@ impl ClientEndpoint {
 }
 
 #[derive(Debug)]
-struct Pin {
+struct PinnedCertificate {
     pinned: CertificateFingerprint,
     algorithms: WebPkiSupportedAlgorithms,
 }
 
-impl ServerCertVerifier for Pin {
+impl ServerCertVerifier for PinnedCertificate {
     fn verify_server_cert(
         &self,
         end_entity: &CertificateDer<'_>,
