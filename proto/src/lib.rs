@@ -13,7 +13,6 @@ pub mod limits;
 pub mod units;
 
 /// Generated code of package `pool.v1`.
-#[allow(clippy::all, reason = "generated")]
 pub mod v1 {
     tonic::include_proto!("pool.v1");
 }

@@ -43,6 +43,26 @@ pub fn wait_for(deadline: Duration, what: &str, mut holds: impl FnMut() -> Resul
     wait_until(deadline, what, || Ok(holds()?.then_some(())))
 }
 
+/// [`wait_until`] in async code: `look` yields a value when there is one.
+///
+/// # Panics
+/// At the deadline: says `what` was awaited.
+#[cfg(feature = "machine")]
+pub async fn until<T, F: Future<Output = Option<T>>>(
+    deadline: Duration,
+    what: &str,
+    mut look: impl FnMut() -> F,
+) -> T {
+    let start = Instant::now();
+    loop {
+        if let Some(found) = look().await {
+            return found;
+        }
+        assert!(start.elapsed() < deadline, "waited {deadline:?} in vain: {what}");
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

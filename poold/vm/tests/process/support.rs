@@ -8,7 +8,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
 use std::sync::{Arc, Mutex, OnceLock};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use storage::{
     AttachRefused, Attachment, Authority, BoxFuture, EpochStart, IsrMember, ProposalError, ReplicaOptions,
     ReplicaServer, VolumeProposal, VolumeView,
@@ -18,9 +18,6 @@ use tonic::transport::{Channel, Endpoint};
 
 /// Long enough for an interpreted guest on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(90);
-
-/// Between two looks at a condition.
-const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 
 pub const VOLUME: VolumeId = VolumeId(20);
 pub const VM: u64 = 7;
@@ -268,13 +265,6 @@ fn boottime() -> Duration {
 }
 
 /// Waits for a condition.
-pub async fn until<T, F: Future<Output = Option<T>>>(what: &str, mut condition: impl FnMut() -> F) -> T {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        if let Some(found) = condition().await {
-            return found;
-        }
-        assert!(Instant::now() < deadline, "waited in vain for {what}");
-        tokio::time::sleep(LOOK_INTERVAL).await;
-    }
+pub async fn until<T, F: Future<Output = Option<T>>>(what: &str, condition: impl FnMut() -> F) -> T {
+    tests::wait::until(PATIENCE, what, condition).await
 }
