@@ -12,7 +12,7 @@ use proto::{
     limits::CHUNK_BYTES,
     v1::{AgentImageChunk, AgentImageRequest, agent_service_client::AgentServiceClient},
 };
-use std::{io, time::Duration};
+use std::{collections::BTreeSet, io, time::Duration};
 use tokio::{io::AsyncReadExt as _, sync::mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Streaming, transport::Channel};
@@ -158,6 +158,7 @@ pub async fn receive(
     let at = |source| SpreadError::Host { host, source };
     let header = stream.message().await.map_err(at)?.ok_or(SpreadError::NoHeader { host })?;
     let digest: ContentHash = header.blake3.parse().map_err(|_| SpreadError::NoHeader { host })?;
+    store.expect_name(digest);
     if store.contains(digest) {
         return Ok(header.size_bytes);
     }
@@ -176,8 +177,11 @@ pub async fn sync_task(context: NodeContext, store: ImageStore) {
         return;
     }
     let mut changes = context.consensus.watch();
+    let mut named = BTreeSet::new();
     loop {
         let state = changes.borrow_and_update().clone();
+        let named_before = std::mem::replace(&mut named, names(&state));
+        named_before.difference(&named).for_each(|&digest| store.drop_name(digest));
         for image in state.images.values() {
             if let Err(error) = sync_image(&context, &store, &state, image).await {
                 tracing::warn!(image = image.name, %error, "image not fetched yet");
@@ -200,6 +204,10 @@ pub async fn sync_task(context: NodeContext, store: ImageStore) {
             () = context.shutdown.cancelled() => return,
         }
     }
+}
+
+fn names(state: &PoolState) -> BTreeSet<ContentHash> {
+    state.images.values().map(|image| image.blake3).collect()
 }
 
 fn images_seen(state: &PoolState) -> Vec<(proto::ImageId, usize)> {

@@ -2,10 +2,11 @@
 
 use pool_state::state::ContentHash;
 use std::{
+    collections::BTreeSet,
     io,
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, SystemTime},
@@ -18,7 +19,8 @@ pub const IMAGE_BYTES_MAX: u64 = 64 << 30;
 /// Bytes of the file system that an import leaves free, for the log of consensus and of the VMs.
 const FREE_BYTES_MIN: u64 = 256 << 20;
 
-/// Age from which a file that the pool's state does not name is garbage: longer than any import takes to be committed.
+/// Age from which a file that the pool's state does not name, and never did as far as this daemon saw, is garbage: longer
+/// than any import takes to be committed.
 const GARBAGE_AGE: Duration = Duration::from_secs(3600);
 
 /// Prefix of files that are not complete.
@@ -87,6 +89,8 @@ pub enum ImageError {
 pub struct ImageStore {
     directory: Arc<PathBuf>,
     next_temporary: Arc<AtomicU64>,
+    /// Images that the pool's state named and names no more.
+    dropped: Arc<Mutex<BTreeSet<ContentHash>>>,
 }
 
 impl ImageStore {
@@ -103,7 +107,7 @@ impl ImageStore {
                 std::fs::remove_file(entry.path()).map_err(at)?;
             }
         }
-        Ok(Self { directory: Arc::new(directory), next_temporary: Arc::default() })
+        Ok(Self { directory: Arc::new(directory), next_temporary: Arc::default(), dropped: Arc::default() })
     }
 
     /// Where the image is, or would be.
@@ -200,7 +204,10 @@ impl ImageStore {
         let path = self.path(digest);
         match fs::remove_file(&path).await {
             Err(source) if source.kind() != io::ErrorKind::NotFound => Err(ImageError::Io { path, source }),
-            _ => Ok(()),
+            _ => {
+                self.dropped().remove(&digest);
+                Ok(())
+            }
         }
     }
 
@@ -219,8 +226,27 @@ impl ImageStore {
         Ok((file, size))
     }
 
-    /// Whether a file that nobody names is old enough to be garbage.
+    /// The pool's state names the image no more.
+    pub fn drop_name(&self, digest: ContentHash) {
+        if self.contains(digest) {
+            self.dropped().insert(digest);
+        }
+    }
+
+    /// Somebody is about to name the image (again).
+    pub fn expect_name(&self, digest: ContentHash) {
+        self.dropped().remove(&digest);
+    }
+
+    fn dropped(&self) -> MutexGuard<'_, BTreeSet<ContentHash>> {
+        self.dropped.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a file that nobody names is garbage: its image was deleted, or it is too old to be about to get a name.
     pub fn is_garbage(&self, digest: ContentHash) -> bool {
+        if self.dropped().contains(&digest) {
+            return true;
+        }
         let modified = std::fs::metadata(self.path(digest)).and_then(|metadata| metadata.modified());
         // The age only spares an import that is not committed yet; a clock that jumps costs a fetch at most.
         modified.is_ok_and(|at| SystemTime::now().duration_since(at).is_ok_and(|age| age > GARBAGE_AGE))
@@ -289,6 +315,7 @@ impl ImageWriter {
         flushed.map_err(|source| self.failed(source))?;
         let synced = self.file.sync_all().await;
         synced.map_err(|source| self.failed(source))?;
+        self.store.expect_name(digest);
         let path = self.store.path(digest);
         let renamed = fs::rename(&self.temporary.path, &path).await;
         renamed.map_err(|source| self.failed(source))?;

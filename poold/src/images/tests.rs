@@ -98,3 +98,14 @@ async fn a_fresh_image_that_nobody_names_yet_is_no_garbage() {
     std::fs::File::options().write(true).open(store.path(digest)).unwrap().set_modified(hours_ago).unwrap();
     assert!(store.is_garbage(digest));
 }
+
+#[tokio::test]
+async fn a_deleted_image_is_garbage_at_once_unless_it_is_imported_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = ImageStore::open(dir.path().to_owned()).unwrap();
+    let digest = put(&store, b"kernel").await;
+    store.drop_name(digest);
+    assert!(store.is_garbage(digest));
+    assert_eq!(put(&store, b"kernel").await, digest);
+    assert!(!store.is_garbage(digest));
+}
