@@ -22,6 +22,9 @@ const DECISIONS_AHEAD: usize = 128;
 /// The longest time between two plans without a change: deadlines and back-offs are seen this late at most.
 const PLAN_INTERVAL: Duration = Duration::from_millis(250);
 
+/// Ticks of the lease table in one interval of renewals: a loss is noticed this much late, and VMs wait for it.
+const TICKS_PER_RENEWAL: u32 = 10;
+
 /// The shortest time between two ticks of the lease table, against timings that are scaled down for tests.
 const TICK_MIN: Duration = Duration::from_millis(20);
 
@@ -82,7 +85,7 @@ async fn table_task(context: &NodeContext, mut queue: LeaderQueue, decisions: mp
     let Some(timing) = context.timing().await else { return };
     let mut table = LeaseTable::new(timing);
     let mut leads = false;
-    let tick = Duration::from_millis(timing.lease_renew_ms / 2).max(TICK_MIN);
+    let tick = (Duration::from_millis(timing.lease_renew_ms) / TICKS_PER_RENEWAL).max(TICK_MIN);
     let mut ticks = tokio::time::interval(tick);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -185,8 +188,8 @@ async fn propose_task(context: &NodeContext, mut decided: mpsc::Receiver<Command
         }
         changes.mark_unchanged();
         let view = LeaderView { now_ms: crate::node::unix_ms() };
-        for command in planner::plan(&context.consensus.local(), &view) {
-            context.report(command).await;
-        }
+        // Together, so that many VMs of a lost host share the log's flushes; they were tried in this order.
+        let plan = planner::plan(&context.consensus.local(), &view);
+        futures::future::join_all(plan.into_iter().map(|command| context.report(command))).await;
     }
 }

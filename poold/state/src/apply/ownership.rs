@@ -6,7 +6,7 @@ use crate::{
     command::LastSequence,
     limits::EPOCH_HISTORY_MAX,
     rejection::Rejection,
-    state::{AttachmentSecret, EpochStart, EventKind, IsrMember, StartCause, VolumeOwner},
+    state::{AttachmentSecret, EpochStart, EventKind, Host, HostState, IsrMember, StartCause, VolumeOwner},
 };
 use proto::{Epoch, HostId, Sequence, VmId, VolumeId};
 
@@ -40,6 +40,7 @@ impl Change<'_> {
             let start = match beginning {
                 Beginning::Cold(_) => {
                     self.readmit_after_power_loss(volume)?;
+                    self.leave_lost_out(volume)?;
                     None
                 }
                 Beginning::Live(last) => {
@@ -129,6 +130,30 @@ impl Change<'_> {
             object,
             "every in-sync replica had lost power; their flushed content is in sync again".into(),
         );
+        Ok(())
+    }
+
+    /// Takes members of lost hosts out of the in-sync set, so that the new owner need not wait for them: that wait would be part
+    /// of every recovery. The members that stay have every acknowledged write; the old owner, which knows of more members, is
+    /// fenced by the epoch that is raised in this very entry.
+    fn leave_lost_out(&mut self, id: VolumeId) -> Result<(), Rejection> {
+        let volume = self.state.volume(id)?;
+        let host_of = |member: &IsrMember| self.state.hosts.get(&member.host);
+        let is_lost = |member: &IsrMember| host_of(member).is_some_and(|host| host.state == HostState::Lost);
+        let serves =
+            |member: &IsrMember| host_of(member).is_some_and(Host::is_up) && self.state.is_current(member);
+        let (lost, stay): (Vec<IsrMember>, Vec<IsrMember>) =
+            volume.isr.iter().cloned().partition(|member| is_lost(member));
+        if lost.is_empty() || !stay.iter().any(serves) {
+            return Ok(());
+        }
+        let object = format!("volume {}", volume.name);
+        let names: Vec<String> = lost.iter().map(|member| self.state.host_name(member.host)).collect();
+        let volume = self.volume_mut(id)?;
+        volume.isr = stay;
+        volume.isr_version = volume.isr_version.next();
+        let message = format!("lost host {} left the in-sync set", names.join(", "));
+        self.event(EventKind::VolumeIsr, object, message);
         Ok(())
     }
 }

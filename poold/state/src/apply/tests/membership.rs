@@ -2,7 +2,7 @@
 
 use crate::{
     Command, Outcome,
-    command::{IsrChange, VolumeStart},
+    command::{IsrChange, StopReason, VolumeStart},
     fixture::{GIB, Pool, incarnation},
     limits::EPOCH_HISTORY_MAX,
     state::{EpochStart, HaPolicy, StopMode},
@@ -129,6 +129,33 @@ fn after_a_loss_of_power_everywhere_a_cold_start_takes_the_set_back() {
     pool.accept(restart(epoch));
     assert_eq!(in_sync(&pool, volume), hosts[..2], "the third was out before");
     assert!(pool.disk(vm).isr.iter().all(|member| pool.state.is_current(member)));
+}
+
+#[test]
+fn a_recovery_does_not_wait_for_the_replica_of_the_lost_host() {
+    let mut pool = Pool::new(3);
+    let hosts = pool.hosts();
+    let vm = pool.running_vm("web", hosts[2], HaPolicy::Restart);
+    let volume = pool.disk(vm).id;
+    let version = pool.disk(vm).isr_version;
+    pool.accept(Command::HostLost { host: hosts[2] });
+    assert_eq!(in_sync(&pool, volume), hosts, "the loss alone proves nothing about the data");
+    let expect_epoch = pool.epoch(vm);
+    pool.accept(Command::RecoverVm { vm, expect_epoch, host: hosts[0] });
+    assert_eq!(in_sync(&pool, volume), hosts[..2]);
+    assert!(pool.disk(vm).isr_version > version);
+    // The other two lose power: what they flushed may be less than what the lost one has.
+    pool.runs(vm);
+    let epoch = pool.epoch(vm);
+    pool.accept(Command::VmStopped { vm, epoch, reason: StopReason::Poweroff });
+    pool.accept(Command::HostLost { host: hosts[1] });
+    pool.serve(hosts[0], 1);
+    pool.start(vm, Some(hosts[0]));
+    assert_eq!(
+        in_sync(&pool, volume),
+        hosts[..2],
+        "a lost member stays while nobody else is sure to have all"
+    );
 }
 
 #[test]
