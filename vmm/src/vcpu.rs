@@ -125,7 +125,7 @@ impl Vcpu {
 
     /// The descriptor, for a stopped vCPU's state.
     pub fn fd(&self) -> MutexGuard<'_, VcpuFd> {
-        self.shared.fd.lock().unwrap_or_else(PoisonError::into_inner)
+        self.shared.fd()
     }
 
     fn kick(&self) {
@@ -156,22 +156,26 @@ impl Shared {
     }
 
     fn run(&self, bus: &Bus, deadline_ns: &AtomicU64, exits: &Sender<GuestExit>) {
-        while self.wait_until_wanted() {
+        // The machine may be gone already when an exit is reported.
+        let report = |exit: Option<GuestExit>| {
+            if let Some(exit) = exit {
+                self.stop();
+                drop(exits.send(exit));
+            }
+        };
+        let mut half_done = false;
+        while self.wait_until_wanted(&mut half_done, || report(self.settle(bus))) {
             if boottime_ns() >= deadline_ns.load(Ordering::SeqCst) {
                 std::thread::park_timeout(LEASE_POLL);
                 continue;
             }
-            let exit = self.enter(bus);
-            if let Some(exit) = exit {
-                self.stop();
-                // The machine may be gone already.
-                let _ = exits.send(exit);
-            }
+            half_done = true;
+            report(enter(&mut self.fd(), bus).ended());
         }
     }
 
-    /// Waits until the vCPU shall run; `false` when it shall end.
-    fn wait_until_wanted(&self) -> bool {
+    /// Waits until the vCPU shall run; `false` when it shall end. A stopped vCPU has no instruction that is half done.
+    fn wait_until_wanted(&self, half_done: &mut bool, settle: impl Fn()) -> bool {
         let mut control = self.control();
         loop {
             match control.wanted {
@@ -179,12 +183,20 @@ impl Shared {
                     control.stopped = false;
                     return true;
                 }
-                Wanted::Stop | Wanted::Exit => {
+                Wanted::Exit => {
                     control.stopped = true;
                     self.changed.notify_all();
-                    if control.wanted == Wanted::Exit {
-                        return false;
-                    }
+                    return false;
+                }
+                Wanted::Stop if *half_done => {
+                    drop(control);
+                    settle();
+                    *half_done = false;
+                    control = self.control();
+                }
+                Wanted::Stop => {
+                    control.stopped = true;
+                    self.changed.notify_all();
                     control = self.changed.wait(control).unwrap_or_else(PoisonError::into_inner);
                 }
             }
@@ -198,30 +210,68 @@ impl Shared {
         }
     }
 
-    /// Enters the guest once; `Some` when it ended.
-    fn enter(&self, bus: &Bus) -> Option<GuestExit> {
-        let mut fd = self.fd.lock().unwrap_or_else(PoisonError::into_inner);
-        match fd.run() {
-            Ok(VcpuExit::IoIn(port, data)) => {
-                bus.port_read(port, data);
-                None
+    fn fd(&self) -> MutexGuard<'_, VcpuFd> {
+        self.fd.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets the kernel finish the access that the guest left with, executing nothing further. Without this the saved
+    /// registers would be from before it, and another machine would do it again. A string instruction leaves up to a
+    /// thousand times; then the kernel looks at the flag.
+    fn settle(&self, bus: &Bus) -> Option<GuestExit> {
+        let mut fd = self.fd();
+        fd.set_kvm_immediate_exit(1);
+        let exit = loop {
+            match enter(&mut fd, bus) {
+                Entered::Exit(None) => {}
+                Entered::Exit(exit) => break exit,
+                Entered::Interrupted => break None,
             }
-            Ok(VcpuExit::IoOut(port, data)) => bus.port_write(port, data),
-            Ok(VcpuExit::MmioRead(address, data)) => {
-                bus.mmio_read(address, data);
-                None
-            }
-            Ok(VcpuExit::MmioWrite(address, data)) => {
-                bus.mmio_write(address, data);
-                None
-            }
-            Ok(VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => None,
-            Ok(VcpuExit::Shutdown) => Some(GuestExit::Crash { cause: "triple fault".to_owned() }),
-            Ok(other) => Some(GuestExit::Crash { cause: format!("{other:?}") }),
-            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => None,
-            Err(error) => Some(GuestExit::Crash { cause: format!("KVM_RUN: {error}") }),
+        };
+        fd.set_kvm_immediate_exit(0);
+        exit
+    }
+}
+
+/// How an entry into the guest was left.
+enum Entered {
+    /// By the guest, and answered; `Some` when it ended.
+    Exit(Option<GuestExit>),
+    /// By us; nothing is half done.
+    Interrupted,
+}
+
+impl Entered {
+    fn ended(self) -> Option<GuestExit> {
+        match self {
+            Self::Exit(exit) => exit,
+            Self::Interrupted => None,
         }
     }
+}
+
+/// Enters the guest once.
+fn enter(fd: &mut VcpuFd, bus: &Bus) -> Entered {
+    Entered::Exit(match fd.run() {
+        Ok(VcpuExit::IoIn(port, data)) => {
+            bus.port_read(port, data);
+            None
+        }
+        Ok(VcpuExit::IoOut(port, data)) => bus.port_write(port, data),
+        Ok(VcpuExit::MmioRead(address, data)) => {
+            bus.mmio_read(address, data);
+            None
+        }
+        Ok(VcpuExit::MmioWrite(address, data)) => {
+            bus.mmio_write(address, data);
+            None
+        }
+        Ok(VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => None,
+        Ok(VcpuExit::Shutdown) => Some(GuestExit::Crash { cause: "triple fault".to_owned() }),
+        Ok(VcpuExit::Intr) => return Entered::Interrupted,
+        Ok(other) => Some(GuestExit::Crash { cause: format!("{other:?}") }),
+        Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => return Entered::Interrupted,
+        Err(error) => Some(GuestExit::Crash { cause: format!("KVM_RUN: {error}") }),
+    })
 }
 
 fn boottime_ns() -> u64 {
