@@ -41,7 +41,7 @@ pub enum CliCommand {
     /// Runs the daemon.
     Serve {
         /// Data folder of this host.
-        #[arg(long)]
+        #[arg(long, value_parser = absolute)]
         data: PathBuf,
         /// Logs as JSON, one object per line.
         #[arg(long)]
@@ -53,7 +53,7 @@ pub enum CliCommand {
 #[derive(Debug, clap::Args)]
 pub struct HostArgs {
     /// Data folder of this host.
-    #[arg(long)]
+    #[arg(long, value_parser = absolute)]
     pub data: PathBuf,
     /// Name of this host in the pool.
     #[arg(long)]
@@ -64,4 +64,9 @@ pub struct HostArgs {
     /// Memory that VMs may use, e.g. 64GiB [default: 80 % of the machine's].
     #[arg(long, alias = "memory", value_name = "SIZE")]
     pub vm_memory: Option<ByteCount>,
+}
+
+/// The processes of VMs have other working directories: a relative path would mean something else there.
+fn absolute(path: &str) -> std::io::Result<PathBuf> {
+    std::path::absolute(path)
 }

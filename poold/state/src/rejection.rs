@@ -85,6 +85,15 @@ pub enum Field {
 }
 
 impl Field {
+    /// A value of the field with its unit.
+    #[must_use]
+    pub fn show(self, value: u64) -> String {
+        match self {
+            Self::Memory | Self::VolumeSize => proto::ByteCount(value).to_string(),
+            _ => value.to_string(),
+        }
+    }
+
     /// The word that operators see.
     #[must_use]
     pub fn as_str(self) -> &'static str {
@@ -154,7 +163,7 @@ pub enum Rejection {
         name: String,
     },
     /// Another object has the name.
-    #[error("there is already a {kind} `{name}`")]
+    #[error("the name is taken: {kind} `{name}` exists")]
     NameTaken {
         /// Their kind.
         kind: ObjectKind,
@@ -170,7 +179,7 @@ pub enum Rejection {
         host: String,
     },
     /// A number is out of range.
-    #[error("{field} {value} is out of range ({min} to {max})")]
+    #[error("{field} {} is out of range ({} to {})", field.show(*value), field.show(*min), field.show(*max))]
     OutOfRange {
         /// The number's meaning.
         field: Field,

@@ -195,7 +195,9 @@ impl Rejection {
             }
             Self::NameTaken { .. } => "choose another name".into(),
             Self::AddressTaken { .. } => "choose another address or port".into(),
-            Self::OutOfRange { min, max, .. } => format!("choose a value from {min} to {max}"),
+            Self::OutOfRange { field, min, max, .. } => {
+                format!("choose a value from {} to {}", field.show(*min), field.show(*max))
+            }
             Self::NotAligned { .. } => "choose a multiple of 4 KiB".into(),
             Self::TooMany { .. } => "delete what is not needed any more".into(),
             Self::TokenUnknown | Self::TokenExpired | Self::TokenUsed { .. } | Self::TokenRevoked => {
