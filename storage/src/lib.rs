@@ -1,8 +1,10 @@
 //! The replicated block store (library): replicas, owners, and what they say to each other.
 
+pub mod limits;
 pub mod log;
 pub mod owner;
 pub mod replica;
+mod safety;
 pub mod server;
 pub mod types;
 pub mod wire;

@@ -11,8 +11,9 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::io;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-/// Version of the protocol; both sides must speak the same. Version 1: the first.
-pub const WIRE_VERSION: u32 = 1;
+/// Version of the protocol; both sides must speak the same. Version 1: the first. Version 2: the longest tail is brought to
+/// other members write by write; void blocks are listed; an attachment tells whether the disk is full.
+pub const WIRE_VERSION: u32 = 2;
 
 /// Longest header in bytes: a list of changed blocks is the longest.
 pub const HEADER_BYTES_MAX: usize = 64 << 10;
@@ -23,7 +24,7 @@ pub const DATA_BYTES_MAX: usize = 1 << 20;
 /// Header bytes before the peer has attached: a stranger can't make us allocate more.
 pub const HELLO_BYTES_MAX: usize = 1 << 10;
 
-/// Blocks in one answer to `Changed`.
+/// Blocks in one answer to `Changed` or `Voided`.
 pub const CHANGED_MAX: usize = 4096;
 
 const _: () = assert!(CHANGED_MAX * 10 < HEADER_BYTES_MAX);
@@ -59,8 +60,14 @@ pub enum Request {
     Fetch { id: RequestId, block: BlockIndex },
     /// A block of a resync; `zero`: no data follows.
     Copy { id: RequestId, block: BlockIndex, version: WireVersion, zero: bool },
-    /// Blocks written after a sequence, from a block on.
-    Changed { id: RequestId, after: Sequence, from: BlockIndex },
+    /// Blocks whose present content was written after one sequence and up to another, from a block on.
+    Changed { id: RequestId, after: Sequence, upto: Sequence, from: BlockIndex },
+    /// Void blocks, from a block on.
+    Voided { id: RequestId, from: BlockIndex },
+    /// The write that follows a sequence.
+    NextWrite { id: RequestId, after: Sequence },
+    /// The next write in order, as an owner before issued it; `zero`: no data follows.
+    Extend { id: RequestId, tail: Tail, first: BlockIndex, count: u32, zero: bool },
     /// Void everything after a position.
     Truncate { id: RequestId, cut: Tail },
     /// Live writes go on after this position.
@@ -90,7 +97,7 @@ pub enum Response {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum Answer {
     /// Attached; where the replica stands.
-    Attached { tail: Tail, incomplete: bool },
+    Attached { tail: Tail, incomplete: bool, full: bool },
     /// Not attached.
     AttachRefused(AttachRefused),
     /// Done.
@@ -99,8 +106,10 @@ pub enum Answer {
     Data,
     /// The block's version; the data follows unless it is zero.
     Block { version: WireVersion, zero: bool },
-    /// Changed blocks; more may follow after the last one if the list is full.
-    Changed { blocks: Vec<BlockIndex>, full: bool },
+    /// Changed or void blocks; more may follow after the last one if the list is full.
+    Blocks { blocks: Vec<BlockIndex>, full: bool },
+    /// A write; the data follows unless it is zero.
+    Write { tail: Tail, first: BlockIndex, count: u32, zero: bool },
     /// A proposal's result.
     Proposed(Result<VolumeView, ProposalError>),
     /// The content is damaged here; ask another replica.

@@ -11,6 +11,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// Segment files.
 pub trait Disk: Send + Sync + 'static {
+    /// Bytes of a segment.
+    fn segment_bytes(&self) -> u64 {
+        SEGMENT_BYTES
+    }
     /// All segments, ascending.
     fn list(&self) -> io::Result<Vec<SegmentId>>;
     /// Creates an empty segment of full size; its existence is durable on return.

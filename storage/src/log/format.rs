@@ -36,6 +36,21 @@ pub enum RecordKind {
     Complete,
     /// The volume is gone from this host.
     Delete,
+    /// A block as another replica has it, with its version there: no write in order. One checksum.
+    Copy { checksums: Vec<u64> },
+    /// The same of a block that is zero there.
+    CopyZero,
+}
+
+impl RecordKind {
+    /// Checksums of the blocks whose content follows in the batch.
+    #[must_use]
+    pub fn checksums(&self) -> &[u64] {
+        match self {
+            Self::Write { checksums } | Self::Copy { checksums } => checksums,
+            Self::Zero | Self::Truncate | Self::Complete | Self::Delete | Self::CopyZero => &[],
+        }
+    }
 }
 
 /// One record.
@@ -152,8 +167,14 @@ impl BatchHeader {
         }
         let header: Self = postcard::from_bytes(body).map_err(|_| FormatError::BadHeader)?;
         let sound = header.records.iter().all(|record| match &record.kind {
-            RecordKind::Write { checksums } => checksums.len() == record.count as usize,
-            _ => true,
+            RecordKind::Write { checksums } | RecordKind::Copy { checksums } => {
+                checksums.len() == record.count as usize
+            }
+            RecordKind::Zero
+            | RecordKind::Truncate
+            | RecordKind::Complete
+            | RecordKind::Delete
+            | RecordKind::CopyZero => true,
         });
         match sound {
             false => Err(FormatError::BadHeader),
@@ -165,11 +186,7 @@ impl BatchHeader {
     /// Data blocks that follow the header.
     #[must_use]
     pub fn data_blocks(&self) -> usize {
-        let blocks = self.records.iter().map(|record| match &record.kind {
-            RecordKind::Write { checksums } => checksums.len(),
-            _ => 0,
-        });
-        blocks.sum()
+        self.records.iter().map(|record| record.kind.checksums().len()).sum()
     }
 }
 

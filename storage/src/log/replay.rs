@@ -1,13 +1,14 @@
 //! Reading the log at start: every record in order, and where the log ends.
 //!
-//! A batch that is not whole, with nothing valid after it, is the torn tail of a crash: the log ends before it. If a later
-//! segment exists, or the broken batch was already recorded as durable, it is damage and is reported as such; what can be
-//! read is still handed out, and the damaged blocks are for a peer to repair.
+//! A batch that is not whole is the torn tail of a crash if it was not durable: the log ends before it. It was durable if the
+//! next segment goes on behind it, or if an intact batch beyond it says so; then it is damage, and is reported. What can be
+//! read is still handed out.
 
 use super::disk::Disk;
-use super::format::{BatchHeader, FormatError, Record, RecordKind, block_checksum};
+use super::format::{BatchHeader, FormatError, Record, block_checksum};
 use super::writer::LogEnd;
-use super::{Location, LogError, SEGMENT_BYTES, SegmentId};
+use super::{Location, LogError, SegmentId};
+use crate::safety::Rule;
 use proto::BlockIndex;
 use proto::limits::BLOCK_BYTES;
 
@@ -45,56 +46,61 @@ pub fn replay(disk: &dyn Disk, mut take: impl FnMut(ReplayedRecord)) -> Result<R
     let segments = disk.list().map_err(LogError::List)?;
     let mut end = LogEnd { segment: None, offset: 0, lsn: 0, previous: [0; 32] };
     let mut damage = Vec::new();
-    let mut durable_lsn = 0;
-    let mut first = true;
     for (index, &segment) in segments.iter().enumerate() {
+        // Data is verified where a crash may have torn it: in the last segment. Elsewhere each read verifies.
         let is_last = index + 1 == segments.len();
         let mut offset = 0;
-        let broken = loop {
-            // Data is verified where a crash may have torn it: in the last segment. Elsewhere each read verifies.
-            let found = match read_batch(disk, segment, offset, is_last)? {
-                Ok(found) => found,
-                Err(error) => break error,
-            };
+        while let Ok(found) = read_batch(disk, segment, offset, is_last)? {
             let chained = found.header.lsn == end.lsn + 1 && found.header.previous == end.previous;
-            // A segment begins a new chain after damage in the one before it.
+            // The oldest segments may have been removed; and after damage a later segment begins a new chain.
             let begins = offset == 0 && found.header.lsn > end.lsn;
-            if !first && !chained && !begins {
-                break FormatError::OutOfPlace;
+            if !chained && !begins {
+                break;
             }
-            if !first && !chained {
+            if !chained && index > 0 {
                 let what = format!("batches {} to {} are gone", end.lsn + 1, found.header.lsn - 1);
                 damage.push(LogError::Damaged { segment, offset, what });
             }
-            first = false;
-            durable_lsn = durable_lsn.max(found.header.durable_lsn);
-            end = LogEnd {
-                segment: Some(segment),
-                offset: found.end,
-                lsn: found.header.lsn,
-                previous: found.hash,
-            };
             offset = found.end;
+            let (lsn, previous) = (found.header.lsn, found.hash);
+            end = LogEnd { segment: Some(segment), offset, lsn, previous };
             hand_out(found, segment, &mut take);
-        };
-        if !is_last && (broken == FormatError::BadHeader || offset == 0) {
-            damage.push(LogError::Damaged { segment, offset, what: broken.to_string() });
         }
-        if is_last && end.lsn < durable_lsn {
-            damage.push(LogError::Damaged {
-                segment,
-                offset,
-                what: "batches that were durable are gone".to_owned(),
-            });
+    }
+    for &segment in segments.last().into_iter().chain(&end.segment) {
+        let offset = if end.segment == Some(segment) { end.offset } else { 0 };
+        if was_durable(disk, segment, offset, end.lsn + 1)? {
+            let what = format!("batch {} was durable and is gone", end.lsn + 1);
+            damage.push(LogError::Damaged { segment, offset, what });
+            break;
         }
-        if is_last && end.segment != Some(segment) {
-            // Created but never written: it is the next place.
-            end.segment = Some(segment);
-            end.offset = 0;
-        }
+    }
+    if end.segment != segments.last().copied() {
+        // Created but never written: it is the next place.
+        end.segment = segments.last().copied();
+        end.offset = 0;
     }
     let next_segment = segments.last().map_or(1, |segment| segment.0 + 1);
     Ok(Replay { end, next_segment, damage })
+}
+
+/// Whether an intact header from `offset` on says that a batch was durable when it was written.
+fn was_durable(disk: &dyn Disk, segment: SegmentId, offset: u64, lsn: u64) -> Result<bool, LogError> {
+    let mut bytes = vec![0; BLOCK_BYTES];
+    for offset in (offset..disk.segment_bytes()).step_by(BLOCK_BYTES) {
+        disk.read(segment, offset, &mut bytes).map_err(|source| LogError::Io {
+            action: "read",
+            segment,
+            source,
+        })?;
+        if BatchHeader::encoded_len(&bytes).is_ok()
+            && let Ok(found) = read_batch(disk, segment, offset, false)?
+            && found.header.durable_lsn >= lsn
+        {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 fn read_batch(
@@ -104,13 +110,13 @@ fn read_batch(
     verify_data: bool,
 ) -> Result<Result<Found, FormatError>, LogError> {
     let io = |source| LogError::Io { action: "read", segment, source };
-    if offset + BLOCK_BYTES as u64 > SEGMENT_BYTES {
+    if offset + BLOCK_BYTES as u64 > disk.segment_bytes() {
         return Ok(Err(FormatError::NoBatch));
     }
     let mut bytes = vec![0; BLOCK_BYTES];
     disk.read(segment, offset, &mut bytes).map_err(io)?;
     let len = match BatchHeader::encoded_len(&bytes) {
-        Ok(len) if offset + len as u64 <= SEGMENT_BYTES => len,
+        Ok(len) if offset + len as u64 <= disk.segment_bytes() => len,
         Ok(_) => return Ok(Err(FormatError::BadHeader)),
         Err(error) => return Ok(Err(error)),
     };
@@ -122,10 +128,13 @@ fn read_batch(
     };
     let data = offset + len as u64;
     let end = data + (header.data_blocks() * BLOCK_BYTES) as u64;
-    if end > SEGMENT_BYTES {
+    if end > disk.segment_bytes() {
         return Ok(Err(FormatError::BadHeader));
     }
-    if verify_data && !data_is_whole(disk, segment, data, &header).map_err(io)? {
+    if verify_data
+        && Rule::BatchIsWhole.holds()
+        && !data_is_whole(disk, segment, data, &header).map_err(io)?
+    {
         return Ok(Err(FormatError::BadHeader));
     }
     Ok(Ok(Found { header, hash, data, end }))
@@ -140,8 +149,7 @@ fn data_is_whole(
     let mut offset = data;
     let mut block = vec![0; BLOCK_BYTES];
     for record in &header.records {
-        let RecordKind::Write { checksums } = &record.kind else { continue };
-        for (index, checksum) in (record.first.0..).zip(checksums) {
+        for (index, checksum) in (record.first.0..).zip(record.kind.checksums()) {
             disk.read(segment, offset, &mut block)?;
             if block_checksum(record.volume, BlockIndex(index), &block) != *checksum {
                 return Ok(false);
@@ -155,7 +163,7 @@ fn data_is_whole(
 fn hand_out(found: Found, segment: SegmentId, take: &mut impl FnMut(ReplayedRecord)) {
     let mut offset = found.data;
     for record in found.header.records {
-        let blocks = if let RecordKind::Write { checksums } = &record.kind { checksums.len() } else { 0 };
+        let blocks = record.kind.checksums().len();
         let data =
             Location { segment, offset: u32::try_from(offset).expect("a segment is smaller than 4 GiB") };
         take(ReplayedRecord { record, data });

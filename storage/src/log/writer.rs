@@ -2,7 +2,7 @@
 
 use super::disk::Disk;
 use super::format::{BatchHeader, Record};
-use super::{Location, LogError, SEGMENT_BYTES, SegmentId};
+use super::{Location, LogError, SegmentId};
 use proto::limits::BLOCK_BYTES;
 use std::collections::BTreeSet;
 use std::io;
@@ -82,7 +82,7 @@ impl LogWriter {
         // for the rare change of segment is simpler than a guess.
         let mut encoded = header(self.segment.unwrap_or(SegmentId(0)), self, records.clone()).encode();
         let needed = (encoded.bytes.len() + data_bytes) as u64;
-        if self.segment.is_none() || self.offset + needed > SEGMENT_BYTES {
+        if self.segment.is_none() || self.offset + needed > self.disk.segment_bytes() {
             // The old segment is durable before the new one exists: only the last one can have a torn tail.
             self.sync()?;
             let segment = self.open_segment()?;
@@ -92,6 +92,7 @@ impl LogWriter {
         let header_bytes = encoded.bytes.len() as u64;
         let mut bytes = encoded.bytes;
         data.iter().for_each(|part| bytes.extend_from_slice(part));
+        assert!(bytes.len() as u64 <= self.disk.segment_bytes(), "a batch fits into a segment");
         self.io("write", segment, |disk| disk.write(segment, self.offset, &bytes))?;
         let offset = u32::try_from(self.offset + header_bytes).expect("a segment is smaller than 4 GiB");
         self.unsynced.insert(segment);

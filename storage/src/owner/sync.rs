@@ -2,7 +2,7 @@
 
 use super::link::{Link, LinkError};
 use crate::types::{ProposalError, Tail, VolumeProposal, VolumeView};
-use crate::wire::{Answer, Request};
+use crate::wire::{Answer, Request, RequestId};
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use proto::{BlockIndex, Sequence};
@@ -15,13 +15,16 @@ const COPIES_IN_FLIGHT: usize = 16;
 /// Pause before a proposal without an answer is made again.
 const PROPOSE_RETRY: Duration = Duration::from_millis(200);
 
-/// All blocks that a replica holds from writes after a sequence.
-async fn changed_after(link: &Link, after: Sequence) -> Result<BTreeSet<BlockIndex>, LinkError> {
+/// All blocks of the lists that `request` asks for, page by page.
+async fn list(
+    link: &Link,
+    request: impl Fn(RequestId, BlockIndex) -> Request,
+) -> Result<BTreeSet<BlockIndex>, LinkError> {
     let mut all = BTreeSet::new();
     let mut from = BlockIndex(0);
     loop {
-        let (answer, _) = link.ask(|id| Request::Changed { id, after, from }, Bytes::new()).await?;
-        let Answer::Changed { blocks, full } = answer else {
+        let (answer, _) = link.ask(|id| request(id, from), Bytes::new()).await?;
+        let Answer::Blocks { blocks, full } = answer else {
             return Err(LinkError::Failed { host: link.host, cause: "no list of blocks".to_owned() });
         };
         let last = blocks.last().copied();
@@ -47,9 +50,9 @@ impl Resync {
     /// The target is gone.
     pub async fn begin(target: Link, cut: Option<Tail>) -> Result<Self, LinkError> {
         let cut = cut.unwrap_or_default();
-        // Its own writes after the cut must be overwritten too, also where the source has written nothing since.
-        let divergent = changed_after(&target, cut.sequence).await?;
         target.tell(|id| Request::Truncate { id, cut }, Bytes::new()).await?;
+        // What it has lost must be overwritten too, also where the source has written nothing since.
+        let divergent = list(&target, |id, from| Request::Voided { id, from }).await?;
         Ok(Self { target, cut, divergent })
     }
 
@@ -60,7 +63,8 @@ impl Resync {
     /// Either is gone.
     pub async fn finish(self, source: &Link, upto: Tail) -> Result<u64, LinkError> {
         let Self { target, cut, divergent } = self;
-        let mut blocks = changed_after(source, cut.sequence).await?;
+        let (after, end) = (cut.sequence, Sequence(u64::MAX));
+        let mut blocks = list(source, |id, from| Request::Changed { id, after, upto: end, from }).await?;
         blocks.extend(divergent);
         let count = blocks.len() as u64;
         futures::stream::iter(blocks)

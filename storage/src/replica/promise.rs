@@ -3,29 +3,32 @@
 //! Plain files instead of a database: there is one writer, a promise changes only with a volume's owner, and the file can be
 //! looked at with any tool.
 
+use super::files::SmallFiles;
+use crate::safety::Rule;
 use proto::{Epoch, VolumeId};
 use std::collections::HashMap;
-use std::fs::{self, File};
-use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::io;
 
 /// The folder of promises.
-pub struct PromiseDir {
-    dir: PathBuf,
+pub struct Promises {
+    files: Box<dyn SmallFiles>,
 }
 
 fn checksum(volume: VolumeId, epoch: Epoch) -> String {
     blake3::hash(format!("{} {}", volume.0, epoch.0).as_bytes()).to_hex()[..16].to_owned()
 }
 
-impl PromiseDir {
-    /// Opens or creates it.
-    ///
-    /// # Errors
-    /// The disk refuses.
-    pub fn open(dir: &Path) -> io::Result<Self> {
-        fs::create_dir_all(dir)?;
-        Ok(Self { dir: dir.to_owned() })
+/// The epoch in a file of promises; none if it is damaged.
+fn parse(volume: VolumeId, content: &[u8]) -> Option<Epoch> {
+    let (epoch, sum) = std::str::from_utf8(content).ok()?.trim().split_once(' ')?;
+    let epoch = Epoch(epoch.parse().ok()?);
+    (sum == checksum(volume, epoch)).then_some(epoch)
+}
+
+impl Promises {
+    /// Promises in a folder.
+    pub fn new(files: impl SmallFiles) -> Self {
+        Self { files: Box::new(files) }
     }
 
     /// All promises.
@@ -34,19 +37,11 @@ impl PromiseDir {
     /// One can't be read, or is damaged: an owner could be let in that must not.
     pub fn load(&self) -> io::Result<HashMap<VolumeId, Epoch>> {
         let mut promises = HashMap::new();
-        for entry in fs::read_dir(&self.dir)? {
-            let path = entry?.path();
-            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        for name in self.files.list()? {
             let Ok(volume) = name.parse::<VolumeId>() else { continue };
-            let text = fs::read_to_string(&path)?;
             let damaged =
-                || io::Error::new(io::ErrorKind::InvalidData, format!("{} is damaged", path.display()));
-            let (epoch, sum) = text.trim().split_once(' ').ok_or_else(damaged)?;
-            let epoch = Epoch(epoch.parse().map_err(|_| damaged())?);
-            if sum != checksum(volume, epoch) {
-                return Err(damaged());
-            }
-            promises.insert(volume, epoch);
+                || io::Error::new(io::ErrorKind::InvalidData, format!("the promise of {volume} is damaged"));
+            promises.insert(volume, parse(volume, &self.files.read(&name)?).ok_or_else(damaged)?);
         }
         Ok(promises)
     }
@@ -56,13 +51,11 @@ impl PromiseDir {
     /// # Errors
     /// The disk refuses: the promise must not be spoken.
     pub fn save(&self, volume: VolumeId, epoch: Epoch) -> io::Result<()> {
-        let path = self.dir.join(volume.to_string());
-        let temporary = self.dir.join(format!("{volume}.tmp"));
-        let mut file = File::create(&temporary)?;
-        writeln!(file, "{} {}", epoch.0, checksum(volume, epoch))?;
-        file.sync_all()?;
-        fs::rename(&temporary, &path)?;
-        File::open(&self.dir)?.sync_all()
+        let (name, temporary) = (volume.to_string(), format!("{volume}.tmp"));
+        self.files.write(&temporary, format!("{} {}\n", epoch.0, checksum(volume, epoch)).as_bytes())?;
+        self.files.sync(&temporary)?;
+        self.files.rename(&temporary, &name)?;
+        if Rule::PromiseIsDurable.holds() { self.files.sync_names() } else { Ok(()) }
     }
 
     /// Forgets a deleted volume; its id is never used again.
@@ -70,7 +63,7 @@ impl PromiseDir {
     /// # Errors
     /// The disk refuses.
     pub fn remove(&self, volume: VolumeId) -> io::Result<()> {
-        match fs::remove_file(self.dir.join(volume.to_string())) {
+        match self.files.remove(&volume.to_string()) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => Ok(()),
         }
@@ -79,12 +72,14 @@ impl PromiseDir {
 
 #[cfg(test)]
 mod tests {
+    use super::super::files::Folder;
     use super::*;
+    use std::fs;
 
     #[test]
     fn promises_survive_and_damage_shows() {
         let dir = tempfile::tempdir().unwrap();
-        let promises = PromiseDir::open(dir.path()).unwrap();
+        let promises = Promises::new(Folder::open(dir.path()).unwrap());
         promises.save(VolumeId(7), Epoch(3)).unwrap();
         promises.save(VolumeId(7), Epoch(4)).unwrap();
         assert_eq!(promises.load().unwrap(), HashMap::from([(VolumeId(7), Epoch(4))]));

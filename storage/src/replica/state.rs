@@ -1,39 +1,54 @@
 //! The rules of one replica, as a value.
 //!
-//! Invariants: a promise is never lowered (I2); writes are taken only at the promised epoch and, but for copies, in order without
-//! a gap; what is reported as held is a prefix of what the owner issued.
+//! ```text
+//!             attach (higher epoch: promised durably first)
+//!  complete ─────────────────────────────────────────────▶ complete, next session
+//!     │ truncate(cut)                      ▲ complete(tail)
+//!     ▼                                    │
+//!  incomplete: counts up to `cut` ── begin(last), writes behind it, copies
+//! ```
+//! Invariants: a promise is never lowered (I2); operations are taken of the latest session only; writes are taken in order
+//! without a gap; what is reported as held is a prefix of what the owners issued.
 
+use crate::safety::Rule;
 use crate::types::Tail;
 use proto::{Epoch, Sequence};
+
+/// One attachment of an owner. Whatever an earlier one left on its way comes too late.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Session {
+    /// Epoch of the owner.
+    pub epoch: Epoch,
+    /// Counts the attachments to the volume in this run of the store.
+    pub number: u64,
+}
 
 /// One replica's position.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Replica {
     promised: Epoch,
+    sessions: u64,
     /// The last write in order.
     tail: Tail,
     /// While a resync is unfinished: everything up to here is complete.
     incomplete_after: Option<Tail>,
 }
 
-/// A write was not taken; the owner must attach anew, or is over.
+/// An operation was not taken; the owner must attach anew, or is over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum WriteRefused {
     /// A newer owner exists.
     #[error("the replica has promised epoch {promised}")]
     Fenced { promised: Epoch },
+    /// The owner has attached anew meanwhile.
+    #[error("the owner has attached anew")]
+    Superseded,
     /// A write is missing before this one.
     #[error("write {got} does not follow {tail}")]
     Gap { tail: Sequence, got: Sequence },
 }
 
 impl Replica {
-    /// A replica that has promised an epoch earlier.
-    #[must_use]
-    pub fn with_promise(promised: Epoch) -> Self {
-        Self { promised, ..Self::default() }
-    }
-
     /// The promised epoch.
     #[must_use]
     pub fn promised(&self) -> Epoch {
@@ -70,27 +85,50 @@ impl Replica {
     }
 
     /// The promise of this epoch is durable.
+    ///
+    /// # Panics
+    /// When a higher one was promised.
     pub fn promise(&mut self, epoch: Epoch) {
         assert!(epoch >= self.promised, "a promise is never lowered");
         self.promised = epoch;
     }
 
-    /// Whether any operation of an owner at `epoch` is allowed.
+    /// The owner of the promised epoch attaches; its earlier sessions are over.
+    pub fn attach(&mut self) -> Session {
+        self.sessions += 1;
+        Session { epoch: self.promised, number: self.sessions }
+    }
+
+    /// Whether an owner at `epoch` may read.
     ///
     /// # Errors
-    /// It is not the promised one.
+    /// A newer epoch was promised.
     pub fn check_epoch(&self, epoch: Epoch) -> Result<(), WriteRefused> {
-        if epoch == self.promised { Ok(()) } else { Err(WriteRefused::Fenced { promised: self.promised }) }
+        if epoch == self.promised || !Rule::EpochIsChecked.holds() {
+            return Ok(());
+        }
+        Err(WriteRefused::Fenced { promised: self.promised })
+    }
+
+    /// Whether an operation of this session is allowed.
+    ///
+    /// # Errors
+    /// It is not the latest one.
+    pub fn check(&self, session: Session) -> Result<(), WriteRefused> {
+        self.check_epoch(session.epoch)?;
+        let is_over = session.epoch == self.promised && session.number != self.sessions;
+        if is_over && Rule::SessionIsChecked.holds() { Err(WriteRefused::Superseded) } else { Ok(()) }
     }
 
     /// Whether the next write in order may be taken.
     ///
     /// # Errors
-    /// Another epoch, or a gap.
-    pub fn check_write(&self, epoch: Epoch, sequence: Sequence) -> Result<(), WriteRefused> {
-        self.check_epoch(epoch)?;
+    /// Another session, or a gap.
+    pub fn check_write(&self, session: Session, sequence: Sequence) -> Result<(), WriteRefused> {
+        self.check(session)?;
         let tail = self.tail.sequence;
-        if sequence == tail.next() { Ok(()) } else { Err(WriteRefused::Gap { tail, got: sequence }) }
+        let is_next = sequence.0.checked_sub(1) == Some(tail.0);
+        if is_next || !Rule::NoGap.holds() { Ok(()) } else { Err(WriteRefused::Gap { tail, got: sequence }) }
     }
 
     /// A write in order is in the log.
@@ -98,14 +136,14 @@ impl Replica {
         self.tail = tail;
     }
 
-    /// Everything after `cut` is void; a resync begins, after which live writes go on behind `next`.
+    /// Everything after `cut` is void; a resync begins.
     pub fn truncate(&mut self, cut: Tail) {
         self.incomplete_after = Some(cut);
         self.tail = cut;
     }
 
-    /// Live writes will go on after this sequence: what lies between is being copied.
-    pub fn begin_at(&mut self, last: Tail) {
+    /// Live writes will go on after `last`: what lies between is being copied.
+    pub fn begin(&mut self, last: Tail) {
         self.tail = last;
     }
 
@@ -124,35 +162,51 @@ mod tests {
         Tail { epoch: Epoch(epoch), sequence: Sequence(sequence) }
     }
 
+    fn attached(epoch: u64) -> (Replica, Session) {
+        let mut replica = Replica::default();
+        replica.promise(Epoch(epoch));
+        let session = replica.attach();
+        (replica, session)
+    }
+
     #[test]
     fn a_promise_fences_every_lower_epoch() {
-        let mut replica = Replica::default();
+        let (mut replica, old) = attached(2);
+        assert_eq!(replica.check_attach(Epoch(2)), Ok(false));
         assert_eq!(replica.check_attach(Epoch(3)), Ok(true));
         replica.promise(Epoch(3));
-        assert_eq!(replica.check_attach(Epoch(3)), Ok(false));
-        assert_eq!(replica.check_attach(Epoch(2)), Err(WriteRefused::Fenced { promised: Epoch(3) }));
-        assert_eq!(
-            replica.check_write(Epoch(2), Sequence(1)),
-            Err(WriteRefused::Fenced { promised: Epoch(3) })
-        );
-        assert_eq!(replica.check_write(Epoch(3), Sequence(1)), Ok(()));
+        let fenced = WriteRefused::Fenced { promised: Epoch(3) };
+        assert_eq!(replica.check_attach(Epoch(2)), Err(fenced));
+        assert_eq!(replica.check_write(old, Sequence(1)), Err(fenced));
+        let new = replica.attach();
+        assert_eq!(replica.check_write(new, Sequence(1)), Ok(()));
+    }
+
+    #[test]
+    fn an_attachment_ends_the_ones_before_it() {
+        let (mut replica, first) = attached(1);
+        let second = replica.attach();
+        assert_eq!(replica.check(first), Err(WriteRefused::Superseded));
+        assert_eq!(replica.check(second), Ok(()));
     }
 
     #[test]
     fn writes_leave_no_gap() {
-        let mut replica = Replica::with_promise(Epoch(1));
-        assert!(matches!(replica.check_write(Epoch(1), Sequence(2)), Err(WriteRefused::Gap { .. })));
+        let (mut replica, session) = attached(1);
+        assert!(matches!(replica.check_write(session, Sequence(2)), Err(WriteRefused::Gap { .. })));
         replica.wrote(tail(1, 1));
-        assert_eq!(replica.check_write(Epoch(1), Sequence(2)), Ok(()));
-        assert!(matches!(replica.check_write(Epoch(1), Sequence(1)), Err(WriteRefused::Gap { .. })));
+        assert_eq!(replica.check_write(session, Sequence(2)), Ok(()));
+        assert!(matches!(replica.check_write(session, Sequence(1)), Err(WriteRefused::Gap { .. })));
+        replica.wrote(tail(1, u64::MAX));
+        assert!(matches!(replica.check_write(session, Sequence(0)), Err(WriteRefused::Gap { .. })));
     }
 
     #[test]
     fn an_unfinished_resync_counts_only_up_to_its_cut() {
-        let mut replica = Replica::with_promise(Epoch(2));
+        let (mut replica, _) = attached(2);
         replica.wrote(tail(1, 50));
         replica.truncate(tail(1, 40));
-        replica.begin_at(tail(2, 90));
+        replica.begin(tail(2, 90));
         replica.wrote(tail(2, 91));
         assert_eq!(replica.tail(), tail(1, 40));
         replica.complete(tail(2, 90));

@@ -1,15 +1,16 @@
 //! One owner's conversation with the replica.
 
 use super::Shared;
-use crate::replica::{Op, OpError, ReadBlock, Refused, Watermark, WriteRefused};
+use super::work::{Owner, Work, of_mark, of_result};
+use crate::replica::{OpError, Watermark, WriteRefused};
 use crate::types::AttachRefused;
 use crate::wire::{
-    Answer, CHANGED_MAX, DATA_BYTES_MAX, Frame, HEADER_BYTES_MAX, HELLO_BYTES_MAX, Request, RequestId,
-    Response, WIRE_VERSION, WireVersion, encode, read_frame,
+    Answer, Frame, HEADER_BYTES_MAX, HELLO_BYTES_MAX, Request, RequestId, Response, WIRE_VERSION, encode,
+    read_frame,
 };
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use proto::limits::BLOCK_BYTES;
-use proto::{AttachmentSecret, BlockIndex, Epoch, VolumeId};
+use proto::{AttachmentSecret, Epoch, VolumeId};
 use std::io;
 use std::sync::Arc;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, BufReader, BufWriter};
@@ -24,14 +25,6 @@ const BESIDE_MAX: usize = 32;
 
 type Outgoing = (Response, Bytes);
 
-/// The attachment of a connection.
-#[derive(Clone, Copy)]
-struct Owner {
-    volume: VolumeId,
-    epoch: Epoch,
-    blocks: u64,
-}
-
 /// One connection.
 pub(super) struct Connection {
     shared: Arc<Shared>,
@@ -43,8 +36,8 @@ pub(super) struct Connection {
     _end_on_drop: DropGuard,
 }
 
-fn protocol(what: &str) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, what.to_owned())
+fn protocol(what: impl ToString) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what.to_string())
 }
 
 impl Connection {
@@ -91,7 +84,7 @@ impl Connection {
             let limit = if self.owner.is_some() { HEADER_BYTES_MAX } else { HELLO_BYTES_MAX };
             let Frame { header, data } = read_frame(read, limit).await?;
             match (header, self.owner) {
-                (Request::Attach { id, volume, epoch, secret }, _) => {
+                (Request::Attach { id, volume, epoch, secret }, None) => {
                     let answer = self.attach(volume, epoch, &secret).await;
                     send(answers, Response::Answer { id, answer }, Bytes::new()).await?;
                 }
@@ -102,7 +95,6 @@ impl Connection {
     }
 
     async fn attach(&mut self, volume: VolumeId, epoch: Epoch, secret: &AttachmentSecret) -> Answer {
-        self.owner = None;
         let attachment = match self.shared.authority.attachment(volume, epoch).await {
             Ok(attachment) if attachment.epoch == epoch => attachment,
             Ok(attachment) => {
@@ -114,12 +106,12 @@ impl Connection {
         if blake3::hash(&attachment.secret.0) != blake3::hash(&secret.0) {
             return Answer::AttachRefused(AttachRefused::WrongSecret);
         }
-        match self.shared.store.run(|done| Op::Promise { volume, epoch, done }).await {
-            Ok(replica) => {
+        match self.shared.store.attach(volume, epoch).await {
+            Ok(attached) => {
                 let blocks = attachment.size.0 / BLOCK_BYTES as u64;
-                self.owner = Some(Owner { volume, epoch, blocks });
-                self.marks.send_replace(Watermark::default());
-                Answer::Attached { tail: replica.tail(), incomplete: replica.is_incomplete() }
+                self.owner = Some(Owner { volume, session: attached.session, blocks });
+                let (tail, incomplete, full) = (attached.tail, attached.incomplete, attached.full);
+                Answer::Attached { tail, incomplete, full }
             }
             Err(OpError::Refused(WriteRefused::Fenced { promised })) => {
                 Answer::AttachRefused(AttachRefused::StaleEpoch { current: promised })
@@ -135,166 +127,46 @@ impl Connection {
         data: Bytes,
         answers: &mpsc::Sender<Outgoing>,
     ) -> io::Result<()> {
-        let Owner { volume, epoch, .. } = owner;
-        let sink = self.marks.clone();
-        match request {
-            Request::Write { sequence, first, count, zero } => {
-                let data = check_data(owner, first, count, zero, data)?;
-                self.shared
-                    .store
-                    .submit(Op::Write { volume, epoch, sequence, first, count, data, sink })
-                    .await;
+        let (volume, session) = (owner.volume, owner.session);
+        match owner.plan(request, data).map_err(protocol)? {
+            Work::Stream(kind) => {
+                self.shared.store.submit(volume, session, kind, self.marks.clone()).await;
                 Ok(())
             }
-            Request::Flush => {
-                self.shared.store.submit(Op::Flush { volume, epoch, sink }).await;
-                Ok(())
+            Work::Op { id, kind } => {
+                let done = self.shared.store.begin(volume, session, kind).await;
+                self.answer_beside(answers, id, async { (of_result(done.wait().await), Bytes::new()) }).await
             }
-            // These keep their order with the writes.
-            Request::Truncate { id, cut } => {
-                let done = self.shared.store.run(|done| Op::Truncate { volume, epoch, cut, done }).await;
-                reply(answers, id, finished(done)).await
+            Work::Read { id, reading } => {
+                let shared = self.shared.clone();
+                self.answer_beside(answers, id, async move { owner.read(&shared.store, reading) }).await
             }
-            Request::Begin { id, last } => {
-                let done = self.shared.store.run(|done| Op::Begin { volume, epoch, last, done }).await;
-                reply(answers, id, finished(done)).await
+            Work::Propose { id, proposal } => {
+                let shared = self.shared.clone();
+                let propose =
+                    async move { (Answer::Proposed(shared.authority.propose(proposal).await), Bytes::new()) };
+                self.answer_beside(answers, id, propose).await
             }
-            Request::Copy { block, zero, .. } if check_data(owner, block, 1, zero, data.clone()).is_err() => {
-                Err(protocol("a copy outside of the volume"))
-            }
-            Request::Hello { .. } | Request::Attach { .. } => Err(protocol("greeted twice")),
-            other => self.spawn_beside(owner, other, data, answers).await,
         }
     }
 
     /// Works on a request beside the stream, so that a read or a proposal holds up no write.
-    async fn spawn_beside(
+    async fn answer_beside(
         &self,
-        owner: Owner,
-        request: Request,
-        data: Bytes,
         answers: &mpsc::Sender<Outgoing>,
+        id: RequestId,
+        work: impl Future<Output = (Answer, Bytes)> + Send + 'static,
     ) -> io::Result<()> {
         let permit = self.beside.clone().acquire_owned().await.map_err(io::Error::other)?;
-        let (shared, answers) = (self.shared.clone(), answers.clone());
+        let answers = answers.clone();
         self.shared.spawn(self.end.clone(), async move {
-            let (id, answer, data) = work(&shared, owner, request, data).await;
+            let (answer, data) = work.await;
             // The owner may have gone.
             let _ = send(&answers, Response::Answer { id, answer }, data).await;
             drop(permit);
         });
         Ok(())
     }
-}
-
-/// Works on a request that needs no order.
-async fn work(shared: &Shared, owner: Owner, request: Request, data: Bytes) -> (RequestId, Answer, Bytes) {
-    let Owner { volume, epoch, blocks } = owner;
-    match request {
-        Request::Read { id, first, count } => {
-            let end = first.0.saturating_add(u64::from(count));
-            if end > blocks || count as usize * BLOCK_BYTES > DATA_BYTES_MAX {
-                return (
-                    id,
-                    Answer::Failed { cause: "a read outside of the volume".to_owned() },
-                    Bytes::new(),
-                );
-            }
-            let (answer, data) = read_blocks(shared, owner, first, BlockIndex(end));
-            (id, answer, data)
-        }
-        Request::Fetch { id, block } => {
-            let read = shared.store.read(volume, epoch, block..block_after(block));
-            let (answer, data) = match read.map(|mut blocks| blocks.pop()) {
-                Err(WriteRefused::Fenced { promised }) => (Answer::Fenced { promised }, Bytes::new()),
-                Ok(Some(Ok(ReadBlock { version, data }))) => {
-                    let version = WireVersion { epoch: version.epoch, sequence: version.sequence };
-                    (Answer::Block { version, zero: data.is_none() }, data.unwrap_or_default())
-                }
-                Ok(_) | Err(_) => (Answer::Damaged, Bytes::new()),
-            };
-            (id, answer, data)
-        }
-        Request::Copy { id, block, version, zero } => {
-            let version = crate::replica::BlockVersion { epoch: version.epoch, sequence: version.sequence };
-            let data = (!zero).then_some(data);
-            let done = shared.store.run(|done| Op::Copy { volume, epoch, block, version, data, done }).await;
-            (id, finished(done), Bytes::new())
-        }
-        Request::Changed { id, after, from } => {
-            let found = shared.store.changed_after(volume, after, from..BlockIndex(blocks), CHANGED_MAX);
-            let full = found.len() == CHANGED_MAX;
-            (id, Answer::Changed { blocks: found, full }, Bytes::new())
-        }
-        Request::Complete { id, tail } => {
-            let done = shared.store.run(|done| Op::Complete { volume, epoch, tail, done }).await;
-            (id, finished(done), Bytes::new())
-        }
-        Request::Propose { id, proposal } => {
-            let result = shared.authority.propose(proposal).await;
-            (id, Answer::Proposed(result), Bytes::new())
-        }
-        // Handled by the caller, in order.
-        Request::Hello { .. }
-        | Request::Attach { .. }
-        | Request::Write { .. }
-        | Request::Flush
-        | Request::Truncate { .. }
-        | Request::Begin { .. } => {
-            (RequestId(0), Answer::Failed { cause: "out of order".to_owned() }, Bytes::new())
-        }
-    }
-}
-
-fn block_after(block: BlockIndex) -> BlockIndex {
-    BlockIndex(block.0.saturating_add(1))
-}
-
-fn read_blocks(shared: &Shared, owner: Owner, first: BlockIndex, end: BlockIndex) -> (Answer, Bytes) {
-    let blocks = match shared.store.read(owner.volume, owner.epoch, first..end) {
-        Ok(blocks) => blocks,
-        Err(WriteRefused::Fenced { promised }) => return (Answer::Fenced { promised }, Bytes::new()),
-        Err(refused) => return (Answer::Failed { cause: refused.to_string() }, Bytes::new()),
-    };
-    let mut data = BytesMut::with_capacity(blocks.len() * BLOCK_BYTES);
-    for block in blocks {
-        match block {
-            Ok(ReadBlock { data: Some(block), .. }) => data.extend_from_slice(&block),
-            Ok(ReadBlock { data: None, .. }) => data.resize(data.len() + BLOCK_BYTES, 0),
-            Err(error) => {
-                tracing::error!(%error, volume = %owner.volume, "a block is damaged here");
-                return (Answer::Damaged, Bytes::new());
-            }
-        }
-    }
-    (Answer::Data, data.freeze())
-}
-
-fn check_data(
-    owner: Owner,
-    first: BlockIndex,
-    count: u32,
-    zero: bool,
-    data: Bytes,
-) -> io::Result<Option<Bytes>> {
-    let end = first.0.checked_add(u64::from(count)).ok_or_else(|| protocol("a block beyond all"))?;
-    let wanted = if zero { 0 } else { count as usize * BLOCK_BYTES };
-    if count == 0 || end > owner.blocks || data.len() != wanted {
-        return Err(protocol("a write outside of the volume, or with the wrong amount of data"));
-    }
-    Ok((!zero).then_some(data))
-}
-
-fn finished(done: Result<(), OpError>) -> Answer {
-    match done {
-        Ok(()) => Answer::Done,
-        Err(OpError::Refused(WriteRefused::Fenced { promised })) => Answer::Fenced { promised },
-        Err(error) => Answer::Failed { cause: error.to_string() },
-    }
-}
-
-async fn reply(answers: &mpsc::Sender<Outgoing>, id: RequestId, answer: Answer) -> io::Result<()> {
-    send(answers, Response::Answer { id, answer }, Bytes::new()).await
 }
 
 async fn send(answers: &mpsc::Sender<Outgoing>, response: Response, data: Bytes) -> io::Result<()> {
@@ -324,13 +196,5 @@ async fn send_all(
         if outbox.is_empty() {
             write.flush().await?;
         }
-    }
-}
-
-fn of_mark(mark: Watermark) -> Response {
-    match mark.refused {
-        Some(Refused::Fenced { promised }) => Response::Fenced { promised },
-        Some(Refused::Broken) => Response::Broken,
-        None => Response::Watermark { written: mark.written, durable: mark.durable, full: mark.full },
     }
 }

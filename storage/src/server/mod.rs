@@ -5,13 +5,14 @@
 
 mod connection;
 mod quic;
+pub(crate) mod work;
 
 #[cfg(test)]
 pub(crate) use quic::fingerprint_of_pem;
 pub use quic::{ClientEndpoint, QuicError};
 
 use crate::log::FileDisk;
-use crate::replica::{Op, Store, StoreError, Usage};
+use crate::replica::{Store, StoreError, Usage};
 use crate::types::Authority;
 use connection::Connection;
 use proto::{ByteCount, CertificateFingerprint, HostId, Incarnation, VolumeId};
@@ -182,7 +183,7 @@ impl ReplicaServer {
     /// # Errors
     /// The store has failed.
     pub async fn delete_volume(&self, volume: VolumeId) -> Result<(), StoreError> {
-        let deleted = self.shared.store.run(|done| Op::Delete { volume, done }).await;
+        let deleted = self.shared.store.delete(volume).await;
         deleted.map_err(|error| StoreError::Failed { cause: error.to_string() })
     }
 

@@ -1,0 +1,97 @@
+//! The latest writes of a volume in order, so that a new owner can bring other members up to the longest tail.
+//!
+//! Members of the in-sync set differ by what an owner had in flight at most, which its window bounds; so much is kept.
+
+use super::live::LiveSegments;
+use crate::limits::{WINDOW_BYTES, write_cost};
+use crate::log::Location;
+use crate::log::SegmentId;
+use crate::types::Tail;
+use proto::limits::BLOCK_BYTES;
+use proto::{BlockIndex, Sequence};
+use std::collections::VecDeque;
+
+/// A write.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RecentWrite {
+    /// Its position.
+    pub tail: Tail,
+    /// Its first block.
+    pub first: BlockIndex,
+    /// The number of blocks.
+    pub count: u32,
+    /// Where the first block's content lies, and the checksums of all; `None` for zeros.
+    pub content: Option<(Location, Vec<u64>)>,
+    /// The segment that holds the record.
+    pub segment: SegmentId,
+}
+
+impl RecentWrite {
+    fn cost(&self) -> usize {
+        write_cost(self.content.as_ref().map_or(0, |(_, checksums)| checksums.len() * BLOCK_BYTES))
+    }
+}
+
+/// The latest writes, without a gap.
+#[derive(Debug, Default)]
+pub struct RecentWrites {
+    writes: VecDeque<RecentWrite>,
+    cost: usize,
+}
+
+impl RecentWrites {
+    /// The next write in order.
+    pub fn push(&mut self, write: RecentWrite, live: &mut LiveSegments) {
+        live.retain(write.segment);
+        self.cost += write.cost();
+        self.writes.push_back(write);
+        while self.cost > WINDOW_BYTES {
+            let Some(oldest) = self.writes.pop_front() else { return };
+            self.cost -= oldest.cost();
+            live.release(oldest.segment);
+        }
+    }
+
+    /// Forgets all.
+    pub fn clear(&mut self, live: &mut LiveSegments) {
+        self.writes.drain(..).for_each(|write| live.release(write.segment));
+        self.cost = 0;
+    }
+
+    /// The write that follows a sequence.
+    #[must_use]
+    pub fn next_after(&self, sequence: Sequence) -> Option<&RecentWrite> {
+        let at = self.writes.partition_point(|write| write.tail.sequence <= sequence);
+        self.writes.get(at).filter(|write| write.tail.sequence == sequence.next())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proto::Epoch;
+
+    fn write(sequence: u64, blocks: usize) -> RecentWrite {
+        let location = Location { segment: SegmentId(sequence), offset: 0 };
+        RecentWrite {
+            tail: Tail { epoch: Epoch(1), sequence: Sequence(sequence) },
+            first: BlockIndex(0),
+            count: blocks as u32,
+            content: Some((location, vec![0; blocks])),
+            segment: SegmentId(sequence),
+        }
+    }
+
+    #[test]
+    fn as_much_is_kept_as_an_owner_may_have_in_flight() {
+        let (mut recent, mut live) = (RecentWrites::default(), LiveSegments::default());
+        let in_window = (WINDOW_BYTES / BLOCK_BYTES / 256) as u64;
+        (1..=in_window + 1).for_each(|sequence| recent.push(write(sequence, 256), &mut live));
+        assert_eq!(recent.next_after(Sequence(0)), None);
+        assert!(!live.is_needed(SegmentId(1)) && live.is_needed(SegmentId(2)));
+        assert_eq!(recent.next_after(Sequence(1)), Some(&write(2, 256)));
+        assert_eq!(recent.next_after(Sequence(in_window + 1)), None);
+        recent.clear(&mut live);
+        assert!(!live.is_needed(SegmentId(in_window)));
+    }
+}

@@ -1,0 +1,79 @@
+//! The rules that keep data safe, by name.
+//!
+//! Each guard in the code names its rule, and `SAFETY.md` says which hazard it prevents. In test builds a rule can be taken
+//! out: the simulation must then go red, which shows that both the rule and the simulation are needed. Elsewhere
+//! [`Rule::holds`] is the constant `true`.
+
+/// A rule.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Rule {
+    /// A replica makes a promise durable before it accepts the owner.
+    PromiseIsDurable,
+    /// A replica takes operations of the promised epoch only.
+    EpochIsChecked,
+    /// A replica takes operations of the latest attachment only.
+    SessionIsChecked,
+    /// What was gathered of an older owner is written before a newer one is promised, or not at all.
+    PromiseIsABarrier,
+    /// Writes are taken in order, without a gap.
+    NoGap,
+    /// A copied block does not count as a write in order.
+    CopyIsNoWrite,
+    /// A divergent tail is voided before a resync.
+    DivergentTailIsCut,
+    /// A voided block is remembered until it is overwritten, also by a replica that restarts.
+    VoidIsRemembered,
+    /// A batch counts only if all of it is there.
+    BatchIsWhole,
+    /// A write is acknowledged when every member of the in-sync set has it.
+    AllMembersAcknowledge,
+    /// A replica that may enter the set at any moment is required too.
+    JoiningCounts,
+    /// A replica may enter the set only with the connection on which it was resynced.
+    JoiningIsConnected,
+    /// Nobody leaves the set but by a committed entry.
+    LeavesByCommit,
+    /// Members that lack a part of the longest tail get it before an owner serves.
+    TailIsExtended,
+    /// Members that are not there at a recovery leave the set before an owner serves.
+    MissingAreRemoved,
+    /// The source of a resync holds everything up to the point from which the target gets the live writes.
+    SourceHoldsAll,
+    /// A member goes on where it stopped only if it has everything acknowledged.
+    ResumeHoldsAll,
+    /// A read sees the writes that are in flight when it begins.
+    ReadsSeeWritesInFlight,
+    /// A flush is over when every member has reported it durable.
+    FlushIsDurable,
+}
+
+impl Rule {
+    /// Whether the rule holds: always, but for a test that has taken it out.
+    #[cfg(not(test))]
+    #[inline]
+    #[must_use]
+    pub const fn holds(self) -> bool {
+        true
+    }
+
+    /// Whether the rule holds: always, but for a test that has taken it out.
+    #[cfg(test)]
+    #[must_use]
+    pub fn holds(self) -> bool {
+        TAKEN_OUT.with(|taken_out| taken_out.get() != Some(self))
+    }
+
+    /// Does something on this thread without the rule.
+    #[cfg(test)]
+    pub fn taken_out<T>(self, act: impl FnOnce() -> T) -> T {
+        TAKEN_OUT.with(|taken_out| taken_out.set(Some(self)));
+        let result = act();
+        TAKEN_OUT.with(|taken_out| taken_out.set(None));
+        result
+    }
+}
+
+#[cfg(test)]
+thread_local! {
+    static TAKEN_OUT: std::cell::Cell<Option<Rule>> = const { std::cell::Cell::new(None) };
+}
