@@ -9,7 +9,7 @@
 use crate::{
     bitmap::PageBitmap,
     machine::{PAGE_BYTES, TargetVm, VmError},
-    proof::{HashedMemory, MemoryProof, PageHashes},
+    proof::{HashedMemory, MemoryHash, MemoryProof, PageHashes},
     wire::{
         BatchReader, PageFrame, WireError,
         batch::{RUN_PAGES_MAX, Round},
@@ -42,6 +42,24 @@ pub enum ApplyError {
     Block {
         /// First page of the block.
         first: PageIndex,
+    },
+    /// A delta against a copy that the page does not hold.
+    #[error("page {page} is a change of round {base}, and of round {held} here", base = base.0, held = held.0)]
+    Base {
+        /// The page.
+        page: PageIndex,
+        /// Round of the copy that the change is of.
+        base: Round,
+        /// Round of the copy that is here.
+        held: Round,
+    },
+    /// A reference to a page that does not hold what it names.
+    #[error("page {page} refers to the content of page {source_page}, which is another one here")]
+    Reference {
+        /// The page.
+        page: PageIndex,
+        /// Where the content should be.
+        source_page: PageIndex,
     },
     /// A stream's rounds are not 1, 2, 3…, or a frame belongs to a finished one.
     #[error("a frame of round {found} after the end of round {ended}", found = found.0, ended = ended.0)]
@@ -131,8 +149,15 @@ impl PageApplier {
 
     /// The proof of what was received; `None` when no hashes are kept.
     #[must_use]
-    pub fn proof(&self) -> Option<MemoryProof> {
-        self.hashes.as_ref().map(PageHashes::combine)
+    pub fn proof(&mut self) -> Option<MemoryProof> {
+        self.hashes.as_mut().map(PageHashes::combine)
+    }
+
+    /// Does now what would be left for [`Self::proof`].
+    pub fn settle(&mut self) {
+        if let Some(hashes) = &mut self.hashes {
+            hashes.settle();
+        }
     }
 
     fn frame<V: TargetVm>(
@@ -160,9 +185,69 @@ impl PageApplier {
                 }
                 self.unpacked = unpacked;
             }
+            PageFrame::Delta { round, page, base, block } => {
+                self.admit(stream, round, page, 1)?;
+                self.delta(vm, round, page, base, block)?;
+            }
+            PageFrame::Reference { round, page, source, hash } => {
+                self.admit(stream, round, page, 1)?;
+                self.reference(vm, round, page, source, hash)?;
+            }
             PageFrame::RoundEnd { round, pages } => return self.round_end(stream, round, pages),
         }
         Ok(None)
+    }
+
+    fn delta<V: TargetVm>(
+        &mut self,
+        vm: &V,
+        round: Round,
+        page: PageIndex,
+        base: Round,
+        block: &[u8],
+    ) -> Result<(), ApplyError> {
+        let held = Round(self.rounds[page.0 as usize]);
+        if held > round {
+            return Ok(());
+        }
+        if held != base {
+            return Err(ApplyError::Base { page, base, held });
+        }
+        let (mut content, mut changed) = ([0; PAGE_BYTES], [0; PAGE_BYTES]);
+        match lz4_flex::block::decompress_into(block, &mut changed) {
+            Ok(PAGE_BYTES) => {}
+            _ => return Err(ApplyError::Block { first: page }),
+        }
+        vm.read_pages(page, &mut content)?;
+        content.iter_mut().zip(&changed).for_each(|(byte, change)| *byte ^= change);
+        self.write(vm, round, page, &content)
+    }
+
+    fn reference<V: TargetVm>(
+        &mut self,
+        vm: &V,
+        round: Round,
+        page: PageIndex,
+        source: PageIndex,
+        hash: MemoryHash,
+    ) -> Result<(), ApplyError> {
+        if self.rounds[page.0 as usize] > round.0 {
+            return Ok(());
+        }
+        let is_here = source.0 < self.written.page_count()
+            && self.hashes.as_ref().is_some_and(|hashes| hashes.get(source) == &hash);
+        if !is_here || !self.written.contains(source) {
+            return Err(ApplyError::Reference { page, source_page: source });
+        }
+        let mut content = [0; PAGE_BYTES];
+        vm.read_pages(source, &mut content)?;
+        vm.write_pages(page, &content)?;
+        self.accept(page.0, round);
+        self.written.insert(page);
+        if let Some(hashes) = &mut self.hashes {
+            hashes.set_hash(page, hash);
+        }
+        Ok(())
     }
 
     /// Checks that the frame may come on its stream now, and counts its pages.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!         link is the limit, trial: lz4 faster than the link and saves ≥ 15 %
-//!   Raw ───────────────────────────────────────────────────────────────────▶ Lz4
+//!   Raw ───────────────────────────────────────────────────────────────────▶ Compact
 //!    ▲                                                                        │
 //!    └── raw bytes per second below what the link alone carried (CPU limits) ─┘   then raw for 32 windows
 //! ```
@@ -28,8 +28,8 @@ const TRIAL_WINDOWS: u32 = 8;
 pub enum Codec {
     /// As they are.
     Raw,
-    /// As lz4 blocks where that is smaller.
-    Lz4,
+    /// As deltas or lz4 blocks where that is smaller.
+    Compact,
 }
 
 /// One batch, as the sender saw it.
@@ -90,10 +90,10 @@ impl CodecChoice {
             Codec::Raw if self.hold_windows > 0 => self.hold_windows -= 1,
             Codec::Raw if link_limits => {
                 self.raw_rate = rate;
-                self.codec = Codec::Lz4;
+                self.codec = Codec::Compact;
             }
             Codec::Raw => {}
-            Codec::Lz4 => {
+            Codec::Compact => {
                 let is_small = window.sent_bytes * 100 <= window.raw_bytes * RATIO_PERCENT_MAX;
                 if !is_small {
                     self.codec = Codec::Raw;
@@ -135,9 +135,9 @@ mod tests {
     fn a_slow_link_gets_compressed_pages_as_long_as_they_shrink() {
         let mut choice = CodecChoice::default();
         window(&mut choice, 1000, 1000, 10, 9);
-        assert_eq!(choice.codec(), Codec::Lz4);
+        assert_eq!(choice.codec(), Codec::Compact);
         window(&mut choice, 1000, 300, 4, 3);
-        assert_eq!(choice.codec(), Codec::Lz4);
+        assert_eq!(choice.codec(), Codec::Compact);
         window(&mut choice, 1000, 990, 10, 9);
         assert_eq!(choice.codec(), Codec::Raw);
     }
@@ -152,6 +152,6 @@ mod tests {
             window(&mut choice, 1000, 1000, 2, 2);
         }
         window(&mut choice, 1000, 1000, 2, 2);
-        assert_eq!(choice.codec(), Codec::Lz4, "tried again later");
+        assert_eq!(choice.codec(), Codec::Compact, "tried again later");
     }
 }

@@ -7,11 +7,13 @@
 //! A page that the guest touches after the clear is dirty again and comes with the next round; a page that gets memory
 //! after the question has been written after the clear. Turned around, either could slip through.
 //!
-//! A chunk always goes to the same stream (chunk index modulo streams), so copies of one page stay in order on it.
+//! A chunk always goes to the same stream (chunk index modulo streams), so copies of one page stay in order on it. What
+//! a page is sent as is decided page by page: see [`crate::held`] for what needs not be sent at all.
 
 use crate::{
-    bitmap::PageBitmap,
+    bitmap::{PageBitmap, WORD_PAGES},
     codec::Codec,
+    held::{Deltas, Held, Shortcut},
     machine::{PAGE_BYTES, SourceVm, VmError},
     proof::is_zero,
     stats::PageCounts,
@@ -27,6 +29,9 @@ use std::ops::Range;
 /// Words of a chunk: 4 MiB of guest memory for one clear call. Larger chunks are read longer after their clear, which
 /// only makes more pages dirty again; smaller ones cost more calls.
 const CHUNK_WORDS: usize = 16;
+
+/// Pages of a chunk.
+const CHUNK_PAGES: u64 = CHUNK_WORDS as u64 * WORD_PAGES;
 
 /// Which pages a round carries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,20 +89,33 @@ pub struct RoundTotals {
     pub bytes: u64,
 }
 
-/// Sends the pages of `pages` as `round` over `streams` streams.
+/// A round to send.
+#[derive(Debug, Clone, Copy)]
+pub struct RoundPlan<'a> {
+    /// Its number.
+    pub round: Round,
+    /// Which pages, and whether they may still change.
+    pub scope: RoundScope,
+    /// The pages.
+    pub pages: &'a PageBitmap,
+    /// Bulk streams; the same number in all rounds.
+    pub streams: u8,
+}
+
+/// Sends a round; `held` knows what went before and learns what goes now.
 ///
 /// # Errors
 /// The machine failed, or the sink stopped.
 pub fn send_round<V: SourceVm, S: BatchSink>(
     vm: &V,
-    round: Round,
-    scope: RoundScope,
-    pages: &PageBitmap,
-    streams: u8,
+    plan: RoundPlan<'_>,
+    held: &mut Held,
     sink: &mut S,
 ) -> Result<RoundTotals, EncodeError> {
+    let RoundPlan { round, scope, pages, streams } = plan;
     let lanes = (0..streams).map(|_| Lane::default()).collect();
-    let mut encoder = Encoder { round, lanes, totals: RoundTotals::default(), sink, scratch: Vec::new() };
+    let totals = RoundTotals::default();
+    let mut encoder = Encoder { round, lanes, totals, held, sink, scratch: Vec::new() };
     let mut left = pages.count();
     for (chunk, first_word) in (0..pages.words().len()).step_by(CHUNK_WORDS).enumerate() {
         let words = first_word..(first_word + CHUNK_WORDS).min(pages.words().len());
@@ -107,7 +125,7 @@ pub fn send_round<V: SourceVm, S: BatchSink>(
             vm.clear_dirty(words.start, &pages.words()[words.clone()])?;
         }
         let resident = vm.resident(first.start..last.end)?;
-        let lane = chunk % usize::from(streams);
+        let lane = chunk % encoder.lanes.len();
         for run in &runs {
             encoder.run(vm, lane, run, &resident)?;
             left -= run.end.0 - run.start.0;
@@ -129,6 +147,7 @@ struct Encoder<'a, S> {
     round: Round,
     lanes: Vec<Lane>,
     totals: RoundTotals,
+    held: &'a mut Held,
     sink: &'a mut S,
     scratch: Vec<u8>,
 }
@@ -171,23 +190,36 @@ impl<S: BatchSink> Encoder<'_, S> {
         Ok(())
     }
 
+    /// Sends pages in stretches: zero ones, ones with content, and between them those with a shortcut.
     fn classify(&mut self, lane: usize, first: u64, bytes: &[u8]) -> Result<(), EncodeError> {
-        let mut at = first;
-        let end = first + (bytes.len() / PAGE_BYTES) as u64;
-        let page = |index: u64| &bytes[(index - first) as usize * PAGE_BYTES..][..PAGE_BYTES];
-        while at < end {
-            let zero = is_zero(page(at));
-            let stop = (at + 1..end).find(|&next| is_zero(page(next)) != zero).unwrap_or(end);
-            if zero {
-                self.zero(lane, at..stop)?;
-            } else {
-                let from = (at - first) as usize * PAGE_BYTES;
-                let to = (stop - first) as usize * PAGE_BYTES;
-                self.data(lane, at, &bytes[from..to])?;
+        let deltas = if self.sink.codec() == Codec::Compact { Deltas::Try } else { Deltas::Skip };
+        let lanes = self.lanes.len() as u64;
+        let same_stream = |page: PageIndex| page.0 / CHUNK_PAGES % lanes == lane as u64;
+        let (mut zero, mut data) = (first..first, first..first);
+        let slice = |pages: &Range<u64>| {
+            &bytes[(pages.start - first) as usize * PAGE_BYTES..(pages.end - first) as usize * PAGE_BYTES]
+        };
+        for (at, content) in (first..).zip(bytes.chunks_exact(PAGE_BYTES)) {
+            let index = PageIndex(at);
+            if is_zero(content) {
+                self.data(lane, data.start, slice(&data))?;
+                (zero.end, data) = (at + 1, at + 1..at + 1);
+                continue;
             }
-            at = stop;
+            self.zero(lane, zero)?;
+            zero = at + 1..at + 1;
+            match self.held.data(index, self.round, content, deltas, same_stream) {
+                None => data.end = at + 1,
+                // In the order that `held` was told of: what came before goes before.
+                Some(shortcut) => {
+                    self.data(lane, data.start, slice(&data))?;
+                    data = at + 1..at + 1;
+                    self.shortcut(lane, index, &shortcut)?;
+                }
+            }
         }
-        Ok(())
+        self.zero(lane, zero)?;
+        self.data(lane, data.start, slice(&data))
     }
 
     fn zero(&mut self, lane: usize, pages: Range<u64>) -> Result<(), EncodeError> {
@@ -196,28 +228,39 @@ impl<S: BatchSink> Encoder<'_, S> {
         }
         let count = u32::try_from(pages.end - pages.start).expect("a run lies within one chunk");
         self.totals.pages.zero += u64::from(count);
-        self.push(
-            lane,
-            &PageFrame::Zero { round: self.round, first: PageIndex(pages.start), count },
-            u64::from(count),
-            0,
-        )
+        self.held.zero(pages.clone());
+        let frame = PageFrame::Zero { round: self.round, first: PageIndex(pages.start), count };
+        self.push(lane, &frame, u64::from(count), 0)
+    }
+
+    fn shortcut(&mut self, lane: usize, page: PageIndex, shortcut: &Shortcut) -> Result<(), EncodeError> {
+        let round = self.round;
+        let frame = match shortcut {
+            Shortcut::Reference { source, hash } => {
+                self.totals.pages.reference += 1;
+                PageFrame::Reference { round, page, source: *source, hash: *hash }
+            }
+            Shortcut::Delta { base, block } => {
+                self.totals.pages.delta += 1;
+                PageFrame::Delta { round, page, base: *base, block }
+            }
+        };
+        self.push(lane, &frame, 1, PAGE_BYTES as u64)
     }
 
     fn data(&mut self, lane: usize, first: u64, data: &[u8]) -> Result<(), EncodeError> {
+        if data.is_empty() {
+            return Ok(());
+        }
         let (round, first, pages) = (self.round, PageIndex(first), (data.len() / PAGE_BYTES) as u64);
         let page_bytes = data.len() as u64;
-        if self.sink.codec() == Codec::Lz4 {
+        if self.sink.codec() == Codec::Compact {
             let block = lz4_flex::block::compress(data);
             if block.len() < data.len() {
                 let count = u32::try_from(pages).expect("at most RUN_PAGES_MAX");
                 self.totals.pages.compressed += pages;
-                return self.push(
-                    lane,
-                    &PageFrame::Lz4 { round, first, count, block: &block },
-                    pages,
-                    page_bytes,
-                );
+                let frame = PageFrame::Lz4 { round, first, count, block: &block };
+                return self.push(lane, &frame, pages, page_bytes);
             }
         }
         self.totals.pages.raw += pages;

@@ -8,7 +8,7 @@
 //! - [`machine`]: what a virtual machine must offer at either side.
 //! - [`source`], [`target`]: the state machines, with their diagrams.
 //! - [`wire`]: streams, batches and messages.
-//! - [`encode`], [`apply`], [`codec`], [`rate`], [`bitmap`]: page data.
+//! - [`encode`], [`apply`], [`held`], [`codec`], [`rate`], [`bitmap`]: page data.
 //! - [`converge`]: when to stop the machine, and how hard to try.
 //! - [`proof`]: both sides hold the same memory.
 //! - [`stats`]: what a migration did.
@@ -23,6 +23,7 @@ pub mod bitmap;
 pub mod codec;
 pub mod converge;
 pub mod encode;
+pub mod held;
 pub mod machine;
 pub mod moment;
 pub mod proof;
@@ -39,11 +40,11 @@ pub use machine::{PAGE_BYTES, PausedVm, SourceVm, TargetVm, VmError};
 pub use shell::{
     SpawnError,
     identity::{Identity, IdentityError},
-    source::{Proof, SourceConfig, SourceHandle, SourceTask},
+    source::{SourceConfig, SourceHandle, SourceTask},
     target::{Rehash, TargetConfig, TargetHandle, TargetTask},
 };
 pub use source::{
-    AbortCause, CancelRefused, CommitRefused, Outcome, OutcomeConflict, ResumedParts, SourcePhase,
+    AbortCause, CancelRefused, CommitRefused, Outcome, OutcomeConflict, Proof, ResumedParts, SourcePhase,
     SourceProgress,
 };
 pub use stats::MigrationStats;

@@ -8,10 +8,15 @@
 //! Zero pages are left out, so it does not matter which side has memory behind a zero page. The groups travel with the
 //! root, so that a mismatch names the first range of pages that differs.
 //!
-//! The source hashes its memory from scratch at the pause ([`hash_memory`]): a dirty bit that was lost shows as a
-//! difference. The target has kept the hash of every page as it arrived ([`PageHashes`]) and only combines them.
+//! The target has kept the hash of every page as it arrived ([`PageHashes`]) and only combines them. The source either
+//! hashes its memory from scratch at the pause ([`hash_memory`]): a dirty bit that was lost shows as a difference. Or it
+//! has kept the hashes of what it sent, too, combines them, and reads a sample of its memory again
+//! ([`PageHashes::first_changed`]): that costs a large guest milliseconds instead of tenths of a second.
 
-use crate::machine::{PAGE_BYTES, SourceVm, VmError};
+use crate::{
+    bitmap::PageBitmap,
+    machine::{PAGE_BYTES, SourceVm, VmError},
+};
 use proto::PageIndex;
 use serde::{Deserialize, Serialize};
 use std::{
@@ -117,11 +122,20 @@ impl GroupHasher {
     }
 }
 
-/// The page hashes of a target, kept as its pages arrive.
+/// Hashes of pages, kept as they come and go, with the groups above them.
 #[derive(Debug)]
 pub struct PageHashes {
     /// All zero bytes stand for a zero page; no page hashes to that.
     hashes: Vec<MemoryHash>,
+    groups: Vec<Group>,
+    group_pages: u64,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Group {
+    hash: Option<MemoryHash>,
+    /// A page of it has changed since.
+    is_stale: bool,
 }
 
 const ZERO_MARK: MemoryHash = [0; 32];
@@ -130,7 +144,18 @@ impl PageHashes {
     /// Of a memory that is all zero.
     #[must_use]
     pub fn new(page_count: u64) -> Self {
-        Self { hashes: vec![ZERO_MARK; usize::try_from(page_count).expect("guest memory fits in memory")] }
+        let groups = vec![Group { hash: None, is_stale: false }; group_count(page_count) as usize];
+        let hashes = vec![ZERO_MARK; usize::try_from(page_count).expect("guest memory fits in memory")];
+        Self { hashes, groups, group_pages: group_pages(page_count) }
+    }
+
+    /// The hash of a page; all zero for a zero page.
+    ///
+    /// # Panics
+    /// The page is outside of the memory.
+    #[must_use]
+    pub fn get(&self, page: PageIndex) -> &MemoryHash {
+        &self.hashes[page.0 as usize]
     }
 
     /// Takes the hash of a page's new content.
@@ -138,8 +163,16 @@ impl PageHashes {
     /// # Panics
     /// The page is outside of the memory.
     pub fn set(&mut self, page: PageIndex, content: &[u8]) {
-        let hash = if is_zero(content) { ZERO_MARK } else { *blake3::hash(content).as_bytes() };
+        self.set_hash(page, hash_page(content));
+    }
+
+    /// The page has this hash now.
+    ///
+    /// # Panics
+    /// The page is outside of the memory.
+    pub fn set_hash(&mut self, page: PageIndex, hash: MemoryHash) {
         self.hashes[page.0 as usize] = hash;
+        self.groups[(page.0 / self.group_pages) as usize].is_stale = true;
     }
 
     /// The page is zero now.
@@ -147,15 +180,19 @@ impl PageHashes {
     /// # Panics
     /// The page is outside of the memory.
     pub fn set_zero(&mut self, page: PageIndex) {
-        self.hashes[page.0 as usize] = ZERO_MARK;
+        if self.hashes[page.0 as usize] != ZERO_MARK {
+            self.set_hash(page, ZERO_MARK);
+        }
     }
 
-    /// The proof of the memory as it stands.
-    #[must_use]
-    pub fn combine(&self) -> MemoryProof {
+    /// Hashes the groups that have changed, so that less is left for [`Self::combine`].
+    pub fn settle(&mut self) {
         let page_count = self.hashes.len() as u64;
-        let groups = (0..group_count(page_count)).filter_map(|group| {
-            let range = group_range(page_count, group);
+        for (index, group) in (0..).zip(&mut self.groups) {
+            if !std::mem::take(&mut group.is_stale) {
+                continue;
+            }
+            let range = group_range(page_count, index);
             let mut hasher = GroupHasher::new();
             for page in range.start.0..range.end.0 {
                 let hash = &self.hashes[page as usize];
@@ -163,10 +200,53 @@ impl PageHashes {
                     hasher.add(page, hash);
                 }
             }
-            hasher.finish().map(|hash| (group, hash))
-        });
-        MemoryProof::from_groups(page_count, groups.collect())
+            group.hash = hasher.finish();
+        }
     }
+
+    /// The proof of the memory as it stands.
+    #[must_use]
+    pub fn combine(&mut self) -> MemoryProof {
+        self.settle();
+        let groups = (0..).zip(&self.groups);
+        let groups = groups.filter_map(|(index, group)| group.hash.map(|hash| (index, hash)));
+        MemoryProof::from_groups(self.hashes.len() as u64, groups.collect())
+    }
+
+    /// Reads about `pages_max` pages again, spread evenly from a start that `seed` picks, and returns the first one that
+    /// is not what was kept. Pages in `except` are passed over.
+    ///
+    /// # Errors
+    /// Memory could not be read.
+    pub fn first_changed<M: HashedMemory>(
+        &self,
+        memory: &M,
+        except: &PageBitmap,
+        pages_max: u64,
+        seed: u64,
+    ) -> Result<Option<PageIndex>, VmError> {
+        let stride = memory.page_count().div_ceil(pages_max.max(1)).max(1);
+        let mut content = [0; PAGE_BYTES];
+        for page in (seed % stride..memory.page_count()).step_by(stride as usize).map(PageIndex) {
+            let kept = self.get(page);
+            // A zero page may have no memory behind it; reading it would give it some.
+            let next = PageIndex(page.0 + 1);
+            if except.contains(page) || (kept == &ZERO_MARK && memory.present(page..next)?.is_empty()) {
+                continue;
+            }
+            memory.read(page, &mut content)?;
+            if hash_page(&content) != *kept {
+                return Ok(Some(page));
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// Hash of a page's content; all zero for a zero page.
+#[must_use]
+pub fn hash_page(content: &[u8]) -> MemoryHash {
+    if is_zero(content) { ZERO_MARK } else { *blake3::hash(content).as_bytes() }
 }
 
 /// Memory that can be hashed: either side's.
@@ -325,6 +405,31 @@ mod tests {
         one.set(PageIndex(3), &[9; PAGE_BYTES]);
         other.set(PageIndex(4), &[9; PAGE_BYTES]);
         assert_ne!(one.combine().root, other.combine().root);
+    }
+
+    #[test]
+    fn a_change_without_a_dirty_bit_is_found_by_a_sample_that_is_large_enough() {
+        let mut memory = Plain(vec![0; 64 * PAGE_BYTES]);
+        let mut kept = PageHashes::new(64);
+        (0..32).for_each(|page| memory.0[page * PAGE_BYTES] = page as u8 + 1);
+        (0..32).for_each(|page| {
+            kept.set(PageIndex(page), &memory.0[page as usize * PAGE_BYTES..][..PAGE_BYTES])
+        });
+        let mut dirty = PageBitmap::new(64);
+        let found = |memory: &Plain, dirty: &PageBitmap, pages, seed| {
+            kept.first_changed(memory, dirty, pages, seed).unwrap()
+        };
+        assert_eq!(found(&memory, &dirty, 64, 3), None);
+        memory.0[21 * PAGE_BYTES + 8] = 1;
+        assert_eq!(found(&memory, &dirty, 64, 3), Some(PageIndex(21)));
+        assert_eq!(
+            (found(&memory, &dirty, 8, 20), found(&memory, &dirty, 8, 21)),
+            (None, Some(PageIndex(21)))
+        );
+        dirty.insert(PageIndex(21));
+        assert_eq!(found(&memory, &dirty, 64, 3), None);
+        memory.0[40 * PAGE_BYTES] = 1;
+        assert_eq!(found(&memory, &dirty, 64, 3), Some(PageIndex(40)), "it was zero");
     }
 
     #[test]

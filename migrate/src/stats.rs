@@ -13,13 +13,23 @@ pub struct PageCounts {
     pub raw: u64,
     /// In lz4 blocks.
     pub compressed: u64,
+    /// As changes of what was sent before.
+    pub delta: u64,
+    /// As the name of a page with the same content.
+    pub reference: u64,
 }
 
 impl PageCounts {
     /// All pages.
     #[must_use]
     pub fn total(&self) -> u64 {
-        self.zero + self.raw + self.compressed
+        self.zero + self.with_content()
+    }
+
+    /// Pages that are not zero.
+    #[must_use]
+    pub fn with_content(&self) -> u64 {
+        self.raw + self.compressed + self.delta + self.reference
     }
 
     /// Adds another count.
@@ -27,6 +37,8 @@ impl PageCounts {
         self.zero += other.zero;
         self.raw += other.raw;
         self.compressed += other.compressed;
+        self.delta += other.delta;
+        self.reference += other.reference;
     }
 }
 
@@ -115,8 +127,8 @@ fn ms(duration: Duration) -> f64 {
 
 impl From<&PageCounts> for v1::PageCounts {
     fn from(counts: &PageCounts) -> Self {
-        let PageCounts { zero, raw, compressed } = *counts;
-        Self { zero, raw, compressed, delta: 0, reference: 0, faulted: 0 }
+        let PageCounts { zero, raw, compressed, delta, reference } = *counts;
+        Self { zero, raw, compressed, delta, reference, faulted: 0 }
     }
 }
 

@@ -193,13 +193,13 @@ async fn writes_while_the_machine_stops_are_not_lost() {
     assert_eq!(done.stats.per_round.last().unwrap().pages.raw, 2);
 }
 
-#[tokio::test]
-async fn a_lost_dirty_bit_is_caught_by_the_proof() {
-    let pair = Pair::new(4096, Rehash::Incremental);
-    for page in 0..4096 {
+/// Moves a guest of which one page is written to all the time, and one dirty bit of it is lost; how both sides end.
+async fn lose_a_dirty_bit(pages: usize, page: usize, proof: Proof) -> (Pair, SourcePhase, TargetPhase) {
+    let pair = Pair::new(pages, Rehash::Incremental);
+    for page in 0..pages {
         pair.source.fill(page, page as u64);
     }
-    *pair.source.sabotage.lose_dirty_bit.lock().unwrap() = Some(PageIndex(1500));
+    *pair.source.sabotage.lose_dirty_bit.lock().unwrap() = Some(PageIndex(page as u64));
     let writer = Arc::new(AtomicBool::new(false));
     let (guest, stop) = (pair.source.clone(), writer.clone());
     let thread = std::thread::spawn(move || {
@@ -208,21 +208,34 @@ async fn a_lost_dirty_bit_is_caught_by_the_proof() {
             let running = guest.running.lock().unwrap();
             if *running && guest.sabotage.lose_dirty_bit.lock().unwrap().is_some() {
                 value += 1;
-                guest.store(1500, 5, value);
+                guest.store(page, 5, value);
             }
             drop(running);
             std::thread::yield_now();
         }
     });
-    let outgoing = pair.start(pair.config());
+    let outgoing = pair.start(SourceConfig { proof, ..pair.config() });
     let end = source_phase(&outgoing, |_| false).await;
     writer.store(true, Ordering::Relaxed);
     thread.join().unwrap();
-    assert!(matches!(end.phase, SourcePhase::Aborted { cause: AbortCause::Target { .. } }), "{end:?}");
-    let failed = target_phase(&pair.incoming, |_| false).await;
-    let failure = TargetFailure::MemoryDiffers { first: PageIndex(1024), end: PageIndex(1536) };
-    assert_eq!(failed, TargetPhase::Failed { failure });
     assert!(pair.source.is_running() && !pair.source.tracking.load(Ordering::SeqCst));
+    let failed = target_phase(&pair.incoming, |_| false).await;
+    (pair, end.phase, failed)
+}
+
+#[tokio::test]
+async fn a_lost_dirty_bit_is_caught_by_a_full_proof() {
+    let (_pair, source, target) = lose_a_dirty_bit(4096, 1500, Proof::Full).await;
+    assert!(matches!(source, SourcePhase::Aborted { cause: AbortCause::Target { .. } }), "{source:?}");
+    let failure = TargetFailure::MemoryDiffers { first: PageIndex(1024), end: PageIndex(1536) };
+    assert_eq!(target, TargetPhase::Failed { failure });
+}
+
+#[tokio::test]
+async fn a_lost_dirty_bit_within_the_sample_is_named() {
+    let (_pair, source, target) = lose_a_dirty_bit(1024, 500, Proof::Sampled).await;
+    assert_eq!(source, SourcePhase::Aborted { cause: AbortCause::WriteLost { page: PageIndex(500) } });
+    assert!(matches!(target, TargetPhase::Failed { .. }), "{target:?}");
 }
 
 #[tokio::test]

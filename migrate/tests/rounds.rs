@@ -4,11 +4,12 @@ mod support;
 
 use bytes::Bytes;
 use migrate::{
-    PageBitmap, SourceVm,
+    PAGE_BYTES, PageBitmap, SourceVm,
     apply::{KeepHashes, OfTarget, PageApplier},
     codec::Codec,
-    encode::{BatchSink, RoundScope, RoundTotals, Stopped, send_round},
-    proof::{OfSource, hash_memory},
+    encode::{BatchSink, RoundPlan, RoundScope, RoundTotals, Stopped, send_round},
+    held::Held,
+    proof::{OfSource, PageHashes, hash_memory},
     wire::batch::{BATCH_PREFIX_BYTES, Round},
 };
 use rand::{Rng, SeedableRng, rngs::StdRng};
@@ -22,6 +23,7 @@ const STREAMS: u8 = 3;
 struct Direct<'a> {
     target: &'a ModelGuest,
     applier: &'a mut PageApplier,
+    held: Held,
     completed: Vec<Round>,
     codec: Codec,
 }
@@ -51,7 +53,10 @@ fn round(
     scope: RoundScope,
     dirty: &PageBitmap,
 ) -> RoundTotals {
-    let totals = send_round(source, Round(number), scope, dirty, STREAMS, sink).unwrap();
+    let plan = RoundPlan { round: Round(number), scope, pages: dirty, streams: STREAMS };
+    let mut held = std::mem::replace(&mut sink.held, Held::new(None, 0));
+    let totals = send_round(source, plan, &mut held, sink).unwrap();
+    sink.held = held;
     assert_eq!(sink.completed.pop(), Some(Round(number)));
     assert_eq!(totals.pages.total(), dirty.count());
     totals
@@ -65,8 +70,10 @@ fn no_write_is_lost_whichever_call_it_falls_on() {
         let (source, target) = (ModelGuest::running(PAGES, b""), ModelGuest::new(PAGES));
         random_pages(&mut rng).into_iter().for_each(|page| source.fill(page, seed));
         let mut applier = PageApplier::new(PAGES as u64, STREAMS, KeepHashes::Yes);
-        let codec = if rng.random() { Codec::Raw } else { Codec::Lz4 };
-        let mut sink = Direct { target: &target, applier: &mut applier, completed: Vec::new(), codec };
+        let codec = if rng.random() { Codec::Raw } else { Codec::Compact };
+        let hashes = rng.random::<bool>().then(|| PageHashes::new(PAGES as u64));
+        let held = Held::new(hashes, 500 * PAGE_BYTES);
+        let mut sink = Direct { target: &target, applier: &mut applier, held, completed: Vec::new(), codec };
         source.start_dirty_tracking().unwrap();
         let mut dirty = PageBitmap::new(PAGES as u64);
         dirty.fill();
@@ -93,13 +100,42 @@ fn no_write_is_lost_whichever_call_it_falls_on() {
 }
 
 #[test]
+fn pages_sent_again_travel_as_deltas_and_duplicates_as_references() {
+    let (source, target) = (ModelGuest::running(PAGES, b""), ModelGuest::new(PAGES));
+    (0..500).for_each(|page| source.fill(page, page as u64 % 100));
+    let mut applier = PageApplier::new(PAGES as u64, STREAMS, KeepHashes::Yes);
+    let held = Held::new(Some(PageHashes::new(PAGES as u64)), 1000 * PAGE_BYTES);
+    let mut sink =
+        Direct { target: &target, applier: &mut applier, held, completed: Vec::new(), codec: Codec::Compact };
+    let mut pages = PageBitmap::new(PAGES as u64);
+    pages.fill();
+    let totals = round(&source, &mut sink, 1, RoundScope::Everything, &pages);
+    assert_eq!((totals.pages.raw, totals.pages.reference), (100, 400));
+    pages.clear();
+    (0..50).for_each(|page| pages.insert(proto::PageIndex(page)));
+    for number in 2..5 {
+        (0..50).for_each(|page| source.store(page, number as usize, 77 + page as u64));
+        let totals = round(&source, &mut sink, number, RoundScope::Dirty, &pages);
+        let expected = if number == 2 { (50, 0) } else { (0, 50) };
+        assert_eq!((totals.pages.raw, totals.pages.delta), expected, "round {number}");
+        assert!(number == 2 || totals.bytes < 50 * 100, "{}", totals.bytes);
+    }
+    assert_eq!(source.first_difference(&target), None);
+}
+
+#[test]
 fn pages_that_compress_travel_as_blocks_and_the_others_as_they_are() {
     let (source, target) = (ModelGuest::running(PAGES, b""), ModelGuest::new(PAGES));
     (0..100).for_each(|page| source.store(page, 9, 5));
     (200..300).for_each(|page| source.fill(page, page as u64));
     let mut applier = PageApplier::new(PAGES as u64, STREAMS, KeepHashes::No);
-    let mut sink =
-        Direct { target: &target, applier: &mut applier, completed: Vec::new(), codec: Codec::Lz4 };
+    let mut sink = Direct {
+        target: &target,
+        applier: &mut applier,
+        held: Held::new(None, 0),
+        completed: Vec::new(),
+        codec: Codec::Compact,
+    };
     let mut all = PageBitmap::new(PAGES as u64);
     all.fill();
     let totals = round(&source, &mut sink, 1, RoundScope::Everything, &all);

@@ -98,7 +98,109 @@ fn lies_of_the_peer_are_typed_errors() {
     assert!(matches!(apply(0, &[block]), ApplyError::Block { .. }));
 }
 
+fn delta(round: u32, page: u64, base: u32, block: &[u8]) -> PageFrame<'_> {
+    PageFrame::Delta { round: Round(round), page: PageIndex(page), base: Round(base), block }
+}
+
+#[test]
+fn deltas_and_references_bring_the_content_that_they_name() {
+    let (old, new) = (vec![1; PAGE_BYTES], vec![3; PAGE_BYTES]);
+    let block = lz4_flex::block::compress(&vec![2; PAGE_BYTES]);
+    let hash = *blake3::hash(&new).as_bytes();
+    let refer = |page, source| PageFrame::Reference {
+        round: Round(2),
+        page: PageIndex(page),
+        source: PageIndex(source),
+        hash,
+    };
+    let memory = Memory::new(4);
+    let mut applier = PageApplier::new(4, 1, KeepHashes::Yes);
+    let raw = PageFrame::Raw { round: Round(1), first: PageIndex(1), data: &old };
+    let frames =
+        [zero(1, 0, 1), raw, zero(1, 2, 2), end(1, 4), delta(2, 1, 1, &block), refer(3, 1), end(2, 2)];
+    assert_eq!(applier.apply(&memory, 0, &batch(&frames)).unwrap(), [Round(1), Round(2)]);
+    assert_eq!([0, 1, 2, 3].map(|page| memory.first_byte(page)), [0, 3, 0, 3]);
+    let fresh = crate::proof::hash_memory(&OfTarget(&memory), 1, &std::sync::atomic::AtomicBool::new(false));
+    assert_eq!(applier.proof(), fresh.unwrap());
+}
+
+#[test]
+fn deltas_and_references_to_what_is_not_here_are_refused() {
+    let (memory, page) = (Memory::new(4), vec![1; PAGE_BYTES]);
+    let block = lz4_flex::block::compress(&vec![2; PAGE_BYTES]);
+    let too_long = lz4_flex::block::compress(&vec![2; PAGE_BYTES + 1]);
+    let hash = *blake3::hash(&page).as_bytes();
+    let refused = |last: PageFrame<'_>, hashes| {
+        let raw = PageFrame::Raw { round: Round(1), first: PageIndex(1), data: &page };
+        let frames = [zero(1, 0, 1), raw, zero(1, 2, 2), end(1, 4), last];
+        PageApplier::new(4, 1, hashes).apply(&memory, 0, &batch(&frames)).unwrap_err()
+    };
+    let refer = |source, hash| PageFrame::Reference {
+        round: Round(2),
+        page: PageIndex(3),
+        source: PageIndex(source),
+        hash,
+    };
+    for (source, hash, hashes) in [
+        (2, hash, KeepHashes::Yes),
+        (2, [0; 32], KeepHashes::Yes),
+        (1, [9; 32], KeepHashes::Yes),
+        (4, hash, KeepHashes::Yes),
+        (u64::MAX, hash, KeepHashes::Yes),
+        (1, hash, KeepHashes::No),
+    ] {
+        let error = refused(refer(source, hash), hashes);
+        assert!(matches!(error, ApplyError::Reference { page: PageIndex(3), .. }), "{source}: {error}");
+    }
+    assert!(matches!(refused(delta(2, 1, 0, &block), KeepHashes::No), ApplyError::Base { .. }));
+    assert!(matches!(refused(delta(2, 1, 1, &too_long), KeepHashes::No), ApplyError::Block { .. }));
+    assert!(matches!(refused(delta(2, 1, 1, &block[1..]), KeepHashes::No), ApplyError::Block { .. }));
+    assert!(matches!(refused(delta(2, 4, 1, &block), KeepHashes::No), ApplyError::OutOfRange { .. }));
+}
+
+/// A delta on a newer copy is as old as any other frame of its round: it is passed over, not applied to the wrong base.
+#[test]
+fn a_delta_of_an_older_round_is_passed_over() {
+    let (memory, page) = (Memory::new(1), vec![7; PAGE_BYTES]);
+    let block = lz4_flex::block::compress(&vec![2; PAGE_BYTES]);
+    let mut applier = PageApplier::new(1, 2, KeepHashes::No);
+    let newer = PageFrame::Raw { round: Round(2), first: PageIndex(0), data: &page };
+    applier.apply(&memory, 0, &batch(&[zero(1, 0, 1), end(1, 1), newer])).unwrap();
+    applier.apply(&memory, 1, &batch(&[delta(1, 0, 0, &block)])).unwrap();
+    assert_eq!(memory.first_byte(0), 7);
+}
+
 proptest! {
+    #[test]
+    fn any_delta_is_refused_or_applied_without_a_panic(base in 0u32..3, block in prop::collection::vec(any::<u8>(), 0..500)) {
+        let memory = Memory::new(2);
+        let mut applier = PageApplier::new(2, 1, KeepHashes::Yes);
+        let frames = [zero(1, 0, 2), end(1, 2), delta(2, 1, base, &block)];
+        let _ = applier.apply(&memory, 0, &batch(&frames));
+    }
+
+    /// Whatever changed in a page that is sent again, the target ends up with it, by whichever way it was sent.
+    #[test]
+    fn a_page_sent_again_and_again_arrives(changes in prop::collection::vec((0usize..PAGE_BYTES, any::<u8>(), 0usize..3), 1..12)) {
+        let memory = Memory::new(2);
+        let mut applier = PageApplier::new(2, 1, KeepHashes::Yes);
+        let mut held = crate::held::Held::new(None, 4 * PAGE_BYTES);
+        let mut content = vec![0x11; PAGE_BYTES];
+        applier.apply(&memory, 0, &batch(&[zero(1, 0, 2), end(1, 2)])).unwrap();
+        for (round, (at, value, wide)) in (2..).zip(changes) {
+            let end_at = (at + [1, 64, PAGE_BYTES][wide]).min(PAGE_BYTES);
+            content[at..end_at].iter_mut().enumerate().for_each(|(i, byte)| *byte = value.wrapping_add((i * wide) as u8));
+            let (page, number) = (PageIndex(1), Round(round));
+            let shortcut = held.data(page, number, &content, crate::held::Deltas::Try, |_| true);
+            let frame = match &shortcut {
+                Some(crate::held::Shortcut::Delta { base, block }) => delta(round, 1, base.0, block),
+                _ => PageFrame::Raw { round: number, first: page, data: &content },
+            };
+            applier.apply(&memory, 0, &batch(&[frame, end(round, 1)])).unwrap();
+            prop_assert_eq!(&memory.0.lock().unwrap()[PAGE_BYTES..], &content[..]);
+        }
+    }
+
     #[test]
     fn any_block_is_refused_or_unpacked_without_a_panic(count in 1u32..=16, block in prop::collection::vec(any::<u8>(), 0..500)) {
         let memory = Memory::new(16);

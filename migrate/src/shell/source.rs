@@ -13,7 +13,7 @@ use crate::{
     moment::Moment,
     proof::{OfSource, hash_memory},
     source::{
-        AbortCause, CancelRefused, CommitRefused, Outcome, OutcomeConflict, Source, SourceCommand,
+        AbortCause, CancelRefused, CommitRefused, Outcome, OutcomeConflict, Proof, Source, SourceCommand,
         SourceEvent, SourcePhase, SourceProgress, SourceSettings,
     },
     wire::{STATE_BYTES_MAX, control},
@@ -39,16 +39,6 @@ const QUEUE_REQUESTS: usize = 16;
 /// Time for the last packets, so that the peer hears that the link was closed.
 const CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// Whether memory is hashed at both sides and compared before the commit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Proof {
-    /// Always compare.
-    #[default]
-    Compare,
-    /// Trust the dirty bitmap.
-    Skip,
-}
-
 /// What to move, where to, and how.
 #[derive(Debug, Clone)]
 pub struct SourceConfig {
@@ -68,7 +58,7 @@ pub struct SourceConfig {
     pub downtime_limit: Duration,
     /// Limit of page data on the network; `None` for as fast as it goes.
     pub bandwidth_bytes_per_s: Option<NonZeroU64>,
-    /// Whether memory is proved.
+    /// How memory is proved.
     pub proof: Proof,
     /// Bulk streams, 1 to [`crate::wire::BULK_STREAMS_MAX`].
     pub streams: u8,
@@ -94,7 +84,7 @@ impl SourceConfig {
             policy: Policy::Default,
             downtime_limit: DOWNTIME_LIMIT_DEFAULT,
             bandwidth_bytes_per_s: None,
-            proof: Proof::Compare,
+            proof: Proof::default(),
             streams: STREAMS_DEFAULT,
         }
     }
@@ -180,8 +170,8 @@ impl SourceTask {
         let (requests, requested) = mpsc::channel(QUEUE_REQUESTS);
         let (work_done, work) = mpsc::channel(QUEUE_EVENTS);
         let shared = Arc::new(Shared::default());
-        let jobs = Worker::spawn(vm.clone(), shared.clone(), config.bandwidth_bytes_per_s, work_done)
-            .map_err(SpawnError::Thread)?;
+        let jobs =
+            Worker::spawn(vm.clone(), shared.clone(), &config, work_done).map_err(SpawnError::Thread)?;
         let settings = SourceSettings {
             migration: config.migration,
             vm: config.vm,
@@ -189,7 +179,7 @@ impl SourceTask {
             streams: config.streams,
             policy: config.policy,
             downtime_limit: config.downtime_limit,
-            with_proof: config.proof == Proof::Compare,
+            proof: config.proof,
         };
         let (source, commands) = Source::start(settings, Moment::default());
         let (published, progress) = watch::channel(source.progress());
@@ -336,7 +326,8 @@ impl<V: SourceVm> Driver<V> {
             SourceCommand::Pause => self.pause(),
             SourceCommand::SaveState => self.job(Job::SaveState),
             SourceCommand::SendState => self.send_state(),
-            SourceCommand::HashMemory => self.hash_memory(),
+            SourceCommand::HashMemory(Proof::Full) => self.hash_memory(),
+            SourceCommand::HashMemory(_) => self.job(Job::Prove),
             SourceCommand::CallOff => self.shared.is_called_off.store(true, Ordering::Relaxed),
             SourceCommand::Resume => self.resume(),
             SourceCommand::StopTracking => self.job(Job::StopTracking),

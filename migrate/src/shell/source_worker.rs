@@ -1,18 +1,20 @@
 //! The source's blocking thread: everything that reads pages or asks the kernel about them, in order.
 
+use super::source::SourceConfig;
 use crate::{
     bitmap::PageBitmap,
     codec::{BatchTiming, Codec, CodecChoice},
-    encode::{BatchSink, EncodeError, RoundScope, Stopped, send_round},
+    encode::{BatchSink, EncodeError, RoundPlan, RoundScope, Stopped, send_round},
+    held::{Held, VERSIONS_BYTES},
     machine::{SourceVm, VmError},
     moment::Moment,
+    proof::{OfSource, PageHashes},
     rate::TokenBucket,
-    source::SourceEvent,
+    source::{Proof, SourceEvent},
     wire::batch::Round,
 };
 use bytes::Bytes;
 use std::{
-    num::NonZeroU64,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -36,6 +38,8 @@ pub(super) enum Job {
         scope: RoundScope,
     },
     SaveState,
+    /// Make the proof out of what is known to be sent.
+    Prove,
     Throttle(u8),
     StopTracking,
 }
@@ -60,6 +64,9 @@ pub(super) struct Worker<V> {
     shared: Arc<Shared>,
     out: mpsc::Sender<Done>,
     dirty: PageBitmap,
+    held: Held,
+    /// Picks the sample of the proof.
+    seed: u64,
     sink: QueueSink,
 }
 
@@ -68,7 +75,7 @@ impl<V: SourceVm> Worker<V> {
     pub(super) fn spawn(
         vm: Arc<V>,
         shared: Arc<Shared>,
-        bandwidth_bytes_per_s: Option<NonZeroU64>,
+        config: &SourceConfig,
         out: mpsc::Sender<Done>,
     ) -> std::io::Result<std_mpsc::Sender<Job>> {
         // Unbounded, but the state machine has at most one round and a handful of other jobs outstanding.
@@ -78,12 +85,15 @@ impl<V: SourceVm> Worker<V> {
             queues: Vec::new(),
             shared: shared.clone(),
             choice: CodecChoice::default(),
-            bucket: bandwidth_bytes_per_s.map(|limit| TokenBucket::new(limit, Moment::default())),
+            bucket: config.bandwidth_bytes_per_s.map(|limit| TokenBucket::new(limit, Moment::default())),
             origin,
             last_batch: origin,
         };
         let dirty = PageBitmap::new(vm.page_count());
-        let mut worker = Self { vm, shared, out, dirty, sink };
+        let hashes = (config.proof == Proof::Sampled).then(|| PageHashes::new(vm.page_count()));
+        let held = Held::new(hashes, VERSIONS_BYTES);
+        let seed = config.migration.0.wrapping_mul(SEED_FACTOR);
+        let mut worker = Self { vm, shared, out, dirty, held, seed, sink };
         std::thread::Builder::new().name("migrate-read".to_owned()).spawn(move || {
             for job in jobs {
                 if let Some(done) = worker.job(job)
@@ -128,6 +138,10 @@ impl<V: SourceVm> Worker<V> {
                 Ok(state) => Done::State(state),
                 Err(error) => failed(&error),
             },
+            Job::Prove => match self.prove() {
+                Ok(event) => Done::Event(event?),
+                Err(error) => failed(&error),
+            },
             Job::SendRound { round, scope } => match self.send_round(round, scope) {
                 Ok(done) => done,
                 Err(EncodeError::Stopped) => return None,
@@ -142,6 +156,19 @@ impl<V: SourceVm> Worker<V> {
         self.vm.fetch_dirty(&mut self.dirty)
     }
 
+    /// Comes after the last round, so what is dirty has just been sent.
+    fn prove(&mut self) -> Result<Option<SourceEvent>, VmError> {
+        if self.shared.is_called_off.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
+        let Some(hashes) = self.held.hashes() else { return Ok(None) };
+        let memory = OfSource(&*self.vm);
+        if let Some(page) = hashes.first_changed(&memory, &self.dirty, SAMPLE_PAGES, self.seed)? {
+            return Ok(Some(SourceEvent::WriteLost { page }));
+        }
+        Ok(Some(SourceEvent::MemoryHashed(hashes.combine())))
+    }
+
     fn send_round(&mut self, round: Round, scope: RoundScope) -> Result<Done, EncodeError> {
         match scope {
             RoundScope::Everything => self.dirty.fill(),
@@ -151,10 +178,23 @@ impl<V: SourceVm> Worker<V> {
         self.shared.pages_remaining.store(self.dirty.count(), Ordering::Relaxed);
         self.sink.last_batch = Instant::now();
         let streams = u8::try_from(self.sink.queues.len()).expect("streams are counted in a byte");
-        let totals = send_round(&*self.vm, round, scope, &self.dirty, streams, &mut self.sink)?;
+        let plan = RoundPlan { round, scope, pages: &self.dirty, streams };
+        let totals = send_round(&*self.vm, plan, &mut self.held, &mut self.sink)?;
+        if scope != RoundScope::Last
+            && let Some(hashes) = self.held.hashes()
+        {
+            // While the last batches travel, and not in the blackout.
+            hashes.settle();
+        }
         Ok(Done::Event(SourceEvent::RoundSent(totals)))
     }
 }
+
+/// Spreads the numbers of migrations over the places where a sample may begin.
+const SEED_FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// Pages of a sample: 4 MiB, hashed in 2 ms while the target still applies the last pages.
+const SAMPLE_PAGES: u64 = 1024;
 
 /// Hands batches to the stream writers, within the bandwidth limit.
 struct QueueSink {

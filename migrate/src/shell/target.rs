@@ -293,18 +293,23 @@ fn apply_jobs<V: TargetVm>(
                 Ok(rounds) => rounds.into_iter().map(|round| TargetEvent::RoundApplied { round }).collect(),
                 Err(error) => vec![TargetEvent::Failed(TargetFailure::Pages { error: error.to_string() })],
             },
-            ApplyJob::Prove(rehash) => prove(vm, &applier, rehash).into_iter().collect(),
+            ApplyJob::Prove(rehash) => prove(vm, &mut applier, rehash).into_iter().collect(),
         };
         for event in done {
             let is_failure = matches!(event, TargetEvent::Failed(_));
+            let round_ended = matches!(event, TargetEvent::RoundApplied { .. });
             if events.blocking_send(event).is_err() || is_failure {
                 return;
+            }
+            if round_ended {
+                // Between two rounds, so that it is not left for the blackout.
+                applier.settle();
             }
         }
     }
 }
 
-fn prove<V: TargetVm>(vm: &V, applier: &PageApplier, rehash: Rehash) -> Option<TargetEvent> {
+fn prove<V: TargetVm>(vm: &V, applier: &mut PageApplier, rehash: Rehash) -> Option<TargetEvent> {
     match rehash {
         Rehash::Incremental => applier.proof().map(TargetEvent::MemoryHashed),
         Rehash::Full => {

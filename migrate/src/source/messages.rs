@@ -1,8 +1,8 @@
 //! The source's answers to its target, to its daemon and to time.
 
 use super::{
-    AbortCause, CONNECT_TIMEOUT, CancelRefused, CommitRefused, Outcome, OutcomeConflict, RESUMED_TIMEOUT,
-    ResumedParts, STALL_TIMEOUT, Source, SourceCommand, Stage, State, Stop,
+    AbortCause, CONNECT_TIMEOUT, CancelRefused, CommitRefused, Outcome, OutcomeConflict, Proof,
+    RESUMED_TIMEOUT, ResumedParts, STALL_TIMEOUT, Source, SourceCommand, Stage, State, Stop,
 };
 use crate::{
     moment::Moment,
@@ -67,7 +67,7 @@ impl Source {
 
     fn on_ready(&mut self, now: Moment) -> Vec<SourceCommand> {
         let State::Finishing { stop } = &self.state else { return self.out_of_turn("ready") };
-        let is_proved = !self.settings.with_proof || stop.memory_hash.is_some();
+        let is_proved = self.settings.proof == Proof::Skip || stop.memory_hash.is_some();
         if !stop.timeline.is_complete() || !is_proved {
             return self.out_of_turn("ready");
         }
@@ -150,11 +150,8 @@ impl Source {
     fn commit(&mut self, now: Moment, stop: Stop) -> Vec<SourceCommand> {
         let is_finished = stop.resumed.is_some() || !self.has_link;
         self.enter(State::Committed { stop: stop.clone(), deadline: now.after(RESUMED_TIMEOUT) });
-        let mut commands = vec![SourceCommand::StopTracking];
-        if is_finished {
-            commands.extend(self.finish(&stop));
-        }
-        commands
+        // Dirty tracking stays as it is: this copy never runs again, and the target needs the processors now.
+        if is_finished { self.finish(&stop) } else { Vec::new() }
     }
 
     pub(super) fn on_cancel(&mut self) -> Vec<SourceCommand> {

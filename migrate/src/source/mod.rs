@@ -28,7 +28,7 @@ mod tests;
 mod types;
 
 pub use types::{
-    AbortCause, CancelRefused, CommitRefused, Outcome, OutcomeConflict, ResumedParts, SourceCommand,
+    AbortCause, CancelRefused, CommitRefused, Outcome, OutcomeConflict, Proof, ResumedParts, SourceCommand,
     SourceEvent, SourcePhase, SourceProgress, SourceSettings,
 };
 
@@ -258,6 +258,7 @@ impl Source {
             SourceEvent::Paused(facts) => self.on_paused(now, facts),
             SourceEvent::StateSaved { bytes } => self.on_state_saved(now, bytes),
             SourceEvent::MemoryHashed(proof) => self.on_memory_hashed(proof),
+            SourceEvent::WriteLost { page } => self.abort_unless_proposed(AbortCause::WriteLost { page }),
             SourceEvent::VmFailed { error } => self.on_vm_failed(error),
             SourceEvent::VmResumed => self.on_vm_resumed(),
             SourceEvent::ResumeFailed { error } => self.on_resume_failed(error),
@@ -298,7 +299,7 @@ impl Source {
             vm: settings.vm,
             page_count: settings.page_count,
             streams: settings.streams,
-            with_proof: settings.with_proof,
+            with_proof: settings.proof != Proof::Skip,
         })]
     }
 
@@ -346,9 +347,9 @@ impl Source {
         };
         let took = end.since(since);
         self.record_round(round, totals, took, pages);
-        let data_pages = totals.pages.raw + totals.pages.compressed;
+        let data_pages = totals.pages.with_content();
         self.filled_pages = self.filled_pages.max(data_pages);
-        let proof_pages = if self.settings.with_proof { self.filled_pages } else { 0 };
+        let proof_pages = if self.settings.proof == Proof::Full { self.filled_pages } else { 0 };
         let facts = RoundFacts { data_pages, took, dirty_pages: pages, proof_pages };
         let decision = self.convergence.after_round(now, facts);
         self.stats.bytes_per_s = self.convergence.bytes_per_s();
@@ -423,8 +424,8 @@ impl Source {
             SourceCommand::SendRound { round, scope: RoundScope::Last },
             SourceCommand::SendState,
         ];
-        if self.settings.with_proof {
-            commands.push(SourceCommand::HashMemory);
+        if self.settings.proof != Proof::Skip {
+            commands.push(SourceCommand::HashMemory(self.settings.proof));
         }
         commands
     }

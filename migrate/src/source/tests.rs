@@ -19,7 +19,7 @@ fn new() -> Source {
         streams: 1,
         policy: Policy::Default,
         downtime_limit: Duration::from_millis(30),
-        with_proof: true,
+        proof: Proof::Full,
     };
     let (source, commands) = Source::start(settings, at(0));
     assert_eq!(commands, [SourceCommand::Connect]);

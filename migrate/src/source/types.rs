@@ -8,8 +8,21 @@ use crate::{
     stats::MigrationStats,
     wire::{ToSource, ToTarget, batch::Round},
 };
-use proto::{MigrationId, Sequence, VmId, VolumeId};
+use proto::{MigrationId, PageIndex, Sequence, VmId, VolumeId};
 use std::time::Duration;
+
+/// How the source shows that the target holds its memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Proof {
+    /// The hashes of what was sent must equal those of what was received, and a sample of the memory must still be what
+    /// was sent. Costs next to nothing at the pause.
+    #[default]
+    Sampled,
+    /// All memory is hashed again at the pause: finds every lost dirty bit.
+    Full,
+    /// Trust the dirty bitmap.
+    Skip,
+}
 
 /// What a source is to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,8 +39,8 @@ pub struct SourceSettings {
     pub policy: Policy,
     /// Blackout to aim at; zero means the default.
     pub downtime_limit: Duration,
-    /// Hash all memory at both sides and compare.
-    pub with_proof: bool,
+    /// How memory is proved.
+    pub proof: Proof,
 }
 
 /// What has happened.
@@ -60,6 +73,11 @@ pub enum SourceEvent {
     },
     /// The machine's memory was hashed.
     MemoryHashed(MemoryProof),
+    /// A page that was not dirty is not what was sent.
+    WriteLost {
+        /// The first one found.
+        page: PageIndex,
+    },
     /// The machine failed in whatever it was doing, pausing included. Not: resuming.
     VmFailed {
         /// In words.
@@ -117,8 +135,8 @@ pub enum SourceCommand {
     SaveState,
     /// Send it.
     SendState,
-    /// Hash all memory, from scratch.
-    HashMemory,
+    /// Make the proof, this way.
+    HashMemory(Proof),
     /// Let go of rounds and hashes under way, at once.
     CallOff,
     /// Let the machine run again.
@@ -237,6 +255,12 @@ pub enum AbortCause {
     Vm {
         /// In words.
         error: String,
+    },
+    /// Dirty tracking has missed a write: the memory at the target would have been wrong.
+    #[error("a write to page {page} left no dirty bit; nothing was moved")]
+    WriteLost {
+        /// The page.
+        page: PageIndex,
     },
     /// The guest writes faster than the link carries.
     #[error(

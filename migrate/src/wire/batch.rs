@@ -6,11 +6,13 @@
 //! kind 2 raw        pages × 4096 bytes
 //! kind 3 lz4        one lz4 block that unpacks to pages × 4096 bytes
 //! kind 4 round end  no payload, `first page` holds how many pages this stream carried in the round
+//! kind 5 delta      1 page: u32 round of its base │ lz4 block of new XOR base, 4096 bytes unpacked
+//! kind 6 reference  1 page: u64 page that holds the same content │ its blake3 hash
 //! ```
 //! A frame names its round, so that the target can tell an older copy of a page from a newer one.
 
 use super::WireError;
-use crate::machine::PAGE_BYTES;
+use crate::{machine::PAGE_BYTES, proof::MemoryHash};
 use bytes::Bytes;
 use proto::PageIndex;
 
@@ -35,6 +37,14 @@ const KIND_ZERO: u8 = 1;
 const KIND_RAW: u8 = 2;
 const KIND_LZ4: u8 = 3;
 const KIND_ROUND_END: u8 = 4;
+const KIND_DELTA: u8 = 5;
+const KIND_REFERENCE: u8 = 6;
+
+/// Bytes before the block of a delta.
+const DELTA_HEAD_BYTES: usize = 4;
+
+/// Payload of a reference.
+const REFERENCE_BYTES: usize = 8 + 32;
 
 /// A generation of page copies: 1 carries all memory, the following ones what became dirty.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
@@ -72,6 +82,28 @@ pub enum PageFrame<'a> {
         /// The block.
         block: &'a [u8],
     },
+    /// One page as a change of what the target holds there.
+    Delta {
+        /// Round of the copy.
+        round: Round,
+        /// The page.
+        page: PageIndex,
+        /// Round of the copy that it changes.
+        base: Round,
+        /// lz4 block of new XOR base; smaller than a page.
+        block: &'a [u8],
+    },
+    /// One page with the content of another one that came before on this stream.
+    Reference {
+        /// Round of the copy.
+        round: Round,
+        /// The page.
+        page: PageIndex,
+        /// Where the content is.
+        source: PageIndex,
+        /// Its hash.
+        hash: MemoryHash,
+    },
     /// Nothing more of this round follows on this stream.
     RoundEnd {
         /// The round.
@@ -105,8 +137,34 @@ impl Header {
     }
 }
 
-impl PageFrame<'_> {
-    fn split(&self) -> (Header, &[u8]) {
+/// A frame in the order of its bytes.
+struct Split<'a> {
+    header: Header,
+    head: [u8; REFERENCE_BYTES],
+    head_bytes: usize,
+    payload: &'a [u8],
+}
+
+impl<'a> PageFrame<'a> {
+    fn split(&self) -> Split<'a> {
+        let mut head = [0; REFERENCE_BYTES];
+        let (header, payload) = self.header_and_payload();
+        let head_bytes = match self {
+            Self::Delta { base, .. } => {
+                head[..DELTA_HEAD_BYTES].copy_from_slice(&base.0.to_le_bytes());
+                DELTA_HEAD_BYTES
+            }
+            Self::Reference { source, hash, .. } => {
+                head[..8].copy_from_slice(&source.0.to_le_bytes());
+                head[8..].copy_from_slice(hash);
+                REFERENCE_BYTES
+            }
+            _ => 0,
+        };
+        Split { header, head, head_bytes, payload }
+    }
+
+    fn header_and_payload(&self) -> (Header, &'a [u8]) {
         let length = |bytes: &[u8]| u32::try_from(bytes.len()).expect("a payload is at most 64 KiB");
         match *self {
             Self::Zero { round, first, count } => {
@@ -118,6 +176,14 @@ impl PageFrame<'_> {
             }
             Self::Lz4 { round, first, count, block } => {
                 (Header { kind: KIND_LZ4, payload: length(block), round, count, first: first.0 }, block)
+            }
+            Self::Delta { round, page, block, .. } => {
+                let payload = length(block) + DELTA_HEAD_BYTES as u32;
+                (Header { kind: KIND_DELTA, payload, round, count: 1, first: page.0 }, block)
+            }
+            Self::Reference { round, page, .. } => {
+                let payload = REFERENCE_BYTES as u32;
+                (Header { kind: KIND_REFERENCE, payload, round, count: 1, first: page.0 }, &[])
             }
             Self::RoundEnd { round, pages } => {
                 (Header { kind: KIND_ROUND_END, payload: 0, round, count: 0, first: pages }, &[])
@@ -151,15 +217,16 @@ impl BatchWriter {
     /// The payload is larger than a frame may be.
     #[must_use]
     pub fn push(&mut self, frame: &PageFrame<'_>) -> Option<Bytes> {
-        let (header, payload) = frame.split();
+        let Split { header, head, head_bytes, payload } = frame.split();
         assert!(payload.len() <= PAYLOAD_BYTES_MAX, "a frame of {} bytes", payload.len());
-        let needed = FRAME_HEADER_BYTES + payload.len();
+        let needed = FRAME_HEADER_BYTES + head_bytes + payload.len();
         let full = if self.buffer.len() - BATCH_PREFIX_BYTES + needed > BATCH_BYTES_MAX {
             self.take()
         } else {
             None
         };
         header.write(&mut self.buffer);
+        self.buffer.extend_from_slice(&head[..head_bytes]);
         self.buffer.extend_from_slice(payload);
         full
     }
@@ -214,6 +281,17 @@ impl<'a> BatchReader<'a> {
             KIND_LZ4 if is_run && length < count as usize * PAGE_BYTES => {
                 Ok(PageFrame::Lz4 { round, first, count, block: self.take(length)? })
             }
+            KIND_DELTA if count == 1 && (DELTA_HEAD_BYTES..PAGE_BYTES).contains(&length) => {
+                let (base, block) = self.take(length)?.split_at(DELTA_HEAD_BYTES);
+                let base = Round(u32::from_le_bytes(base.try_into().expect("cut to this length")));
+                Ok(PageFrame::Delta { round, page: first, base, block })
+            }
+            KIND_REFERENCE if count == 1 && length == REFERENCE_BYTES => {
+                let (source, hash) = self.take(length)?.split_at(8);
+                let source = PageIndex(u64::from_le_bytes(source.try_into().expect("cut to this length")));
+                let hash = hash.try_into().expect("the rest is a hash");
+                Ok(PageFrame::Reference { round, page: first, source, hash })
+            }
             KIND_ROUND_END if length == 0 && count == 0 => {
                 Ok(PageFrame::RoundEnd { round, pages: header.first })
             }
@@ -249,6 +327,8 @@ mod tests {
             PageFrame::Zero { round: Round(1), first: PageIndex(0), count: 9 },
             PageFrame::Raw { round: Round(1), first: PageIndex(9), data: &data },
             PageFrame::Lz4 { round: Round(2), first: PageIndex(1 << 40), count: 16, block: &[1, 2, 3] },
+            PageFrame::Delta { round: Round(3), page: PageIndex(4), base: Round(2), block: &[7; 30] },
+            PageFrame::Reference { round: Round(3), page: PageIndex(5), source: PageIndex(9), hash: [8; 32] },
             PageFrame::RoundEnd { round: Round(2), pages: u64::MAX },
         ];
         let mut writer = BatchWriter::default();
@@ -277,7 +357,7 @@ mod tests {
     proptest! {
         /// Arbitrary bytes are refused or read, never a panic, and a frame never claims more than it brought.
         #[test]
-        fn any_bytes_are_read_without_a_panic(kind in 0u8..6, count in 0u32..40, bytes in prop::collection::vec(any::<u8>(), 0..400)) {
+        fn any_bytes_are_read_without_a_panic(kind in 0u8..8, count in 0u32..40, bytes in prop::collection::vec(any::<u8>(), 0..400)) {
             let _ = BatchReader::new(&bytes).count();
             let mut shaped = vec![kind, 0, 0, 0];
             shaped.extend_from_slice(&(bytes.len() as u32).to_le_bytes());

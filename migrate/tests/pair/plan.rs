@@ -72,7 +72,7 @@ impl Plan {
             streams: 2,
             downtime_limit: Duration::from_millis(10),
             policy: migrate::Policy::Default,
-            proof: Proof::Compare,
+            proof: Proof::Sampled,
         }
     }
 }

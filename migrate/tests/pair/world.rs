@@ -9,9 +9,10 @@ use migrate::{
     Outcome, PageBitmap, Proof, ResumedParts, SourcePhase, SourceVm, TargetPhase, TargetVm,
     apply::PageApplier,
     codec::Codec,
-    encode::{BatchSink, RoundScope, Stopped, send_round},
+    encode::{BatchSink, RoundPlan, RoundScope, Stopped, send_round},
+    held::Held,
     moment::Moment,
-    proof::{OfSource, hash_memory},
+    proof::{MemoryProof, OfSource, PageHashes, hash_memory},
     source::{Source, SourceCommand, SourceEvent, SourceSettings},
     target::{Target, TargetCommand, TargetEvent, TargetFailure, TargetSettings},
     wire::{
@@ -30,6 +31,9 @@ use std::{
 
 /// More steps than any run needs; reaching it means that something goes round in circles.
 const STEPS_MAX: usize = 50_000;
+
+/// Few, so that some pages are kept and some are not.
+const VERSIONS_BYTES: usize = 64 * migrate::PAGE_BYTES;
 
 const STATE: &[u8] = b"registers";
 
@@ -77,6 +81,7 @@ pub struct World {
     target: Option<Target>,
     applier: Option<PageApplier>,
     dirty: PageBitmap,
+    held: Held,
     pub source_vm: Arc<ModelGuest>,
     pub target_vm: Arc<ModelGuest>,
     is_proposing: bool,
@@ -94,11 +99,12 @@ impl World {
             streams: plan.streams,
             policy: plan.policy,
             downtime_limit: plan.downtime_limit,
-            with_proof: plan.proof == Proof::Compare,
+            proof: plan.proof,
         };
         let (source, commands) = Source::start(settings, Moment::default());
         let target_settings =
             TargetSettings { migration: MigrationId(9), vm: VmId(8), page_count: plan.pages as u64 };
+        let hashes = (plan.proof == Proof::Sampled).then(|| PageHashes::new(plan.pages as u64));
         let mut world = Self {
             plan: plan.clone(),
             rng: StdRng::seed_from_u64(plan.seed),
@@ -112,6 +118,7 @@ impl World {
             target: Some(Target::new(target_settings)),
             applier: None,
             dirty: PageBitmap::new(plan.pages as u64),
+            held: Held::new(hashes, VERSIONS_BYTES),
             source_vm,
             target_vm: Arc::new(ModelGuest::new(plan.pages)),
             is_proposing: false,
@@ -364,9 +371,9 @@ impl World {
                 SourceCommand::SendState => {
                     self.transmit(Stream::State, Happening::StateArrives(STATE.to_vec()))
                 }
-                SourceCommand::HashMemory => {
-                    let proof = hash_memory(&OfSource(&*self.source_vm), 1, &AtomicBool::new(false));
-                    self.later(step, Happening::Source(SourceEvent::MemoryHashed(proof.unwrap().unwrap())));
+                SourceCommand::HashMemory(how) => {
+                    let proof = self.prove(how);
+                    self.later(step, Happening::Source(SourceEvent::MemoryHashed(proof)));
                 }
                 SourceCommand::CallOff => {}
                 SourceCommand::Resume => self.later(step, Happening::ResumeEnds),
@@ -382,6 +389,17 @@ impl World {
                 SourceCommand::AnswerCommitProposed(Err(_)) | SourceCommand::AnswerCancel(_) => {}
             }
         }
+    }
+
+    fn prove(&mut self, how: Proof) -> MemoryProof {
+        let memory = OfSource(&*self.source_vm);
+        if how == Proof::Full {
+            return hash_memory(&memory, 1, &AtomicBool::new(false)).unwrap().unwrap();
+        }
+        let hashes = self.held.hashes().unwrap();
+        let lost = hashes.first_changed(&memory, &self.dirty, u64::MAX, self.plan.seed).unwrap();
+        assert_eq!(lost, None, "a write was lost: {:?}", self.plan);
+        hashes.combine()
     }
 
     fn promised(&mut self) {
@@ -404,8 +422,10 @@ impl World {
             }
         }
         let (pages, vm) = (self.dirty.clone(), self.source_vm.clone());
-        let streams = self.plan.streams;
-        let totals = send_round(&*vm, round, scope, &pages, streams, &mut Sink { world: self }).unwrap();
+        let plan = RoundPlan { round, scope, pages: &pages, streams: self.plan.streams };
+        let mut held = std::mem::replace(&mut self.held, Held::new(None, 0));
+        let totals = send_round(&*vm, plan, &mut held, &mut Sink { world: self }).unwrap();
+        self.held = held;
         let took = Duration::from_micros(4 * totals.pages.total());
         self.later(took, Happening::Source(SourceEvent::RoundSent(totals)));
     }
@@ -426,7 +446,7 @@ impl World {
                     self.later(Duration::from_micros(100), Happening::Target(TargetEvent::StateLoaded));
                 }
                 TargetCommand::HashMemory => {
-                    let proof = self.applier.as_ref().and_then(PageApplier::proof).unwrap();
+                    let proof = self.applier.as_mut().and_then(PageApplier::proof).unwrap();
                     self.later(
                         Duration::from_micros(100),
                         Happening::Target(TargetEvent::MemoryHashed(proof)),
@@ -451,7 +471,7 @@ impl BatchSink for Sink<'_> {
     }
 
     fn codec(&self) -> Codec {
-        if self.world.plan.seed.is_multiple_of(2) { Codec::Lz4 } else { Codec::Raw }
+        if self.world.plan.seed.is_multiple_of(2) { Codec::Compact } else { Codec::Raw }
     }
 
     fn remaining(&mut self, _pages: u64) {

@@ -151,7 +151,7 @@ fn source_config(request: &v1::StartOutgoingRequest, vm: proto::VmId) -> Result<
         0 => DOWNTIME_LIMIT_DEFAULT,
         ms => Duration::from_millis(ms.into()),
     };
-    config.proof = if request.prove_memory { Proof::Compare } else { Proof::Skip };
+    config.proof = if request.prove_memory { Proof::Sampled } else { Proof::Skip };
     Ok(config)
 }
 

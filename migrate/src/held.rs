@@ -1,0 +1,252 @@
+//! What the target holds, as the source knows it by what it has sent.
+//!
+//! ```text
+//!  page content ── hash known? ── an earlier page of the same stream has it ──▶ copy of that page (reference)
+//!               ── last version kept? ── the difference is small ─────────────▶ delta
+//!               ── otherwise ─────────────────────────────────────────────────▶ data
+//! ```
+//! Everything here follows the order of one stream: a page always travels on the same stream, so whatever was put on it
+//! before is at the target when the next frame is read. That is why a reference names only pages of its own stream.
+//!
+//! Invariants: a kept version is exactly what was sent last for its page; a twin is only used if the kept hash still
+//! says so. Every table has a fixed size; a collision forgets, it never lies.
+
+use crate::{
+    machine::PAGE_BYTES,
+    proof::{MemoryHash, PageHashes},
+    wire::batch::Round,
+};
+use proto::PageIndex;
+
+/// Sent versions kept for deltas: as much as a guest rewrites in a second at 64 MiB/s; more costs the host memory.
+pub const VERSIONS_BYTES: usize = 64 << 20;
+
+/// Places for hashes of pages: 16 bytes each, so 1 MiB; they cover the duplicates within 256 MiB.
+const TWINS: usize = 1 << 16;
+
+/// A delta must be at most this part of the page: above it, unpacking costs more than the bytes are worth.
+const DELTA_BYTES_MAX: usize = PAGE_BYTES / 2;
+
+/// One sent version.
+struct Version {
+    page: PageIndex,
+    round: Round,
+    content: Box<[u8; PAGE_BYTES]>,
+}
+
+/// The last sent versions of pages that are sent again and again; direct-mapped.
+struct Versions {
+    slots: Vec<Option<Version>>,
+}
+
+impl Versions {
+    fn new(budget_bytes: usize) -> Self {
+        Self { slots: (0..budget_bytes / PAGE_BYTES).map(|_| None).collect() }
+    }
+
+    fn slot(&mut self, page: PageIndex) -> Option<&mut Option<Version>> {
+        let count = self.slots.len() as u64;
+        if count == 0 { None } else { self.slots.get_mut((page.0 % count) as usize) }
+    }
+
+    fn get(&mut self, page: PageIndex) -> Option<&Version> {
+        self.slot(page)?.as_ref().filter(|version| version.page == page)
+    }
+
+    fn keep(&mut self, page: PageIndex, round: Round, content: &[u8]) {
+        let Some(slot) = self.slot(page) else { return };
+        match slot {
+            Some(version) => {
+                (version.page, version.round) = (page, round);
+                version.content.copy_from_slice(content);
+            }
+            None => {
+                let content = content.try_into().expect("a page has one size");
+                *slot = Some(Version { page, round, content: Box::new(content) });
+            }
+        }
+    }
+
+    fn forget(&mut self, page: PageIndex) {
+        if let Some(slot) = self.slot(page)
+            && slot.as_ref().is_some_and(|version| version.page == page)
+        {
+            *slot = None;
+        }
+    }
+}
+
+/// How the content of a page can be named instead of sent.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Shortcut {
+    /// The target has it at another place.
+    Reference {
+        /// Where.
+        source: PageIndex,
+        /// The content's hash.
+        hash: MemoryHash,
+    },
+    /// As a change of what the target has there.
+    Delta {
+        /// Round of the version that it changes.
+        base: Round,
+        /// lz4 block of new XOR old.
+        block: Vec<u8>,
+    },
+}
+
+/// Whether a delta is worth its time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Deltas {
+    /// The link is the limit.
+    Try,
+    /// It is not.
+    Skip,
+}
+
+/// What the target holds.
+pub struct Held {
+    hashes: Option<PageHashes>,
+    versions: Versions,
+    twins: Vec<Option<PageIndex>>,
+    changed: Box<[u8; PAGE_BYTES]>,
+}
+
+/// The first eight bytes of a hash as a place in a table.
+fn place(hash: &MemoryHash) -> usize {
+    let head = u64::from_le_bytes(hash[..8].try_into().expect("a hash has 32 bytes"));
+    (head % TWINS as u64) as usize
+}
+
+impl Held {
+    /// A target that holds nothing yet. With `hashes` the hash of every sent page is kept.
+    #[must_use]
+    pub fn new(hashes: Option<PageHashes>, versions_bytes: usize) -> Self {
+        let twins = if hashes.is_some() { TWINS } else { 0 };
+        Self {
+            hashes,
+            versions: Versions::new(versions_bytes),
+            twins: vec![None; twins],
+            changed: Box::new([0; PAGE_BYTES]),
+        }
+    }
+
+    /// The kept hashes.
+    pub fn hashes(&mut self) -> Option<&mut PageHashes> {
+        self.hashes.as_mut()
+    }
+
+    /// The pages will be sent as zero.
+    pub(crate) fn zero(&mut self, pages: std::ops::Range<u64>) {
+        for page in pages {
+            self.versions.forget(PageIndex(page));
+            if let Some(hashes) = &mut self.hashes {
+                hashes.set_zero(PageIndex(page));
+            }
+        }
+    }
+
+    /// The page will be sent with this content, in this order of calls; a shortcut for it if there is one.
+    /// `same_stream` says whether another page travels on this page's stream.
+    pub(crate) fn data(
+        &mut self,
+        page: PageIndex,
+        round: Round,
+        content: &[u8],
+        deltas: Deltas,
+        same_stream: impl Fn(PageIndex) -> bool,
+    ) -> Option<Shortcut> {
+        let mut shortcut = None;
+        if let Some(hashes) = &mut self.hashes {
+            let hash = *blake3::hash(content).as_bytes();
+            let known = &mut self.twins[place(&hash)];
+            let twin = known.filter(|&twin| twin != page && same_stream(twin) && hashes.get(twin) == &hash);
+            shortcut = twin.map(|source| Shortcut::Reference { source, hash });
+            *known = Some(twin.unwrap_or(page));
+            hashes.set_hash(page, hash);
+        }
+        if deltas == Deltas::Skip {
+            self.versions.forget(page);
+            return shortcut;
+        }
+        if shortcut.is_none() {
+            shortcut = self.delta(page, content);
+        }
+        // What is sent for the first time is mostly sent for the last time, too.
+        if round > Round(1) {
+            self.versions.keep(page, round, content);
+        } else {
+            self.versions.forget(page);
+        }
+        shortcut
+    }
+
+    fn delta(&mut self, page: PageIndex, content: &[u8]) -> Option<Shortcut> {
+        let version = self.versions.get(page)?;
+        for ((out, new), old) in self.changed.iter_mut().zip(content).zip(version.content.iter()) {
+            *out = new ^ old;
+        }
+        let block = lz4_flex::block::compress(&self.changed[..]);
+        (block.len() <= DELTA_BYTES_MAX).then_some(Shortcut::Delta { base: version.round, block })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A page that nothing shortens.
+    fn page(fill: u64) -> Vec<u8> {
+        let mut content = vec![0; PAGE_BYTES];
+        blake3::Hasher::new().update(&fill.to_le_bytes()).finalize_xof().fill(&mut content);
+        content
+    }
+
+    fn held(pages: u64) -> Held {
+        Held::new(Some(PageHashes::new(pages)), 8 * PAGE_BYTES)
+    }
+
+    #[test]
+    fn a_second_page_of_the_same_content_is_a_reference_as_long_as_the_first_has_it() {
+        let mut held = held(10);
+        let content = page(1);
+        let mut send = |at, content: &[u8], same: bool| {
+            held.data(PageIndex(at), Round(1), content, Deltas::Skip, |_| same)
+        };
+        assert_eq!(send(0, &content, true), None);
+        assert_eq!(send(1, &content, false), None, "on another stream");
+        let hash = *blake3::hash(&content).as_bytes();
+        assert_eq!(send(2, &content, true), Some(Shortcut::Reference { source: PageIndex(1), hash }));
+        assert_eq!(send(1, &page(2), true), None);
+        assert_eq!(send(3, &content, true), None, "page 1 is something else now");
+        held.zero(3..4);
+        assert_eq!(held.data(PageIndex(4), Round(1), &content, Deltas::Skip, |_| true), None);
+    }
+
+    #[test]
+    fn a_small_change_of_a_page_sent_again_is_a_delta() {
+        let mut held = held(100);
+        let mut content = page(1);
+        let mut send =
+            |round, content: &[u8], deltas| held.data(PageIndex(5), Round(round), content, deltas, |_| true);
+        assert_eq!(send(1, &content, Deltas::Try), None);
+        content[7] ^= 1;
+        assert_eq!(send(2, &content, Deltas::Try), None, "only what is sent again is kept");
+        content[9] ^= 1;
+        assert!(matches!(send(3, &content, Deltas::Try), Some(Shortcut::Delta { base: Round(2), .. })));
+        assert_eq!(send(4, &page(9), Deltas::Try), None, "all of it has changed");
+        assert_eq!(send(5, &page(9), Deltas::Skip), None);
+        assert_eq!(send(6, &page(9), Deltas::Try), None, "what was not kept is no base");
+    }
+
+    #[test]
+    fn the_kept_versions_stay_within_their_budget() {
+        let mut held = held(100);
+        for at in 0..100 {
+            held.data(PageIndex(at), Round(2), &page(at), Deltas::Try, |_| true);
+        }
+        assert_eq!(held.versions.slots.iter().flatten().count(), 8);
+        assert!(held.versions.get(PageIndex(99)).is_some() && held.versions.get(PageIndex(3)).is_none());
+        assert!(Held::new(None, 0).data(PageIndex(0), Round(2), &page(1), Deltas::Try, |_| true).is_none());
+    }
+}
