@@ -9,6 +9,16 @@ use std::process::{Command, Stdio};
 const BUILD_TOOLS: [(&str, &str); 1] = [("cc", "gcc libc6-dev")];
 const RUN_TOOLS: [(&str, &str); 2] = [("ip", "iproute2"), ("nsenter", "util-linux")];
 
+const LAB_TOOLS: [(&str, &str); 7] = [
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("/bin/busybox", "busybox-static"),
+    ("dpkg-deb", "dpkg"),
+    ("strip", "binutils"),
+    ("ldd", "libc-bin"),
+    ("mmdebstrap", "mmdebstrap"),
+    ("mkfs.ext4", "e2fsprogs"),
+];
+
 /// Makes sure that everything needed for a build is there.
 pub fn prepare_build() -> Result<()> {
     install(&BUILD_TOOLS)
@@ -19,6 +29,12 @@ pub fn prepare_run() -> Result<()> {
     install(&BUILD_TOOLS)?;
     install(&RUN_TOOLS)?;
     check_kvm()
+}
+
+/// Makes sure that everything needed for the nested lab is there; it needs no KVM.
+pub fn prepare_lab() -> Result<()> {
+    install(&BUILD_TOOLS)?;
+    install(&LAB_TOOLS)
 }
 
 fn install(tools: &[(&str, &str)]) -> Result<()> {

@@ -1,4 +1,4 @@
-//! The project's own commands: `cargo xtask demo`, `test`, `build`, `tidy`, `chaos`.
+//! The project's own commands: `cargo xtask demo`, `test`, `build`, `tidy`, `lab`, `chaos`.
 //!
 //! ```text
 //!  demo ─┐                      ┌─ tests::Pool: real daemons on loopback addresses
@@ -12,6 +12,7 @@
 
 mod build;
 mod demo;
+mod lab;
 mod machine;
 mod test;
 mod tidy;
@@ -42,6 +43,17 @@ enum Command {
     },
     /// Rules that no compiler checks
     Tidy,
+    /// Scenarios with unmodified Linux guests under a true KVM, inside a machine in software
+    Lab {
+        /// Only lists the scenarios
+        #[arg(long)]
+        list: bool,
+        /// Only those that are part of `cargo xtask test`
+        #[arg(long)]
+        quick: bool,
+        /// Which ones; all of them by default
+        scenarios: Vec<String>,
+    },
     /// Faults on a pool of real processes, and checkers; see chaos/README.md
     Chaos {
         /// Passed on to the program, such as --seed 7 --minutes 10
@@ -59,6 +71,9 @@ fn main() -> Result<ExitCode> {
             build::programs(if release { build::Profile::Release } else { build::Profile::Dev })?;
         }
         Command::Tidy => tidy::run()?,
+        Command::Lab { list: true, .. } => lab::list(),
+        Command::Lab { quick: true, .. } => lab::quick()?,
+        Command::Lab { scenarios, .. } => lab::run(&scenarios)?,
         Command::Chaos { arguments } => return chaos(&arguments),
     }
     Ok(ExitCode::SUCCESS)

@@ -1,0 +1,174 @@
+//! A Linux guest that is worked through its serial console.
+
+use anyhow::{Context, Result, bail, ensure};
+use bytes::Bytes;
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
+use std::path::PathBuf;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+use vmm::{
+    BlockBackend, BlockCompletion, BlockError, BootConfig, ConsoleRing, GuestExit, Machine, MachineConfig,
+};
+
+/// Longest wait for anything that the guest prints: its own work takes seconds, interpreted twice.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How often the console is looked at.
+const POLL: Duration = Duration::from_millis(5);
+
+/// Bytes that are typed at once: the serial port's FIFO.
+const FIFO_BYTES: usize = 16;
+
+/// What to build a guest from.
+pub struct Shape {
+    pub vcpus: u32,
+    pub memory_mib: u64,
+    pub disks: Vec<(String, Arc<dyn BlockBackend>)>,
+}
+
+/// A machine with its console.
+pub struct Guest {
+    pub machine: Machine,
+    pub console: ConsoleRing,
+    exits: mpsc::Receiver<GuestExit>,
+    /// Position up to which the console's output has been looked at.
+    seen: u64,
+    commands: u32,
+}
+
+/// A file of the lab, as `init.sh` names its folder.
+pub fn lab_file(name: &str) -> PathBuf {
+    let folder = std::env::var_os("LAB_DIR").map_or_else(|| PathBuf::from("/lab"), PathBuf::from);
+    folder.join(name)
+}
+
+impl Guest {
+    /// A stopped machine without a kernel.
+    pub fn new(shape: &Shape) -> Result<Self> {
+        let (console, (sender, exits)) = (ConsoleRing::default(), mpsc::channel());
+        let machine = Machine::new(MachineConfig {
+            vcpus: shape.vcpus,
+            memory: proto::ByteCount(shape.memory_mib << 20),
+            disks: shape.disks.clone(),
+            console: console.clone(),
+            lease_deadline_ns: Arc::new(AtomicU64::new(u64::MAX)),
+            exits: sender,
+        })?;
+        Ok(Self { machine, console, exits, seen: 0, commands: 0 })
+    }
+
+    /// A running guest with the lab's kernel and small initrd, at its prompt.
+    pub fn small(shape: &Shape) -> Result<Self> {
+        let mut guest = Self::new(shape)?;
+        guest.machine.boot(&BootConfig {
+            kernel: lab_file("guest/vmlinuz"),
+            initrd: Some(lab_file("guest/initrd")),
+            cmdline: "console=ttyS0 panic=-1".to_owned(),
+        })?;
+        guest.machine.resume();
+        guest.expect("GUEST ready")?;
+        Ok(guest)
+    }
+
+    /// All that it has printed.
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.console.read_from(0).0).into_owned()
+    }
+
+    /// Waits until it prints this, behind what was looked at before; returns what came up to there.
+    pub fn expect(&mut self, wanted: &str) -> Result<String> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let (bytes, from) = self.console.read_from(self.seen);
+            if let Some(at) = find(&bytes, wanted.as_bytes()) {
+                self.seen = from + (at + wanted.len()) as u64;
+                return Ok(String::from_utf8_lossy(&bytes[..at]).into_owned());
+            }
+            if let Ok(exit) = self.exits.try_recv() {
+                bail!("the guest ended ({exit:?}) before it printed {wanted:?}:\n{}", self.text());
+            }
+            ensure!(Instant::now() < deadline, "the guest never printed {wanted:?}:\n{}", self.text());
+            std::thread::park_timeout(POLL);
+        }
+    }
+
+    /// Types a line.
+    pub fn type_line(&self, line: &str) {
+        for piece in format!("{line}\n").as_bytes().chunks(FIFO_BYTES) {
+            self.machine.serial_input(piece);
+        }
+    }
+
+    /// Runs a command and returns what it prints; fails when the command does.
+    pub fn command(&mut self, command: &str) -> Result<String> {
+        self.commands += 1;
+        let mark = format!("END{}:", self.commands);
+        // The mark is put together by the guest's shell, so that an echo of the line is not taken for it.
+        self.type_line(&format!("{command}; echo END\"{}:\"$?.", self.commands));
+        let output = self.expect(&mark)?;
+        let code = self.expect(".")?;
+        ensure!(code == "0", "`{command}` ended with {code}:\n{output}");
+        Ok(output.replace('\r', "").trim().to_owned())
+    }
+
+    /// Waits for the guest's end.
+    pub fn wait_end(&self, wanted: &GuestExit) -> Result<()> {
+        let exit = self.exits.recv_timeout(PATIENCE);
+        let exit = exit.with_context(|| format!("the guest does not end:\n{}", self.text()))?;
+        ensure!(exit == *wanted, "the guest ended with {exit:?} instead of {wanted:?}:\n{}", self.text());
+        Ok(())
+    }
+}
+
+fn find(bytes: &[u8], wanted: &[u8]) -> Option<usize> {
+    bytes.windows(wanted.len()).position(|window| window == wanted)
+}
+
+/// A disk in a file or a block device.
+pub struct FileDisk {
+    file: File,
+    capacity: u64,
+}
+
+impl FileDisk {
+    /// An empty disk, gone with the process.
+    pub fn scratch(mib: u64) -> Result<Arc<Self>> {
+        let file = tempfile::tempfile().context("create a disk")?;
+        file.set_len(mib << 20)?;
+        Ok(Arc::new(Self { file, capacity: mib << 20 }))
+    }
+}
+
+fn io(error: std::io::Error) -> BlockError {
+    BlockError::Io { cause: error.to_string() }
+}
+
+impl BlockBackend for FileDisk {
+    fn capacity_bytes(&self) -> u64 {
+        self.capacity
+    }
+
+    fn read(&self, offset: u64, len: usize, done: BlockCompletion<Bytes>) {
+        let mut data = vec![0; len];
+        done(self.file.read_exact_at(&mut data, offset).map(|()| Bytes::from(data)).map_err(io));
+    }
+
+    fn write(&self, offset: u64, data: Bytes, done: BlockCompletion<()>) {
+        done(self.file.write_all_at(&data, offset).map_err(io));
+    }
+
+    fn flush(&self, done: BlockCompletion<()>) {
+        done(self.file.sync_data().map_err(io));
+    }
+
+    fn discard(&self, offset: u64, len: u64, done: BlockCompletion<()>) {
+        self.write_zeroes(offset, len, done);
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, done: BlockCompletion<()>) {
+        let zeroes = Bytes::from(vec![0; usize::try_from(len).expect("a request of at most 128 MiB")]);
+        self.write(offset, zeroes, done);
+    }
+}

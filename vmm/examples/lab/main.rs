@@ -1,0 +1,25 @@
+//! Scenarios of the nested lab that need the machine itself and an unmodified Linux in it; `cargo xtask lab` runs them.
+//!
+//! A scenario types commands into the guest's serial console and reads what they print; nothing of ours runs inside.
+
+#![expect(clippy::print_stdout, reason = "a program that talks to a person")]
+
+mod guest;
+mod linux;
+
+use anyhow::{Result, bail};
+use std::time::Instant;
+
+fn main() -> Result<()> {
+    let name = std::env::args().nth(1).unwrap_or_default();
+    let began = Instant::now();
+    let details = match name.as_str() {
+        "linux" => linux::run()?,
+        _ => bail!("there is no scenario `{name}`"),
+    };
+    println!("{name}: {details} in {:.1} s", began.elapsed().as_secs_f64());
+    if let Some(path) = std::env::var_os("LAB_DETAILS") {
+        std::fs::write(path, details.to_string())?;
+    }
+    Ok(())
+}

@@ -1,0 +1,62 @@
+//! A disk with Debian on it, as an operator would import it: a root file system with its own kernel, initrd and boot menu.
+
+use crate::build;
+use anyhow::{Context, Result};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+const RELEASE: &str = "bookworm";
+
+/// What makes it boot to a login and switch itself off cleanly.
+const PACKAGES: &str = "systemd-sysv,udev,dbus,kmod,e2fsprogs,linux-image-cloud-amd64,initramfs-tools,zstd";
+
+const DISK_BYTES: u64 = 1 << 30;
+
+/// The file system's UUID, which the boot menu names.
+const UUID: &str = "5d1b6a3c-6f0e-4f0e-9a55-1c7f0c2a9e11";
+
+/// What is done in the file system before it becomes a disk: a name, a root user without password, no services that need
+/// a network, and a boot menu as `update-grub` writes it.
+const CUSTOMISE: &str = r#"set -e
+cd "$1"
+echo lab > etc/hostname
+sed -i 's/^root:[^:]*:/root::/' etc/shadow
+echo "UUID=$2 / ext4 errors=remount-ro 0 1" > etc/fstab
+version=$(ls lib/modules)
+mkdir -p boot/grub
+cat > boot/grub/grub.cfg <<MENU
+menuentry 'Debian GNU/Linux' {
+	search --no-floppy --fs-uuid --set=root $2
+	linux	/boot/vmlinuz-$version root=UUID=$2 ro console=ttyS0 quiet
+	initrd	/boot/initrd.img-$version
+}
+MENU
+rm -rf var/cache/apt/archives/*.deb var/lib/apt/lists/* usr/share/doc usr/share/locale
+"#;
+
+/// The disk in `cache`, made first if there is none.
+pub fn disk(cache: &Path) -> Result<PathBuf> {
+    let disk = cache.join("debian.img");
+    if disk.is_file() {
+        return Ok(disk);
+    }
+    println!("making a disk with Debian (once, a minute or two)");
+    let root = cache.join("debian.root");
+    drop(fs::remove_dir_all(&root));
+    let mut bootstrap = Command::new("mmdebstrap");
+    bootstrap
+        .args(["--quiet", "--mode=root", "--variant=minbase", "--include", PACKAGES, RELEASE])
+        .arg(&root);
+    build::run(&mut bootstrap)?;
+    let (text, unfinished) = (root.to_str().context("the path is text")?, cache.join("debian.unfinished"));
+    build::run(Command::new("sh").args(["-c", CUSTOMISE, "sh", text, UUID]))?;
+    let file = fs::File::create(&unfinished).with_context(|| format!("create {}", unfinished.display()))?;
+    file.set_len(DISK_BYTES)?;
+    let mut format = Command::new("mkfs.ext4");
+    build::run(format.args(["-q", "-F", "-L", "root", "-U", UUID, "-d", text]).arg(&unfinished))?;
+    fs::remove_dir_all(&root)?;
+    // Last, so that an interrupted run leaves no half of a disk.
+    fs::rename(&unfinished, &disk)?;
+    Ok(disk)
+}

@@ -1,0 +1,41 @@
+#!/bin/busybox sh
+# The first process of the lab machine: mounts, loads modules, runs the scenarios named on the command line, reports each
+# as a line of JSON on the second serial port, and switches the machine off.
+/bin/busybox --install -s /bin
+export PATH=/bin HOME=/tmp
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs dev /dev
+mkdir -p /dev/pts /tmp /run
+mount -t devpts pts /dev/pts
+mount -t tmpfs tmp /tmp
+stty -F /dev/ttyS1 raw -echo
+report() { echo "$1" > /dev/ttyS1; }
+
+for module in $(cat /lab/modules); do
+    insmod "/lab/$module" || echo "LAB no module $module"
+done
+ip link set lo up
+ulimit -n 4096
+export POOL_TESTS_PREBUILT=1 CARGO_TARGET_DIR=/lab/target LAB_DIR=/lab RUST_BACKTRACE=1
+
+for word in $(cat /proc/cmdline); do
+    case $word in lab.scenarios=*) scenarios=${word#*=} ;; esac
+done
+report '{"event":"booted"}'
+for entry in $(echo "$scenarios" | tr , ' '); do
+    name=${entry%%:*}
+    seconds=${entry##*:}
+    rm -f /tmp/details.json
+    echo "LAB scenario $name, at most $seconds s"
+    began=$(cut -d. -f1 /proc/uptime)
+    export LAB_DETAILS=/tmp/details.json
+    timeout -s KILL "$seconds" sh "/lab/scenarios/$name" > /dev/console 2>&1 < /dev/null
+    code=$?
+    ended=$(cut -d. -f1 /proc/uptime)
+    details=$(cat /tmp/details.json 2>/dev/null || echo null)
+    report "{\"event\":\"scenario\",\"name\":\"$name\",\"exit\":$code,\"seconds\":$((ended - began)),\"details\":$details}"
+done
+report '{"event":"done"}'
+sync
+poweroff -f
