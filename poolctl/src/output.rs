@@ -313,7 +313,7 @@ mod tests {
         let list = |format| written(format, |output| output.list(7, &THINGS));
         assert_eq!(list(Format::Name), "a\nbcd\n");
         assert_eq!(list(Format::Table), "ID\na\nbcd\n");
-        assert_eq!(list(Format::Wide), "ID    SIZE\na     1\nbcd   22\n");
+        assert_eq!(list(Format::Wide), "ID   SIZE\na    1\nbcd  22\n");
         let json: serde_json::Value = serde_json::from_str(&list(Format::Json)).unwrap();
         assert_eq!(
             json,
@@ -330,7 +330,7 @@ mod tests {
     fn an_object_carries_version_and_kind() {
         let text = written(Format::Json, |output| output.stream(&THINGS[0]));
         assert_eq!(text, "{\"apiVersion\":\"pool/v1\",\"kind\":\"Thing\",\"id\":\"a\",\"size\":1}\n");
-        assert_eq!(written(Format::Table, |output| output.show(&THINGS[0])), "ID     a\nSIZE   1\n");
+        assert_eq!(written(Format::Table, |output| output.show(&THINGS[0])), "ID    a\nSIZE  1\n");
         assert_eq!(written(Format::Table, |output| output.changed(&THINGS[0], "made a")), "made a\n");
     }
 

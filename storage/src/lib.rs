@@ -2,6 +2,8 @@
 
 pub mod limits;
 pub mod log;
+pub mod map;
+pub mod nbd;
 pub mod owner;
 pub mod replica;
 mod safety;

@@ -1,0 +1,21 @@
+//! Which version of each block a replica holds, and where: one copy-on-write tree of 4 KiB pages for each volume, in the log.
+//!
+//! ```text
+//!  root ─▶ node (level 4) ─▶ … ─▶ node (level 1) ─▶ leaf (level 0) ─▶ blocks in the log
+//!          256 children: place, newest sequence below        128 blocks: version, place, checksum
+//! ```
+//! A page is changed in memory and put to a new place in the log by the next checkpoint; until then the log's records repeat the
+//! change after a crash. Pages of all volumes share one budget; a clean page may be dropped at any time and is read again.
+//!
+//! Invariants: a dirty page is in memory, and so are all pages above it; a page is written after its children; a segment's live
+//! count is the number of blocks and pages in it that some tree refers to.
+//! Deliberately absent: I/O. Pages come from a [`PageReader`] and go to whoever takes a checkpoint.
+
+mod page;
+mod tree;
+
+#[cfg(test)]
+mod tests;
+
+pub use page::{BlockVersion, Entry, LEAF_BLOCKS, PAGE_BYTES, PageKey, Place};
+pub use tree::{LiveCounts, MapError, Maps, PageReader, Root};
