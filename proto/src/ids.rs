@@ -68,6 +68,10 @@ object_id!(
     MigrationId, "mig-"
 );
 object_id!(
+    /// A rule about where VMs run.
+    GroupId, "group-"
+);
+object_id!(
     /// A join token.
     TokenId, "token-"
 );

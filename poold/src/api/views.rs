@@ -235,11 +235,15 @@ pub fn record_of_message(record: &v1::MigrationRecord) -> MigrationRecord {
 pub fn task(state: &PoolState, task: &Task) -> v1::Task {
     let phase = match task.kind {
         TaskKind::VmMigrate { migration } => {
-            state.migrations.get(&migration).map_or("", |migration| migration.phase.as_str())
+            state.migrations.get(&migration).map_or("", |migration| migration.phase.as_str()).to_owned()
         }
         TaskKind::VmStart | TaskKind::VmStop => {
-            state.vms.get(&task.vm).map_or("", |vm| state.vm_state(vm).as_str())
+            let vm = task.vm.and_then(|vm| state.vms.get(&vm));
+            vm.map_or("", |vm| state.vm_state(vm).as_str()).to_owned()
         }
+        TaskKind::HostDrain { host } => left_to_move(state, state.vms_on(host).collect()),
+        TaskKind::HostRestore { host } => left_to_move(state, state.vms_at_home_on(host).collect()),
+        TaskKind::PoolBalance => format!("{} moves left", pool_state::balance::plan(state).len()),
     };
     let error = match &task.state {
         TaskState::Failed { problem } => problem.clone(),
@@ -249,12 +253,21 @@ pub fn task(state: &PoolState, task: &Task) -> v1::Task {
         id: task.id.0,
         kind: task.kind.as_str().to_owned(),
         state: task.state.as_str().to_owned(),
-        phase: phase.to_owned(),
-        objects: vec![format!("vm {}", task.vm_name)],
+        phase,
+        objects: vec![task.object.clone()],
         error,
         created_ms: task.created_ms,
         ended_ms: task.ended_ms.unwrap_or(0),
     }
+}
+
+/// What a task that moves VMs still has to do, and what holds it up.
+fn left_to_move(state: &PoolState, vms: Vec<&Vm>) -> String {
+    let moving = vms.iter().filter(|vm| vm.intent.is_some()).count();
+    let stuck = vms.iter().filter(|vm| vm.intent.is_none());
+    let problem = stuck.filter_map(|vm| state.migration_blockers(vm.id, None).into_iter().next()).next();
+    let problem = problem.map(|problem| format!("; {problem}")).unwrap_or_default();
+    format!("{} VMs left, {moving} moving{problem}", vms.len())
 }
 
 /// An event.

@@ -154,6 +154,9 @@ mod tests {
             state,
             joined_ms: 0,
             lost_ms: None,
+            duty: pool_state::state::HostDuty::Active,
+            labels: std::collections::BTreeMap::new(),
+            cpus: 0,
         }
     }
 

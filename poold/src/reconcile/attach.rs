@@ -120,6 +120,9 @@ mod tests {
             state: HostState::Up,
             joined_ms: 0,
             lost_ms: None,
+            duty: pool_state::state::HostDuty::Active,
+            labels: std::collections::BTreeMap::new(),
+            cpus: 0,
         }
     }
 

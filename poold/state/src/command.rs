@@ -5,16 +5,17 @@
 
 use crate::{
     state::{
-        CertificateFingerprint, ContentHash, EpochStart, HaPolicy, MigrationOptions, MigrationRecord,
-        StopMode, TargetEndpoint,
+        CertificateFingerprint, ContentHash, EpochStart, GroupRule, GroupStrength, HaPolicy,
+        MigrationOptions, MigrationRecord, MoveCause, Role, StopMode, TargetEndpoint,
     },
     timing::Timing,
 };
 use proto::{
-    ByteCount, Epoch, HostId, ImageId, Incarnation, IsrVersion, MigrationId, Sequence, TaskId, TokenId, VmId,
-    VolumeId,
+    ByteCount, Epoch, GroupId, HostId, ImageId, Incarnation, IsrVersion, MigrationId, Sequence, TaskId,
+    TokenId, VmId, VolumeId,
 };
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// A change of the pool.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -250,6 +251,132 @@ pub enum Command {
     SetBrake,
     /// Permits recovery again.
     HaResume,
+    /// Switches recovery off.
+    HaDisarm,
+    /// Switches recovery on.
+    HaArm,
+    /// Report: logical CPUs of a host.
+    SetHostCpus {
+        /// The host.
+        host: HostId,
+        /// How many.
+        cpus: u32,
+    },
+    /// Changes labels of a host; none takes one away.
+    SetHostLabels {
+        /// The host.
+        host: HostId,
+        /// New values by label.
+        labels: BTreeMap<String, Option<String>>,
+    },
+    /// No VM comes to a host any more.
+    CordonHost {
+        /// The host.
+        host: HostId,
+    },
+    /// VMs may come to a host again.
+    UncordonHost {
+        /// The host.
+        host: HostId,
+    },
+    /// Moves every VM away from a host. → `Outcome::Task`
+    DrainHost {
+        /// The host.
+        host: HostId,
+    },
+    /// Puts a host back into service and its VMs back on it. → `Outcome::Task`
+    RestoreHost {
+        /// The host.
+        host: HostId,
+    },
+    /// An operator vouches that a lost host is off.
+    ConfirmDead {
+        /// The host.
+        host: HostId,
+    },
+    /// Begins to even the load out. → `Outcome::Task`
+    StartBalance,
+    /// The leader moves a VM for a task of the pool. → `Outcome::Migration`
+    MoveVm {
+        /// The VM.
+        vm: VmId,
+        /// Where to.
+        target: HostId,
+        /// Why.
+        cause: MoveCause,
+    },
+    /// The leader ends a task of the pool that has reached its aim.
+    FinishTask {
+        /// The task.
+        task: TaskId,
+    },
+    /// Creates a group. → `Outcome::Group`
+    CreateGroup(CreateGroup),
+    /// Adds and removes members of a group. → `Outcome::Group`
+    ChangeGroup(ChangeGroup),
+    /// Deletes a group.
+    DeleteGroup {
+        /// The group.
+        group: GroupId,
+    },
+    /// Creates a user, or a deleted one again; again with the same key changes nothing.
+    CreateUser {
+        /// Name.
+        name: String,
+        /// What it may do.
+        role: Role,
+        /// blake3 of its key.
+        key_hash: [u8; 32],
+    },
+    /// Changes what a user may do.
+    SetUserRole {
+        /// Name.
+        name: String,
+        /// What it may do.
+        role: Role,
+    },
+    /// Replaces a user's key.
+    RotateUser {
+        /// Name.
+        name: String,
+        /// blake3 of its new key.
+        key_hash: [u8; 32],
+    },
+    /// Deletes a user.
+    DeleteUser {
+        /// Name.
+        name: String,
+    },
+}
+
+/// Content of [`Command::CreateGroup`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CreateGroup {
+    /// Name.
+    pub name: String,
+    /// What it says.
+    pub rule: GroupRule,
+    /// Whether it may be broken.
+    pub strength: GroupStrength,
+    /// Its VMs.
+    pub vms: Vec<VmId>,
+    /// Its hosts.
+    pub hosts: Vec<HostId>,
+}
+
+/// Content of [`Command::ChangeGroup`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChangeGroup {
+    /// The group.
+    pub group: GroupId,
+    /// VMs that enter.
+    pub add_vms: Vec<VmId>,
+    /// VMs that leave.
+    pub remove_vms: Vec<VmId>,
+    /// Hosts that enter.
+    pub add_hosts: Vec<HostId>,
+    /// Hosts that leave.
+    pub remove_hosts: Vec<HostId>,
 }
 
 /// Content of [`Command::InitPool`].

@@ -2,14 +2,17 @@
 
 use crate::{
     Command, Entry, Outcome, PoolState, Rejection, Seed, Timing,
-    command::{CreateVm, HostFacts, InitPool, JoinHost, LastSequence, UpdateHost},
+    command::{CreateGroup, CreateVm, HostFacts, InitPool, JoinHost, LastSequence, UpdateHost},
     invariants,
+    planner::{self, LeaderView},
     state::{
-        CertificateFingerprint, ContentHash, FIRST_HOST, HaPolicy, Migration, MigrationOptions,
-        TargetEndpoint, Vm, Volume,
+        CertificateFingerprint, ContentHash, FIRST_HOST, GroupRule, GroupStrength, HaPolicy, Migration,
+        MigrationOptions, TargetEndpoint, Vm, Volume,
     },
 };
-use proto::{ByteCount, Epoch, HostId, ImageId, Incarnation, MigrationId, Sequence, TaskId, VmId, VolumeId};
+use proto::{
+    ByteCount, Epoch, GroupId, HostId, ImageId, Incarnation, MigrationId, Sequence, TaskId, VmId, VolumeId,
+};
 
 pub(crate) const GIB: u64 = 1 << 30;
 /// Memory of each host of a test.
@@ -196,6 +199,62 @@ impl Pool {
         let commit = self.commit(migration);
         self.accept(commit);
         migration
+    }
+
+    /// Carries a migration that has begun to its good end.
+    pub(crate) fn finish(&mut self, migration: MigrationId) {
+        let fingerprint = CertificateFingerprint([3; 32]);
+        self.accept(Command::MigrationSourceReady { migration, fingerprint });
+        self.accept(Command::MigrationPrepared { migration, endpoint: endpoint() });
+        self.accept(Command::MigrationCopying { migration });
+        let commit = self.commit(migration);
+        self.accept(commit);
+        self.accept(Command::MigrationDone { migration, record: None });
+    }
+
+    /// Lets the leader plan once; what it proposes is accepted.
+    pub(crate) fn plan(&mut self) -> Vec<Command> {
+        let commands = planner::plan(&self.state, &LeaderView { now_ms: self.now_ms });
+        for command in &commands {
+            self.accept(command.clone());
+        }
+        commands
+    }
+
+    /// Lets the leader plan and every move succeed, until there is none. Returns the most moves at a time.
+    pub(crate) fn run_moves(&mut self) -> usize {
+        const ROUNDS_MAX: usize = 200;
+        let mut most = 0;
+        for _ in 0..ROUNDS_MAX {
+            self.plan();
+            let moving: Vec<MigrationId> = self.state.running_migrations().map(|it| it.id).collect();
+            most = most.max(moving.len());
+            if moving.is_empty() {
+                return most;
+            }
+            moving.into_iter().for_each(|migration| self.finish(migration));
+        }
+        panic!("the moves do not end");
+    }
+
+    /// A group; `hosts` only for rules about hosts.
+    pub(crate) fn group(
+        &mut self,
+        name: &str,
+        (rule, strength): (GroupRule, GroupStrength),
+        vms: &[VmId],
+        hosts: &[HostId],
+    ) -> GroupId {
+        let (vms, hosts) = (vms.to_vec(), hosts.to_vec());
+        let create = CreateGroup { name: name.into(), rule, strength, vms, hosts };
+        let Outcome::Group(group) = self.accept(Command::CreateGroup(create)) else {
+            panic!("a creation answers with its group")
+        };
+        group
+    }
+
+    pub(crate) fn host_of(&self, vm: VmId) -> Option<HostId> {
+        self.vm(vm).placement
     }
 
     pub(crate) fn vm(&self, vm: VmId) -> &Vm {

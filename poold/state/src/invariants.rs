@@ -2,8 +2,8 @@
 //! them after each entry; production code does not need them.
 
 use crate::{
-    limits::{EPOCH_HISTORY_MAX, EVENTS_MAX, REQUESTS_MAX},
-    state::{MigrationPhase, PoolState, TaskKind, Vm, Volume},
+    limits::{AUDIT_MAX, EPOCH_HISTORY_MAX, EVENTS_MAX, REQUESTS_MAX},
+    state::{HostDuty, MigrationPhase, PoolState, TaskKind, Vm, Volume},
 };
 use proto::{ByteCount, Epoch, HostId, MigrationId, TaskId, VmId, VolumeId};
 use std::collections::BTreeSet;
@@ -228,8 +228,17 @@ fn check_tasks(state: &PoolState) -> Result<(), Violation> {
                 .get(&migration)
                 .is_some_and(|migration| migration.is_running() && migration.task == task.id),
             TaskKind::VmStart | TaskKind::VmStop => {
-                state.vms.get(&task.vm).is_some_and(|vm| vm.task == Some(task.id) && vm.placement.is_some())
+                let vm = task.vm.and_then(|vm| state.vms.get(&vm));
+                vm.is_some_and(|vm| vm.task == Some(task.id) && vm.placement.is_some())
             }
+            TaskKind::HostDrain { host } => state
+                .hosts
+                .get(&host)
+                .is_some_and(|host| host.is_member() && host.duty == HostDuty::Draining { task: task.id }),
+            TaskKind::HostRestore { host } => {
+                state.hosts.get(&host).is_some_and(crate::state::Host::is_member)
+            }
+            TaskKind::PoolBalance => true,
         };
         if !goes_on || task.ended_ms.is_some() {
             return Err(Violation::OrphanedTask { task: task.id });
@@ -247,6 +256,7 @@ fn check_bounds(state: &PoolState) -> Result<(), Violation> {
     let bounds = [
         ("events", state.events.iter().count(), EVENTS_MAX),
         ("requests", state.requests.len(), REQUESTS_MAX),
+        ("audit", state.audit.len(), AUDIT_MAX),
         ("epoch history", longest, EPOCH_HISTORY_MAX),
     ];
     match bounds.into_iter().find(|(_, count, max)| count > max) {

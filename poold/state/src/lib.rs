@@ -10,7 +10,7 @@
 //! ```
 //! - [`state`]: the data. [`command`], [`entry`], [`outcome`], [`rejection`]: what goes in and comes out.
 //! - [`lease`], [`planner`], [`reconcile`](mod@reconcile): the decisions. [`invariants`]: what tests check after each entry.
-//! - [`timing`], [`limits`]: intervals and bounds.
+//! - [`balance`], [`capacity`], [`explain`]: what operators ask about placements. [`timing`], [`limits`]: intervals and bounds.
 //!
 //! Invariants: `apply` is deterministic; a rejected entry changes nothing but the revision; a clone of the state is cheap.
 //! Absent on purpose: heartbeats, statistics and progress, which never enter the log.
@@ -19,8 +19,11 @@ mod apply;
 #[cfg(test)]
 mod fixture;
 
+pub mod balance;
+pub mod capacity;
 pub mod command;
 pub mod entry;
+pub mod explain;
 pub mod invariants;
 pub mod lease;
 pub mod limits;
@@ -31,6 +34,7 @@ pub mod rejection;
 pub mod state;
 pub mod timing;
 
+pub use apply::{Rank, Reserved, Search};
 pub use command::Command;
 pub use entry::{Entry, EntryError, Seed};
 pub use outcome::Outcome;

@@ -18,6 +18,18 @@ pub const TASKS_MAX: usize = 2_000;
 pub const MIGRATIONS_MAX: usize = 1_000;
 /// Events kept for watchers that reconnect: hours of a busy pool.
 pub const EVENTS_MAX: usize = 4_096;
+/// Audit records kept: who changed what in the last weeks of a quiet pool or hours of a busy one.
+pub const AUDIT_MAX: usize = 4_096;
+/// Groups: rules that a person can still survey.
+pub const GROUPS_MAX: usize = 1_000;
+/// VMs or hosts of one group: an entry that changes it must stay small.
+pub const GROUP_MEMBERS_MAX: usize = 1_000;
+/// Users, deleted ones included.
+pub const USERS_MAX: usize = 1_000;
+/// Labels of one host.
+pub const LABELS_MAX: usize = 32;
+/// Longest value of a label in bytes.
+pub const LABEL_VALUE_BYTES_MAX: usize = 63;
 /// Request ids kept for retries: at 100 changes a second a client has 40 s to come back.
 pub const REQUESTS_MAX: usize = 4_096;
 
@@ -65,6 +77,22 @@ pub const RESTARTS_MAX: u32 = 5;
 pub const RESTART_BACKOFF_MS: u64 = 1_000;
 /// A VM that ran this long in milliseconds counts as up, and its restarts count from zero again.
 pub const RESTART_STABLE_MS: u64 = 60_000;
+
+/// Moves that a host takes part in at a time, whoever asked for them: each needs memory, a link and two processes.
+pub const MOVES_PER_HOST_MAX: usize = 8;
+/// Moves of a host that the pool begins by itself at a time, which leaves room for an operator's.
+pub const PLANNED_MOVES_PER_HOST: usize = 2;
+/// Wait in milliseconds after a planned move that failed before the same VM is tried again.
+pub const PLANNED_MOVE_RETRY_MS: u64 = 10_000;
+/// Time of a drain, restore or balance in milliseconds: a host full of large VMs over a slow link.
+pub const PLANNED_WORK_MS: u64 = 4 * 3_600_000;
+/// vCPUs that a logical CPU is counted for: most guests idle most of the time.
+pub const CPU_OVERCOMMIT: u64 = 4;
+/// Difference between the fullest and the emptiest host, in permille of their memory, that a balance leaves alone: less is not
+/// worth the moves.
+pub const BALANCE_SPREAD_PERMILLE: u64 = 100;
+/// Moves of one balance plan.
+pub const BALANCE_MOVES_MAX: usize = 64;
 
 /// Commands that one planning round proposes: the rest follows in the next round, a lost host of 500 VMs in eight.
 pub const PLAN_COMMANDS_MAX: usize = 64;

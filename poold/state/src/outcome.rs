@@ -1,6 +1,6 @@
 //! What an accepted entry answers.
 
-use proto::{HostId, ImageId, IsrVersion, MigrationId, TaskId, TokenId, VmId, VolumeId};
+use proto::{GroupId, HostId, ImageId, IsrVersion, MigrationId, TaskId, TokenId, VmId, VolumeId};
 use serde::{Deserialize, Serialize};
 
 /// The answer to an accepted entry: which object it created or changed.
@@ -20,6 +20,8 @@ pub enum Outcome {
     Isr(IsrVersion),
     /// A VM.
     Vm(VmId),
+    /// A group.
+    Group(GroupId),
     /// A task that goes on, or has ended.
     Task(TaskId),
     /// A migration and its task.

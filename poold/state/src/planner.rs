@@ -4,6 +4,7 @@
 //! again from the same state. Planned entries are tried on a copy of the state, so one plan never promises a host's memory
 //! twice. Absent on purpose: hygiene of in-sync sets, which is the owner's, since only it knows what a replica has.
 
+mod moves;
 pub mod voters;
 
 #[cfg(test)]
@@ -31,6 +32,7 @@ pub fn plan(state: &PoolState, view: &LeaderView) -> Vec<Command> {
     let mut draft = Draft { state: state.clone(), now_ms: view.now_ms, commands: Vec::new() };
     draft.end_late_work();
     draft.recover_vms();
+    draft.carry_tasks_on();
     draft.commands
 }
 
@@ -85,7 +87,7 @@ impl Draft {
     }
 
     fn recover_vms(&mut self) {
-        if self.state.settings.ha_braked {
+        if self.state.settings.ha_braked || self.state.settings.ha_disarmed {
             return;
         }
         let mut waiting: Vec<(Reverse<u8>, VmId)> = self

@@ -31,6 +31,10 @@ pub enum ObjectKind {
     Migration,
     /// A join token.
     Token,
+    /// A group.
+    Group,
+    /// A user.
+    User,
 }
 
 impl ObjectKind {
@@ -45,6 +49,8 @@ impl ObjectKind {
             Self::Task => "task",
             Self::Migration => "migration",
             Self::Token => "token",
+            Self::Group => "group",
+            Self::User => "user",
         }
     }
 }
@@ -82,6 +88,14 @@ pub enum Field {
     StartSequence,
     /// Bytes of a short text: CPU vendor, boot id, pool id, incarnation.
     ShortText,
+    /// Bytes of a label's value.
+    Label,
+    /// Number of labels.
+    Labels,
+    /// Number of VMs of a group.
+    GroupVms,
+    /// Number of hosts of a group.
+    GroupHosts,
 }
 
 impl Field {
@@ -110,6 +124,10 @@ impl Field {
             Self::TokenTtl => "ttl",
             Self::StartSequence => "start sequence",
             Self::ShortText => "text",
+            Self::Label => "label",
+            Self::Labels => "number of labels",
+            Self::GroupVms => "number of VMs",
+            Self::GroupHosts => "number of hosts",
         }
     }
 }
@@ -436,6 +454,53 @@ pub enum Rejection {
     /// Recovery is halted.
     #[error("recovery is halted: more than half of the hosts vanished at once")]
     Braked,
+    /// Recovery is switched off.
+    #[error("recovery is disarmed")]
+    Disarmed,
+    /// An operator keeps VMs away from the host.
+    #[error("host {host} is {duty}: no VM comes to it")]
+    HostOutOfService {
+        /// The host.
+        host: String,
+        /// Its duty.
+        duty: String,
+    },
+    /// A rule of a group forbids it.
+    #[error("group {group} forbids vm {vm} to be on host {host}")]
+    GroupForbids {
+        /// The VM.
+        vm: String,
+        /// The host.
+        host: String,
+        /// The group.
+        group: String,
+    },
+    /// The host takes part in as many moves as it may.
+    #[error("host {host} already takes part in {max} moves")]
+    TooManyMoves {
+        /// The host.
+        host: String,
+        /// The limit.
+        max: u64,
+    },
+    /// The task for which the VM was to move is over.
+    #[error("nothing wants vm {vm} to move there any more")]
+    MoveNotWanted {
+        /// The VM.
+        vm: String,
+    },
+    /// The task has not reached its aim.
+    #[error("{task} has not reached its aim yet")]
+    TaskNotFinished {
+        /// The task.
+        task: TaskId,
+    },
+    /// Nobody would be left who can change the pool.
+    #[error("user {user} is the last admin")]
+    LastAdmin {
+        /// The user.
+        user: String,
+    },
     /// Memory of the host is reserved already.
     #[error("host {host} has {free} of memory free, {needed} are needed")]
     NotEnoughMemory {

@@ -9,11 +9,12 @@ use crate::{
     outcome::Outcome,
     rejection::{Field, ObjectKind, Rejection},
     state::{
-        Desired, EventKind, HaPolicy, Host, HostState, IsrMember, MigrationOutcome, PoolState, TaskState,
-        Token, TokenState,
+        Desired, EventKind, HaPolicy, Host, HostDuty, HostState, IsrMember, MigrationOutcome, PoolState,
+        TaskState, Token, TokenState,
     },
 };
 use proto::{HostId, MigrationId, VmId, VolumeId};
+use std::collections::BTreeMap;
 
 /// Longest CPU summary, boot id or incarnation in bytes.
 const FACT_BYTES_MAX: usize = 256;
@@ -110,6 +111,9 @@ impl Change<'_> {
             state: HostState::Joining,
             joined_ms: self.time_ms,
             lost_ms: None,
+            duty: HostDuty::Active,
+            labels: BTreeMap::new(),
+            cpus: 0,
         };
         self.state.hosts.insert(id, host);
         self.event(
@@ -237,8 +241,15 @@ impl Change<'_> {
         }
         self.end_migrations_of(id, &format!("host {name} was removed"))?;
         for vm in vms {
-            self.give_up_vm(vm, &name)?;
+            self.give_up_vm(vm, &format!("host {name} was removed while the VM was there"))?;
         }
+        let removed = TaskState::Failed { problem: format!("host {name} was removed") };
+        self.give_up_drain(id, HostDuty::Cordoned, removed)?;
+        self.end_restores_of(id);
+        for vm in self.home_of(id) {
+            self.vm_mut(vm)?.home = None;
+        }
+        self.take_host_from_groups(id)?;
         let host = self.host_mut(id)?;
         host.state = HostState::Removed;
         host.lost_ms = None;
@@ -263,8 +274,8 @@ impl Change<'_> {
     }
 
     /// A VM of a host that an operator confirmed as dead: not placed any more, and fenced.
-    fn give_up_vm(&mut self, id: VmId, host: &str) -> Result<(), Rejection> {
-        let problem = format!("host {host} was removed while the VM was there");
+    pub(super) fn give_up_vm(&mut self, id: VmId, problem: &str) -> Result<(), Rejection> {
+        let problem = problem.to_owned();
         self.fence(id)?;
         let vm = self.vm_mut(id)?;
         vm.problem = (vm.desired != Desired::Stopped).then(|| problem.clone());
@@ -290,11 +301,11 @@ impl Change<'_> {
                 let host = self.state.host_name(id);
                 return Err(Rejection::LastInSyncReplica { host, volume: volume.name.clone() });
             }
-            let candidates = self.state.replica_hosts();
+            let present: Vec<HostId> = volume.replicas.iter().copied().filter(|host| *host != id).collect();
+            let replacement = self.state.next_replica(&self.state.replica_hosts(), &present);
             let volume = self.volume_mut(volume_id)?;
             volume.replicas.retain(|replica| *replica != id);
             volume.isr.retain(|member| member.host != id);
-            let replacement = candidates.into_iter().find(|host| !volume.replicas.contains(host));
             volume.replicas.extend(replacement);
             volume.replicas.sort_unstable();
             volume.isr_version = volume.isr_version.next();

@@ -8,7 +8,7 @@ use crate::{
     rejection::{Field, Rejection},
     state::{
         CertificateFingerprint, EventKind, Intent, Migration, MigrationOptions, MigrationOutcome,
-        MigrationPhase, MigrationRecord, TargetEndpoint, TaskKind, TaskState, Vm,
+        MigrationPhase, MigrationRecord, MoveCause, TargetEndpoint, TaskKind, TaskState, Vm,
     },
 };
 use proto::{HostId, MigrationId, VmId};
@@ -19,6 +19,19 @@ impl Change<'_> {
         id: VmId,
         target: Option<HostId>,
         options: MigrationOptions,
+    ) -> Applied {
+        let outcome = self.begin_migration(id, target, options, MoveCause::Operator)?;
+        // Where it shall be is the operator's business from here on.
+        self.vm_mut(id)?.home = None;
+        Ok(outcome)
+    }
+
+    pub(super) fn begin_migration(
+        &mut self,
+        id: VmId,
+        target: Option<HostId>,
+        options: MigrationOptions,
+        cause: MoveCause,
     ) -> Applied {
         if let Some(blocker) = self.state.migration_blockers(id, target).into_iter().next() {
             return Err(blocker);
@@ -48,6 +61,7 @@ impl Change<'_> {
                 source,
                 target,
                 options,
+                cause,
                 from_epoch,
                 phase: MigrationPhase::Intent,
                 outcome: MigrationOutcome::Running,

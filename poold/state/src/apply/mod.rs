@@ -7,22 +7,31 @@
 //! - `pool`, `hosts`, `tokens`, `images`, `volumes`: one kind of object each.
 //! - `vms`: creating, deleting and what an operator wants of a VM. `run`: starts, ends, restarts and recovery.
 //! - `migrations`: the moves. `tasks`: long operations and their ends.
-//! - `ownership`: placements and epochs, which always change together.
+//! - `duty`, `groups`, `users`: what an operator asks of hosts, of placements, and who may ask. `moves`: tasks of the pool.
+//! - `ownership`: placements and epochs, which always change together. `audit`: who changed what.
 
+mod audit;
+mod duty;
+mod groups;
 mod hosts;
 mod images;
 mod migrations;
+mod moves;
 mod ownership;
 mod placement;
 mod pool;
 mod run;
 mod tasks;
 mod tokens;
+mod users;
 mod vms;
 mod volumes;
 
 #[cfg(test)]
 mod tests;
+
+pub(crate) use placement::permille;
+pub use placement::{Rank, Reserved, Search};
 
 use crate::{
     command::Command,
@@ -69,6 +78,9 @@ impl PoolState {
         let outcome = change.dispatch(&entry.command)?;
         if let (Some(id), Some(command_hash)) = (&entry.request_id, command_hash) {
             next.requests.insert(id, Answer { command_hash, outcome });
+        }
+        if let Some(record) = audit::record(self, index, entry) {
+            next.audit.push(record);
         }
         *self = next;
         Ok(outcome)
@@ -127,6 +139,32 @@ impl Change<'_> {
             Command::AddToIsr(change) => self.add_to_isr(change),
             Command::SetBrake => self.set_brake(),
             Command::HaResume => self.ha_resume(),
+            Command::HaDisarm => self.ha_disarm(),
+            Command::HaArm => self.ha_arm(),
+            _ => self.dispatch_service(command),
+        }
+    }
+
+    /// The commands about hosts in service, groups and users.
+    fn dispatch_service(&mut self, command: &Command) -> Applied {
+        match command {
+            Command::SetHostCpus { host, cpus } => self.set_host_cpus(*host, *cpus),
+            Command::SetHostLabels { host, labels } => self.set_host_labels(*host, labels),
+            Command::CordonHost { host } => self.cordon_host(*host),
+            Command::UncordonHost { host } => self.uncordon_host(*host),
+            Command::DrainHost { host } => self.drain_host(*host),
+            Command::RestoreHost { host } => self.restore_host(*host),
+            Command::ConfirmDead { host } => self.confirm_dead(*host),
+            Command::StartBalance => self.start_balance(),
+            Command::MoveVm { vm, target, cause } => self.move_vm(*vm, *target, *cause),
+            Command::FinishTask { task } => self.finish_task(*task),
+            Command::CreateGroup(create) => self.create_group(create),
+            Command::ChangeGroup(change) => self.change_group(change),
+            Command::DeleteGroup { group } => self.delete_group(*group),
+            Command::CreateUser { name, role, key_hash } => self.create_user(name, *role, *key_hash),
+            Command::SetUserRole { name, role } => self.set_user_role(name, *role),
+            Command::RotateUser { name, key_hash } => self.rotate_user(name, *key_hash),
+            Command::DeleteUser { name } => self.delete_user(name),
             _ => self.dispatch_vm(command),
         }
     }

@@ -30,6 +30,7 @@ impl Change<'_> {
         vm.placement = Some(host);
         vm.epoch = vm.epoch.next();
         vm.running_epoch = None;
+        vm.home = vm.home.filter(|home| *home != host);
         vm.start_cause = match beginning {
             Beginning::Cold(cause) => *cause,
             Beginning::Live(_) => StartCause::Migration,
@@ -59,6 +60,7 @@ impl Change<'_> {
         let vm = self.vm_mut(id)?;
         vm.placement = None;
         vm.running_epoch = None;
+        vm.home = None;
         for volume in vm.spec.disks.clone() {
             let volume = self.volume_mut(volume)?;
             volume.owner = None;

@@ -1,13 +1,74 @@
 //! Choices of hosts. Deterministic: equal states choose equally, ties go to the lowest id.
+//!
+//! One list of obstacles serves all: what `apply` refuses, what the planner avoids, and what `explain` tells an operator.
 
 use crate::{
+    limits::{CPU_OVERCOMMIT, MOVES_PER_HOST_MAX},
     rejection::Rejection,
-    state::{Desired, Host, PoolState, Vm},
+    state::{Desired, GroupRule, GroupStrength, Host, HostDuty, PoolState, Vm},
 };
 use proto::{ByteCount, HostId, VmId};
-use std::{cmp::Reverse, collections::BTreeMap};
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BTreeSet},
+};
+
+/// What VMs have reserved of a host, those that are moving to it included.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Reserved {
+    /// Memory.
+    pub memory: ByteCount,
+    /// Virtual CPUs.
+    pub vcpus: u64,
+}
+
+/// Why a VM looks for a host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Search {
+    /// It has no process that could be moved.
+    ColdStart,
+    /// It runs at this host.
+    Move {
+        /// The source.
+        source: HostId,
+    },
+}
+
+/// How good a host is for a VM; the greatest is the best.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Rank {
+    /// Rules of kind "should" that it would break.
+    broken: Reverse<usize>,
+    /// Disks that have an in-sync replica there.
+    pub local_disks: usize,
+    /// Part of the scarcer of memory and CPU that would stay free, in permille.
+    pub headroom_permille: u64,
+    free: u64,
+    id: Reverse<HostId>,
+}
 
 impl PoolState {
+    /// What is reserved of each host.
+    #[must_use]
+    pub fn reserved(&self) -> BTreeMap<HostId, Reserved> {
+        let mut reserved: BTreeMap<HostId, Reserved> = BTreeMap::new();
+        for vm in self.vms.values() {
+            for host in self.occupies(vm) {
+                let entry = reserved.entry(host).or_default();
+                entry.memory.0 += vm.spec.memory.0;
+                entry.vcpus += u64::from(vm.spec.vcpus);
+            }
+        }
+        reserved
+    }
+
+    /// The hosts where a VM is or may soon be.
+    pub(crate) fn occupies(&self, vm: &Vm) -> impl Iterator<Item = HostId> + use<> {
+        let migration = vm.intent.and_then(|intent| self.migrations.get(&intent.migration));
+        let target = migration.filter(|migration| migration.reserves_target()).map(|it| it.target);
+        vm.placement.into_iter().chain(target)
+    }
+
     /// Memory of a host that nothing has reserved.
     #[must_use]
     pub fn free_memory(&self, host: &Host) -> ByteCount {
@@ -15,12 +76,13 @@ impl PoolState {
         ByteCount(host.vm_memory.0.saturating_sub(reserved.0))
     }
 
-    /// The best host for a cold start of a VM: one with in-sync replicas of its disks, then the one with most free memory.
+    /// The best host for a cold start of a VM: one that breaks no wish, then one with in-sync replicas of its disks, then the
+    /// one with most room.
     ///
     /// # Errors
     /// When none has room.
     pub fn host_for(&self, vm: &Vm) -> Result<HostId, Rejection> {
-        self.best_host(vm, |_| true)
+        self.best_host(vm, Search::ColdStart)
     }
 
     /// The best host to move a VM to.
@@ -30,32 +92,111 @@ impl PoolState {
     pub fn migration_target(&self, vm: VmId) -> Result<HostId, Rejection> {
         let vm = self.vm(vm)?;
         let source = vm.placement.ok_or_else(|| Rejection::VmIsStopped { vm: vm.name.clone() })?;
-        let cpu_vendor = self.host(source)?.cpu_vendor.clone();
-        self.best_host(vm, |host| host.id != source && host.cpu_vendor == cpu_vendor)
+        self.best_host(vm, Search::Move { source })
     }
 
-    fn best_host(&self, vm: &Vm, fits: impl Fn(&Host) -> bool) -> Result<HostId, Rejection> {
-        let reserved = self.reserved_memory();
-        let free = |host: &Host| {
-            host.vm_memory.0.saturating_sub(reserved.get(&host.id).copied().unwrap_or_default().0)
-        };
+    fn best_host(&self, vm: &Vm, search: Search) -> Result<HostId, Rejection> {
+        let reserved = self.reserved();
         self.hosts
             .values()
-            .filter(|host| host.is_up() && fits(host) && free(host) >= vm.spec.memory.0)
-            .max_by_key(|host| (self.local_disks(vm, host), free(host), Reverse(host.id)))
+            .filter(|host| self.obstacles(vm, host, search, &reserved).is_empty())
+            .max_by_key(|host| self.rank(vm, host, &reserved))
             .map(|host| host.id)
             .ok_or_else(|| Rejection::NoHostFits { vm: vm.name.clone(), needed: vm.spec.memory })
     }
 
-    /// Checks that a host is up and has room for a VM that has no reservation there yet.
+    /// Everything that keeps a VM from a host.
+    #[must_use]
+    pub fn obstacles(
+        &self,
+        vm: &Vm,
+        host: &Host,
+        search: Search,
+        reserved: &BTreeMap<HostId, Reserved>,
+    ) -> Vec<Rejection> {
+        let mut obstacles = Vec::new();
+        obstacles.extend(check_up(host).err());
+        if host.is_up() && host.duty != HostDuty::Active {
+            let duty = host.duty.as_str().to_owned();
+            obstacles.push(Rejection::HostOutOfService { host: host.name.clone(), duty });
+        }
+        let taken = reserved.get(&host.id).copied().unwrap_or_default().memory;
+        let free = ByteCount(host.vm_memory.0.saturating_sub(taken.0));
+        if free < vm.spec.memory {
+            let needed = vm.spec.memory;
+            obstacles.push(Rejection::NotEnoughMemory { host: host.name.clone(), needed, free });
+        }
+        if let Some(group) = self.broken_groups(vm, host.id, GroupStrength::Must).first() {
+            let (vm, group) = (vm.name.clone(), (*group).to_owned());
+            obstacles.push(Rejection::GroupForbids { vm, host: host.name.clone(), group });
+        }
+        if let Search::Move { source } = search {
+            obstacles.extend(self.obstacles_of_move(vm, source, host));
+        }
+        obstacles
+    }
+
+    fn obstacles_of_move(&self, vm: &Vm, source: HostId, target: &Host) -> Option<Rejection> {
+        if source == target.id {
+            return Some(Rejection::TargetIsSource { vm: vm.name.clone(), host: target.name.clone() });
+        }
+        let from = self.hosts.get(&source)?;
+        (from.cpu_vendor != target.cpu_vendor).then(|| Rejection::CpuMismatch {
+            source_host: from.name.clone(),
+            target: target.name.clone(),
+            source_cpu: from.cpu_vendor.clone(),
+            target_cpu: target.cpu_vendor.clone(),
+        })
+    }
+
+    /// How good a host is for a VM that is not there yet.
+    #[must_use]
+    pub fn rank(&self, vm: &Vm, host: &Host, reserved: &BTreeMap<HostId, Reserved>) -> Rank {
+        let taken = reserved.get(&host.id).copied().unwrap_or_default();
+        let free = host.vm_memory.0.saturating_sub(taken.memory.0.saturating_add(vm.spec.memory.0));
+        let memory = permille(free, host.vm_memory.0);
+        let cpus = u64::from(host.cpus).saturating_mul(CPU_OVERCOMMIT);
+        let idle = cpus.saturating_sub(taken.vcpus.saturating_add(u64::from(vm.spec.vcpus)));
+        // A host that has not told its CPUs yet counts by its memory alone.
+        let cpu = if cpus == 0 { 1000 } else { permille(idle, cpus) };
+        Rank {
+            broken: Reverse(self.broken_groups(vm, host.id, GroupStrength::Should).len()),
+            local_disks: self.local_disks(vm, host),
+            headroom_permille: memory.min(cpu),
+            free,
+            id: Reverse(host.id),
+        }
+    }
+
+    /// Names of the groups of a strength that forbid a VM a host.
+    #[must_use]
+    pub fn broken_groups(&self, vm: &Vm, host: HostId, strength: GroupStrength) -> Vec<&str> {
+        let of_vm =
+            self.groups.values().filter(|group| group.strength == strength && group.vms.contains(&vm.id));
+        let broken = of_vm.filter(|group| match group.rule {
+            GroupRule::OnHosts => !group.hosts.contains(&host),
+            GroupRule::NotOnHosts => group.hosts.contains(&host),
+            GroupRule::Apart => self.hosts_of_others(&group.vms, vm.id).contains(&host),
+            GroupRule::Together => {
+                let others = self.hosts_of_others(&group.vms, vm.id);
+                // Members on a host that is lost or being emptied follow; they hold nobody back.
+                let serving = |id: &&HostId| self.hosts.get(id).is_some_and(Host::takes_vms);
+                others.iter().any(|other| serving(&other)) && !others.contains(&host)
+            }
+        });
+        broken.map(|group| group.name.as_str()).collect()
+    }
+
+    fn hosts_of_others(&self, members: &[VmId], vm: VmId) -> BTreeSet<HostId> {
+        let others = members.iter().filter(|member| **member != vm);
+        others.filter_map(|member| self.vms.get(member)).flat_map(|other| self.occupies(other)).collect()
+    }
+
+    /// Checks that a VM without a reservation there may come to a host.
     pub(super) fn check_fits(&self, vm: &Vm, host: HostId) -> Result<(), Rejection> {
         let host = self.host(host)?;
-        check_up(host)?;
-        let free = self.free_memory(host);
-        if free < vm.spec.memory {
-            return Err(Rejection::NotEnoughMemory { host: host.name.clone(), needed: vm.spec.memory, free });
-        }
-        Ok(())
+        let obstacles = self.obstacles(vm, host, Search::ColdStart, &self.reserved());
+        obstacles.into_iter().next().map_or(Ok(()), Err)
     }
 
     /// Everything that forbids a migration now. `target` none: the pool chooses.
@@ -70,47 +211,55 @@ impl PoolState {
         let mut blockers = Vec::new();
         match vm.desired {
             Desired::Stopped => blockers.push(Rejection::VmIsStopping { vm: name() }),
-            Desired::Running if vm.is_reported_running() => {}
+            Desired::Running | Desired::Paused if vm.is_reported_running() => {}
             Desired::Running | Desired::Paused => blockers.push(Rejection::VmNotRunning { vm: name() }),
         }
         if let Some(intent) = vm.intent {
             blockers.push(Rejection::VmIsMigrating { vm: name(), migration: intent.migration });
         }
         blockers.extend(self.host(source).and_then(check_up).err());
+        blockers.extend(self.check_moves(source).err());
         match target {
             Some(target) => self.target_blockers(vm, source, target, &mut blockers),
-            None => blockers.extend(self.migration_target(vm.id).err()),
+            None => match self.migration_target(vm.id) {
+                Ok(target) => blockers.extend(self.check_moves(target).err()),
+                Err(rejection) => blockers.push(rejection),
+            },
         }
         blockers
     }
 
     fn target_blockers(&self, vm: &Vm, source: HostId, target: HostId, blockers: &mut Vec<Rejection>) {
+        let host = match self.host(target) {
+            Ok(host) => host,
+            Err(rejection) => return blockers.push(rejection),
+        };
         if source == target {
-            let host = self.host_name(target);
-            blockers.push(Rejection::TargetIsSource { vm: vm.name.clone(), host });
-            return;
+            let host = host.name.clone();
+            return blockers.push(Rejection::TargetIsSource { vm: vm.name.clone(), host });
         }
-        blockers.extend(self.check_fits(vm, target).err());
-        if let (Ok(from), Ok(to)) = (self.host(source), self.host(target))
-            && from.cpu_vendor != to.cpu_vendor
-        {
-            blockers.push(Rejection::CpuMismatch {
-                source_host: from.name.clone(),
-                target: to.name.clone(),
-                source_cpu: from.cpu_vendor.clone(),
-                target_cpu: to.cpu_vendor.clone(),
-            });
+        blockers.extend(self.obstacles(vm, host, Search::Move { source }, &self.reserved()));
+        blockers.extend(self.check_moves(target).err());
+    }
+
+    /// Moves under way that a host takes part in.
+    #[must_use]
+    pub fn moves_of(&self, host: HostId) -> usize {
+        let here = |migration: &&super::Migration| migration.source == host || migration.target == host;
+        self.running_migrations().filter(here).count()
+    }
+
+    fn check_moves(&self, host: HostId) -> Result<(), Rejection> {
+        if self.moves_of(host) < MOVES_PER_HOST_MAX {
+            return Ok(());
         }
+        Err(Rejection::TooManyMoves { host: self.host_name(host), max: MOVES_PER_HOST_MAX as u64 })
     }
 
     /// Hosts that can take a replica, those with the fewest first.
     pub(super) fn replica_hosts(&self) -> Vec<HostId> {
-        let mut counts: BTreeMap<HostId, usize> = self
-            .hosts
-            .values()
-            .filter(|host| host.is_up() && host.incarnation.is_some())
-            .map(|host| (host.id, 0))
-            .collect();
+        let mut counts: BTreeMap<HostId, usize> =
+            self.hosts.values().filter(|host| host.takes_replicas()).map(|host| (host.id, 0)).collect();
         for replica in self.volumes.values().flat_map(|volume| &volume.replicas) {
             if let Some(count) = counts.get_mut(replica) {
                 *count += 1;
@@ -120,6 +269,19 @@ impl PoolState {
         hosts.sort_by_key(|&(id, count)| (count, id));
         hosts.into_iter().map(|(id, _)| id).collect()
     }
+
+    /// The next host for a replica of a volume that has these: in a zone with the fewest of them, then in the given order.
+    pub(super) fn next_replica(&self, candidates: &[HostId], present: &[HostId]) -> Option<HostId> {
+        let zone = |id: &HostId| self.hosts.get(id).map(Host::zone);
+        let crowd = |id: &HostId| present.iter().filter(|other| zone(other) == zone(id)).count();
+        candidates.iter().filter(|id| !present.contains(id)).min_by_key(|id| crowd(id)).copied()
+    }
+}
+
+/// A part of a whole in permille; of nothing, nothing.
+pub(crate) fn permille(part: u64, whole: u64) -> u64 {
+    let scaled = u128::from(part) * 1000;
+    u64::try_from(scaled.checked_div(u128::from(whole)).unwrap_or(0)).unwrap_or(u64::MAX)
 }
 
 /// Checks that VMs may run at a host.

@@ -30,6 +30,7 @@ impl Change<'_> {
             ca_key_pem: init.ca_key_pem.clone(),
             feature_level: init.feature_level,
             ha_braked: false,
+            ha_disarmed: false,
         };
         self.event(EventKind::PoolCreated, format!("pool {}", init.name), "the pool was founded".into());
         self.add_host(FIRST_HOST, &init.first_host)?;
@@ -42,6 +43,23 @@ impl Change<'_> {
 
     pub(super) fn ha_resume(&mut self) -> Applied {
         self.change_brake(false, "recovery is permitted again")
+    }
+
+    pub(super) fn ha_disarm(&mut self) -> Applied {
+        self.change_arming(true, "disarmed")
+    }
+
+    pub(super) fn ha_arm(&mut self) -> Applied {
+        self.change_arming(false, "armed")
+    }
+
+    fn change_arming(&mut self, disarmed: bool, word: &str) -> Applied {
+        if self.state.settings.ha_disarmed != disarmed {
+            self.state.settings.ha_disarmed = disarmed;
+            let object = format!("pool {}", self.state.settings.name);
+            self.event(EventKind::PoolBrake, object, format!("recovery is {word} by {}", self.principal));
+        }
+        Ok(Outcome::Done)
     }
 
     fn change_brake(&mut self, braked: bool, message: &str) -> Applied {

@@ -76,7 +76,7 @@ impl Change<'_> {
         let cause = problem.clone().unwrap_or_else(|| "the VM ended while it was starting".to_owned());
         self.end_vm_task(id, |kind| match kind {
             TaskKind::VmStop => TaskState::Done,
-            TaskKind::VmStart | TaskKind::VmMigrate { .. } => TaskState::Failed { problem: cause },
+            _ => TaskState::Failed { problem: cause },
         });
         match problem {
             Some(problem) => self.vm_event(EventKind::VmFailed, id, problem),
@@ -131,6 +131,9 @@ impl Change<'_> {
         }
         if self.state.settings.ha_braked {
             return Err(Rejection::Braked);
+        }
+        if self.state.settings.ha_disarmed {
+            return Err(Rejection::Disarmed);
         }
         if vm.spec.ha == HaPolicy::None {
             return Err(Rejection::NotHighlyAvailable { vm: name() });

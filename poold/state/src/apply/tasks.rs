@@ -6,7 +6,7 @@ use crate::{
     limits::TASKS_MAX,
     outcome::Outcome,
     rejection::Rejection,
-    state::{EventKind, MigrationOutcome, StopMode, Task, TaskKind, TaskState},
+    state::{EventKind, HostDuty, MigrationOutcome, StopMode, Task, TaskKind, TaskState},
 };
 use proto::{HostId, TaskId, VmId};
 
@@ -19,14 +19,30 @@ impl Change<'_> {
         executor: Option<HostId>,
         duration_ms: u64,
     ) -> TaskId {
+        let vm_name = self.state.vms.get(&vm).map(|vm| vm.name.clone()).unwrap_or_default();
+        self.add_task(kind, Some(vm), format!("vm {vm_name}"), executor, duration_ms)
+    }
+
+    /// Creates the task of this entry, which the leader carries on.
+    pub(super) fn create_pool_task(&mut self, kind: TaskKind, object: String, duration_ms: u64) -> TaskId {
+        self.add_task(kind, None, object, None, duration_ms)
+    }
+
+    fn add_task(
+        &mut self,
+        kind: TaskKind,
+        vm: Option<VmId>,
+        object: String,
+        executor: Option<HostId>,
+        duration_ms: u64,
+    ) -> TaskId {
         let id = TaskId(self.index);
         self.forget_ended_tasks();
-        let vm_name = self.state.vms.get(&vm).map(|vm| vm.name.clone()).unwrap_or_default();
         let task = Task {
             id,
             kind,
             vm,
-            vm_name,
+            object,
             principal: self.principal.to_owned(),
             executor,
             state: TaskState::Running,
@@ -64,14 +80,22 @@ impl Change<'_> {
         if !task.is_running() {
             return Err(Rejection::TaskEnded { task: id });
         }
-        let vm = task.vm;
-        match task.kind {
-            TaskKind::VmMigrate { migration } => {
+        match (task.kind, task.vm) {
+            (TaskKind::VmMigrate { migration }, _) => {
                 self.cancel_migration(migration)?;
             }
-            TaskKind::VmStop => return Err(Rejection::TaskNotCancellable { task: id }),
-            TaskKind::VmStart => {
+            (TaskKind::VmStart, Some(vm)) => {
                 self.stop_vm(vm, StopMode::Force)?;
+            }
+            (TaskKind::VmStop | TaskKind::VmStart, _) => {
+                return Err(Rejection::TaskNotCancellable { task: id });
+            }
+            // What has moved stays where it is; a move under way goes on to its end.
+            (TaskKind::HostDrain { host }, _) => {
+                self.give_up_drain(host, HostDuty::Active, TaskState::Cancelled)?;
+            }
+            (TaskKind::HostRestore { .. } | TaskKind::PoolBalance, _) => {
+                self.end_task(id, TaskState::Cancelled);
             }
         }
         Ok(Outcome::Task(id))
@@ -86,10 +110,19 @@ impl Change<'_> {
             return Err(Rejection::TaskNotExpired { task: id });
         }
         let (kind, vm) = (task.kind, task.vm);
+        let late = |problem: &str| TaskState::Failed { problem: problem.to_owned() };
         match kind {
             TaskKind::VmStart | TaskKind::VmStop => {
-                let problem = "it was not over in time; the pool goes on trying".to_owned();
-                self.end_vm_task(vm, |_| TaskState::Failed { problem });
+                if let Some(vm) = vm {
+                    self.end_vm_task(vm, |_| late("it was not over in time; the pool goes on trying"));
+                }
+            }
+            TaskKind::HostDrain { host } => {
+                let end = late("not all VMs could be moved in time; the host stays cordoned");
+                self.give_up_drain(host, HostDuty::Cordoned, end)?;
+            }
+            TaskKind::HostRestore { .. } | TaskKind::PoolBalance => {
+                self.end_task(id, late("not all VMs could be moved in time"));
             }
             TaskKind::VmMigrate { migration } => {
                 let phase = self.state.migration(migration)?.phase;

@@ -62,6 +62,7 @@ impl Change<'_> {
             not_before_ms: 0,
             problem: None,
             task: None,
+            home: None,
         };
         self.state.vms.insert(id, vm);
         self.vm_event(EventKind::VmCreated, id, format!("created by {}", self.principal));
@@ -91,6 +92,7 @@ impl Change<'_> {
         for disk in vm.spec.disks.clone() {
             self.volume_mut(disk)?.attached_to = None;
         }
+        self.take_vm_from_groups(id)?;
         self.vm_event(EventKind::VmDeleted, id, format!("deleted by {}", self.principal));
         self.state.vms.remove(&id);
         Ok(Outcome::Vm(id))

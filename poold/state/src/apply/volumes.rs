@@ -29,7 +29,12 @@ impl Change<'_> {
         if hosts.len() < wanted {
             return Err(Rejection::NotEnoughHosts { wanted: wanted as u64, up: hosts.len() as u64 });
         }
-        hosts.truncate(wanted);
+        let candidates = std::mem::take(&mut hosts);
+        while hosts.len() < wanted
+            && let Some(next) = self.state.next_replica(&candidates, &hosts)
+        {
+            hosts.push(next);
+        }
         hosts.sort_unstable();
         let isr = hosts.iter().filter_map(|&host| {
             let incarnation = self.state.hosts.get(&host)?.incarnation.clone()?;

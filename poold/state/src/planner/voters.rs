@@ -50,8 +50,14 @@ pub fn desired_voters(state: &PoolState, view: &VoterView) -> BTreeSet<HostId> {
     let reachable = target.min(next.len() + candidates.len());
     let odd = if reachable.is_multiple_of(2) { reachable.saturating_sub(1) } else { reachable };
     let wanted = odd.saturating_sub(next.len());
-    candidates.truncate(wanted);
-    next.extend(candidates);
+    for _ in 0..wanted {
+        // Spread over zones: what fails together should not be the majority.
+        let zone = |id: &HostId| state.hosts.get(id).map(Host::zone);
+        let crowd = |id: &HostId| next.iter().filter(|voter| zone(voter) == zone(id)).count();
+        let Some(best) = candidates.iter().copied().min_by_key(|id| (crowd(id), *id)) else { break };
+        candidates.retain(|id| *id != best);
+        next.insert(best);
+    }
     next
 }
 

@@ -37,7 +37,7 @@ impl Local<'_> {
             Some(migration) => self.sending(migration, process, actions),
             None => actions.extend(self.steady(vm, process)),
         }
-        if process.state == ProcessState::Running && !vm.is_reported_running() {
+        if runs(vm, process) && !vm.is_reported_running() {
             actions.push(HostAction::Report(Command::VmRunning { vm: vm.id, epoch: vm.epoch }));
         }
     }
@@ -97,6 +97,14 @@ impl Local<'_> {
             actions.push(HostAction::UpdateVolumes { vm: vm.id, digest });
         }
     }
+}
+
+/// Whether the process has reached what a start or a move wants; a paused VM arrives paused.
+fn runs(vm: &Vm, process: &ObservedVm) -> bool {
+    let resumed =
+        matches!(process.migration, Some(ObservedMigration::Target { phase: TargetPhase::Resumed, .. }));
+    let arrived_paused = process.state == ProcessState::Paused && vm.desired == Desired::Paused && resumed;
+    process.state == ProcessState::Running || arrived_paused
 }
 
 fn is_arriving(process: &ObservedVm) -> bool {

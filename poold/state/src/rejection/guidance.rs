@@ -86,6 +86,13 @@ impl Rejection {
             Self::TaskEnded { .. } => "TASK_ENDED",
             Self::TaskNotCancellable { .. } => "TASK_NOT_CANCELLABLE",
             Self::TaskNotExpired { .. } => "TASK_NOT_EXPIRED",
+            Self::Disarmed => "HA_DISARMED",
+            Self::HostOutOfService { .. } => "HOST_OUT_OF_SERVICE",
+            Self::GroupForbids { .. } => "GROUP_FORBIDS",
+            Self::TooManyMoves { .. } => "TOO_MANY_MOVES",
+            Self::MoveNotWanted { .. } => "MOVE_NOT_WANTED",
+            Self::TaskNotFinished { .. } => "TASK_NOT_FINISHED",
+            Self::LastAdmin { .. } => "LAST_ADMIN",
             _ => "REJECTED",
         }
     }
@@ -135,7 +142,10 @@ impl Rejection {
             | Self::LastImageHolder { host, .. }
             | Self::LastHost { host }
             | Self::StaleIncarnation { host }
+            | Self::HostOutOfService { host, .. }
+            | Self::TooManyMoves { host, .. }
             | Self::NotEnoughMemory { host, .. } => format!("host {host}"),
+            Self::LastAdmin { user } => format!("user {user}"),
             Self::CpuMismatch { target, .. } => format!("host {target}"),
             Self::ImageInUse { image, .. } | Self::ImageWithoutHolder { image } => format!("image {image}"),
             Self::VolumeInUse { volume, .. }
@@ -156,12 +166,17 @@ impl Rejection {
             | Self::MayStillRun { vm, .. }
             | Self::NotHighlyAvailable { vm }
             | Self::NoHostFits { vm, .. }
+            | Self::GroupForbids { vm, .. }
+            | Self::MoveNotWanted { vm }
             | Self::TargetIsSource { vm, .. } => format!("vm {vm}"),
             Self::WrongPhase { migration, .. }
             | Self::MigrationEnded { migration }
             | Self::AlreadyCommitted { migration }
             | Self::LastSequenceMismatch { migration, .. } => format!("migration {migration}"),
-            Self::TaskEnded { task } | Self::TaskNotCancellable { task } | Self::TaskNotExpired { task } => {
+            Self::TaskEnded { task }
+            | Self::TaskNotCancellable { task }
+            | Self::TaskNotFinished { task }
+            | Self::TaskNotExpired { task } => {
                 format!("task {task}")
             }
             Self::PoolNotInitialised
@@ -176,6 +191,7 @@ impl Rejection {
             | Self::TokenRevoked
             | Self::FeatureLevelTooLow { .. }
             | Self::NotEnoughHosts { .. }
+            | Self::Disarmed
             | Self::Braked => String::new(),
         }
     }
@@ -193,8 +209,13 @@ impl Rejection {
             Self::BadName { .. } => {
                 "use 1 to 63 of a-z A-Z 0-9 . _ - and no form of an id such as vm-17".into()
             }
+            Self::NameTaken { kind: ObjectKind::Host, name } => {
+                format!("choose another name; if that host is gone for good, `poolctl host forget {name}`")
+            }
             Self::NameTaken { .. } => "choose another name".into(),
-            Self::AddressTaken { .. } => "choose another address or port".into(),
+            Self::AddressTaken { host, .. } => {
+                format!("choose another one; if that host is gone for good, `poolctl host forget {host}`")
+            }
             Self::OutOfRange { field, min, max, .. } => {
                 format!("choose a value from {} to {}", field.show(*min), field.show(*max))
             }
@@ -208,7 +229,7 @@ impl Rejection {
             Self::HostNotUp { host, .. } => format!("see `poolctl host show {host}`, or choose another host"),
             Self::HostNotLost { host, .. } => format!("see `poolctl host show {host}`"),
             Self::HostHasVms { host, .. } => {
-                format!("move or stop its VMs first: `poolctl host show {host}` lists them")
+                format!("move its VMs away first: `poolctl host drain {host}`")
             }
             Self::LastInSyncReplica { volume, .. } => {
                 format!(
@@ -243,10 +264,21 @@ impl Rejection {
             }
             Self::VmWithoutKernel { .. } => "create the VM with --kernel".into(),
             Self::MayStillRun { vm, host } => {
-                format!("make sure that {host} is off, then `poolctl vm stop {vm} --force`")
+                format!(
+                    "make sure that {host} is off, then `poolctl host confirm-dead {host}` or `poolctl vm stop {vm} --force`"
+                )
             }
             Self::NotHighlyAvailable { vm } => format!("start it with `poolctl vm start {vm}`"),
             Self::Braked => "check the hosts, then `poolctl ha resume`".into(),
+            Self::Disarmed => "switch it on again with `poolctl ha arm`".into(),
+            Self::HostOutOfService { host, .. } => {
+                format!("choose another host, or put it back into service: `poolctl host restore {host}`")
+            }
+            Self::GroupForbids { group, .. } => {
+                format!("choose another host, or change the group: `poolctl group show {group}`")
+            }
+            Self::TooManyMoves { .. } => "wait until one has ended: `poolctl migration list`".into(),
+            Self::LastAdmin { .. } => "make another user an admin first: `poolctl user create`".into(),
             Self::NotEnoughMemory { .. } | Self::NoHostFits { .. } => {
                 "stop or move other VMs, or add a host: `poolctl host list` shows free memory".into()
             }
@@ -276,6 +308,8 @@ fn not_found_code(kind: ObjectKind) -> &'static str {
         ObjectKind::Task => "TASK_NOT_FOUND",
         ObjectKind::Migration => "MIGRATION_NOT_FOUND",
         ObjectKind::Token => "TOKEN_NOT_FOUND",
+        ObjectKind::Group => "GROUP_NOT_FOUND",
+        ObjectKind::User => "USER_NOT_FOUND",
     }
 }
 

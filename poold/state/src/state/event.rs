@@ -66,6 +66,12 @@ pub enum EventKind {
     Migration,
     /// A task has ended.
     Task,
+    /// An operator changed a host's duty or labels.
+    HostDuty,
+    /// A group was created, changed or deleted.
+    Group,
+    /// A user was created, changed or deleted.
+    User,
 }
 
 impl EventKind {
@@ -94,6 +100,9 @@ impl EventKind {
             Self::VmFailed => "vm.failed",
             Self::Migration => "migration.phase",
             Self::Task => "task.ended",
+            Self::HostDuty => "host.duty",
+            Self::Group => "group.changed",
+            Self::User => "user.changed",
         }
     }
 }

@@ -1,8 +1,8 @@
 //! Hosts and the tokens with which they join.
 
-use proto::{ByteCount, CertificateFingerprint, HostId, Incarnation, TokenId};
+use proto::{ByteCount, CertificateFingerprint, HostId, Incarnation, TaskId, TokenId};
 use serde::{Deserialize, Serialize};
-use std::fmt;
+use std::{collections::BTreeMap, fmt};
 
 /// The first host's id, which is needed before there is a log that could give one. Log entry 1 creates no object.
 pub const FIRST_HOST: HostId = HostId(1);
@@ -36,6 +36,53 @@ pub struct Host {
     pub joined_ms: u64,
     /// Unix time at which it was declared lost, while it is.
     pub lost_ms: Option<u64>,
+    /// What may come to it.
+    pub duty: HostDuty,
+    /// Words of the operator, such as `zone=a`.
+    pub labels: BTreeMap<String, String>,
+    /// Logical CPUs; 0: not known yet.
+    pub cpus: u32,
+}
+
+/// The label that names a host's zone: what fails together.
+pub const ZONE_LABEL: &str = "zone";
+
+/// What an operator lets a host do.
+///
+/// ```text
+///            cordon                 drain               the last VM has gone
+///  Active ─────────▶ Cordoned ────────────▶ Draining ─────────────────────▶ Maintenance
+///    ▲                   │ uncordon             │ cancelled                        │ restore
+///    └───────────────────┴──────────────────────┴──────────────────────────────────┘
+/// ```
+/// A drain that fails ends in `Cordoned`. A host with any duty votes and keeps its replicas.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum HostDuty {
+    /// VMs and replicas come to it.
+    #[default]
+    Active,
+    /// No VM comes to it.
+    Cordoned,
+    /// Its VMs are being moved away.
+    Draining {
+        /// By this task.
+        task: TaskId,
+    },
+    /// It has no VM and gets neither VMs nor replicas.
+    Maintenance,
+}
+
+impl HostDuty {
+    /// The word that operators see.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Active => "active",
+            Self::Cordoned => "cordoned",
+            Self::Draining { .. } => "draining",
+            Self::Maintenance => "maintenance",
+        }
+    }
 }
 
 /// `Joining → Up ⇄ Lost`, and from each of them `→ Removed`.
@@ -75,6 +122,35 @@ impl Host {
     #[must_use]
     pub fn is_up(&self) -> bool {
         self.state == HostState::Up
+    }
+
+    /// Whether VMs may come to it.
+    #[must_use]
+    pub fn takes_vms(&self) -> bool {
+        self.is_up() && self.duty == HostDuty::Active
+    }
+
+    /// Whether it may get a replica that it does not have.
+    #[must_use]
+    pub fn takes_replicas(&self) -> bool {
+        let stays = matches!(self.duty, HostDuty::Active | HostDuty::Cordoned);
+        self.is_up() && self.incarnation.is_some() && stays
+    }
+
+    /// Its zone; hosts without one are in a common zone of their own.
+    #[must_use]
+    pub fn zone(&self) -> &str {
+        self.labels.get(ZONE_LABEL).map_or("", String::as_str)
+    }
+
+    /// The state as operators see it: what they have asked of a host that is up comes first.
+    #[must_use]
+    pub fn state_word(&self) -> &'static str {
+        match (self.state, self.duty) {
+            (HostState::Up, HostDuty::Active) => self.state.as_str(),
+            (HostState::Up, duty) => duty.as_str(),
+            (state, _) => state.as_str(),
+        }
     }
 
     /// Whether it is still a member.

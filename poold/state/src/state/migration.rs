@@ -29,6 +29,8 @@ pub struct Migration {
     pub target: HostId,
     /// How it copies.
     pub options: MigrationOptions,
+    /// Why it moves.
+    pub cause: MoveCause,
     /// The VM's epoch at the source. At the target it is the next one.
     pub from_epoch: Epoch,
     /// The step reached last.
@@ -51,6 +53,19 @@ pub struct Migration {
     pub ended_ms: Option<u64>,
     /// What it did; final.
     pub record: Option<MigrationRecord>,
+}
+
+/// Why a VM moves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum MoveCause {
+    /// An operator asked for it.
+    Operator,
+    /// Its host is being drained.
+    Drain,
+    /// Its host is back in service.
+    Restore,
+    /// The load is being evened out.
+    Balance,
 }
 
 /// Where the target's process listens, and as whom.

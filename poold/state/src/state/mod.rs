@@ -4,7 +4,9 @@
 //! - [`view`]: what follows from the data (a VM's state, reserved memory, who may run what).
 //! - [`resolve`]: from what an operator typed to an object.
 
+pub mod audit;
 pub mod event;
+pub mod group;
 pub mod host;
 pub mod image;
 pub mod migration;
@@ -13,26 +15,30 @@ pub mod request;
 pub mod resolve;
 pub mod table;
 pub mod task;
+pub mod user;
 pub mod view;
 pub mod vm;
 pub mod volume;
 
+pub use audit::{AuditLog, AuditRecord};
 pub use event::{Event, EventKind, EventLog};
-pub use host::{FIRST_HOST, Host, HostState, Token, TokenState};
+pub use group::{Group, GroupRule, GroupStrength};
+pub use host::{FIRST_HOST, Host, HostDuty, HostState, Token, TokenState, ZONE_LABEL};
 pub use image::{ContentHash, Image, ParseContentHashError};
 pub use migration::{
-    Migration, MigrationOptions, MigrationOutcome, MigrationPhase, MigrationPolicy, TargetEndpoint,
+    Migration, MigrationOptions, MigrationOutcome, MigrationPhase, MigrationPolicy, MoveCause, TargetEndpoint,
 };
 pub use proto::{AttachmentSecret, CertificateFingerprint};
 pub use record::{BlackoutParts, MigrationRecord, PageCounts, RoundRecord};
 pub use request::{Answer, RequestTable};
 pub use table::Table;
 pub use task::{Task, TaskKind, TaskState};
+pub use user::{FOUNDER, Role, User};
 pub use vm::{Desired, HaPolicy, Intent, StartCause, StopMode, Vm, VmSpec, VmState};
 pub use volume::{EpochStart, IsrMember, Volume, VolumeOwner};
 
 use crate::timing::Timing;
-use proto::{HostId, ImageId, MigrationId, TaskId, TokenId, VmId, VolumeId};
+use proto::{GroupId, HostId, ImageId, MigrationId, TaskId, TokenId, VmId, VolumeId};
 use serde::{Deserialize, Serialize};
 
 /// Everything that the hosts of a pool agree on. Cloning costs a few reference counts.
@@ -58,6 +64,12 @@ pub struct PoolState {
     pub tasks: Table<TaskId, Task>,
     /// Migrations, the newest ended ones included.
     pub migrations: Table<MigrationId, Migration>,
+    /// Rules about where VMs run.
+    pub groups: Table<GroupId, Group>,
+    /// Users by name, deleted ones included.
+    pub users: Table<String, User>,
+    /// What users changed lately.
+    pub audit: AuditLog,
     /// What happened lately.
     pub events: EventLog,
     /// What was answered lately.
@@ -81,6 +93,8 @@ pub struct Settings {
     pub feature_level: u32,
     /// Recovery is halted until an operator permits it or the hosts return.
     pub ha_braked: bool,
+    /// An operator has switched recovery off.
+    pub ha_disarmed: bool,
 }
 
 impl std::fmt::Debug for Settings {

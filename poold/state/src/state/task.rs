@@ -3,17 +3,17 @@
 use proto::{HostId, MigrationId, TaskId, VmId};
 use serde::{Deserialize, Serialize};
 
-/// A long operation on a VM.
+/// A long operation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Task {
     /// Index of the entry that created it.
     pub id: TaskId,
     /// What it does.
     pub kind: TaskKind,
-    /// The VM that it changes.
-    pub vm: VmId,
-    /// Name of the VM when the task began; the VM may be gone by now.
-    pub vm_name: String,
+    /// The VM that it changes, if it is about one.
+    pub vm: Option<VmId>,
+    /// What it changes by the name that it had when the task began, e.g. `vm web1`.
+    pub object: String,
     /// Who asked for it.
     pub principal: String,
     /// The host that works on it.
@@ -40,6 +40,18 @@ pub enum TaskKind {
         /// The move, whose id is the task's number too.
         migration: MigrationId,
     },
+    /// Moves every VM away from a host.
+    HostDrain {
+        /// The host.
+        host: HostId,
+    },
+    /// Moves the VMs back that a drain took away.
+    HostRestore {
+        /// The host.
+        host: HostId,
+    },
+    /// Evens the load of the hosts out.
+    PoolBalance,
 }
 
 /// `Running → Done | Failed | Cancelled`.
@@ -66,6 +78,9 @@ impl TaskKind {
             Self::VmStart => "vm.start",
             Self::VmStop => "vm.stop",
             Self::VmMigrate { .. } => "vm.migrate",
+            Self::HostDrain { .. } => "host.drain",
+            Self::HostRestore { .. } => "host.restore",
+            Self::PoolBalance => "pool.balance",
         }
     }
 }

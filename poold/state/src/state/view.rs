@@ -2,7 +2,7 @@
 
 use super::{Desired, HaPolicy, Host, HostState, MigrationOutcome, PoolState, StartCause, Vm, VmState};
 use crate::rejection::{ObjectKind, Rejection};
-use proto::{ByteCount, Epoch, HostId, ImageId, MigrationId, TaskId, TokenId, VmId, VolumeId};
+use proto::{ByteCount, Epoch, GroupId, HostId, ImageId, MigrationId, TaskId, TokenId, VmId, VolumeId};
 use std::collections::BTreeMap;
 
 macro_rules! lookup {
@@ -41,6 +41,9 @@ impl PoolState {
     lookup!(
         /// A join token by id.
         token, tokens, TokenId, super::Token, Token);
+    lookup!(
+        /// A group by id.
+        group, groups, GroupId, super::Group, Group);
 
     /// Hosts that are not removed.
     pub fn members(&self) -> impl Iterator<Item = &Host> {

@@ -47,6 +47,8 @@ pub struct Vm {
     pub problem: Option<String>,
     /// The start or stop under way.
     pub task: Option<TaskId>,
+    /// The host from which a drain took it; forgotten when it is back there or an operator decides otherwise.
+    pub home: Option<HostId>,
 }
 
 /// What a machine consists of.

@@ -4,7 +4,7 @@ use crate::{
     Command, Outcome,
     command::{LastSequence, RestartCause, StopReason},
     fixture::{Pool, endpoint, facts},
-    limits::{MIGRATIONS_MAX, ROUNDS_MAX},
+    limits::{MIGRATIONS_MAX, MOVES_PER_HOST_MAX, ROUNDS_MAX},
     state::{
         CertificateFingerprint, EpochStart, HaPolicy, MigrationOptions, MigrationPhase, MigrationRecord,
         RoundRecord, StopMode,
@@ -93,10 +93,53 @@ fn a_migration_is_refused_with_all_its_blockers() {
     }
     assert_eq!(pool.reject(start(vm, Some(hosts[2]))), "NOT_ENOUGH_MEMORY");
     assert_eq!(pool.reject(start(vm, None)), "NO_HOST_FITS");
-    pool.accept(Command::PauseVm { vm });
+    pool.accept(Command::CordonHost { host: hosts[2] });
     let blockers = pool.state.migration_blockers(vm, Some(hosts[2]));
     let codes: Vec<_> = blockers.iter().map(crate::Rejection::reason_code).collect();
-    assert_eq!(codes, ["VM_NOT_RUNNING", "NOT_ENOUGH_MEMORY"]);
+    assert_eq!(codes, ["HOST_OUT_OF_SERVICE", "NOT_ENOUGH_MEMORY"]);
+}
+
+#[test]
+fn a_paused_vm_moves_and_stays_paused() {
+    let mut pool = Pool::new(2);
+    let hosts = pool.hosts();
+    let vm = pool.running_vm("web", hosts[0], HaPolicy::Restart);
+    pool.accept(Command::PauseVm { vm });
+    let (migration, _) = pool.start_migration(vm, None);
+    pool.finish(migration);
+    assert_eq!((pool.host_of(vm), pool.vm_state(vm)), (Some(hosts[1]), "paused"));
+}
+
+#[test]
+fn a_host_takes_part_in_so_many_moves_at_a_time() {
+    let mut pool = Pool::new(3);
+    let hosts = pool.hosts();
+    let memory = crate::fixture::HOST_MEMORY;
+    for host in &hosts {
+        let host = *host;
+        let (incarnation, address) = (crate::fixture::incarnation(host, 0), format!("10.9.0.{}:1", host.0));
+        let replica_fingerprint = CertificateFingerprint([1; 32]);
+        let vm_memory = proto::ByteCount(memory.0 * 10);
+        let boot_id = String::new();
+        let facts = crate::command::UpdateHost {
+            host,
+            incarnation,
+            replica_fingerprint,
+            boot_id,
+            address,
+            vm_memory,
+        };
+        pool.accept(Command::UpdateHost(facts));
+    }
+    let vms: Vec<VmId> = (0..=MOVES_PER_HOST_MAX)
+        .map(|number| pool.running_vm(&format!("vm{number}"), hosts[0], HaPolicy::Restart))
+        .collect();
+    let late = vms[MOVES_PER_HOST_MAX];
+    let moving: Vec<MigrationId> =
+        vms[..MOVES_PER_HOST_MAX].iter().map(|vm| pool.start_migration(*vm, Some(hosts[1])).0).collect();
+    assert_eq!(pool.reject(start(late, Some(hosts[2]))), "TOO_MANY_MOVES");
+    pool.finish(moving[0]);
+    pool.accept(start(late, Some(hosts[2])));
 }
 
 #[test]

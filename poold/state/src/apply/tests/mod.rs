@@ -1,6 +1,8 @@
 //! Each rule of `apply` by the behaviour that it gives. The fixture checks all invariants after each entry, and that a rejected
 //! entry changes nothing.
 
+mod duty;
+mod groups;
 mod hosts;
 mod membership;
 mod migrations;
@@ -8,4 +10,5 @@ mod pool;
 mod random;
 mod run;
 mod size;
+mod users;
 mod vms;

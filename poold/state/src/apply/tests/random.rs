@@ -2,10 +2,12 @@
 
 use crate::{
     Command, Entry, PoolState,
-    command::{IsrChange, LastSequence, RemoveMode, RestartCause, StopReason, VolumeStart},
+    command::{CreateGroup, IsrChange, LastSequence, RemoveMode, RestartCause, StopReason, VolumeStart},
     fixture::{Pool, endpoint, incarnation},
     planner::{LeaderView, plan},
-    state::{CertificateFingerprint, HaPolicy, MigrationOptions, StopMode},
+    state::{
+        CertificateFingerprint, GroupRule, GroupStrength, HaPolicy, MigrationOptions, MoveCause, StopMode,
+    },
 };
 use proptest::prelude::*;
 use proto::{ByteCount, Epoch, HostId, IsrVersion, MigrationId, Sequence, TaskId, VmId, VolumeId};
@@ -35,7 +37,7 @@ fn command(pool: &Pool, (kind, a, b, c): Roll) -> Command {
     let epoch = state.vms.get(&vm).map_or(Epoch(0), |vm| Epoch(vm.epoch.0.saturating_sub(stale)));
     let ha = if a.is_multiple_of(4) { HaPolicy::None } else { HaPolicy::Restart };
     let mode = if a.is_multiple_of(2) { StopMode::Clean } else { StopMode::Force };
-    match kind % 29 {
+    match kind % 35 {
         0 => Command::CreateVolume {
             name: format!("v{c}"),
             size: ByteCount(1 << 30),
@@ -85,8 +87,37 @@ fn command(pool: &Pool, (kind, a, b, c): Roll) -> Command {
                 start_seq: Sequence(u64::from(b)),
             },
         },
-        _ if a < 20 => Command::SetBrake,
+        28 => Command::CordonHost { host },
+        29 => Command::UncordonHost { host },
+        30 => Command::DrainHost { host },
+        31 => Command::RestoreHost { host },
+        32 if a < 32 => Command::ConfirmDead { host },
+        32 if a < 128 => Command::StartBalance,
+        32 => Command::FinishTask { task },
+        33 => Command::MoveVm {
+            vm,
+            target: host,
+            cause: [MoveCause::Drain, MoveCause::Restore, MoveCause::Balance][usize::from(b % 3)],
+        },
+        34 if a < 100 => group(pool, vm, other, b),
+        _ if a < 120 => Command::SetBrake,
         _ => Command::HaResume,
+    }
+}
+
+fn group(pool: &Pool, vm: VmId, host: HostId, choice: u8) -> Command {
+    let rule = [GroupRule::Together, GroupRule::Apart, GroupRule::OnHosts, GroupRule::NotOnHosts]
+        [usize::from(choice % 4)];
+    let strength = if choice < 128 { GroupStrength::Must } else { GroupStrength::Should };
+    match pool.state.groups.keys().next_back() {
+        Some(group) if choice.is_multiple_of(5) => Command::DeleteGroup { group: *group },
+        _ => Command::CreateGroup(CreateGroup {
+            name: format!("g{choice}"),
+            rule,
+            strength,
+            vms: pool.state.vms.keys().copied().take(2).chain([vm]).collect(),
+            hosts: if choice % 4 < 2 { vec![] } else { vec![host] },
+        }),
     }
 }
 
@@ -122,14 +153,17 @@ fn run_out(pool: &mut Pool) {
         pool.now_ms += pool.state.settings.timing.migration_copy_ms;
         let view = LeaderView { now_ms: pool.now_ms };
         let commands = plan(&pool.state, &view);
-        if commands.is_empty() {
+        // A task that waits for something is ended by its deadline, some rounds from now.
+        let idle = pool.state.tasks.values().all(|task| !task.is_running());
+        if commands.is_empty() && idle {
             break;
         }
         for command in commands {
             pool.accept(command);
         }
     }
-    assert_eq!(pool.state.tasks.values().filter(|task| task.is_running()).count(), 0, "a task did not end");
+    let running: Vec<_> = pool.state.tasks.values().filter(|task| task.is_running()).collect();
+    assert!(running.is_empty(), "a task did not end: {running:?}");
     assert_eq!(pool.state.running_migrations().count(), 0, "a migration did not end");
 }
 

@@ -260,3 +260,16 @@ fn an_image_of_an_aborted_migration_is_never_run_at_the_epoch_of_a_recovery() {
     let start = HostAction::SpawnAndStart { vm: step.vm, epoch: step.pool.epoch(step.vm) };
     assert_eq!(actions(&step.pool, step.target, &[]), [start]);
 }
+
+#[test]
+fn a_paused_vm_arrives_paused_and_is_reported() {
+    let (mut pool, _, vm) = with_vm(HaPolicy::Restart);
+    pool.accept(Command::PauseVm { vm });
+    let target = pool.hosts()[1];
+    let migration = pool.committed(vm, target);
+    let mut arrived = process(&pool, vm, ProcessState::Paused);
+    let resumed = TargetPhase::Resumed;
+    arrived.migration = Some(ObservedMigration::Target { migration, phase: resumed, error: String::new() });
+    let epoch = pool.epoch(vm);
+    assert_eq!(report(&pool, target, &[arrived]), Command::VmRunning { vm, epoch });
+}

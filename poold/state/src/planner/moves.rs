@@ -1,0 +1,78 @@
+//! Tasks of the pool: drains, restores and balances, a few moves at a time.
+
+use super::Draft;
+use crate::{
+    balance,
+    command::Command,
+    limits::{PLANNED_MOVE_RETRY_MS, PLANNED_MOVES_PER_HOST},
+    state::{HostDuty, MigrationOutcome, MoveCause, TaskKind, Vm},
+};
+use proto::{HostId, VmId};
+
+impl Draft {
+    /// Proposes the next moves of each task, and the end of those that have reached their aim.
+    pub(super) fn carry_tasks_on(&mut self) {
+        let running = self.state.tasks.values().filter(|task| task.is_running());
+        let tasks: Vec<_> = running.map(|task| (task.id, task.kind)).collect();
+        for (task, kind) in tasks {
+            match kind {
+                TaskKind::HostDrain { host } => self.drain(host),
+                TaskKind::HostRestore { host } => self.restore(host),
+                TaskKind::PoolBalance => self.balance(),
+                TaskKind::VmStart | TaskKind::VmStop | TaskKind::VmMigrate { .. } => continue,
+            }
+            // Refused until nothing is left to do.
+            self.propose(Command::FinishTask { task });
+        }
+    }
+
+    fn drain(&mut self, host: HostId) {
+        let drains = |duty| matches!(duty, HostDuty::Draining { .. });
+        if !self.state.hosts.get(&host).is_some_and(|host| drains(host.duty)) {
+            return;
+        }
+        let vms: Vec<VmId> = self.state.vms_on(host).filter(|vm| self.may_move(vm)).map(|vm| vm.id).collect();
+        for vm in vms {
+            if let Ok(target) = self.state.migration_target(vm) {
+                self.begin(vm, host, target, MoveCause::Drain);
+            }
+        }
+    }
+
+    fn restore(&mut self, host: HostId) {
+        let away: Vec<(VmId, HostId)> = self
+            .state
+            .vms_at_home_on(host)
+            .filter(|vm| self.may_move(vm))
+            .filter_map(|vm| Some((vm.id, vm.placement?)))
+            .collect();
+        for (vm, source) in away {
+            self.begin(vm, source, host, MoveCause::Restore);
+        }
+    }
+
+    fn balance(&mut self) {
+        for next in balance::plan(&self.state) {
+            if self.state.vms.get(&next.vm).is_some_and(|vm| self.may_move(vm)) {
+                self.begin(next.vm, next.source, next.target, MoveCause::Balance);
+            }
+        }
+    }
+
+    fn begin(&mut self, vm: VmId, source: HostId, target: HostId, cause: MoveCause) {
+        let has_place = |host| self.state.moves_of(host) < PLANNED_MOVES_PER_HOST;
+        if has_place(source) && has_place(target) {
+            self.propose(Command::MoveVm { vm, target, cause });
+        }
+    }
+
+    /// Whether a VM runs, nothing is going on with it, and its last move did not fail just now.
+    fn may_move(&self, vm: &Vm) -> bool {
+        let failed_lately = self.state.migrations.values().any(|migration| {
+            let failed = migration.outcome == MigrationOutcome::Failed;
+            let retry_ms = migration.ended_ms.map_or(0, |end| end.saturating_add(PLANNED_MOVE_RETRY_MS));
+            migration.vm == vm.id && failed && self.now_ms < retry_ms
+        });
+        vm.is_reported_running() && vm.intent.is_none() && !failed_lately
+    }
+}

@@ -1,0 +1,45 @@
+//! Who may use the API.
+
+use serde::{Deserialize, Serialize};
+
+/// The user that a pool is founded with; it needs no record until somebody changes it.
+pub const FOUNDER: &str = "admin";
+
+/// A user, known by the key of a client certificate.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct User {
+    /// Unique among users.
+    pub name: String,
+    /// What it may do; none: it was deleted, and what was signed for it is void.
+    pub role: Option<Role>,
+    /// blake3 of the SubjectPublicKeyInfo of its key; none: the key that the pool was founded with.
+    pub key_hash: Option<[u8; 32]>,
+    /// Unix time of its creation.
+    pub created_ms: u64,
+}
+
+/// What a user may do; each role may do what the ones before it may.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Role {
+    /// Look.
+    Viewer,
+    /// Work with VMs, volumes and hosts in service.
+    Operator,
+    /// Change the pool itself: members, users, backup.
+    Admin,
+}
+
+impl Role {
+    /// All roles, weakest first.
+    pub const ALL: [Self; 3] = [Self::Viewer, Self::Operator, Self::Admin];
+
+    /// The word that operators see and write.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Viewer => "viewer",
+            Self::Operator => "operator",
+            Self::Admin => "admin",
+        }
+    }
+}
