@@ -161,6 +161,32 @@ async fn a_mostly_empty_guest_moves_without_its_empty_memory() {
 }
 
 #[tokio::test]
+async fn several_connections_share_the_pages_and_end_with_the_migration() {
+    let pair = Pair::new(20_000, Rehash::Full);
+    for page in 0..20_000 {
+        pair.source.fill(page, page as u64);
+    }
+    let _writer = Writer::start(pair.source.clone(), 2000, 20);
+    let outgoing = pair.start(SourceConfig { connections: 3, streams: 5, ..pair.config() });
+    let done = pair.commit(&outgoing).await;
+    assert_eq!(done.phase, SourcePhase::Done { resumed: true });
+    assert_eq!(pair.source.first_difference(&pair.target), None);
+    // One connection carries at most three fifths of it.
+    assert!(
+        done.stats.bytes_sent > 20_000 * 4096,
+        "all connections are counted: {:?}",
+        done.stats.bytes_sent
+    );
+    let threads = || std::fs::read_dir("/proc/self/task").unwrap().flatten();
+    let name = |thread: std::fs::DirEntry| std::fs::read_to_string(thread.path().join("comm"));
+    let deadline = Instant::now() + DEADLINE;
+    while threads().flat_map(name).any(|name| name.starts_with("migrate-bulk")) {
+        assert!(Instant::now() < deadline, "a connection's thread is left");
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test]
 async fn kept_hashes_equal_a_full_hash_of_the_target() {
     let pair = Pair::new(5000, Rehash::Full);
     for page in (0..5000).step_by(3) {

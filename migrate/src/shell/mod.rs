@@ -30,6 +30,9 @@ const QUEUE_EVENTS: usize = 64;
 /// Control messages waiting to be written: a round has one.
 const QUEUE_MESSAGES: usize = 16;
 
+/// Time for the last packets, so that the peer hears that the link was closed.
+const CLOSE_TIMEOUT: std::time::Duration = std::time::Duration::from_millis(500);
+
 /// A migration could not even begin.
 #[derive(Debug, thiserror::Error)]
 pub enum SpawnError {

@@ -1,7 +1,7 @@
 //! Runs a [`Source`] against a real machine and a real link.
 
 use super::{
-    QUEUE_EVENTS, SpawnError,
+    CLOSE_TIMEOUT, QUEUE_EVENTS, SpawnError,
     identity::Identity,
     source_link::{self, Dial, Link},
     source_worker::{Done, Job, Shared, Worker},
@@ -36,9 +36,6 @@ const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 /// Requests of handles that wait; each handle waits for its answer.
 const QUEUE_REQUESTS: usize = 16;
 
-/// Time for the last packets, so that the peer hears that the link was closed.
-const CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
-
 /// What to move, where to, and how.
 #[derive(Debug, Clone)]
 pub struct SourceConfig {
@@ -62,6 +59,9 @@ pub struct SourceConfig {
     pub proof: Proof,
     /// Bulk streams, 1 to [`crate::wire::BULK_STREAMS_MAX`].
     pub streams: u8,
+    /// Connections that they are spread over, 1 to [`crate::wire::CONNECTIONS_MAX`]. Each keeps a thread at both sides
+    /// busy: more than one is faster only where cores are spare.
+    pub connections: u8,
 }
 
 impl SourceConfig {
@@ -86,6 +86,7 @@ impl SourceConfig {
             bandwidth_bytes_per_s: None,
             proof: Proof::default(),
             streams: STREAMS_DEFAULT,
+            connections: 1,
         }
     }
 }
@@ -177,6 +178,7 @@ impl SourceTask {
             vm: config.vm,
             page_count: vm.page_count(),
             streams: config.streams,
+            connections: config.connections,
             policy: config.policy,
             downtime_limit: config.downtime_limit,
             proof: config.proof,
@@ -263,7 +265,7 @@ impl<V: SourceVm> Driver<V> {
     fn handle(&mut self, event: SourceEvent, linked: &mpsc::Sender<Link>) {
         let now = Moment(self.origin.elapsed());
         if let Some(link) = &self.link {
-            let link_bytes = link.connection.stats().udp_tx.bytes;
+            let link_bytes = link.bytes_sent();
             let pages_remaining = self.shared.pages_remaining.load(Ordering::Relaxed);
             self.source.handle(now, SourceEvent::Progress { link_bytes, pages_remaining });
         }
@@ -303,7 +305,6 @@ impl<V: SourceVm> Driver<V> {
     }
 
     fn linked(&mut self, link: Link) -> SourceEvent {
-        self.job(Job::Streams(link.bulk.clone()));
         self.link = Some(link);
         SourceEvent::Connected
     }
@@ -319,6 +320,7 @@ impl<V: SourceVm> Driver<V> {
         match command {
             SourceCommand::Connect => self.connect(linked.clone()),
             SourceCommand::Send(message) => self.send(control::encode(&message)),
+            SourceCommand::OpenBulk { ports } => self.open_bulk(ports),
             SourceCommand::StartTracking => self.job(Job::StartTracking),
             SourceCommand::SendRound { round, scope } => self.job(Job::SendRound { round, scope }),
             SourceCommand::FetchDirty => self.job(Job::FetchDirty),
@@ -333,7 +335,7 @@ impl<V: SourceVm> Driver<V> {
             SourceCommand::StopTracking => self.job(Job::StopTracking),
             SourceCommand::CloseLink => {
                 if let Some(link) = &self.link {
-                    link.connection.close(0_u8.into(), b"ended by the source");
+                    link.close();
                 }
             }
             SourceCommand::AnswerCommitProposed(result) => {
@@ -360,7 +362,6 @@ impl<V: SourceVm> Driver<V> {
             local_ip: self.config.local_ip,
             target: self.config.target,
             pinned: self.config.target_fingerprint,
-            streams: self.config.streams,
         };
         let events = self.events.clone();
         tokio::spawn(async move {
@@ -368,6 +369,31 @@ impl<V: SourceVm> Driver<V> {
                 Ok(link) => drop(linked.send(link).await),
                 Err(error) => drop(events.send(SourceEvent::LinkLost { error: error.to_string() }).await),
             }
+        });
+    }
+
+    /// Runs in a task, but the further connections have threads of their own: one core is what limits a connection.
+    fn open_bulk(&self, ports: Vec<u16>) {
+        let Some(link) = &self.link else { return };
+        let (connection, more, events) = (link.connection.clone(), link.more.clone(), self.events.clone());
+        let (jobs, streams) = (self.jobs.clone(), self.config.streams);
+        let dials = ports.into_iter().map(|port| Dial {
+            identity: self.identity.clone(),
+            local_ip: self.config.local_ip,
+            target: SocketAddr::new(self.config.target.ip(), port),
+            pinned: self.config.target_fingerprint,
+        });
+        let dials: Vec<_> = dials.collect();
+        tokio::spawn(async move {
+            let event = match source_link::open_bulk(connection, dials, streams, &more, &events).await {
+                Ok(queues) => {
+                    // The worker ends only after the driver.
+                    let _ = jobs.send(Job::Streams(queues));
+                    SourceEvent::BulkOpened
+                }
+                Err(error) => SourceEvent::LinkLost { error: error.to_string() },
+            };
+            let _ = events.send(event).await;
         });
     }
 
@@ -425,7 +451,7 @@ impl<V: SourceVm> Driver<V> {
 
     async fn close(&mut self) {
         if let Some(link) = self.link.take() {
-            link.connection.close(0_u8.into(), b"ended by the source");
+            link.close();
             // The runtime must not end before the packet that says so has left, or the target waits for its idle timeout.
             let _ = tokio::time::timeout(CLOSE_TIMEOUT, link.endpoint.wait_idle()).await;
         }

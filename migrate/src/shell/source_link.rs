@@ -1,6 +1,6 @@
 //! The source's end of the connection.
 
-use super::{QUEUE_BATCHES, QUEUE_MESSAGES, endpoint, identity::Identity};
+use super::{CLOSE_TIMEOUT, QUEUE_BATCHES, QUEUE_MESSAGES, endpoint, identity::Identity};
 use crate::{
     source::SourceEvent,
     wire::{CONTROL_BYTES_MAX, StreamKind, ToSource, check_length, control},
@@ -8,8 +8,11 @@ use crate::{
 use bytes::Bytes;
 use proto::CertificateFingerprint;
 use quinn::{Connection, Endpoint, RecvStream, SendStream};
-use std::net::{IpAddr, SocketAddr};
-use tokio::sync::mpsc;
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+use tokio::sync::{mpsc, oneshot};
 
 /// Messages and state go before pages.
 const PRIORITY_CONTROL: i32 = 2;
@@ -21,17 +24,39 @@ pub(super) struct Dial {
     pub(super) local_ip: IpAddr,
     pub(super) target: SocketAddr,
     pub(super) pinned: CertificateFingerprint,
-    pub(super) streams: u8,
 }
 
-/// A connection whose streams are open.
+/// Further connections, as they are made.
+pub(super) type More = Arc<Mutex<Vec<Connection>>>;
+
+/// The connections of a migration.
 pub(super) struct Link {
     pub(super) endpoint: Endpoint,
+    /// The first one, which carries messages and state.
     pub(super) connection: Connection,
+    pub(super) more: More,
     /// Encoded control messages to write.
     pub(super) messages: mpsc::Sender<Vec<u8>>,
-    /// Batches to write, by stream.
-    pub(super) bulk: Vec<mpsc::Sender<Bytes>>,
+}
+
+impl Link {
+    fn more(&self) -> MutexGuard<'_, Vec<Connection>> {
+        // A list of handles is right after a panic, too.
+        self.more.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Bytes on the network so far, with all overhead.
+    pub(super) fn bytes_sent(&self) -> u64 {
+        let sent = |connection: &Connection| connection.stats().udp_tx.bytes;
+        sent(&self.connection) + self.more().iter().map(sent).sum::<u64>()
+    }
+
+    /// Closes all connections.
+    pub(super) fn close(&self) {
+        for connection in self.more().iter().chain([&self.connection]) {
+            connection.close(0_u8.into(), b"ended by the source");
+        }
+    }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -44,27 +69,90 @@ pub(super) enum DialError {
     Connection(#[from] quinn::ConnectionError),
     #[error(transparent)]
     Write(#[from] quinn::WriteError),
+    #[error("the thread of a connection has ended")]
+    Ended,
 }
 
-/// Connects and opens all streams. What the target says, and the end of the link, go to `events`.
+/// Connects and opens the control stream. What the target says, and the end of the link, go to `events`.
 pub(super) async fn dial(dial: Dial, events: mpsc::Sender<SourceEvent>) -> Result<Link, DialError> {
-    let endpoint = endpoint::client(&dial.identity, dial.local_ip, dial.target, dial.pinned)?;
-    let connection = endpoint.connect(dial.target, super::identity::SERVER_NAME)?.await?;
+    let (endpoint, connection) = connect(&dial).await?;
     let (control_send, control_receive) = connection.open_bi().await?;
     // A closed stream has no priority to set; the next write says so.
     let _ = control_send.set_priority(PRIORITY_CONTROL);
-    let mut bulk = Vec::new();
-    for index in 0..dial.streams {
+    let (messages, queue) = mpsc::channel(QUEUE_MESSAGES);
+    tokio::spawn(write_messages(control_send, queue));
+    tokio::spawn(read_messages(control_receive, connection.clone(), events));
+    Ok(Link { endpoint, connection, more: More::default(), messages })
+}
+
+/// Makes the further connections and opens all bulk streams, spread over the connections; their queues by stream.
+pub(super) async fn open_bulk(
+    first: Connection,
+    dials: Vec<Dial>,
+    streams: u8,
+    more: &More,
+    events: &mpsc::Sender<SourceEvent>,
+) -> Result<Vec<mpsc::Sender<Bytes>>, DialError> {
+    let connections = dials.len() + 1;
+    let of_connection = |index: usize| (0..streams).skip(index).step_by(connections).collect::<Vec<_>>();
+    let mut opened = open_streams(&first, of_connection(0)).await?;
+    for (index, dial) in (1..).zip(dials) {
+        let (ready, is_ready) = oneshot::channel();
+        let (indexes, events) = (of_connection(index), events.clone());
+        super::spawn_driver("migrate-bulk", move || drive_bulk(dial, indexes, ready, events))?;
+        let ended = || DialError::Ended;
+        let (connection, queues) = is_ready.await.map_err(|_| ended())??;
+        more.lock().unwrap_or_else(PoisonError::into_inner).push(connection);
+        opened.extend(queues);
+    }
+    opened.sort_by_key(|(index, _)| *index);
+    Ok(opened.into_iter().map(|(_, queue)| queue).collect())
+}
+
+type Opened = Vec<(u8, mpsc::Sender<Bytes>)>;
+
+/// One further connection, on the thread that this runs on, until it is closed.
+async fn drive_bulk(
+    dial: Dial,
+    indexes: Vec<u8>,
+    ready: oneshot::Sender<Result<(Connection, Opened), DialError>>,
+    events: mpsc::Sender<SourceEvent>,
+) {
+    let open = async {
+        let (endpoint, connection) = connect(&dial).await?;
+        let opened = open_streams(&connection, indexes).await?;
+        Ok((endpoint, connection, opened))
+    };
+    match open.await {
+        Ok((endpoint, connection, opened)) => {
+            // Fails when the migration was given up meanwhile; then the connection is dropped, which closes it.
+            if ready.send(Ok((connection.clone(), opened))).is_ok() {
+                let error = connection.closed().await.to_string();
+                let _ = events.send(SourceEvent::LinkLost { error }).await;
+            }
+            drop(connection);
+            let _ = tokio::time::timeout(CLOSE_TIMEOUT, endpoint.wait_idle()).await;
+        }
+        Err(error) => drop(ready.send(Err(error))),
+    }
+}
+
+async fn open_streams(connection: &Connection, indexes: Vec<u8>) -> Result<Opened, DialError> {
+    let mut opened = Vec::new();
+    for index in indexes {
         let mut stream = connection.open_uni().await?;
         stream.write_all(&[StreamKind::Bulk.to_byte(), index]).await?;
         let (queue, batches) = mpsc::channel(QUEUE_BATCHES);
         tokio::spawn(write_batches(stream, batches));
-        bulk.push(queue);
+        opened.push((index, queue));
     }
-    let (messages, queue) = mpsc::channel(QUEUE_MESSAGES);
-    tokio::spawn(write_messages(control_send, queue));
-    tokio::spawn(read_messages(control_receive, connection.clone(), events));
-    Ok(Link { endpoint, connection, messages, bulk })
+    Ok(opened)
+}
+
+async fn connect(dial: &Dial) -> Result<(Endpoint, Connection), DialError> {
+    let endpoint = endpoint::client(&dial.identity, dial.local_ip, dial.target, dial.pinned)?;
+    let connection = endpoint.connect(dial.target, super::identity::SERVER_NAME)?.await?;
+    Ok((endpoint, connection))
 }
 
 /// Ends with an error of the link, which the reader of the control stream sees too.

@@ -130,6 +130,9 @@ impl TargetTask {
         let (jobs, queued) = mpsc::channel(QUEUE_BATCHES * usize::from(BULK_STREAMS_MAX));
         let driver = Driver {
             vm,
+            identity: identity.clone(),
+            listen_ip: config.listen_ip,
+            source_fingerprint: config.source_fingerprint,
             target,
             rehash: config.rehash,
             migration: config.migration,
@@ -157,6 +160,9 @@ impl TargetTask {
 
 struct Driver<V> {
     vm: Arc<V>,
+    identity: Identity,
+    listen_ip: IpAddr,
+    source_fingerprint: CertificateFingerprint,
     target: Target,
     rehash: Rehash,
     migration: MigrationId,
@@ -229,7 +235,10 @@ impl<V: TargetVm> Driver<V> {
 
     fn execute(&mut self, command: TargetCommand) {
         match command {
-            TargetCommand::Receive { streams, hashes } => self.receive(streams, hashes),
+            TargetCommand::Receive { streams, connections, hashes } => {
+                self.receive(streams, hashes);
+                self.listen_more(connections - 1);
+            }
             TargetCommand::Send(message) => {
                 if let Some(link) = &self.link
                     && link.messages.try_send(control::encode(&message)).is_err()
@@ -256,6 +265,22 @@ impl<V: TargetVm> Driver<V> {
         let (vm, events) = (self.vm.clone(), self.events.clone());
         let applier = PageApplier::new(vm.page_count(), streams, hashes);
         tokio::task::spawn_blocking(move || apply_jobs(&*vm, applier, queued, &events));
+    }
+
+    /// Sockets with threads of their own for the further connections.
+    fn listen_more(&self, count: u8) {
+        let (events, jobs) = (self.events.clone(), self.jobs.clone());
+        let Some(link) = &self.link else { return };
+        let bulk = link.bulk(jobs);
+        let (identity, ip, pinned) = (self.identity.clone(), self.listen_ip, self.source_fingerprint);
+        tokio::task::spawn_blocking(move || {
+            let listen = |_| target_link::listen_bulk(&identity, ip, pinned, &bulk);
+            let event = match (0..count).map(listen).collect() {
+                Ok(ports) => TargetEvent::Listening { ports },
+                Err(error) => TargetEvent::Failed(TargetFailure::Link { error }),
+            };
+            let _ = events.blocking_send(event);
+        });
     }
 
     fn load_state(&self, bytes: Vec<u8>) {

@@ -1,7 +1,8 @@
 //! The target's end of the connection.
 
 use super::{
-    QUEUE_MESSAGES,
+    CLOSE_TIMEOUT, QUEUE_MESSAGES, endpoint,
+    identity::Identity,
     source_link::{read_message, write_messages},
     target::Rehash,
 };
@@ -13,8 +14,16 @@ use crate::{
         check_length,
     },
 };
+use proto::CertificateFingerprint;
 use quinn::{Connection, Endpoint, Incoming, ReadExactError, RecvStream};
-use std::time::Duration;
+use std::{
+    net::IpAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
 use tokio::sync::mpsc;
 
 /// Handshakes at once: the one that is expected, and some strangers.
@@ -35,11 +44,13 @@ pub(super) enum ApplyJob {
 pub(super) struct Link {
     pub(super) connection: Connection,
     pub(super) messages: mpsc::Sender<Vec<u8>>,
+    events: mpsc::Sender<TargetEvent>,
+    taken: Arc<AtomicU32>,
 }
 
 /// Waits for the source. Whoever shows another certificate, or none, does not get past the handshake and disturbs nothing.
 pub(super) async fn accept(endpoint: Endpoint, accepted: mpsc::Sender<Connection>) {
-    let places = std::sync::Arc::new(tokio::sync::Semaphore::new(HANDSHAKES_MAX));
+    let places = Arc::new(tokio::sync::Semaphore::new(HANDSHAKES_MAX));
     while let Some(incoming) = endpoint.accept().await {
         let Ok(place) = places.clone().try_acquire_owned() else {
             incoming.ignore();
@@ -76,9 +87,68 @@ pub(super) fn serve(
     batches: mpsc::Sender<ApplyJob>,
 ) -> Link {
     let (messages, queue) = mpsc::channel(QUEUE_MESSAGES);
+    let taken = Arc::new(AtomicU32::new(0));
     tokio::spawn(serve_control(connection.clone(), events.clone(), queue));
-    tokio::spawn(serve_streams(connection.clone(), events, batches));
-    Link { connection, messages }
+    tokio::spawn(serve_streams(
+        connection.clone(),
+        Bulk { events: events.clone(), batches, taken: taken.clone() },
+    ));
+    Link { connection, messages, events, taken }
+}
+
+impl Link {
+    /// Where the streams of further connections go.
+    pub(super) fn bulk(&self, batches: mpsc::Sender<ApplyJob>) -> Bulk {
+        Bulk { events: self.events.clone(), batches, taken: self.taken.clone() }
+    }
+}
+
+/// Where pages go, whatever connection they come on.
+#[derive(Clone)]
+pub(super) struct Bulk {
+    events: mpsc::Sender<TargetEvent>,
+    batches: mpsc::Sender<ApplyJob>,
+    /// One bit for each stream index that was opened.
+    taken: Arc<AtomicU32>,
+}
+
+/// A socket and a thread for one further connection, which carries bulk streams only; its port.
+pub(super) fn listen_bulk(
+    identity: &Identity,
+    ip: IpAddr,
+    pinned: CertificateFingerprint,
+    bulk: &Bulk,
+) -> Result<u16, String> {
+    let (bound, is_bound) = std::sync::mpsc::channel();
+    let (identity, bulk) = (identity.clone(), bulk.clone());
+    let drive = move || async move {
+        let endpoint = match endpoint::server(&identity, ip, pinned) {
+            Ok(endpoint) => endpoint,
+            Err(error) => return drop(bound.send(Err(error.to_string()))),
+        };
+        let _ = bound.send(endpoint.local_addr().map_err(|error| error.to_string()));
+        let (accepted, mut connections) = mpsc::channel(1);
+        let accepting = tokio::spawn(accept(endpoint.clone(), accepted));
+        // The driver ends with the migration, and with it the queue of events.
+        let connection = tokio::select! {
+            connection = connections.recv() => connection,
+            () = bulk.events.closed() => None,
+        };
+        accepting.abort();
+        if let Some(connection) = connection {
+            let events = bulk.events.clone();
+            tokio::spawn(serve_streams(connection.clone(), bulk));
+            tokio::select! {
+                // The first connection reports the end of the link.
+                _ = connection.closed() => {}
+                () = events.closed() => connection.close(0_u8.into(), b"ended by the target"),
+            }
+        }
+        let _ = tokio::time::timeout(CLOSE_TIMEOUT, endpoint.wait_idle()).await;
+    };
+    super::spawn_driver("migrate-bulk", drive).map_err(|error| error.to_string())?;
+    let address = is_bound.recv().map_err(|error| error.to_string())??;
+    Ok(address.port())
 }
 
 async fn serve_control(
@@ -106,14 +176,9 @@ async fn serve_control(
     let _ = events.send(TargetEvent::LinkLost { error }).await;
 }
 
-async fn serve_streams(
-    connection: Connection,
-    events: mpsc::Sender<TargetEvent>,
-    batches: mpsc::Sender<ApplyJob>,
-) {
-    let taken = std::sync::Arc::new(std::sync::atomic::AtomicU32::new(0));
+async fn serve_streams(connection: Connection, bulk: Bulk) {
     while let Ok(stream) = connection.accept_uni().await {
-        let (events, batches, taken) = (events.clone(), batches.clone(), taken.clone());
+        let Bulk { events, batches, taken } = bulk.clone();
         tokio::spawn(async move {
             match serve_stream(stream, &events, batches, &taken).await {
                 Ok(()) | Err(StreamError::Link) => {}
@@ -148,7 +213,7 @@ async fn serve_stream(
     mut stream: RecvStream,
     events: &mpsc::Sender<TargetEvent>,
     batches: mpsc::Sender<ApplyJob>,
-    taken: &std::sync::atomic::AtomicU32,
+    taken: &AtomicU32,
 ) -> Result<(), StreamError> {
     let mut kind = [0];
     stream.read_exact(&mut kind).await?;
@@ -158,7 +223,7 @@ async fn serve_stream(
             stream.read_exact(&mut index).await?;
             let index = index[0];
             let bit = 1_u32.checked_shl(u32::from(index)).unwrap_or(0);
-            let before = taken.fetch_or(bit, std::sync::atomic::Ordering::Relaxed);
+            let before = taken.fetch_or(bit, Ordering::Relaxed);
             if index >= BULK_STREAMS_MAX || before & bit != 0 {
                 return Err(WireError::StreamIndex { index }.into());
             }

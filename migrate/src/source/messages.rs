@@ -14,7 +14,7 @@ use std::time::Duration;
 impl Source {
     pub(super) fn on_message(&mut self, now: Moment, message: ToSource) -> Vec<SourceCommand> {
         match message {
-            ToSource::Welcome => self.on_welcome(),
+            ToSource::Welcome { ports } => self.on_welcome(ports),
             ToSource::Refused(refusal) => {
                 self.abort_unless_proposed(AbortCause::Target { reason: refusal.to_string() })
             }
@@ -30,14 +30,23 @@ impl Source {
         }
     }
 
-    fn on_welcome(&mut self) -> Vec<SourceCommand> {
+    fn on_welcome(&mut self, ports: Vec<u16>) -> Vec<SourceCommand> {
+        let is_asked_for = ports.len() + 1 == usize::from(self.settings.connections);
         match self.state {
-            State::Greeting { .. } if !self.is_tracking => {
-                self.is_tracking = true;
-                vec![SourceCommand::StartTracking]
+            State::Greeting { deadline, is_welcome: false } if is_asked_for => {
+                self.enter(State::Greeting { deadline, is_welcome: true });
+                vec![SourceCommand::OpenBulk { ports }]
             }
             _ => self.out_of_turn("welcome"),
         }
+    }
+
+    pub(super) fn on_bulk_opened(&mut self) -> Vec<SourceCommand> {
+        if !matches!(self.state, State::Greeting { is_welcome: true, .. }) || self.is_tracking {
+            return Vec::new();
+        }
+        self.is_tracking = true;
+        vec![SourceCommand::StartTracking]
     }
 
     fn on_round_received(&mut self, now: Moment, round: Round) -> Vec<SourceCommand> {

@@ -71,7 +71,7 @@ const RESUMED_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 enum State {
     Connecting { deadline: Moment },
-    Greeting { deadline: Moment },
+    Greeting { deadline: Moment, is_welcome: bool },
     Copying(Copying),
     Pausing { since: Moment },
     Saving { stop: Stop },
@@ -132,7 +132,7 @@ fn is_legal(from: Stage, to: Stage) -> bool {
     use Stage::*;
     match from {
         Connecting => matches!(to, Greeting | Aborting),
-        Greeting => matches!(to, Copying | Aborting),
+        Greeting => matches!(to, Greeting | Copying | Aborting),
         Copying => matches!(to, Copying | Pausing | Aborting),
         Pausing => matches!(to, Saving | Aborting),
         Saving => matches!(to, Finishing | Aborting),
@@ -229,7 +229,7 @@ impl Source {
     pub fn next_deadline(&self) -> Option<Moment> {
         match &self.state {
             State::Connecting { deadline }
-            | State::Greeting { deadline }
+            | State::Greeting { deadline, .. }
             | State::Committed { deadline, .. } => Some(*deadline),
             State::Pausing { since, .. } => Some(since.after(self.blackout_deadline())),
             State::Saving { stop } | State::Finishing { stop, .. } | State::Ready { stop } => {
@@ -250,6 +250,7 @@ impl Source {
             SourceEvent::Cancel => self.on_cancel(),
             _ if is_over => Vec::new(),
             SourceEvent::Connected => self.on_connected(),
+            SourceEvent::BulkOpened => self.on_bulk_opened(),
             SourceEvent::LinkLost { error } => self.on_link_lost(error),
             SourceEvent::Message(message) => self.on_message(now, message),
             SourceEvent::TrackingStarted => self.begin_round(now, Round(1), RoundScope::Everything),
@@ -291,7 +292,7 @@ impl Source {
 
     fn on_connected(&mut self) -> Vec<SourceCommand> {
         let State::Connecting { deadline } = self.state else { return Vec::new() };
-        self.enter(State::Greeting { deadline });
+        self.enter(State::Greeting { deadline, is_welcome: false });
         let settings = &self.settings;
         vec![SourceCommand::Send(ToTarget::Hello {
             version: WIRE_VERSION,
@@ -299,6 +300,7 @@ impl Source {
             vm: settings.vm,
             page_count: settings.page_count,
             streams: settings.streams,
+            connections: settings.connections,
             with_proof: settings.proof != Proof::Skip,
         })]
     }

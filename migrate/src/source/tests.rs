@@ -17,6 +17,7 @@ fn new() -> Source {
         vm: VmId(2),
         page_count: 100,
         streams: 1,
+        connections: 1,
         policy: Policy::Default,
         downtime_limit: Duration::from_millis(30),
         proof: Proof::Full,
@@ -38,7 +39,9 @@ fn totals(raw: u64) -> RoundTotals {
 fn finishing() -> Source {
     let mut source = new();
     source.handle(at(1), SourceEvent::Connected);
-    assert_eq!(message(&mut source, 2, ToSource::Welcome), [SourceCommand::StartTracking]);
+    let welcome = ToSource::Welcome { ports: Vec::new() };
+    assert_eq!(message(&mut source, 2, welcome), [SourceCommand::OpenBulk { ports: Vec::new() }]);
+    assert_eq!(source.handle(at(2), SourceEvent::BulkOpened), [SourceCommand::StartTracking]);
     source.handle(at(3), SourceEvent::TrackingStarted);
     source.handle(at(10), SourceEvent::RoundSent(totals(100)));
     let fetch = message(&mut source, 13, ToSource::RoundReceived { round: Round(1) });
@@ -154,7 +157,8 @@ fn a_committed_source_does_not_wait_for_ever_to_hear_of_the_resume() {
 fn a_cancel_during_the_pause_waits_for_it() {
     let mut source = new();
     source.handle(at(1), SourceEvent::Connected);
-    message(&mut source, 2, ToSource::Welcome);
+    message(&mut source, 2, ToSource::Welcome { ports: Vec::new() });
+    source.handle(at(2), SourceEvent::BulkOpened);
     source.handle(at(3), SourceEvent::TrackingStarted);
     source.handle(at(10), SourceEvent::RoundSent(totals(100)));
     message(&mut source, 13, ToSource::RoundReceived { round: Round(1) });
@@ -188,10 +192,27 @@ fn a_refusal_and_silence_abort_before_a_page_has_moved() {
 }
 
 #[test]
+fn a_welcome_that_was_not_asked_for_is_out_of_turn() {
+    let mut more_ports = new();
+    more_ports.handle(at(1), SourceEvent::Connected);
+    message(&mut more_ports, 2, ToSource::Welcome { ports: vec![9] });
+    let mut twice = new();
+    twice.handle(at(1), SourceEvent::Connected);
+    message(&mut twice, 2, ToSource::Welcome { ports: Vec::new() });
+    message(&mut twice, 2, ToSource::Welcome { ports: Vec::new() });
+    for mut source in [more_ports, twice] {
+        source.handle(at(3), SourceEvent::TrackingStopped);
+        let cause = AbortCause::Protocol { message: "welcome" };
+        assert_eq!(source.phase(), SourcePhase::Aborted { cause });
+    }
+}
+
+#[test]
 fn a_copy_that_does_not_get_on_is_given_up() {
     let mut source = new();
     source.handle(at(1), SourceEvent::Connected);
-    message(&mut source, 2, ToSource::Welcome);
+    message(&mut source, 2, ToSource::Welcome { ports: Vec::new() });
+    source.handle(at(2), SourceEvent::BulkOpened);
     source.handle(at(3), SourceEvent::TrackingStarted);
     let progress = |link_bytes| SourceEvent::Progress { link_bytes, pages_remaining: 9 };
     source.handle(at(30_000), progress(1 << 20));

@@ -35,6 +35,8 @@ pub struct SourceSettings {
     pub page_count: u64,
     /// Bulk streams, 1 to [`crate::wire::BULK_STREAMS_MAX`].
     pub streams: u8,
+    /// Connections that they are spread over, 1 to [`crate::wire::CONNECTIONS_MAX`].
+    pub connections: u8,
     /// How hard to try.
     pub policy: Policy,
     /// Blackout to aim at; zero means the default.
@@ -48,6 +50,8 @@ pub struct SourceSettings {
 pub enum SourceEvent {
     /// The link to the target is up.
     Connected,
+    /// All bulk streams are open.
+    BulkOpened,
     /// The link could not be made, or is gone. For the operator: why.
     LinkLost {
         /// In words.
@@ -116,6 +120,11 @@ pub enum SourceCommand {
     Connect,
     /// Send a message on the control stream.
     Send(ToTarget),
+    /// Open the bulk streams, with a further connection to each of these ports of the target.
+    OpenBulk {
+        /// The ports.
+        ports: Vec<u16>,
+    },
     /// Let every write set a dirty bit.
     StartTracking,
     /// Send a round; with [`RoundScope::Last`] fetch the dirty bitmap first.

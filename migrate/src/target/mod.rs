@@ -26,7 +26,7 @@ use crate::{
     apply::KeepHashes,
     moment::Moment,
     proof::MemoryProof,
-    wire::{BULK_STREAMS_MAX, Refusal, ToSource, ToTarget, WIRE_VERSION, batch::Round},
+    wire::{BULK_STREAMS_MAX, CONNECTIONS_MAX, Refusal, ToSource, ToTarget, WIRE_VERSION, batch::Round},
 };
 use proto::{Sequence, VolumeId};
 
@@ -141,6 +141,7 @@ impl Target {
     pub fn handle(&mut self, _now: Moment, event: TargetEvent) -> Vec<TargetCommand> {
         match event {
             TargetEvent::Message(message) => self.on_message(message),
+            TargetEvent::Listening { ports } => self.on_listening(ports),
             TargetEvent::RoundApplied { round } => self.on_round_applied(round),
             TargetEvent::StateReceived(bytes) => self.on_state_received(bytes),
             TargetEvent::StateLoaded => self.on_state_loaded(),
@@ -185,7 +186,7 @@ impl Target {
 
     fn on_message(&mut self, message: ToTarget) -> Vec<TargetCommand> {
         match message {
-            ToTarget::Hello { version, migration, vm, page_count, streams, with_proof } => {
+            ToTarget::Hello { version, migration, vm, page_count, streams, connections, with_proof } => {
                 let settings = &self.settings;
                 let refusal = if version != WIRE_VERSION {
                     Some(Refusal::Version { version: WIRE_VERSION })
@@ -193,19 +194,29 @@ impl Target {
                     Some(Refusal::OtherMigration { migration: settings.migration, vm: settings.vm })
                 } else if page_count != settings.page_count {
                     Some(Refusal::PageCount { page_count: settings.page_count })
-                } else if streams == 0 || streams > BULK_STREAMS_MAX {
-                    Some(Refusal::Streams { streams })
+                } else if connections == 0
+                    || connections > CONNECTIONS_MAX
+                    || streams < connections
+                    || streams > BULK_STREAMS_MAX
+                {
+                    Some(Refusal::Streams { streams, connections })
                 } else {
                     None
                 };
-                self.on_hello(streams, with_proof, refusal)
+                self.on_hello(streams, connections, with_proof, refusal)
             }
             ToTarget::Stopped { last_round, last_sequences } => self.on_stopped(last_round, last_sequences),
             ToTarget::Proof(proof) => self.on_proof(proof),
         }
     }
 
-    fn on_hello(&mut self, streams: u8, with_proof: bool, refusal: Option<Refusal>) -> Vec<TargetCommand> {
+    fn on_hello(
+        &mut self,
+        streams: u8,
+        connections: u8,
+        with_proof: bool,
+        refusal: Option<Refusal>,
+    ) -> Vec<TargetCommand> {
         if !matches!(self.state, State::Listening) {
             return self.out_of_turn("hello");
         }
@@ -215,7 +226,14 @@ impl Target {
         }
         self.enter(State::Receiving(Receiving { with_proof, received: Round(0), early_state: None }));
         let hashes = if with_proof { KeepHashes::Yes } else { KeepHashes::No };
-        vec![TargetCommand::Receive { streams, hashes }, TargetCommand::Send(ToSource::Welcome)]
+        vec![TargetCommand::Receive { streams, connections, hashes }]
+    }
+
+    fn on_listening(&mut self, ports: Vec<u16>) -> Vec<TargetCommand> {
+        match self.state {
+            State::Receiving(_) => vec![TargetCommand::Send(ToSource::Welcome { ports })],
+            _ => Vec::new(),
+        }
     }
 
     fn on_stopped(

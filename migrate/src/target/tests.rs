@@ -13,6 +13,7 @@ fn hello() -> ToTarget {
         vm: VmId(2),
         page_count: 1024,
         streams: 2,
+        connections: 1,
         with_proof: true,
     }
 }

@@ -24,6 +24,11 @@ pub struct TargetSettings {
 pub enum TargetEvent {
     /// A message of the source.
     Message(ToTarget),
+    /// The further connections may come, to these ports.
+    Listening {
+        /// One for each.
+        ports: Vec<u16>,
+    },
     /// Every page of the round is in memory.
     RoundApplied {
         /// The round.
@@ -55,6 +60,8 @@ pub enum TargetCommand {
     Receive {
         /// Bulk streams that will come.
         streams: u8,
+        /// Connections that they will come on, the first one included.
+        connections: u8,
         /// Whether a proof will be asked for.
         hashes: KeepHashes,
     },

@@ -1,6 +1,6 @@
 //! Control messages, in postcard.
 
-use super::{CONTROL_BYTES_MAX, VOLUMES_MAX, WireError, batch::Round};
+use super::{CONNECTIONS_MAX, CONTROL_BYTES_MAX, VOLUMES_MAX, WireError, batch::Round};
 use crate::proof::{GROUPS_MAX, MemoryProof};
 use proto::{MigrationId, Sequence, VmId, VolumeId};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -20,6 +20,8 @@ pub enum ToTarget {
         page_count: u64,
         /// Bulk streams that will come.
         streams: u8,
+        /// Connections that they will come on, this one included.
+        connections: u8,
         /// A [`ToTarget::Proof`] will come.
         with_proof: bool,
     },
@@ -38,7 +40,10 @@ pub enum ToTarget {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToSource {
     /// Answer to `Hello`: send.
-    Welcome,
+    Welcome {
+        /// UDP ports for the further connections.
+        ports: Vec<u16>,
+    },
     /// Answer to `Hello`: this can't work.
     Refused(Refusal),
     /// Every page of the round is in memory.
@@ -87,11 +92,13 @@ pub enum Refusal {
         /// At the target.
         page_count: u64,
     },
-    /// No stream, or too many.
-    #[error("{streams} bulk streams are not possible")]
+    /// No stream, too many, or more connections than streams.
+    #[error("{streams} bulk streams on {connections} connections are not possible")]
     Streams {
         /// As asked for.
         streams: u8,
+        /// As asked for.
+        connections: u8,
     },
 }
 
@@ -136,7 +143,10 @@ impl Bounded for ToTarget {
 
 impl Bounded for ToSource {
     fn is_bounded(&self) -> bool {
-        true
+        match self {
+            Self::Welcome { ports } => ports.len() < usize::from(CONNECTIONS_MAX),
+            _ => true,
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! The wire format between source and target.
 //!
-//! One QUIC connection carries:
+//! The first QUIC connection carries everything, further ones only bulk streams:
 //! ```text
 //! control  (bidi, opened by the source)  u32 length │ postcard of ToTarget / ToSource
 //! bulk × n (uni)                         u8 1 │ u8 stream │ batch … batch        batch = u32 length │ frame … frame
@@ -20,8 +20,8 @@ pub mod control;
 pub use batch::{BatchReader, BatchWriter, PageFrame};
 pub use control::{Refusal, ToSource, ToTarget};
 
-/// Version of everything in this module. 1: the first.
-pub const WIRE_VERSION: u16 = 1;
+/// Version of everything in this module. 1: the first. 2: deltas, references, several connections.
+pub const WIRE_VERSION: u16 = 2;
 
 /// Largest machine state in bytes. State of 64 vCPUs and 32 devices is below 2 MiB; the rest is room.
 pub const STATE_BYTES_MAX: usize = 16 << 20;
@@ -34,6 +34,9 @@ pub const VOLUMES_MAX: usize = 64;
 
 /// Bulk streams of one migration: more only add frames in flight, never speed, on one connection.
 pub const BULK_STREAMS_MAX: u8 = 16;
+
+/// Connections of one migration: each keeps a thread at both sides busy, and four of them fill 10 GiB/s.
+pub const CONNECTIONS_MAX: u8 = 4;
 
 /// First byte of a one-way stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -97,6 +97,7 @@ impl World {
             vm: VmId(8),
             page_count: plan.pages as u64,
             streams: plan.streams,
+            connections: 1,
             policy: plan.policy,
             downtime_limit: plan.downtime_limit,
             proof: plan.proof,
@@ -346,6 +347,9 @@ impl World {
                 SourceCommand::Send(message) => {
                     self.transmit(Stream::ControlOut, Happening::ToTarget(control::encode(&message)));
                 }
+                SourceCommand::OpenBulk { ports: _ } => {
+                    self.later(step, Happening::Source(SourceEvent::BulkOpened))
+                }
                 SourceCommand::StartTracking => {
                     self.source_vm.start_dirty_tracking().unwrap();
                     self.later(step, Happening::Source(SourceEvent::TrackingStarted));
@@ -435,8 +439,13 @@ impl World {
         let commands = target.handle(self.now, event);
         for command in commands {
             match command {
-                TargetCommand::Receive { streams, hashes } => {
+                TargetCommand::Receive { streams, hashes, connections: _ } => {
                     self.applier = Some(PageApplier::new(self.plan.pages as u64, streams, hashes));
+                    let ports = Vec::new();
+                    self.later(
+                        Duration::from_micros(30),
+                        Happening::Target(TargetEvent::Listening { ports }),
+                    );
                 }
                 TargetCommand::Send(message) => {
                     self.transmit(Stream::ControlBack, Happening::ToSource(control::encode(&message)));
