@@ -15,7 +15,7 @@ mod writer;
 
 pub use disk::{Disk, FileDisk};
 pub use format::{BatchHeader, Record, RecordKind, block_checksum};
-pub use replay::{Replay, ReplayedRecord, replay};
+pub use replay::{Batch, Replay, ReplayedRecord, read_batch, replay};
 pub use writer::{LogEnd, LogWriter, Written};
 
 /// Bytes of a segment: large enough that file operations are rare, small enough that dead ones come back soon.

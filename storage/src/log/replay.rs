@@ -31,11 +31,15 @@ pub struct Replay {
 }
 
 /// A whole batch in a segment.
-struct Found {
-    header: BatchHeader,
-    hash: [u8; 32],
-    data: u64,
-    end: u64,
+pub struct Batch {
+    /// Its header.
+    pub header: BatchHeader,
+    /// The hash that the next batch refers to.
+    pub hash: [u8; 32],
+    /// Byte offset of its data.
+    pub data: u64,
+    /// Byte offset behind it.
+    pub end: u64,
 }
 
 /// Reads all segments and hands each record to `take`.
@@ -103,12 +107,16 @@ fn was_durable(disk: &dyn Disk, segment: SegmentId, offset: u64, lsn: u64) -> Re
     Ok(false)
 }
 
-fn read_batch(
+/// Reads the batch at an offset. `verify_data`: all of its content too. The inner error: there is none.
+///
+/// # Errors
+/// The file can't be read.
+pub fn read_batch(
     disk: &dyn Disk,
     segment: SegmentId,
     offset: u64,
     verify_data: bool,
-) -> Result<Result<Found, FormatError>, LogError> {
+) -> Result<Result<Batch, FormatError>, LogError> {
     let io = |source| LogError::Io { action: "read", segment, source };
     if offset + BLOCK_BYTES as u64 > disk.segment_bytes() {
         return Ok(Err(FormatError::NoBatch));
@@ -137,7 +145,7 @@ fn read_batch(
     {
         return Ok(Err(FormatError::BadHeader));
     }
-    Ok(Ok(Found { header, hash, data, end }))
+    Ok(Ok(Batch { header, hash, data, end }))
 }
 
 fn data_is_whole(
@@ -160,7 +168,7 @@ fn data_is_whole(
     Ok(true)
 }
 
-fn hand_out(found: Found, segment: SegmentId, take: &mut impl FnMut(ReplayedRecord)) {
+fn hand_out(found: Batch, segment: SegmentId, take: &mut impl FnMut(ReplayedRecord)) {
     let mut offset = found.data;
     for record in found.header.records {
         let blocks = record.kind.checksums().len();

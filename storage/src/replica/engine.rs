@@ -7,6 +7,7 @@
 //! Invariants: an asker is told what is in the log, never what is on its way; what was gathered before an attachment is in the
 //! log before the attachment is answered. After an error other than `NoSpace` the engine must not be used any more.
 
+use super::compact::Compaction;
 use super::live::LiveSegments;
 use super::op::{Attached, Op, OpError, OpKind, Refused, Told, Watermark};
 use super::promise::Promises;
@@ -23,7 +24,7 @@ use crate::wire::DATA_BYTES_MAX;
 use bytes::Bytes;
 use proto::limits::BLOCK_BYTES;
 use proto::{BlockIndex, Epoch, VolumeId};
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 /// Percent of the disk above which owners give their guests ENOSPC; the rest is for what is in flight and for resyncs.
@@ -42,15 +43,18 @@ const _: () = assert!(OP_BLOCKS_MAX <= BATCH_BLOCKS_MAX);
 
 /// The engine. `T`: who asks.
 pub struct Engine<T> {
-    log: LogWriter,
+    pub(super) log: LogWriter,
     promises: Promises,
-    live: LiveSegments,
-    reader: Reader,
+    pub(super) live: LiveSegments,
+    pub(super) reader: Reader,
     gathered: Gathered<T>,
     full: bool,
     until_usage: u32,
     /// The segment that was written when dead ones were last looked for.
     recycled_at: Option<SegmentId>,
+    /// The oldest segment, when that was looked for.
+    pub(super) oldest: Option<SegmentId>,
+    pub(super) compaction: Compaction,
 }
 
 /// What is gathered for one batch, and who is told when it is written.
@@ -89,8 +93,18 @@ impl<T> Engine<T> {
         }
         let log = LogWriter::new(disk.clone(), found.end, found.next_segment);
         let reader = Reader::new(volumes, disk);
-        let gathered = Gathered::default();
-        Ok(Self { log, promises, live, reader, gathered, full: false, until_usage: 0, recycled_at: None })
+        Ok(Self {
+            log,
+            promises,
+            live,
+            reader,
+            gathered: Gathered::default(),
+            full: false,
+            until_usage: 0,
+            recycled_at: None,
+            oldest: None,
+            compaction: Compaction::Idle { since: None },
+        })
     }
 
     /// For reading beside it.
@@ -213,7 +227,7 @@ impl<T> Engine<T> {
     /// The log can't be written.
     pub fn commit(&mut self, tell: &mut impl FnMut(T, Told)) -> Result<(), LogError> {
         self.look_at_usage();
-        let Gathered { records, data, marks, dones, sync, .. } = std::mem::take(&mut self.gathered);
+        let Gathered { records, data, marks, dones, sync, blocks, .. } = std::mem::take(&mut self.gathered);
         if !records.is_empty() {
             let parts: Vec<&[u8]> = data.iter().map(|part| &part[..]).collect();
             match self.log.append(records.clone(), &parts) {
@@ -236,15 +250,19 @@ impl<T> Engine<T> {
             tell(asker, Told::Mark(Watermark { written, durable, full: self.full, refused: None }));
         }
         dones.into_iter().for_each(|asker| tell(asker, Told::Done(Ok(()))));
-        self.recycle();
-        Ok(())
+        if self.recycled_at != self.log.segment() {
+            // What makes an old segment useless must be as durable as what is in it.
+            self.log.sync()?;
+            self.recycle();
+        }
+        self.compact(blocks)
     }
 
     fn replica(&self, volume: VolumeId) -> Replica {
         self.reader.position(volume).0
     }
 
-    fn index(&mut self, records: Vec<Record>, first: crate::log::Location) {
+    pub(super) fn index(&mut self, records: Vec<Record>, first: crate::log::Location) {
         let live = &mut self.live;
         self.reader.write(|Shared { volumes }| {
             let mut location = first;
@@ -273,14 +291,11 @@ impl<T> Engine<T> {
     }
 
     /// Removes the oldest segments while nothing in them is needed. Only the oldest: a younger one may hold the record
-    /// that voids what an older one says.
-    fn recycle(&mut self) {
+    /// that voids what an older one says. Everything that was written must be synced.
+    pub(super) fn recycle(&mut self) {
         let current = self.log.segment();
-        if self.recycled_at == current {
-            return;
-        }
         self.recycled_at = current;
-        let oldest = match self.reader.disk().list() {
+        let segments = match self.reader.disk().list() {
             Ok(segments) => segments,
             Err(error) => {
                 tracing::warn!(%error, "segments can't be listed");
@@ -288,8 +303,15 @@ impl<T> Engine<T> {
             }
         };
         let is_dead = |segment: &SegmentId| Some(*segment) != current && !self.live.is_needed(*segment);
-        let dead: BTreeSet<SegmentId> = oldest.into_iter().take_while(is_dead).collect();
-        for segment in dead {
+        let dead = segments.iter().take_while(|segment| is_dead(segment)).count();
+        self.oldest = segments.get(dead).copied();
+        if let Compaction::Working { segment, .. } = self.compaction
+            && self.oldest != Some(segment)
+        {
+            // What was left in it was written anew meanwhile.
+            self.compaction = Compaction::Idle { since: None };
+        }
+        for &segment in &segments[..dead] {
             // No reader holds a location in it: the lock is taken to wait for those that still do.
             let removed = self.reader.write(|_| self.reader.disk().remove(segment));
             if let Err(error) = removed {

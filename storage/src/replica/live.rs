@@ -7,12 +7,19 @@ use std::collections::HashMap;
 #[derive(Debug, Default)]
 pub struct LiveSegments {
     counts: HashMap<SegmentId, u64>,
+    total: u64,
 }
 
 impl LiveSegments {
     /// One more thing needs it.
     pub fn retain(&mut self, segment: SegmentId) {
-        *self.counts.entry(segment).or_default() += 1;
+        self.retain_blocks(segment, 1);
+    }
+
+    /// So many more blocks of it are needed.
+    pub fn retain_blocks(&mut self, segment: SegmentId, blocks: u64) {
+        *self.counts.entry(segment).or_default() += blocks;
+        self.total += blocks;
     }
 
     /// One thing less needs it.
@@ -20,11 +27,26 @@ impl LiveSegments {
     /// # Panics
     /// When nothing does: something that is needed would be lost next.
     pub fn release(&mut self, segment: SegmentId) {
+        self.release_blocks(segment, 1);
+    }
+
+    /// So many blocks of it are needed no more.
+    ///
+    /// # Panics
+    /// When fewer are needed.
+    pub fn release_blocks(&mut self, segment: SegmentId, blocks: u64) {
         let count = self.counts.get_mut(&segment).expect("what is released was retained");
-        *count -= 1;
+        *count = count.checked_sub(blocks).expect("no more is released than was retained");
+        self.total -= blocks;
         if *count == 0 {
             self.counts.remove(&segment);
         }
+    }
+
+    /// Things and blocks that are needed of all segments.
+    #[must_use]
+    pub fn total(&self) -> u64 {
+        self.total
     }
 
     /// Whether anything needs it.

@@ -55,9 +55,12 @@ impl BlockMap {
         self.blocks.get(&block.0).copied()
     }
 
-    /// Puts an entry if it is newer than what is there, or if that is void.
+    /// Puts an entry if it is newer than what is there, or the same further on in the log, or if that is void.
     pub fn put_newer(&mut self, block: BlockIndex, entry: Entry, live: &mut LiveSegments) {
-        let is_newer = |old: Entry| old.content == Content::Void || old.version < entry.version;
+        let is_newer = |old: Entry| {
+            let is_moved = old.version == entry.version && old.segment < entry.segment;
+            old.content == Content::Void || old.version < entry.version || is_moved
+        };
         if !self.get(block).is_none_or(is_newer) {
             return;
         }

@@ -7,6 +7,7 @@
 //! ```
 //! Everything but [`Store`] is without threads, so that the simulation runs the same code.
 
+mod compact;
 mod engine;
 mod files;
 mod live;

@@ -55,6 +55,10 @@ impl Reader {
         self.write(|shared| change(shared.volumes.entry(volume).or_default()))
     }
 
+    pub(super) fn with<R>(&self, volume: VolumeId, look: impl FnOnce(&Volume) -> R) -> Option<R> {
+        self.shared().volumes.get(&volume).map(look)
+    }
+
     pub(super) fn change_all(&self, change: impl FnMut(&mut Volume)) {
         self.write(|shared| shared.volumes.values_mut().for_each(change));
     }
@@ -124,7 +128,7 @@ impl Reader {
         })
     }
 
-    fn read_verified(
+    pub(super) fn read_verified(
         &self,
         volume: VolumeId,
         first: BlockIndex,

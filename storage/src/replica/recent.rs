@@ -27,6 +27,11 @@ pub struct RecentWrite {
 }
 
 impl RecentWrite {
+    /// Blocks of the log that it takes.
+    fn blocks(&self) -> u64 {
+        self.content.as_ref().map_or(1, |(_, checksums)| checksums.len() as u64)
+    }
+
     fn cost(&self) -> usize {
         write_cost(self.content.as_ref().map_or(0, |(_, checksums)| checksums.len() * BLOCK_BYTES))
     }
@@ -42,19 +47,43 @@ pub struct RecentWrites {
 impl RecentWrites {
     /// The next write in order.
     pub fn push(&mut self, write: RecentWrite, live: &mut LiveSegments) {
-        live.retain(write.segment);
+        live.retain_blocks(write.segment, write.blocks());
         self.cost += write.cost();
         self.writes.push_back(write);
         while self.cost > WINDOW_BYTES {
             let Some(oldest) = self.writes.pop_front() else { return };
             self.cost -= oldest.cost();
-            live.release(oldest.segment);
+            live.release_blocks(oldest.segment, oldest.blocks());
         }
+    }
+
+    /// Whether this write is among them and its record in this segment.
+    #[must_use]
+    pub fn is_in(&self, tail: Tail, segment: SegmentId) -> bool {
+        self.position(tail).is_some_and(|at| self.writes[at].segment == segment)
+    }
+
+    /// A write was written again further on in the log.
+    pub fn moved(&mut self, tail: Tail, data: Location, live: &mut LiveSegments) {
+        let Some(at) = self.position(tail) else { return };
+        let write = &mut self.writes[at];
+        live.retain_blocks(data.segment, write.blocks());
+        live.release_blocks(std::mem::replace(&mut write.segment, data.segment), write.blocks());
+        if let Some((location, _)) = &mut write.content {
+            *location = data;
+        }
+    }
+
+    fn position(&self, tail: Tail) -> Option<usize> {
+        self.writes
+            .binary_search_by_key(&tail.sequence, |write| write.tail.sequence)
+            .ok()
+            .filter(|at| self.writes[*at].tail == tail)
     }
 
     /// Forgets all.
     pub fn clear(&mut self, live: &mut LiveSegments) {
-        self.writes.drain(..).for_each(|write| live.release(write.segment));
+        self.writes.drain(..).for_each(|write| live.release_blocks(write.segment, write.blocks()));
         self.cost = 0;
     }
 

@@ -42,6 +42,8 @@ impl Volume {
                     };
                     let segment = data.segment;
                     self.recent.push(RecentWrite { tail, first, count, content, segment }, live);
+                } else {
+                    self.recent.moved(tail, data, live);
                 }
             }
             RecordKind::Copy { .. } | RecordKind::CopyZero => {
@@ -82,6 +84,19 @@ impl Volume {
         }
     }
 
+    /// Whether the record must be written again as it is, before its segment may go: it says more than what its blocks hold.
+    pub(super) fn keeps_whole(&self, record: &Record, segment: SegmentId) -> bool {
+        let tail = Tail { epoch: record.epoch, sequence: record.sequence };
+        match record.kind {
+            RecordKind::Write { .. } | RecordKind::Zero => self.recent.is_in(tail, segment),
+            // An unfinished resync will end with a record of its own.
+            RecordKind::Complete => self.position_in == Some(segment) && !self.replica.is_incomplete(),
+            RecordKind::Truncate | RecordKind::Delete | RecordKind::Copy { .. } | RecordKind::CopyZero => {
+                false
+            }
+        }
+    }
+
     fn place_position(&mut self, segment: SegmentId, live: &mut LiveSegments) {
         live.retain(segment);
         if let Some(old) = self.position_in.replace(segment) {
@@ -105,7 +120,7 @@ pub fn apply(volumes: &mut Volumes, live: &mut LiveSegments, replayed: ReplayedR
 
 impl Location {
     /// The place so many blocks further.
-    fn after_blocks(mut self, blocks: u32) -> Self {
+    pub(super) fn after_blocks(mut self, blocks: u32) -> Self {
         self.offset += blocks * BLOCK_BYTES as u32;
         self
     }
