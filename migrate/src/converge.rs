@@ -6,11 +6,15 @@
 //! ```text
 //! default       wait ─ 2 rounds without progress ─▶ limit × 2 … × 8 ─▶ throttle 20 … 80 % ─▶ give up
 //! gentle        wait ─ until its deadline ─▶ give up
-//! must-finish   as default, but stops the machine after 24 rounds whatever it costs
+//! must-finish   as default, but stops the machine, whatever it costs, before the whole takes 1.5 × the first round
 //! ```
-//! "Progress" means that a round left at least a tenth fewer dirty pages than the best one before.
+//! "Progress" means that a round left at least a tenth fewer dirty pages than the best one before. A guest that writes as
+//! fast as the link carries makes none, so it is not waited for: the ladder is climbed after each of its rounds, by as
+//! many steps as the measured rates say are needed.
 //!
-//! Pure: numbers in, a decision out. Absent on purpose: post-copy, which is not built; asking for it is refused.
+//! The forecast runs the controller itself ahead on a model of the guest, so it knows what the policy will do.
+//!
+//! Pure: numbers in, a decision out.
 
 use crate::{machine::PAGE_BYTES, moment::Moment};
 use std::{str::FromStr, time::Duration};
@@ -30,8 +34,26 @@ const THROTTLE_STEP_PERCENT: u8 = 20;
 /// Below a fifth of their speed, guests begin to fail in their own timeouts.
 const THROTTLE_MAX_PERCENT: u8 = 80;
 
-/// Rounds after which `must-finish` stops the machine: the ladder needs 2 × (3 + 4) of them.
+/// Rounds after which `must-finish` stops the machine even if all of them were quick.
 const MUST_FINISH_ROUNDS: u32 = 24;
+
+/// What a `must-finish` migration may take, in halves of the time that the first, full round took.
+const MUST_FINISH_HALVES: u32 = 3;
+
+/// A guest that dirties this share of what the link carries will not converge by waiting.
+const HOPELESS_SHARE: f64 = 0.9;
+
+/// Share of the link that a slowed guest may fill: each round then leaves half of the pages of the one before.
+const SLOWED_SHARE: f64 = 0.5;
+
+/// Rounds that a forecast looks ahead; a longer way to the end is no forecast.
+const FORECAST_ROUNDS: u32 = 64;
+
+/// Rounds that the model of the guest rests on: more would remember a phase that is over.
+const MODEL_ROUNDS: usize = 2;
+
+/// Weight of the newest round in the error of the forecast.
+const ERROR_WEIGHT: f64 = 0.5;
 
 /// How long `gentle` tries.
 pub const GENTLE_DEADLINE: Duration = Duration::from_secs(600);
@@ -121,12 +143,25 @@ pub enum Decision {
     },
 }
 
+/// When it will be over, if the guest goes on as it does.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Forecast {
+    /// Until the machine runs at the target.
+    pub eta: Duration,
+    /// The blackout within it.
+    pub blackout: Duration,
+    /// By how much the forecasts of single rounds were wrong lately, as a part of what was forecast.
+    pub error: f64,
+}
+
 /// The controller of one migration.
 #[derive(Debug, Clone)]
 pub struct Convergence {
     policy: Policy,
     limit: Duration,
+    started: Moment,
     deadline: Moment,
+    first_round: Duration,
     rounds: u32,
     stalled: u32,
     raises: u32,
@@ -134,6 +169,45 @@ pub struct Convergence {
     best_dirty: u64,
     pages_per_s: f64,
     dirty_pages_per_s: f64,
+    model: GuestModel,
+    last: Option<RoundFacts>,
+}
+
+/// How many pages the guest dirties in a time, by what its last rounds showed.
+#[derive(Debug, Clone, Default)]
+struct GuestModel {
+    /// Duration, pages dirtied and the guest's speed in it; the newest first.
+    rounds: [Option<(f64, f64, f64)>; MODEL_ROUNDS],
+    error: f64,
+}
+
+impl GuestModel {
+    fn learn(&mut self, took: f64, dirty: f64, throttle_percent: u8) {
+        let speed = speed(throttle_percent);
+        if self.rounds[0].is_some() {
+            let expected = self.dirty_after(took, throttle_percent).max(1.0);
+            let wrong = ((dirty - expected) / expected).abs().min(1.0);
+            self.error += (wrong - self.error) * ERROR_WEIGHT;
+        }
+        self.rounds.rotate_right(1);
+        self.rounds[0] = Some((took, dirty, speed));
+    }
+
+    /// A guest writes to the same pages again: in a longer time than was seen it dirties more, in a shorter one at most
+    /// what was seen.
+    fn dirty_after(&self, took: f64, throttle_percent: u8) -> f64 {
+        let time = took * speed(throttle_percent);
+        let seen = || self.rounds.iter().flatten();
+        let rate = seen().map(|(took, dirty, speed)| dirty / (took * speed)).fold(0.0, f64::max);
+        let longest = seen().map(|(took, _, speed)| took * speed).fold(0.0, f64::max);
+        let most = seen().map(|(_, dirty, _)| *dirty).fold(0.0, f64::max);
+        if time > longest { rate * time } else { (rate * time).min(most) }
+    }
+}
+
+/// Share of its time that a slowed guest gets.
+fn speed(throttle_percent: u8) -> f64 {
+    f64::from(100 - throttle_percent.min(99)) / 100.0
 }
 
 /// Fixed cost of a blackout besides the last pages: pausing, draining, state, the commit, activating and resuming.
@@ -150,7 +224,9 @@ impl Convergence {
         Self {
             policy,
             limit,
+            started: now,
             deadline: now.after(GENTLE_DEADLINE),
+            first_round: Duration::ZERO,
             rounds: 0,
             stalled: 0,
             raises: 0,
@@ -158,6 +234,8 @@ impl Convergence {
             best_dirty: u64::MAX,
             pages_per_s: 0.0,
             dirty_pages_per_s: 0.0,
+            model: GuestModel::default(),
+            last: None,
         }
     }
 
@@ -183,12 +261,8 @@ impl Convergence {
     pub fn after_round(&mut self, now: Moment, facts: RoundFacts) -> Decision {
         self.learn(facts);
         let predicted = self.time_of(facts.dirty_pages);
-        let proof =
-            Duration::from_secs_f64((facts.proof_pages as usize * PAGE_BYTES) as f64 / PROOF_BYTES_PER_S);
-        let fixed = FIXED_COST + proof;
-        let allowed = self.limit.saturating_sub(fixed).max(self.limit / PAGES_SHARE_MIN);
-        let is_forced = self.policy == Policy::MustFinish && self.rounds >= MUST_FINISH_ROUNDS;
-        if predicted <= allowed || is_forced {
+        let fixed = fixed_cost(facts.proof_pages);
+        if predicted <= self.allowed(fixed) || self.is_forced(now, predicted) {
             return Decision::Stop { blackout_expected: predicted + fixed };
         }
         if facts.dirty_pages.saturating_mul(10) <= self.best_dirty.saturating_mul(9) {
@@ -197,16 +271,56 @@ impl Convergence {
             self.stalled += 1;
         }
         self.best_dirty = self.best_dirty.min(facts.dirty_pages);
-        if self.climb(now) {
-            Decision::Round { throttle_percent: self.throttle_percent }
-        } else {
-            Decision::GiveUp { predicted, limit: self.limit }
+        if !self.climb(now, predicted, fixed) {
+            return Decision::GiveUp { predicted, limit: self.limit };
         }
+        if predicted <= self.allowed(fixed) {
+            return Decision::Stop { blackout_expected: predicted + fixed };
+        }
+        Decision::Round { throttle_percent: self.throttle_percent }
+    }
+
+    /// When it will be over; `None` before the first round, and when the policy will give up.
+    #[must_use]
+    pub fn forecast(&self, now: Moment) -> Option<Forecast> {
+        let mut ahead = self.clone();
+        let RoundFacts { dirty_pages, proof_pages, .. } = self.last?;
+        let (mut pages, mut eta, mut throttle) = (dirty_pages, Duration::ZERO, self.throttle_percent);
+        for _ in 0..FORECAST_ROUNDS {
+            let took = self.time_of(pages);
+            let dirty_pages = self.model.dirty_after(took.as_secs_f64(), throttle) as u64;
+            eta = eta.saturating_add(took);
+            let facts = RoundFacts { data_pages: pages, took, dirty_pages, proof_pages };
+            match ahead.after_round(now.after(eta), facts) {
+                Decision::Round { throttle_percent } => (pages, throttle) = (dirty_pages, throttle_percent),
+                Decision::Stop { blackout_expected } => {
+                    let eta = eta.saturating_add(blackout_expected);
+                    return Some(Forecast { eta, blackout: blackout_expected, error: self.model.error });
+                }
+                Decision::GiveUp { .. } => return None,
+            }
+        }
+        None
+    }
+
+    /// What the limit leaves for the last pages.
+    fn allowed(&self, fixed: Duration) -> Duration {
+        self.limit.saturating_sub(fixed).max(self.limit / PAGES_SHARE_MIN)
+    }
+
+    /// `must-finish` stops when another round like this one and then the last pages would take too long.
+    fn is_forced(&self, now: Moment, predicted: Duration) -> bool {
+        let budget = self.first_round * MUST_FINISH_HALVES / 2;
+        let is_late = now.since(self.started).saturating_add(predicted * 2) > budget;
+        self.policy == Policy::MustFinish && (is_late || self.rounds >= MUST_FINISH_ROUNDS)
     }
 
     fn learn(&mut self, facts: RoundFacts) {
         self.rounds += 1;
         let seconds = facts.took.as_secs_f64().max(1e-6);
+        if self.rounds == 1 {
+            self.first_round = facts.took;
+        }
         // A round of a few pages measures latency, not throughput: it counts by its size.
         let pages = facts.data_pages as f64;
         let weight = HISTORY_WEIGHT.max(1.0 - pages / 4096.0);
@@ -215,32 +329,55 @@ impl Convergence {
         self.pages_per_s =
             if has_history { self.pages_per_s * weight + measured * (1.0 - weight) } else { measured };
         self.dirty_pages_per_s = facts.dirty_pages as f64 / seconds;
+        self.model.learn(seconds, facts.dirty_pages as f64, self.throttle_percent);
+        self.last = Some(facts);
     }
 
     fn time_of(&self, pages: u64) -> Duration {
         Duration::try_from_secs_f64(pages as f64 / self.pages_per_s.max(1e-6)).unwrap_or(Duration::MAX / 4)
     }
 
-    /// One step of the ladder if it is due; false when there is none left.
-    fn climb(&mut self, now: Moment) -> bool {
+    /// The steps of the ladder that are due; false when there is none left.
+    fn climb(&mut self, now: Moment, predicted: Duration, fixed: Duration) -> bool {
         if self.policy == Policy::Gentle {
             return now < self.deadline;
         }
-        if self.stalled < STALLED_ROUNDS {
+        let is_hopeless = self.dirty_pages_per_s >= self.pages_per_s * HOPELESS_SHARE;
+        if self.stalled < STALLED_ROUNDS && !is_hopeless {
             return true;
         }
         self.stalled = 0;
         self.best_dirty = u64::MAX;
         if self.raises < RAISES_MAX {
-            self.raises += 1;
-            self.limit *= 2;
-        } else if self.throttle_percent < THROTTLE_MAX_PERCENT {
-            self.throttle_percent += THROTTLE_STEP_PERCENT;
-        } else {
+            // Once, or for a hopeless guest until the limit is reached.
+            loop {
+                self.raises += 1;
+                self.limit *= 2;
+                if !is_hopeless || self.raises == RAISES_MAX || predicted <= self.allowed(fixed) {
+                    return true;
+                }
+            }
+        }
+        if self.throttle_percent >= THROTTLE_MAX_PERCENT {
             return self.policy == Policy::MustFinish;
+        }
+        let needed = 100.0
+            - 100.0 * SLOWED_SHARE * speed(self.throttle_percent) * self.pages_per_s
+                / self.dirty_pages_per_s.max(1e-6);
+        while self.throttle_percent < THROTTLE_MAX_PERCENT {
+            self.throttle_percent += THROTTLE_STEP_PERCENT;
+            if !is_hopeless || f64::from(self.throttle_percent) >= needed {
+                break;
+            }
         }
         true
     }
+}
+
+/// What a blackout costs besides the last pages.
+fn fixed_cost(proof_pages: u64) -> Duration {
+    let bytes = proof_pages as usize * PAGE_BYTES;
+    FIXED_COST + Duration::from_secs_f64(bytes as f64 / PROOF_BYTES_PER_S)
 }
 
 #[cfg(test)]

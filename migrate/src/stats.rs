@@ -119,6 +119,10 @@ pub struct MigrationStats {
     pub dirty_bytes_per_s: u64,
     /// Percent of time taken from the vCPUs.
     pub throttle_percent: u8,
+    /// Until the machine runs at the target, from the end of the last round on; `None` while nobody can tell.
+    pub eta: Option<Duration>,
+    /// How wrong that may be, in percent.
+    pub eta_error_percent: u8,
 }
 
 fn ms(duration: Duration) -> f64 {

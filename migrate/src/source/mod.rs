@@ -357,6 +357,9 @@ impl Source {
         self.stats.bytes_per_s = self.convergence.bytes_per_s();
         self.stats.dirty_bytes_per_s = self.convergence.dirty_bytes_per_s();
         self.stats.pages_remaining = pages;
+        let forecast = self.convergence.forecast(now);
+        self.stats.eta = forecast.map(|forecast| forecast.eta);
+        self.stats.eta_error_percent = forecast.map_or(100, |forecast| (forecast.error * 100.0) as u8);
         match decision {
             Decision::Stop { blackout_expected } => {
                 self.stats.blackout_expected = blackout_expected;
