@@ -29,8 +29,6 @@ pub enum Rule {
     AllMembersAcknowledge,
     /// A replica that may enter the set at any moment is required too.
     JoiningCounts,
-    /// A replica may enter the set only with the connection on which it was resynced.
-    JoiningIsConnected,
     /// Nobody leaves the set but by a committed entry.
     LeavesByCommit,
     /// Members that lack a part of the longest tail get it before an owner serves.

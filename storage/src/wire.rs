@@ -78,6 +78,29 @@ pub enum Request {
     Propose { id: RequestId, proposal: VolumeProposal },
 }
 
+impl Request {
+    /// The same request with another id, if it has one.
+    #[must_use]
+    pub fn with_id(mut self, new: RequestId) -> Self {
+        match &mut self {
+            Self::Hello { .. } | Self::Write { .. } | Self::Flush => {}
+            Self::Attach { id, .. }
+            | Self::Read { id, .. }
+            | Self::Fetch { id, .. }
+            | Self::Copy { id, .. }
+            | Self::Changed { id, .. }
+            | Self::Voided { id, .. }
+            | Self::NextWrite { id, .. }
+            | Self::Extend { id, .. }
+            | Self::Truncate { id, .. }
+            | Self::Begin { id, .. }
+            | Self::Complete { id, .. }
+            | Self::Propose { id, .. } => *id = new,
+        }
+        self
+    }
+}
+
 /// From the replica.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum Response {

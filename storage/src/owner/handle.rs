@@ -1,27 +1,24 @@
 //! What users of a volume hold.
 
-use super::config::{ActivateError, ActivationStart, VolumeConfig, VolumeError, VolumeState, VolumeStatus};
-use super::link::LinkError;
-use super::task::{Command, Published, VolumeTask, Write, unpublished};
-use crate::wire::{Answer, DATA_BYTES_MAX, Request};
+use super::config::{ActivateError, ActivationStart, VolumeConfig, VolumeError, VolumeStatus};
+use super::core::Owner;
+use super::task::{Message, VolumeTask};
+use crate::limits::{WINDOW_BYTES, write_cost};
+use crate::wire::DATA_BYTES_MAX;
 use bytes::{Bytes, BytesMut};
 use proto::limits::BLOCK_BYTES;
 use proto::{BlockIndex, Sequence};
 use std::sync::Arc;
-use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, RwLock, Semaphore, mpsc, oneshot, watch};
 
-/// Bytes of writes that may be on their way: bounds the owner's memory while a replica is slow or away.
-const WINDOW_BYTES: usize = 16 << 20;
+/// Bytes of reads that may be on their way: bounds what their answers take.
+const READ_WINDOW_BYTES: usize = 16 << 20;
 
-/// Commands that wait for the task.
-const COMMANDS_MAX: usize = 256;
+/// Messages that wait for the task.
+const MESSAGES_MAX: usize = 256;
 
 /// Blocks of one zeroing write: a frame without data, but an entry in the replica's map for each block.
 const ZERO_BLOCKS_MAX: u64 = 4096;
-
-/// Pause before a read is tried again when no in-sync replica could serve it.
-const READ_RETRY: Duration = Duration::from_millis(50);
 
 const BLOCK: u64 = BLOCK_BYTES as u64;
 const SECTOR: u64 = 512;
@@ -29,9 +26,10 @@ const SECTOR: u64 = 512;
 /// A volume; clones are handles of the same one. When the last is dropped the volume is closed.
 #[derive(Clone)]
 pub struct VolumeHandle {
-    commands: mpsc::Sender<Command>,
-    published: watch::Receiver<Published>,
+    messages: mpsc::Sender<Message>,
+    published: watch::Receiver<VolumeStatus>,
     window: Arc<Semaphore>,
+    read_window: Arc<Semaphore>,
     /// Whole-block writes share it; a write that must first read its blocks has it alone.
     blocks: Arc<RwLock<()>>,
     size: u64,
@@ -42,11 +40,27 @@ impl VolumeHandle {
     #[must_use]
     pub fn open(config: VolumeConfig) -> Self {
         let size = config.size.0;
-        let (commands, queue) = mpsc::channel(COMMANDS_MAX);
-        let (publish, published) = watch::channel(unpublished(&config));
-        tokio::spawn(VolumeTask::new(config, queue, publish).run());
+        let owner = Owner::new(config.clone());
+        let (messages, queue) = mpsc::channel(MESSAGES_MAX);
+        let (publish, published) = watch::channel(owner.status());
+        let task = VolumeTask::new(owner, queue, publish);
+        tokio::spawn(task.run(config));
         let window = Arc::new(Semaphore::new(WINDOW_BYTES));
-        Self { commands, published, window, blocks: Arc::default(), size }
+        let read_window = Arc::new(Semaphore::new(READ_WINDOW_BYTES));
+        Self { messages, published, window, read_window, blocks: Arc::default(), size }
+    }
+
+    /// Sends what `message` makes of the other end of an answer; waits for the answer.
+    async fn ask<T, E>(
+        &self,
+        closed: E,
+        message: impl FnOnce(oneshot::Sender<Result<T, E>>) -> Message,
+    ) -> Result<T, E> {
+        let (sender, answer) = oneshot::channel();
+        if self.messages.send(message(sender)).await.is_err() {
+            return Err(closed);
+        }
+        answer.await.unwrap_or(Err(closed))
     }
 
     /// Becomes the owner at the epoch of `config`. Returns the last write before it.
@@ -58,16 +72,13 @@ impl VolumeHandle {
         config: VolumeConfig,
         start: ActivationStart,
     ) -> Result<Sequence, ActivateError> {
-        let (reply, answer) = oneshot::channel();
-        let sent = self.commands.send(Command::Activate(config, start, reply)).await;
-        sent.map_err(|_| ActivateError::Closed)?;
-        answer.await.map_err(|_| ActivateError::Closed)?
+        self.ask(ActivateError::Closed, |answer| Message::Activate { config, start, answer }).await
     }
 
     /// New replicas or addresses at the same epoch.
     pub async fn update(&self, config: VolumeConfig) {
         // A closed volume needs no update.
-        let _ = self.commands.send(Command::Update(config)).await;
+        let _ = self.messages.send(Message::Update { config }).await;
     }
 
     /// Size in bytes.
@@ -79,7 +90,7 @@ impl VolumeHandle {
     /// Where it stands.
     #[must_use]
     pub fn status(&self) -> VolumeStatus {
-        self.published.borrow().status
+        *self.published.borrow()
     }
 
     /// Reads; waits while no in-sync replica can be reached.
@@ -103,32 +114,8 @@ impl VolumeHandle {
 
     async fn read_blocks(&self, first: BlockIndex, count: u64) -> Result<Bytes, VolumeError> {
         let count = u32::try_from(count).expect("bounded by a frame");
-        let mut published = self.published.clone();
-        loop {
-            let Published { status, readable } = published.borrow_and_update().clone();
-            refuse_if_over(&status)?;
-            let mut damaged = 0;
-            for link in &readable {
-                match link.ask(|id| Request::Read { id, first, count }, Bytes::new()).await {
-                    Ok((Answer::Data, data)) if data.len() == count as usize * BLOCK_BYTES => {
-                        return Ok(data);
-                    }
-                    Ok((Answer::Damaged, _)) => damaged += 1,
-                    Ok(_) => {}
-                    Err(LinkError::Fenced { promised, .. }) => {
-                        return Err(VolumeError::Fenced { epoch: promised });
-                    }
-                    Err(error) => tracing::debug!(%error, "read"),
-                }
-            }
-            if damaged > 0 && damaged == readable.len() {
-                return Err(VolumeError::Damaged { block: first.0 });
-            }
-            // Until something changes; not for ever, since a replica may just have been slow.
-            if let Ok(Err(_)) = tokio::time::timeout(READ_RETRY, published.changed()).await {
-                return Err(VolumeError::Closed);
-            }
-        }
+        let permit = share(&self.read_window, count as usize * BLOCK_BYTES).await?;
+        self.ask(VolumeError::Closed, |answer| Message::Read { first, count, answer, permit }).await
     }
 
     /// Writes; acknowledged when every in-sync replica has it.
@@ -180,14 +167,11 @@ impl VolumeHandle {
         count: u32,
         data: Option<Bytes>,
     ) -> Result<oneshot::Receiver<Result<(), VolumeError>>, VolumeError> {
-        let cost = data.as_ref().map_or(BLOCK_BYTES, Bytes::len);
-        let cost = u32::try_from(cost).expect("bounded by a frame");
-        let _permit: OwnedSemaphorePermit =
-            self.window.clone().acquire_many_owned(cost).await.map_err(|_| VolumeError::Closed)?;
-        let (reply, answer) = oneshot::channel();
-        let write = Write { first, count, data, reply, _permit };
-        self.commands.send(Command::Write(write)).await.map_err(|_| VolumeError::Closed)?;
-        Ok(answer)
+        let permit = share(&self.window, write_cost(data.as_ref().map_or(0, Bytes::len))).await?;
+        let (answer, written) = oneshot::channel();
+        let message = Message::Write { first, count, data, answer, permit };
+        self.messages.send(message).await.map_err(|_| VolumeError::Closed)?;
+        Ok(written)
     }
 
     /// Makes every acknowledged write durable on every in-sync replica.
@@ -195,9 +179,7 @@ impl VolumeHandle {
     /// # Errors
     /// Fenced or closed.
     pub async fn flush(&self) -> Result<(), VolumeError> {
-        let (reply, answer) = oneshot::channel();
-        self.commands.send(Command::Flush(reply)).await.map_err(|_| VolumeError::Closed)?;
-        answer.await.map_err(|_| VolumeError::Closed)?
+        self.ask(VolumeError::Closed, |answer| Message::Flush { answer }).await
     }
 
     /// These bytes may be forgotten: whole blocks read as zero from now on, the rest stays.
@@ -247,23 +229,21 @@ impl VolumeHandle {
     /// # Errors
     /// Fenced, closed or not active.
     pub async fn drain(&self) -> Result<Sequence, VolumeError> {
-        let (reply, answer) = oneshot::channel();
-        self.commands.send(Command::Drain(reply)).await.map_err(|_| VolumeError::Closed)?;
-        answer.await.map_err(|_| VolumeError::Closed)?
+        self.ask(VolumeError::Closed, |answer| Message::Drain { answer }).await
     }
 
     /// Undoes `drain`.
     pub async fn resume(&self) {
         // A closed volume can't go on.
-        let _ = self.commands.send(Command::Resume).await;
+        let _ = self.messages.send(Message::Resume).await;
     }
 
     /// Closes the volume: nothing is sent to its replicas any more.
     pub async fn close(&self) {
-        let (reply, closed) = oneshot::channel();
-        if self.commands.send(Command::Close(reply)).await.is_ok() {
+        let (closed, is_closed) = oneshot::channel();
+        if self.messages.send(Message::Close { closed }).await.is_ok() {
             // An error says that it is closed already.
-            let _ = closed.await;
+            let _ = is_closed.await;
         }
     }
 
@@ -280,11 +260,8 @@ fn zeroes(len: u64) -> Bytes {
     Bytes::from(vec![0; usize::try_from(len).expect("less than two blocks")])
 }
 
-fn refuse_if_over(status: &VolumeStatus) -> Result<(), VolumeError> {
-    match status.state {
-        VolumeState::Active | VolumeState::Stalled => Ok(()),
-        VolumeState::Fenced => Err(VolumeError::Fenced { epoch: status.epoch }),
-        VolumeState::Closed => Err(VolumeError::Closed),
-        VolumeState::Inactive | VolumeState::Activating => Err(VolumeError::NotActive),
-    }
+/// A share of a window, once there is room for it.
+async fn share(window: &Arc<Semaphore>, bytes: usize) -> Result<OwnedSemaphorePermit, VolumeError> {
+    let bytes = u32::try_from(bytes).expect("bounded by a frame");
+    window.clone().acquire_many_owned(bytes).await.map_err(|_| VolumeError::Closed)
 }

@@ -1,8 +1,8 @@
 //! The decisions on which the data depends, as functions of values.
 
+use crate::safety::Rule;
 use crate::types::{EpochStart, IsrMember, Tail};
 use proto::{Epoch, HostId, Incarnation, Sequence};
-use std::collections::BTreeMap;
 
 /// The position up to which a replica surely has what everybody has: its own tail, or the end of the tail's epoch as the pool
 /// recorded it, whichever is earlier. What it holds beyond that is divergent.
@@ -20,7 +20,7 @@ pub fn common_prefix(tail: Tail, history: &[EpochStart]) -> Option<Tail> {
     Some(Tail { epoch: tail.epoch, sequence: tail.sequence.min(end) })
 }
 
-/// A replica that has attached.
+/// A replica that has attached, as a recovery sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Candidate {
     /// Its host.
@@ -75,16 +75,31 @@ pub struct Progress {
 
 /// What may be acknowledged: the least of all that are required. Nobody required: nothing.
 #[must_use]
-pub fn acknowledged(required: &[HostId], progress: &BTreeMap<HostId, Progress>) -> Progress {
-    let of = |host: &HostId| progress.get(host).copied().unwrap_or_default();
-    let least = |pick: fn(Progress) -> Sequence| required.iter().map(of).map(pick).min().unwrap_or_default();
-    Progress { written: least(|p| p.written), durable: least(|p| p.durable) }
+pub fn acknowledged(required: impl Iterator<Item = Progress>) -> Progress {
+    let least = |a: Progress, b: Progress| {
+        if !Rule::AllMembersAcknowledge.holds() {
+            return Progress { written: a.written.max(b.written), durable: a.durable.max(b.durable) };
+        }
+        Progress { written: a.written.min(b.written), durable: a.durable.min(b.durable) }
+    };
+    required.reduce(least).unwrap_or_default()
+}
+
+/// Where a replica stands that has attached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Standing {
+    /// Up to here nothing is missing.
+    pub tail: Tail,
+    /// A resync is unfinished.
+    pub incomplete: bool,
 }
 
 /// Whether an in-sync member that connects anew can go on where it stopped: nothing that it lacks has been let go.
 #[must_use]
-pub fn can_resume(tail: Tail, epoch: Epoch, acknowledged: Sequence, issued: Sequence) -> bool {
-    tail.epoch <= epoch && tail.sequence >= acknowledged && tail.sequence <= issued
+pub fn can_resume(standing: Standing, epoch: Epoch, acknowledged: Sequence, issued: Sequence) -> bool {
+    let Standing { tail, incomplete } = standing;
+    let holds_all = tail.sequence >= acknowledged || !Rule::ResumeHoldsAll.holds();
+    !incomplete && tail.epoch <= epoch && holds_all && tail.sequence <= issued
 }
 
 #[cfg(test)]
@@ -146,23 +161,19 @@ mod tests {
     #[test]
     fn the_slowest_required_replica_decides() {
         let of = |written, durable| Progress { written: Sequence(written), durable: Sequence(durable) };
-        let progress = BTreeMap::from([(HostId(1), of(9, 5)), (HostId(2), of(7, 7))]);
-        assert_eq!(acknowledged(&[HostId(1), HostId(2)], &progress), of(7, 5));
-        assert_eq!(
-            acknowledged(&[HostId(1), HostId(3)], &progress),
-            of(0, 0),
-            "an absent member holds everything up"
-        );
-        assert_eq!(acknowledged(&[], &progress), of(0, 0));
+        let least = |of: &[Progress]| acknowledged(of.iter().copied());
+        assert_eq!(least(&[of(9, 5), of(7, 7)]), of(7, 5));
+        assert_eq!(least(&[of(9, 5), Progress::default()]), of(0, 0), "an absent member holds everything up");
+        assert_eq!(least(&[]), of(0, 0));
     }
 
     #[test]
     fn a_member_resumes_only_where_nothing_was_let_go() {
-        assert!(can_resume(tail(2, 10), Epoch(2), Sequence(10), Sequence(12)));
-        assert!(!can_resume(tail(2, 9), Epoch(2), Sequence(10), Sequence(12)), "lacks an acknowledged write");
-        assert!(
-            !can_resume(tail(2, 13), Epoch(2), Sequence(10), Sequence(12)),
-            "holds what was never issued"
-        );
+        let resumes = |standing| can_resume(standing, Epoch(2), Sequence(10), Sequence(12));
+        let complete = |tail| Standing { tail, incomplete: false };
+        assert!(resumes(complete(tail(2, 10))));
+        assert!(!resumes(complete(tail(2, 9))), "lacks an acknowledged write");
+        assert!(!resumes(complete(tail(2, 13))), "holds what was never issued");
+        assert!(!resumes(Standing { tail: tail(2, 10), incomplete: true }), "has holes");
     }
 }

@@ -1,0 +1,317 @@
+//! Making one replica equal to the in-sync set, block by block, each with its own version.
+//!
+//! ```text
+//!  Truncating ──▶ Ready ──begin: live writes from here on──▶ Beginning ──▶ Copying ──▶ Completing ──▶ done
+//! ```
+//! The target is incomplete from the truncation to the completion; both are durable. What is copied: the blocks that the target
+//! lost by the truncation, and those that the source has from writes after the cut. Both lists are walked page by page, so
+//! that memory does not grow with the volume.
+//!
+//! Invariant: a source holds everything up to the point at which the live writes began, and is in sync as long as it is read.
+
+use super::io::Generation;
+use crate::safety::Rule;
+use crate::types::Tail;
+use crate::wire::{Answer, Request, RequestId, WireVersion};
+use bytes::Bytes;
+use proto::{BlockIndex, HostId, Sequence};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+/// Blocks on their way at a time: hides the round trip, and leaves room for the guest's own I/O.
+pub const COPIES_IN_FLIGHT: usize = 16;
+
+/// What is asked of target or source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SyncAsk {
+    Truncate,
+    Begin,
+    Voided,
+    Changed,
+    Fetch(BlockIndex),
+    Copy(BlockIndex),
+    Complete,
+}
+
+/// Whom it is asked of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Whom {
+    Target,
+    Source(HostId, Generation),
+}
+
+/// A request that is to be sent.
+#[derive(Debug)]
+pub struct SyncRequest {
+    pub whom: Whom,
+    pub ask: SyncAsk,
+    pub request: Request,
+    pub data: Bytes,
+}
+
+/// The target could not do what was asked; another attempt may get on.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the replica answered {ask:?} with {answer}")]
+pub struct SyncError {
+    pub ask: SyncAsk,
+    pub answer: String,
+}
+
+/// A list of blocks that comes page by page.
+#[derive(Debug, Default)]
+struct List {
+    from: BlockIndex,
+    asked: bool,
+    done: bool,
+}
+
+/// How far the copy of one block is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Step {
+    Fetching,
+    Storing,
+}
+
+#[derive(Debug)]
+enum Stage {
+    Truncating { asked: bool },
+    Ready,
+    Beginning,
+    Copying,
+    Completing { asked: bool },
+}
+
+/// A resync.
+#[derive(Debug)]
+pub struct Resync {
+    cut: Tail,
+    stage: Stage,
+    /// Live writes go on behind this; what is before is copied.
+    last: Option<Tail>,
+    source: Option<(HostId, Generation)>,
+    /// Sources that had a block damaged.
+    bad_sources: BTreeSet<HostId>,
+    voided: List,
+    changed: List,
+    queue: VecDeque<BlockIndex>,
+    under_way: BTreeMap<BlockIndex, Step>,
+    copied: u64,
+}
+
+impl Resync {
+    /// A resync of a replica that surely has everything up to `cut`, and nothing that counts after it.
+    pub fn new(cut: Tail) -> Self {
+        let stage =
+            if Rule::DivergentTailIsCut.holds() { Stage::Truncating { asked: false } } else { Stage::Ready };
+        Self {
+            cut,
+            stage,
+            last: None,
+            source: None,
+            bad_sources: BTreeSet::new(),
+            voided: List::default(),
+            changed: List::default(),
+            queue: VecDeque::new(),
+            under_way: BTreeMap::new(),
+            copied: 0,
+        }
+    }
+
+    /// Whether the target gets the live writes.
+    pub fn is_live(&self) -> bool {
+        self.last.is_some()
+    }
+
+    /// Blocks copied so far.
+    pub fn copied(&self) -> u64 {
+        self.copied
+    }
+
+    /// Blocks that are remembered: bounded by a page of each list.
+    #[cfg(test)]
+    pub fn remembered(&self) -> usize {
+        self.queue.len() + self.under_way.len()
+    }
+
+    /// Starts the live writes behind `issued`, once the target is ready. They must follow on the same stream.
+    pub fn begin(&mut self, issued: Tail) -> Option<SyncRequest> {
+        let Stage::Ready = self.stage else { return None };
+        self.stage = Stage::Beginning;
+        self.last = Some(issued);
+        let request = Request::Begin { id: RequestId(0), last: issued };
+        Some(SyncRequest { whom: Whom::Target, ask: SyncAsk::Begin, request, data: Bytes::new() })
+    }
+
+    /// The point up to which a source must hold everything, if one is needed.
+    pub fn needs_source(&self) -> Option<Sequence> {
+        match self.stage {
+            Stage::Copying => self.last.map(|last| last.sequence),
+            _ => None,
+        }
+    }
+
+    /// The source that is being read.
+    pub fn source(&self) -> Option<(HostId, Generation)> {
+        self.source
+    }
+
+    /// Whether a host may serve as the source.
+    pub fn may_use(&self, host: HostId) -> bool {
+        !self.bad_sources.contains(&host)
+    }
+
+    /// Goes on with this source, or with none for now.
+    pub fn set_source(&mut self, source: Option<(HostId, Generation)>) {
+        if source == self.source {
+            return;
+        }
+        self.source = source;
+        self.changed.asked = false;
+        let is_fetching = |(_, step): &(&BlockIndex, &Step)| **step == Step::Fetching;
+        let fetching: Vec<BlockIndex> =
+            self.under_way.iter().filter(is_fetching).map(|(block, _)| *block).collect();
+        for block in fetching {
+            self.under_way.remove(&block);
+            self.queue.push_front(block);
+        }
+    }
+
+    /// The next request, if there is something to ask.
+    pub fn next_request(&mut self) -> Option<SyncRequest> {
+        let id = RequestId(0);
+        let of = |whom, ask, request| Some(SyncRequest { whom, ask, request, data: Bytes::new() });
+        match &mut self.stage {
+            Stage::Truncating { asked } => {
+                if std::mem::replace(asked, true) {
+                    return None;
+                }
+                of(Whom::Target, SyncAsk::Truncate, Request::Truncate { id, cut: self.cut })
+            }
+            Stage::Ready | Stage::Beginning => None,
+            Stage::Copying => self.next_copy(),
+            Stage::Completing { asked } => {
+                if std::mem::replace(asked, true) {
+                    return None;
+                }
+                let tail = self.last.expect("the live writes have begun");
+                of(Whom::Target, SyncAsk::Complete, Request::Complete { id, tail })
+            }
+        }
+    }
+
+    fn next_copy(&mut self) -> Option<SyncRequest> {
+        let id = RequestId(0);
+        let wants_more = self.queue.len() < COPIES_IN_FLIGHT;
+        if wants_more && !self.voided.done && !self.voided.asked {
+            self.voided.asked = true;
+            let request = Request::Voided { id, from: self.voided.from };
+            return Some(SyncRequest {
+                whom: Whom::Target,
+                ask: SyncAsk::Voided,
+                request,
+                data: Bytes::new(),
+            });
+        }
+        let (host, generation) = self.source?;
+        let whom = Whom::Source(host, generation);
+        if wants_more && self.voided.done && !self.changed.done && !self.changed.asked {
+            self.changed.asked = true;
+            let upto = self.last.map_or(Sequence(u64::MAX), |last| last.sequence);
+            let request = Request::Changed { id, after: self.cut.sequence, upto, from: self.changed.from };
+            return Some(SyncRequest { whom, ask: SyncAsk::Changed, request, data: Bytes::new() });
+        }
+        if self.under_way.len() >= COPIES_IN_FLIGHT {
+            return None;
+        }
+        let block = self.queue.pop_front()?;
+        if self.under_way.insert(block, Step::Fetching).is_some() {
+            // Listed twice; the copy that is under way will do.
+            return self.next_copy();
+        }
+        let request = Request::Fetch { id, block };
+        Some(SyncRequest { whom, ask: SyncAsk::Fetch(block), request, data: Bytes::new() })
+    }
+
+    /// Takes an answer. `from`: the source that gave it, if it was one. Returns what follows at once.
+    ///
+    /// # Errors
+    /// The resync can't go on.
+    pub fn answered(
+        &mut self,
+        ask: SyncAsk,
+        from: Option<(HostId, Generation)>,
+        answer: Answer,
+        data: Bytes,
+    ) -> Result<Option<SyncRequest>, SyncError> {
+        if from.is_some() && from != self.source {
+            // Of a source that was given up: asked anew already.
+            return Ok(None);
+        }
+        match (ask, answer) {
+            (SyncAsk::Truncate, Answer::Done) => self.stage = Stage::Ready,
+            (SyncAsk::Begin, Answer::Done) => self.stage = Stage::Copying,
+            (SyncAsk::Voided, Answer::Blocks { blocks, full }) => {
+                self.queue.extend(self.voided.take(blocks, full));
+            }
+            (SyncAsk::Changed, Answer::Blocks { blocks, full }) => {
+                self.queue.extend(self.changed.take(blocks, full));
+            }
+            (SyncAsk::Fetch(block), Answer::Block { version, zero }) => {
+                return Ok(self.fetched(block, version, zero, data));
+            }
+            (SyncAsk::Copy(block), Answer::Done) => {
+                self.under_way.remove(&block);
+                self.copied += 1;
+            }
+            (SyncAsk::Complete, Answer::Done) => return Ok(None),
+            (SyncAsk::Fetch(_) | SyncAsk::Changed, _) => {
+                self.bad_sources.extend(from.map(|(host, _)| host));
+                self.set_source(None);
+            }
+            (ask, answer) => return Err(SyncError { ask, answer: format!("{answer:?}") }),
+        }
+        self.end_copying();
+        Ok(None)
+    }
+
+    fn fetched(
+        &mut self,
+        block: BlockIndex,
+        version: WireVersion,
+        zero: bool,
+        data: Bytes,
+    ) -> Option<SyncRequest> {
+        // Never written at the source, and void or never written at the target: both read as zero. Or written since the live
+        // writes began: then that write is on its way to the target, before the completion.
+        let is_live = self.last.is_some_and(|last| version.sequence > last.sequence);
+        if version.sequence == Sequence(0) || is_live {
+            self.under_way.remove(&block);
+            self.end_copying();
+            return None;
+        }
+        self.under_way.insert(block, Step::Storing);
+        let request = Request::Copy { id: RequestId(0), block, version, zero };
+        Some(SyncRequest { whom: Whom::Target, ask: SyncAsk::Copy(block), request, data })
+    }
+
+    fn end_copying(&mut self) {
+        let is_copied = matches!(self.stage, Stage::Copying)
+            && self.voided.done
+            && self.changed.done
+            && self.queue.is_empty()
+            && self.under_way.is_empty();
+        if is_copied {
+            self.stage = Stage::Completing { asked: false };
+        }
+    }
+}
+
+impl List {
+    fn take(&mut self, blocks: Vec<BlockIndex>, full: bool) -> Vec<BlockIndex> {
+        self.asked = false;
+        match blocks.last() {
+            Some(last) if full => self.from = BlockIndex(last.0.saturating_add(1)),
+            _ => self.done = true,
+        }
+        blocks
+    }
+}

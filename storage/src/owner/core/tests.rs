@@ -1,0 +1,1 @@
+//! The owner alone: scripted replicas.

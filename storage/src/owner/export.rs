@@ -1,0 +1,52 @@
+//! A volume as something that an NBD server can serve.
+
+use super::config::VolumeError;
+use super::handle::VolumeHandle;
+use crate::nbd::{Export, ExportError, Extent, ExtentKind};
+use crate::types::BoxFuture;
+use bytes::Bytes;
+
+impl From<VolumeError> for ExportError {
+    fn from(error: VolumeError) -> Self {
+        match error {
+            VolumeError::NoSpace => Self::NoSpace,
+            VolumeError::OutOfRange { .. } => Self::Invalid,
+            VolumeError::Fenced { .. }
+            | VolumeError::Closed
+            | VolumeError::NotActive
+            | VolumeError::Draining => Self::Shutdown,
+            VolumeError::Damaged { .. } => Self::Io,
+        }
+    }
+}
+
+impl Export for VolumeHandle {
+    fn size_bytes(&self) -> u64 {
+        Self::size_bytes(self)
+    }
+
+    fn read(&self, offset: u64, len: u32) -> BoxFuture<'_, Result<Bytes, ExportError>> {
+        Box::pin(async move { Ok(Self::read(self, offset, len as usize).await?) })
+    }
+
+    fn write(&self, offset: u64, data: Bytes) -> BoxFuture<'_, Result<(), ExportError>> {
+        Box::pin(async move { Ok(Self::write(self, offset, data).await?) })
+    }
+
+    fn flush(&self) -> BoxFuture<'_, Result<(), ExportError>> {
+        Box::pin(async move { Ok(Self::flush(self).await?) })
+    }
+
+    fn trim(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<(), ExportError>> {
+        Box::pin(async move { Ok(self.discard(offset, len).await?) })
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<(), ExportError>> {
+        Box::pin(async move { Ok(Self::write_zeroes(self, offset, len).await?) })
+    }
+
+    /// Everything counts as written: no client is misled by that, and owners know no better.
+    fn extents(&self, _offset: u64, len: u64) -> BoxFuture<'_, Result<Vec<Extent>, ExportError>> {
+        Box::pin(async move { Ok(vec![Extent { len, kind: ExtentKind::Data }]) })
+    }
+}
