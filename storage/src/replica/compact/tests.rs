@@ -220,7 +220,7 @@ proptest! {
             }
             let fill = (what >= 40).then_some(what);
             store.write(VolumeId(volume + 1), first, count, fill);
-            (first..first + u64::from(count)).for_each(|block| drop(model.insert((volume, block), fill)));
+            model.extend((first..first + u64::from(count)).map(|block| ((volume, block), fill)));
         }
         let needed = model.values().filter(|fill| fill.is_some()).count();
         // Twice what is needed, the tombstones and latest writes that count as well, and what is being written.
