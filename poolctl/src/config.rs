@@ -6,8 +6,10 @@
 use serde::{Deserialize, Serialize};
 use std::{
     collections::HashSet,
-    io::Write as _,
+    fs::File,
+    io::{self, Write as _},
     net::SocketAddr,
+    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
 };
 
@@ -20,7 +22,7 @@ const CONFIG_BYTES_MAX: u64 = 1 << 20;
 const ADDRESSES_MAX: usize = 256;
 
 /// Contents of the configuration file.
-#[derive(Clone, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
     /// Hosts of the pool.
@@ -55,7 +57,26 @@ pub fn path(given: Option<PathBuf>) -> Result<PathBuf, Failure> {
     Ok(home.join(".config/poolctl/config.toml"))
 }
 
+/// Makes a file that only its owner can read.
+///
+/// # Errors
+/// It exists already, or can't be made.
+pub fn create_private(path: &Path) -> io::Result<File> {
+    File::options().write(true).create_new(true).mode(0o600).open(path)
+}
+
 impl Config {
+    /// Writes a new file, for its owner's eyes only.
+    ///
+    /// # Errors
+    /// It exists already, or can't be written.
+    pub fn write_new(&self, path: &Path) -> io::Result<()> {
+        let text = toml::to_string(self).map_err(io::Error::other)?;
+        let mut file = create_private(path)?;
+        file.write_all(text.as_bytes())?;
+        file.sync_all()
+    }
+
     /// Reads the file.
     ///
     /// # Errors

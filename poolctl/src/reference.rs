@@ -20,6 +20,12 @@ pub enum ValueError {
         /// The smallest that will do.
         least: &'static str,
     },
+    /// No change of a label.
+    #[error("`{text}` changes no label; write KEY=VALUE to set one or KEY- to remove it")]
+    Label {
+        /// What was given.
+        text: String,
+    },
     /// Neither an id of the kind nor a number.
     #[error("`{text}` is not an id; write {prefix}NUMBER or the number alone")]
     Id {
@@ -83,6 +89,32 @@ pub fn size(text: &str) -> Result<ByteCount, Box<dyn std::error::Error + Send + 
     Ok(size)
 }
 
+/// A change of one label.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Label {
+    /// `KEY=VALUE`
+    Set(String, String),
+    /// `KEY-`
+    Remove(String),
+}
+
+/// `KEY=VALUE` or `KEY-`.
+///
+/// # Errors
+/// When it is neither.
+pub fn label(text: &str) -> Result<Label, ValueError> {
+    let label = match text.split_once('=') {
+        Some((key, value)) => Label::Set(key.to_owned(), value.to_owned()),
+        None => Label::Remove(text.strip_suffix('-').unwrap_or_default().to_owned()),
+    };
+    match &label {
+        Label::Set(key, _) | Label::Remove(key) if key.is_empty() => {
+            Err(ValueError::Label { text: text.to_owned() })
+        }
+        _ => Ok(label),
+    }
+}
+
 /// `mig-21` or `21`.
 ///
 /// # Errors
@@ -138,6 +170,16 @@ mod tests {
         assert!(size("0").is_err());
         assert!(size("ten").is_err());
         assert_eq!(size("10GiB").unwrap(), ByteCount(10 << 30));
+    }
+
+    #[test]
+    fn labels_are_set_or_removed() {
+        assert_eq!(label("zone=a"), Ok(Label::Set("zone".into(), "a".into())));
+        assert_eq!(label("x=a=b"), Ok(Label::Set("x".into(), "a=b".into())));
+        assert_eq!(label("my-zone-"), Ok(Label::Remove("my-zone".into())));
+        for bad in ["", "zone", "-", "=a"] {
+            assert!(label(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

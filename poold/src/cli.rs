@@ -43,6 +43,9 @@ pub enum CliCommand {
         /// Data folder of this host.
         #[arg(long, value_parser = absolute)]
         data: PathBuf,
+        /// Serve Prometheus metrics and /healthz there [default: `metrics` of poold.toml].
+        #[arg(long, value_name = "IP:PORT")]
+        metrics: Option<SocketAddr>,
         /// Logs as JSON, one object per line.
         #[arg(long)]
         log_json: bool,

@@ -27,6 +27,9 @@ pub struct HostConfig {
     pub vm_memory_bytes: u64,
     /// Intervals of elections and heartbeats, as in the pool's timing profile.
     pub timing: TimingName,
+    /// Address of the metrics port; none: there is no such port.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metrics: Option<SocketAddr>,
 }
 
 /// A named timing profile.
@@ -77,9 +80,30 @@ impl HostConfig {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(source) => return Err(ConfigError::Io { path, source }),
         };
-        toml::from_str(&text)
-            .map(Some)
-            .map_err(|error| ConfigError::Invalid { path, cause: error.to_string() })
+        let config: Self = toml::from_str(&text)
+            .map_err(|error| ConfigError::Invalid { path: path.clone(), cause: error.to_string() })?;
+        config.check().map_err(|cause| ConfigError::Invalid { path, cause })?;
+        Ok(Some(config))
+    }
+
+    /// What makes no sense although it can be read.
+    fn check(&self) -> Result<(), String> {
+        if self.pool_id.is_empty() || self.host_id == 0 {
+            return Err("`pool_id` and `host_id` are what `poold init` or `poold join` wrote".to_owned());
+        }
+        if !proto::limits::is_valid_name(&self.host_name) {
+            return Err(format!("`host_name` {} is no valid name", self.host_name));
+        }
+        if self.listen.port() == 0 || self.listen.ip().is_unspecified() {
+            return Err(format!("`listen` {} is no address that other hosts could reach", self.listen));
+        }
+        if self.vm_memory_bytes == 0 {
+            return Err("`vm_memory_bytes` is 0: no VM could run here".to_owned());
+        }
+        if self.metrics == Some(self.listen) {
+            return Err("`metrics` needs another port than `listen`".to_owned());
+        }
+        Ok(())
     }
 
     /// Writes it; this is the step that makes a host a member of its pool.
@@ -97,5 +121,54 @@ impl HostConfig {
     #[must_use]
     pub fn host(&self) -> HostId {
         HostId(self.host_id)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn valid() -> HostConfig {
+        HostConfig {
+            pool_id: "p".to_owned(),
+            host_id: 3,
+            host_name: "h3".to_owned(),
+            listen: "10.0.0.3:7400".parse().unwrap(),
+            vm_memory_bytes: 1 << 30,
+            timing: TimingName::Default,
+            metrics: Some("10.0.0.3:7401".parse().unwrap()),
+        }
+    }
+
+    #[test]
+    fn what_is_saved_is_loaded_and_an_older_file_has_no_metrics() {
+        let dir = tempfile::tempdir().unwrap();
+        valid().save(dir.path()).unwrap();
+        assert_eq!(HostConfig::load(dir.path()).unwrap(), Some(valid()));
+        let without = HostConfig { metrics: None, ..valid() };
+        without.save(dir.path()).unwrap();
+        assert_eq!(HostConfig::load(dir.path()).unwrap(), Some(without));
+    }
+
+    #[test]
+    fn each_mistake_is_named() {
+        type Spoil = fn(&mut HostConfig);
+        let cases: [(&str, Spoil); 5] = [
+            ("pool_id", |config| config.pool_id.clear()),
+            ("host_name", |config| config.host_name = "h 3".to_owned()),
+            ("listen", |config| config.listen.set_port(0)),
+            ("vm_memory_bytes", |config| config.vm_memory_bytes = 0),
+            ("metrics", |config| config.metrics = Some(config.listen)),
+        ];
+        let dir = tempfile::tempdir().unwrap();
+        for (word, spoil) in cases {
+            let mut config = valid();
+            spoil(&mut config);
+            config.save(dir.path()).unwrap();
+            let error = HostConfig::load(dir.path()).unwrap_err().to_string();
+            assert!(error.contains(word), "{word}: {error}");
+        }
+        std::fs::write(dir.path().join("poold.toml"), "typo = 1\n").unwrap();
+        assert!(HostConfig::load(dir.path()).unwrap_err().to_string().contains("typo"));
     }
 }

@@ -12,12 +12,13 @@
 use crate::{
     agent::{AgentApi, Agents},
     api::{
-        Principal, consoles::ConsoleApi, events::EventApi, images::ImageApi, migrations::MigrationApi,
-        status, tasks::TaskApi, vms::VmApi, volumes::VolumeApi,
+        Principal, consoles::ConsoleApi, events::EventApi, groups::GroupApi, images::ImageApi,
+        migrations::MigrationApi, status, tasks::TaskApi, users::UserApi, vms::VmApi, volumes::VolumeApi,
     },
     consensus::{Consensus, HostClients, ProposeError, ProposeMeta, ReadError},
     images::{self, ImageError, ImageStore},
     lease::{self, LeaderHandle, LeaseApi, LeaseClient},
+    metrics::{self, Sources},
     reconcile::{self, Executor},
     replica::{self, ReplicaError},
     supervisor::{self, ProcessError, Supervisor},
@@ -28,14 +29,15 @@ use proto::{
     limits::GRPC_MESSAGE_BYTES_MAX,
     v1::{
         RequestMeta, agent_service_server::AgentServiceServer, console_service_server::ConsoleServiceServer,
-        event_service_server::EventServiceServer, image_service_server::ImageServiceServer,
-        lease_service_server::LeaseServiceServer, migration_service_server::MigrationServiceServer,
-        task_service_server::TaskServiceServer, vm_service_server::VmServiceServer,
+        event_service_server::EventServiceServer, group_service_server::GroupServiceServer,
+        image_service_server::ImageServiceServer, lease_service_server::LeaseServiceServer,
+        migration_service_server::MigrationServiceServer, task_service_server::TaskServiceServer,
+        user_service_server::UserServiceServer, vm_service_server::VmServiceServer,
         volume_service_server::VolumeServiceServer,
     },
 };
 use std::{io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
-use tokio::{sync::oneshot, task::JoinSet};
+use tokio::{net::TcpListener, sync::oneshot, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, service::Routes};
 
@@ -242,11 +244,11 @@ impl Node {
     }
 }
 
-/// Starts the node. The host must be a member of the pool and consensus must run.
+/// Starts the node. The host must be a member of the pool and consensus must run. Metrics are served where they are wanted.
 ///
 /// # Errors
 /// A store or a directory can't be used.
-pub async fn run(context: NodeContext) -> Result<Node, NodeError> {
+pub async fn run(context: NodeContext, metrics_port: Option<TcpListener>) -> Result<Node, NodeError> {
     let binary = supervisor::default_binary()
         .map_err(|source| NodeError::System { what: "the path of this executable", source })?;
     let boot_id = read_boot_id()?;
@@ -265,6 +267,11 @@ pub async fn run(context: NodeContext) -> Result<Node, NodeError> {
     let identity = lease::LeaseIdentity { boot_id, incarnation: replica.incarnation() };
     tasks.spawn(lease::run_client(context.clone(), supervisor.clone(), leader.clone(), lease, identity));
     tasks.spawn(reconcile::run(Arc::new(executor)));
+    tasks.spawn(crate::facts::run(context.clone()));
+    if let Some(listener) = metrics_port {
+        let sources = Sources { context: context.clone(), supervisor: supervisor.clone() };
+        tasks.spawn(metrics::serve(listener, sources, context.shutdown.clone()));
+    }
     tasks.spawn(images::sync_task(context.clone(), images));
     let (failure, failed) = oneshot::channel();
     let watcher = tokio::spawn(watch(tasks, replica, failure, context.shutdown));
@@ -286,6 +293,8 @@ fn routes(
         .add_service(MigrationServiceServer::new(MigrationApi::new(context.clone(), agents.clone())))
         .add_service(TaskServiceServer::new(TaskApi::new(context.clone())))
         .add_service(EventServiceServer::new(EventApi::new(context.clone())))
+        .add_service(GroupServiceServer::new(GroupApi::new(context.clone())))
+        .add_service(UserServiceServer::new(UserApi::new(context.clone())))
         .add_service(ConsoleServiceServer::new(ConsoleApi::new(context.clone(), agents.clone())))
         .add_service(AgentServiceServer::new(agent).max_decoding_message_size(GRPC_MESSAGE_BYTES_MAX))
         .add_service(LeaseServiceServer::new(LeaseApi::new(context.clone(), leader.clone())))

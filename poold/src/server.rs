@@ -1,7 +1,7 @@
 //! The one TCP port of a host: gRPC with mutual TLS.
 //!
 //! A client certificate is optional in the handshake, since a joining host has none yet; every service but the join calls,
-//! health and reflection demands one. A host that was removed is refused by all of them: its certificate lives on, but
+//! health and reflection demands one, and the table in [`access`](crate::api::access) says whose. A host that was removed is refused by all of them: its certificate lives on, but
 //! counts no more. Garbage on the port ends its own connection and nothing else.
 
 mod incoming;
@@ -9,6 +9,7 @@ mod incoming;
 #[cfg(test)]
 mod tests;
 
+use crate::api::access::AccessLayer;
 use crate::api::hosts::HostApi;
 use crate::api::pool::PoolApi;
 use crate::api::principal::refuse_removed_hosts;
@@ -129,8 +130,10 @@ pub fn spawn(options: ServerOptions, shutdown: CancellationToken) -> Result<Runn
         .add_service(health_service)
         .add_service(reflection);
     let consensus = options.consensus.clone();
+    let access = AccessLayer::new(consensus.clone());
     let server = Server::builder()
         .layer(InterceptorLayer::new(move |request| refuse_removed_hosts(&consensus, request)))
+        .layer(access)
         .tls_config(tls)
         .map_err(ServerError::Tls)?
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))

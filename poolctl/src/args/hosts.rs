@@ -1,9 +1,9 @@
 //! Commands of the pool as a whole and of its hosts.
 
 use crate::reference;
-use clap::Subcommand;
+use clap::{Subcommand, ValueHint};
 use proto::TokenId;
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 /// `poolctl pool …`
 #[derive(Debug, Subcommand)]
@@ -12,6 +12,12 @@ pub enum PoolCommand {
     Status,
     /// Everything about the pool itself
     Show,
+    /// Writes the pool's state to a file, from which `poold recover` can found it again; it holds the key of the pool's CA
+    Backup {
+        /// The file; it must not exist
+        #[arg(value_hint = ValueHint::FilePath)]
+        file: PathBuf,
+    },
 }
 
 /// `poolctl ha …`
@@ -19,6 +25,29 @@ pub enum PoolCommand {
 pub enum HaCommand {
     /// Permits recovery again after the brake against false alarms stopped it
     Resume,
+    /// Switches recovery off for a time of maintenance
+    Disarm,
+    /// Switches recovery on again
+    Arm,
+    /// Which VMs would stay down if hosts failed
+    Plan {
+        /// How many hosts fail together
+        #[arg(long, default_value_t = 1, value_name = "HOSTS")]
+        fail: u32,
+    },
+}
+
+/// `poolctl balance …`
+#[derive(Debug, Subcommand)]
+pub enum BalanceCommand {
+    /// What `balance run` would move, and why
+    Plan,
+    /// Moves VMs until no rule is broken and the hosts are evenly used
+    Run {
+        /// Print the task and do not wait
+        #[arg(long = "async")]
+        detach: bool,
+    },
 }
 
 /// `poolctl host …`
@@ -34,7 +63,51 @@ pub enum HostCommand {
         /// The host
         host: String,
     },
-    /// Takes a host out of the pool
+    /// Sets and removes labels; `zone` spreads replicas and voters
+    Label {
+        /// The host
+        host: String,
+        /// KEY=VALUE to set, KEY- to remove
+        #[arg(required = true, value_parser = reference::label)]
+        labels: Vec<reference::Label>,
+    },
+    /// Lets no VM come to a host; those that are there stay
+    Cordon {
+        /// The host
+        host: String,
+    },
+    /// Lets VMs come to a host again
+    Uncordon {
+        /// The host
+        host: String,
+    },
+    /// Moves every VM away, live, and waits until the host is empty
+    Drain {
+        /// The host
+        host: String,
+        /// Print the task and do not wait
+        #[arg(long = "async")]
+        detach: bool,
+    },
+    /// Puts a host back into service and its VMs back on it
+    Restore {
+        /// The host
+        host: String,
+        /// Print the task and do not wait
+        #[arg(long = "async")]
+        detach: bool,
+    },
+    /// Vouches that a lost host is off, so that its VMs without HA may be started elsewhere
+    ConfirmDead {
+        /// The host
+        host: String,
+    },
+    /// Takes a lost host out of the pool for good; its replicas are made anew elsewhere
+    Forget {
+        /// The host
+        host: String,
+    },
+    /// Moves a host's VMs away and takes it out of the pool
     Remove {
         /// The host
         host: String,

@@ -1,6 +1,7 @@
 //! The command line as types. Everything that can be checked without the pool is checked here.
 
 mod hosts;
+mod rules;
 mod storage;
 mod vms;
 mod work;
@@ -8,7 +9,8 @@ mod work;
 #[cfg(test)]
 mod tests;
 
-pub use hosts::{HaCommand, HostCommand, PoolCommand, TokenCommand};
+pub use hosts::{BalanceCommand, HaCommand, HostCommand, PoolCommand, TokenCommand};
+pub use rules::{GroupCommand, Members, Rule, SupportCommand, UserCommand};
 pub use storage::{ImageCommand, VolumeCommand};
 pub use vms::{ConsoleCommand, CreateArguments, HaPolicy, MigrateArguments, Policy, VmCommand};
 pub use work::{EventCommand, MigrationCommand, TaskCommand};
@@ -78,6 +80,18 @@ pub enum Noun {
     /// What happens in the pool
     #[command(subcommand)]
     Event(EventCommand),
+    /// Rules about where VMs run
+    #[command(subcommand)]
+    Group(GroupCommand),
+    /// An even use of all hosts
+    #[command(subcommand)]
+    Balance(BalanceCommand),
+    /// Who may use the pool
+    #[command(subcommand)]
+    User(UserCommand),
+    /// What helps to help
+    #[command(subcommand)]
+    Support(SupportCommand),
     /// Prints a completion script
     Completion {
         /// For which shell

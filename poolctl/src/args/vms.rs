@@ -79,6 +79,11 @@ pub enum VmCommand {
         /// The VM
         vm: String,
     },
+    /// Why a VM is where it is, or why it doesn't run
+    Explain {
+        /// The VM
+        vm: String,
+    },
     /// Deletes a stopped VM; its volumes stay
     Delete {
         /// The VM
@@ -112,6 +117,9 @@ pub struct CreateArguments {
     /// What becomes of it when its host is lost
     #[arg(long, value_enum, default_value_t)]
     pub ha: HaPolicy,
+    /// Order of recovery, highest first [default: 100]
+    #[arg(long, value_name = "1-255", value_parser = clap::value_parser!(u8).range(1..))]
+    pub ha_priority: Option<u8>,
 }
 
 /// A move.

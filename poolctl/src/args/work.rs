@@ -48,6 +48,12 @@ pub enum TaskCommand {
         #[arg(value_parser = reference::task)]
         id: TaskId,
     },
+    /// Waits until a task has ended; fails if the task does
+    Wait {
+        /// Its id, such as task-20
+        #[arg(value_parser = reference::task)]
+        id: TaskId,
+    },
     /// Prints a task at each of its changes until it has ended
     Watch {
         /// Its id, such as task-20
@@ -64,5 +70,11 @@ pub enum EventCommand {
         /// First revision to print [default: from now on]
         #[arg(long, value_name = "REVISION")]
         from: Option<u64>,
+    },
+    /// Who changed what, oldest first
+    Audit {
+        /// First revision to print [default: all that the pool remembers]
+        #[arg(long, value_name = "REVISION", default_value_t)]
+        from: u64,
     },
 }

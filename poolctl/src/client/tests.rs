@@ -2,7 +2,7 @@
 
 use super::*;
 use proto::v1::{
-    HaResumeRequest, Pool, PoolShowRequest,
+    self, HaResumeRequest, Pool, PoolShowRequest,
     pool_service_client::PoolServiceClient,
     pool_service_server::{PoolService, PoolServiceServer},
 };
@@ -53,6 +53,37 @@ impl PoolService for Host {
         self.seen.lock().unwrap().push(id);
         self.answer()
     }
+
+    // What no test of the client calls.
+
+    type BackupStream = tokio_stream::Empty<Result<v1::BackupChunk, Status>>;
+
+    async fn ha_arm(&self, _: Request<v1::HaArmRequest>) -> Result<Response<Pool>, Status> {
+        Err(unused())
+    }
+
+    async fn ha_plan(&self, _: Request<v1::HaPlanRequest>) -> Result<Response<v1::HaPlanResponse>, Status> {
+        Err(unused())
+    }
+
+    async fn balance_plan(
+        &self,
+        _: Request<v1::BalancePlanRequest>,
+    ) -> Result<Response<v1::BalancePlanResponse>, Status> {
+        Err(unused())
+    }
+
+    async fn balance_run(&self, _: Request<v1::BalanceRunRequest>) -> Result<Response<v1::Task>, Status> {
+        Err(unused())
+    }
+
+    async fn backup(&self, _: Request<v1::BackupRequest>) -> Result<Response<Self::BackupStream>, Status> {
+        Err(unused())
+    }
+}
+
+fn unused() -> Status {
+    Status::unimplemented("not in this test")
 }
 
 impl Host {

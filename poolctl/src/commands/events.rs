@@ -1,9 +1,14 @@
 //! `poolctl event`.
 
 use super::Session;
-use crate::{args::EventCommand, client::call, failure::Failure, view::EventView};
+use crate::{
+    args::EventCommand,
+    client::call,
+    failure::Failure,
+    view::{AuditView, EventView},
+};
 use proto::v1::{
-    Event, PoolShowRequest, WatchEventsRequest, event_service_client::EventServiceClient,
+    AuditRequest, Event, PoolShowRequest, WatchEventsRequest, event_service_client::EventServiceClient,
     pool_service_client::PoolServiceClient,
 };
 use std::{cell::Cell, ops::ControlFlow};
@@ -13,7 +18,10 @@ use std::{cell::Cell, ops::ControlFlow};
 /// # Errors
 /// As the pool answers.
 pub async fn run(command: EventCommand, session: &mut Session) -> Result<(), Failure> {
-    let EventCommand::Watch { from } = command;
+    let from = match command {
+        EventCommand::Watch { from } => from,
+        EventCommand::Audit { from } => return audit(from, session).await,
+    };
     let from = match from {
         Some(from) => from,
         None => call!(session.client, PoolServiceClient, show, PoolShowRequest {}).await?.revision + 1,
@@ -31,6 +39,12 @@ pub async fn run(command: EventCommand, session: &mut Session) -> Result<(), Fai
         Ok(ControlFlow::Continue(()))
     };
     client.follow(open, print).await
+}
+
+async fn audit(from_revision: u64, session: &mut Session) -> Result<(), Failure> {
+    let answer = call!(session.client, EventServiceClient, audit, AuditRequest { from_revision }).await?;
+    let views: Vec<AuditView> = answer.records.into_iter().map(AuditView::from).collect();
+    session.output.list(answer.revision, &views)
 }
 
 /// Where a watch is. Another host begins again with the first event of a revision, so that some come twice.

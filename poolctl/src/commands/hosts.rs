@@ -6,13 +6,16 @@ use crate::{
     client::{call, new_meta},
     failure::Failure,
     output::{Format, hint},
+    reference::Label,
     view::{HostView, TokenView},
+    wait,
 };
 use proto::{
-    TokenId,
+    TaskId, TokenId,
     v1::{
-        CreateJoinTokenRequest, HostRef, LeaveRequest, ListHostsRequest, ListHostsResponse,
-        ListJoinTokensRequest, RevokeJoinTokenRequest, host_service_client::HostServiceClient,
+        CreateJoinTokenRequest, Host, HostChangeRequest, HostRef, LeaveRequest, ListHostsRequest,
+        ListHostsResponse, ListJoinTokensRequest, RevokeJoinTokenRequest, SetHostLabelsRequest,
+        host_service_client::HostServiceClient,
     },
 };
 use std::ops::ControlFlow;
@@ -32,12 +35,31 @@ pub async fn run(command: HostCommand, session: &mut Session) -> Result<(), Fail
             let host = call!(session.client, HostServiceClient, show, HostRef { r#ref: host }).await?;
             session.output.show(&HostView::from(host))
         }
-        HostCommand::Remove { host, force } => {
-            let request = LeaveRequest { meta: new_meta(), host, force };
-            let host = call!(session.client, HostServiceClient, leave, request).await?;
-            let sentence = format!("host {} is no member of the pool any more", host.name);
+        HostCommand::Label { host, labels } => label(host, labels, session).await,
+        HostCommand::Cordon { host } => {
+            let host = call!(session.client, HostServiceClient, cordon, change(host)).await?;
+            tell(session, host)
+        }
+        HostCommand::Uncordon { host } => {
+            let host = call!(session.client, HostServiceClient, uncordon, change(host)).await?;
+            tell(session, host)
+        }
+        HostCommand::ConfirmDead { host } => {
+            let host = call!(session.client, HostServiceClient, confirm_dead, change(host)).await?;
+            let sentence = format!("the VMs without HA of {} may be started elsewhere", host.name);
             session.output.changed(&HostView::from(host), &sentence)
         }
+        HostCommand::Drain { host, detach } => {
+            let task = call!(session.client, HostServiceClient, drain, change(host.clone())).await?;
+            super::end_of_pool_task(session, task, &format!("host {host}"), "draining", detach).await
+        }
+        HostCommand::Restore { host, detach } => {
+            let task = call!(session.client, HostServiceClient, restore, change(host.clone())).await?;
+            super::end_of_pool_task(session, task, &format!("host {host}"), "restoring", detach).await
+        }
+        HostCommand::Forget { host } => leave(host, Departure::Dead, session).await,
+        HostCommand::Remove { host, force: true } => leave(host, Departure::Dead, session).await,
+        HostCommand::Remove { host, force: false } => leave(host, Departure::Orderly, session).await,
         HostCommand::Watch => {
             let Session { client, output } = session;
             let open = |channel| async { HostServiceClient::new(channel).watch(ListHostsRequest {}).await };
@@ -48,6 +70,51 @@ pub async fn run(command: HostCommand, session: &mut Session) -> Result<(), Fail
             client.follow(open, print).await
         }
     }
+}
+
+fn change(host: String) -> HostChangeRequest {
+    HostChangeRequest { meta: new_meta(), host }
+}
+
+fn tell(session: &mut Session, host: Host) -> Result<(), Failure> {
+    let sentence = format!("host {} is {}", host.name, host.duty);
+    session.output.changed(&HostView::from(host), &sentence)
+}
+
+async fn label(host: String, labels: Vec<Label>, session: &mut Session) -> Result<(), Failure> {
+    let mut request = SetHostLabelsRequest { meta: new_meta(), host, ..SetHostLabelsRequest::default() };
+    for label in labels {
+        match label {
+            Label::Set(key, value) => drop(request.set.insert(key, value)),
+            Label::Remove(key) => request.remove.push(key),
+        }
+    }
+    let host = call!(session.client, HostServiceClient, set_labels, request).await?;
+    let sentence = format!("the labels of host {} are changed", host.name);
+    session.output.changed(&HostView::from(host), &sentence)
+}
+
+/// How a host leaves.
+enum Departure {
+    /// With its VMs moved away first.
+    Orderly,
+    /// It is lost and can hand nothing over.
+    Dead,
+}
+
+async fn leave(name: String, departure: Departure, session: &mut Session) -> Result<(), Failure> {
+    let force = matches!(departure, Departure::Dead);
+    if !force {
+        let host = call!(session.client, HostServiceClient, show, HostRef { r#ref: name.clone() }).await?;
+        if !host.vms.is_empty() {
+            let task = call!(session.client, HostServiceClient, drain, change(name.clone())).await?;
+            wait::task(&session.client, TaskId(task.id), &format!("host {name}"), "draining").await?;
+        }
+    }
+    let request = LeaveRequest { meta: new_meta(), host: name, force };
+    let host = call!(session.client, HostServiceClient, leave, request).await?;
+    let sentence = format!("host {} is no member of the pool any more", host.name);
+    session.output.changed(&HostView::from(host), &sentence)
 }
 
 fn views(hosts: ListHostsResponse) -> Vec<HostView> {

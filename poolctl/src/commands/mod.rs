@@ -2,22 +2,31 @@
 
 mod console;
 mod events;
+mod groups;
 mod hosts;
 mod images;
 mod migrations;
 mod pools;
+mod support;
 mod tasks;
+mod users;
 mod vms;
 mod volumes;
 
 use crate::{
     args::{Cli, Noun},
-    client::Client,
+    client::{Client, call},
     config,
     failure::Failure,
     output::Output,
+    view::TaskView,
+    wait,
 };
 use clap::CommandFactory as _;
+use proto::{
+    TaskId,
+    v1::{Task, TaskRef, task_service_client::TaskServiceClient},
+};
 use std::io;
 
 /// What every command works with.
@@ -56,6 +65,26 @@ pub async fn run(cli: Cli) -> Result<(), Failure> {
     result
 }
 
+/// Waits for a task of the pool and shows how it ended, or shows the task alone.
+///
+/// # Errors
+/// When the task that is waited for fails.
+async fn end_of_pool_task(
+    session: &mut Session,
+    task: Task,
+    object: &str,
+    what: &str,
+    detach: bool,
+) -> Result<(), Failure> {
+    let id = TaskId(task.id);
+    if detach {
+        return session.output.changed(&TaskView::from(task), &id.to_string());
+    }
+    wait::task(&session.client, id, object, what).await?;
+    let task = call!(session.client, TaskServiceClient, show, TaskRef { id: id.0 }).await?;
+    session.output.changed(&TaskView::from(task), &format!("{what} {object}: done"))
+}
+
 async fn dispatch(noun: Noun, session: &mut Session) -> Result<(), Failure> {
     match noun {
         Noun::Pool(command) => pools::run(command, session).await,
@@ -68,6 +97,10 @@ async fn dispatch(noun: Noun, session: &mut Session) -> Result<(), Failure> {
         Noun::Console(command) => console::run(command, session).await,
         Noun::Task(command) => tasks::run(command, session).await,
         Noun::Event(command) => events::run(command, session).await,
+        Noun::Group(command) => groups::run(command, session).await,
+        Noun::Balance(command) => pools::run_balance(command, session).await,
+        Noun::User(command) => users::run(command, session).await,
+        Noun::Support(command) => support::run(command, session).await,
         // Done before there was a session.
         Noun::Completion { .. } | Noun::Man => Ok(()),
     }

@@ -6,6 +6,7 @@ use crate::{
     client::{call, new_meta},
     failure::Failure,
     view::TaskView,
+    wait,
 };
 use proto::{
     TaskId,
@@ -33,6 +34,11 @@ pub async fn run(command: TaskCommand, session: &mut Session) -> Result<(), Fail
             let task = call!(session.client, TaskServiceClient, cancel, request).await?;
             let sentence = format!("{} is {}", TaskId(id), task.state);
             session.output.changed(&TaskView::from(task), &sentence)
+        }
+        TaskCommand::Wait { id } => {
+            wait::task(&session.client, id, &id.to_string(), "waiting").await?;
+            let task = call!(session.client, TaskServiceClient, show, TaskRef { id: id.0 }).await?;
+            session.output.changed(&TaskView::from(task), &format!("{id} is done"))
         }
         TaskCommand::Watch { id: TaskId(id) } => {
             let Session { client, output } = session;

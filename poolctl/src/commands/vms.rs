@@ -5,8 +5,8 @@ use crate::{
     args::{CreateArguments, HaPolicy, VmCommand},
     client::{call, new_meta},
     failure::Failure,
-    output::Object as _,
-    view::{TaskView, VmView},
+    output::{Format, Object as _},
+    view::{ExplanationView, TaskView, VmView},
     wait,
 };
 use proto::{
@@ -54,6 +54,14 @@ pub async fn run(command: VmCommand, session: &mut Session) -> Result<(), Failur
             let vm = call!(session.client, VmServiceClient, show, VmRef { r#ref: vm }).await?;
             session.output.show(&VmView::from(vm))
         }
+        VmCommand::Explain { vm } => {
+            let answer = call!(session.client, VmServiceClient, explain, VmRef { r#ref: vm }).await?;
+            let view = ExplanationView::from(answer);
+            if matches!(session.output.format(), Format::Table | Format::Wide) {
+                return session.output.raw(view.text().as_bytes());
+            }
+            session.output.show(&view)
+        }
         VmCommand::Where { vm } => {
             let vm = call!(session.client, VmServiceClient, r#where, VmRef { r#ref: vm }).await?;
             tell(session, vm.into())
@@ -68,7 +76,7 @@ pub async fn run(command: VmCommand, session: &mut Session) -> Result<(), Failur
 }
 
 async fn create(arguments: CreateArguments, session: &mut Session) -> Result<(), Failure> {
-    let CreateArguments { name, vcpus, memory, disks, kernel, initrd, cmdline, ha } = arguments;
+    let CreateArguments { name, vcpus, memory, disks, kernel, initrd, cmdline, ha, ha_priority } = arguments;
     let request = CreateVmRequest {
         meta: new_meta(),
         name,
@@ -83,6 +91,7 @@ async fn create(arguments: CreateArguments, session: &mut Session) -> Result<(),
             HaPolicy::None => "none",
         }
         .to_owned(),
+        ha_priority: ha_priority.map_or(0, u32::from),
     };
     let vm = call!(session.client, VmServiceClient, create, request).await?;
     let sentence = format!("vm {} made; start it with `poolctl vm start {}`", vm.name, vm.name);

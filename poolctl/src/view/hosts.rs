@@ -4,6 +4,7 @@ use super::{bytes, utc, words};
 use crate::output::Object;
 use proto::{HostId, TokenId, v1};
 use serde::Serialize;
+use std::collections::BTreeMap;
 
 /// The pool.
 #[derive(Debug, Serialize)]
@@ -16,6 +17,8 @@ pub struct PoolView {
     revision: u64,
     ha_braked: bool,
     ca_fingerprint: String,
+    ha_disarmed: bool,
+    feature_level: u32,
 }
 
 impl From<v1::Pool> for PoolView {
@@ -29,6 +32,8 @@ impl From<v1::Pool> for PoolView {
             revision: pool.revision,
             ha_braked: pool.ha_braked,
             ca_fingerprint: pool.ca_fingerprint,
+            ha_disarmed: pool.ha_disarmed,
+            feature_level: pool.feature_level,
         }
     }
 }
@@ -36,7 +41,7 @@ impl From<v1::Pool> for PoolView {
 impl Object for PoolView {
     const KIND: &'static str = "Pool";
     const COLUMNS: &'static [&'static str] = &["NAME", "LEADER", "HOSTS", "VOTERS", "RECOVERY", "REVISION"];
-    const WIDE: &'static [&'static str] = &["ID", "CA"];
+    const WIDE: &'static [&'static str] = &["ID", "CA", "FEATURE LEVEL"];
 
     fn name(&self) -> String {
         self.name.clone()
@@ -44,7 +49,11 @@ impl Object for PoolView {
 
     fn cells(&self) -> Vec<String> {
         let leader = if self.leader.is_empty() { "none (no quorum?)" } else { &self.leader };
-        let recovery = if self.ha_braked { "halted; see `poolctl ha resume`" } else { "on" };
+        let recovery = match (self.ha_braked, self.ha_disarmed) {
+            (true, _) => "halted; see `poolctl ha resume`",
+            (false, true) => "off; see `poolctl ha arm`",
+            (false, false) => "on",
+        };
         vec![
             self.name.clone(),
             leader.to_owned(),
@@ -54,6 +63,7 @@ impl Object for PoolView {
             self.revision.to_string(),
             self.id.clone(),
             self.ca_fingerprint.clone(),
+            self.feature_level.to_string(),
         ]
     }
 }
@@ -70,6 +80,11 @@ pub struct HostView {
     vm_memory_reserved_bytes: u64,
     lease_age_ms: u64,
     vms: Vec<String>,
+    // Ordered, so that equal hosts print equally.
+    labels: BTreeMap<String, String>,
+    duty: String,
+    cpus: u32,
+    vcpus_reserved: u32,
 }
 
 impl From<v1::Host> for HostView {
@@ -84,6 +99,10 @@ impl From<v1::Host> for HostView {
             vm_memory_reserved_bytes: host.vm_memory_reserved_bytes,
             lease_age_ms: host.lease_age_ms,
             vms: host.vms,
+            labels: host.labels.into_iter().collect(),
+            duty: host.duty,
+            cpus: host.cpus,
+            vcpus_reserved: host.vcpus_reserved,
         }
     }
 }
@@ -91,7 +110,8 @@ impl From<v1::Host> for HostView {
 impl Object for HostView {
     const KIND: &'static str = "Host";
     const COLUMNS: &'static [&'static str] = &["NAME", "STATE", "ROLE", "ADDRESS", "VMS"];
-    const WIDE: &'static [&'static str] = &["ID", "VM MEMORY", "RESERVED", "LEASE AGE"];
+    const WIDE: &'static [&'static str] =
+        &["ID", "VM MEMORY", "RESERVED", "CPUS", "VCPUS", "LABELS", "LEASE AGE"];
 
     fn name(&self) -> String {
         self.name.clone()
@@ -107,6 +127,9 @@ impl Object for HostView {
             self.id.clone(),
             bytes(self.vm_memory_bytes),
             bytes(self.vm_memory_reserved_bytes),
+            self.cpus.to_string(),
+            self.vcpus_reserved.to_string(),
+            words(&self.labels.iter().map(|(label, value)| format!("{label}={value}")).collect::<Vec<_>>()),
             format!("{} ms", self.lease_age_ms),
         ]
     }

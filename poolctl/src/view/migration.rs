@@ -172,6 +172,10 @@ pub struct PlanView {
     source: String,
     target: String,
     blockers: Vec<String>,
+    memory_bytes: u64,
+    predicted_ms: f64,
+    predicted_blackout_ms: f64,
+    predicted_bytes: u64,
 }
 
 impl PlanView {
@@ -184,15 +188,23 @@ impl PlanView {
 
 impl From<v1::MigrationPlan> for PlanView {
     fn from(plan: v1::MigrationPlan) -> Self {
-        let v1::MigrationPlan { vm, source, target, blockers } = plan;
-        Self { vm, source, target, blockers }
+        Self {
+            vm: plan.vm,
+            source: plan.source,
+            target: plan.target,
+            blockers: plan.blockers,
+            memory_bytes: plan.memory_bytes,
+            predicted_ms: plan.predicted_ms,
+            predicted_blackout_ms: plan.predicted_blackout_ms,
+            predicted_bytes: plan.predicted_bytes,
+        }
     }
 }
 
 impl Object for PlanView {
     const KIND: &'static str = "MigrationPlan";
-    const COLUMNS: &'static [&'static str] = &["VM", "FROM", "TO", "BLOCKERS"];
-    const WIDE: &'static [&'static str] = &[];
+    const COLUMNS: &'static [&'static str] = &["VM", "FROM", "TO", "BLOCKERS", "TAKES", "BLACKOUT"];
+    const WIDE: &'static [&'static str] = &["MEMORY", "SENDS"];
 
     fn name(&self) -> String {
         self.vm.clone()
@@ -200,6 +212,16 @@ impl Object for PlanView {
 
     fn cells(&self) -> Vec<String> {
         let blockers = if self.blockers.is_empty() { "none".to_owned() } else { words(&self.blockers) };
-        vec![self.vm.clone(), self.source.clone(), self.target.clone(), blockers]
+        let known = |text: String| if self.predicted_ms > 0.0 { text } else { "not known yet".to_owned() };
+        vec![
+            self.vm.clone(),
+            self.source.clone(),
+            self.target.clone(),
+            blockers,
+            known(format!("about {:.0} ms", self.predicted_ms)),
+            known(format!("about {:.1} ms", self.predicted_blackout_ms)),
+            bytes(self.memory_bytes),
+            known(format!("about {}", bytes(self.predicted_bytes))),
+        ]
     }
 }

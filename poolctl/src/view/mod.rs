@@ -5,6 +5,7 @@
 
 mod hosts;
 mod migration;
+mod rules;
 mod storage;
 mod vm;
 mod work;
@@ -14,8 +15,9 @@ mod tests;
 
 pub use hosts::{HostView, PoolView, TokenView};
 pub use migration::{MigrationView, PlanView};
+pub use rules::{AuditView, GroupView, HaPlanView, PlannedMoveView, UserView};
 pub use storage::{ImageView, VolumeView};
-pub use vm::{ConsoleView, VmView};
+pub use vm::{ConsoleView, ExplanationView, VmView};
 pub use work::{EventView, TaskView};
 
 use proto::ByteCount;

@@ -23,11 +23,13 @@ fn pool() {
         revision: 9,
         ha_braked: false,
         ca_fingerprint: "ab".into(),
+        ha_disarmed: false,
+        feature_level: 1,
     };
     assert_eq!(
         shape(&PoolView::from(pool)),
         json!({"id": "p1", "name": "lab", "leader": "h1", "hosts": 3, "voters": ["h1", "h2"], "revision": 9,
-            "ha_braked": false, "ca_fingerprint": "ab"})
+            "ha_braked": false, "ca_fingerprint": "ab", "ha_disarmed": false, "feature_level": 1})
     );
 }
 
@@ -43,11 +45,16 @@ fn host_and_token() {
         vm_memory_reserved_bytes: 1024,
         lease_age_ms: 12,
         vms: vec!["a".into()],
+        labels: [("zone".to_owned(), "b".to_owned())].into(),
+        duty: "active".into(),
+        cpus: 8,
+        vcpus_reserved: 2,
     };
     assert_eq!(
         shape(&HostView::from(host)),
         json!({"id": "host-7", "name": "h2", "state": "up", "role": "voter", "address": "10.0.0.2:7443",
-            "vm_memory_bytes": 4096, "vm_memory_reserved_bytes": 1024, "lease_age_ms": 12, "vms": ["a"]})
+            "vm_memory_bytes": 4096, "vm_memory_reserved_bytes": 1024, "lease_age_ms": 12, "vms": ["a"],
+            "labels": {"zone": "b"}, "duty": "active", "cpus": 8, "vcpus_reserved": 2})
     );
     let token = v1::JoinToken { id: 9, token: "t".into(), expires_ms: 1, state: "valid".into() };
     assert_eq!(
@@ -103,6 +110,8 @@ fn vm_and_console() {
         ha: "restart".into(),
         problem: String::new(),
         revision: 11,
+        ha_priority: 100,
+        home: "h1".into(),
     };
     let view = VmView::from(vm);
     assert_eq!(view.whereabouts(), "running at h2");
@@ -110,7 +119,7 @@ fn vm_and_console() {
         shape(&view),
         json!({"id": "vm-17", "name": "a", "state": "running", "host": "h2", "epoch": 3, "vcpus": 1,
             "memory_bytes": 512 << 20, "disks": ["data"], "kernel": "probe", "initrd": "", "cmdline": "disk=1",
-            "ha": "restart", "problem": "", "revision": 11})
+            "ha": "restart", "problem": "", "revision": 11, "ha_priority": 100, "home": "h1"})
     );
     let piece = v1::ConsoleLogResponse { data: b"hi\xff".to_vec(), offset: 4 };
     assert_eq!(shape(&ConsoleView::new("a", &piece)), json!({"vm": "a", "offset": 4, "text": "hi\u{fffd}"}));
@@ -196,10 +205,15 @@ fn plan_task_and_event() {
         source: "h1".into(),
         target: "h1".into(),
         blockers: vec!["target is source".into()],
+        memory_bytes: 4096,
+        predicted_ms: 10.0,
+        predicted_blackout_ms: 1.5,
+        predicted_bytes: 2048,
     };
     assert_eq!(
         shape(&PlanView::from(plan)),
-        json!({"vm": "a", "source": "h1", "target": "h1", "blockers": ["target is source"]})
+        json!({"vm": "a", "source": "h1", "target": "h1", "blockers": ["target is source"],
+            "memory_bytes": 4096, "predicted_ms": 10.0, "predicted_blackout_ms": 1.5, "predicted_bytes": 2048})
     );
     let task = v1::Task {
         id: 20,
@@ -210,11 +224,15 @@ fn plan_task_and_event() {
         error: String::new(),
         created_ms: 1,
         ended_ms: 2,
+        principal: "user-ann".into(),
+        deadline_ms: 3,
+        executor: "h1".into(),
     };
     assert_eq!(
         shape(&TaskView::from(task)),
         json!({"id": "task-20", "operation": "vm.start", "state": "done", "phase": "", "objects": ["vm a"],
-            "error": "", "created_ms": 1, "ended_ms": 2})
+            "error": "", "created_ms": 1, "ended_ms": 2, "principal": "user-ann", "deadline_ms": 3,
+            "executor": "h1"})
     );
     let event = v1::Event {
         revision: 3,
@@ -228,6 +246,66 @@ fn plan_task_and_event() {
         shape(&EventView::from(event)),
         json!({"revision": 3, "ordinal": 1, "time_ms": 5, "event": "host.lost", "object": "host h1",
             "message": "gone"})
+    );
+}
+
+#[test]
+fn groups_users_audit_and_plans() {
+    let group = v1::Group {
+        id: 5,
+        name: "web".into(),
+        rule: "apart".into(),
+        strength: "must".into(),
+        vms: vec!["a".into()],
+        hosts: vec![],
+        revision: 7,
+    };
+    assert_eq!(
+        shape(&GroupView::from(group)),
+        json!({"id": "group-5", "name": "web", "rule": "apart", "strength": "must", "vms": ["a"], "hosts": [],
+            "revision": 7})
+    );
+    let user = v1::User { name: "ann".into(), role: "viewer".into(), created_ms: 3 };
+    assert_eq!(shape(&UserView::from(user)), json!({"name": "ann", "role": "viewer", "created_ms": 3}));
+    let record = v1::AuditRecord {
+        revision: 9,
+        time_ms: 4,
+        principal: "user-ann".into(),
+        request_id: "r".into(),
+        action: "vm.stop".into(),
+        object: "vm a".into(),
+    };
+    assert_eq!(
+        shape(&AuditView::from(record)),
+        json!({"revision": 9, "time_ms": 4, "principal": "user-ann", "request_id": "r", "action": "vm.stop",
+            "object": "vm a"})
+    );
+    let next =
+        v1::PlannedMove { vm: "a".into(), source: "h1".into(), target: "h2".into(), reason: "load".into() };
+    assert_eq!(
+        shape(&PlannedMoveView::from(next)),
+        json!({"vm": "a", "source": "h1", "target": "h2", "reason": "load"})
+    );
+    let plan =
+        v1::HaPlanResponse { vms: 3, unplaced: vec!["a".into()], worst: vec!["h1".into()], revision: 2 };
+    assert_eq!(
+        shape(&HaPlanView::new(1, plan)),
+        json!({"fail": 1, "worst": ["h1"], "vms": 3, "unplaced": ["a"], "revision": 2})
+    );
+    let answer = v1::VmExplanation {
+        vm: "a".into(),
+        state: "running".into(),
+        host: "h1".into(),
+        reasons: vec!["it moved to h1".into()],
+        hosts: vec![v1::HostVerdict { host: "h2".into(), fits: true, reasons: vec!["room".into()], rank: 1 }],
+        revision: 2,
+    };
+    let view = ExplanationView::from(answer);
+    assert_eq!(view.text(), "vm a is running at h1\n  it moved to h1\nhost h2: choice 1: room\n");
+    assert_eq!(
+        shape(&view),
+        json!({"vm": "a", "state": "running", "host": "h1", "reasons": ["it moved to h1"], "revision": 2,
+            "hosts": [{"host": "h2", "fits": true, "rank": 1, "reasons": ["room"]}]})
     );
 }
 

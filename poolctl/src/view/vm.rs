@@ -22,6 +22,8 @@ pub struct VmView {
     ha: String,
     problem: String,
     revision: u64,
+    ha_priority: u32,
+    home: String,
 }
 
 impl VmView {
@@ -52,6 +54,8 @@ impl From<v1::Vm> for VmView {
             ha: vm.ha,
             problem: vm.problem,
             revision: vm.revision,
+            ha_priority: vm.ha_priority,
+            home: vm.home,
         }
     }
 }
@@ -59,7 +63,8 @@ impl From<v1::Vm> for VmView {
 impl Object for VmView {
     const KIND: &'static str = "Vm";
     const COLUMNS: &'static [&'static str] = &["NAME", "STATE", "HOST", "VCPUS", "MEMORY", "PROBLEM"];
-    const WIDE: &'static [&'static str] = &["ID", "EPOCH", "HA", "DISKS", "KERNEL", "INITRD", "CMDLINE"];
+    const WIDE: &'static [&'static str] =
+        &["ID", "EPOCH", "HA", "PRIORITY", "DISKS", "KERNEL", "INITRD", "CMDLINE", "HOME"];
 
     fn name(&self) -> String {
         self.name.clone()
@@ -76,11 +81,81 @@ impl Object for VmView {
             self.id.clone(),
             self.epoch.to_string(),
             self.ha.clone(),
+            self.ha_priority.to_string(),
             words(&self.disks),
             self.kernel.clone(),
             self.initrd.clone(),
             self.cmdline.clone(),
+            self.home.clone(),
         ]
+    }
+}
+
+/// Why a VM is where it is, or why it doesn't run.
+#[derive(Debug, Serialize)]
+pub struct ExplanationView {
+    vm: String,
+    state: String,
+    host: String,
+    reasons: Vec<String>,
+    hosts: Vec<VerdictView>,
+    revision: u64,
+}
+
+/// What the pool thinks of one host for the VM.
+#[derive(Debug, Serialize)]
+struct VerdictView {
+    host: String,
+    fits: bool,
+    rank: u32,
+    reasons: Vec<String>,
+}
+
+impl From<v1::VmExplanation> for ExplanationView {
+    fn from(answer: v1::VmExplanation) -> Self {
+        let verdict = |verdict: v1::HostVerdict| VerdictView {
+            host: verdict.host,
+            fits: verdict.fits,
+            rank: verdict.rank,
+            reasons: verdict.reasons,
+        };
+        Self {
+            vm: answer.vm,
+            state: answer.state,
+            host: answer.host,
+            reasons: answer.reasons,
+            hosts: answer.hosts.into_iter().map(verdict).collect(),
+            revision: answer.revision,
+        }
+    }
+}
+
+impl ExplanationView {
+    /// For people: sentences rather than cells.
+    #[must_use]
+    pub fn text(&self) -> String {
+        let place = if self.host.is_empty() { String::new() } else { format!(" at {}", self.host) };
+        let mut text = format!("vm {} is {}{place}\n", self.vm, self.state);
+        text.extend(self.reasons.iter().map(|reason| format!("  {reason}\n")));
+        for verdict in &self.hosts {
+            let word = if verdict.fits { format!("choice {}", verdict.rank) } else { "no choice".to_owned() };
+            text += &format!("host {}: {word}: {}\n", verdict.host, verdict.reasons.join("; "));
+        }
+        text
+    }
+}
+
+impl Object for ExplanationView {
+    const KIND: &'static str = "VmExplanation";
+    const COLUMNS: &'static [&'static str] = &["VM", "STATE", "HOST", "REASONS"];
+    const WIDE: &'static [&'static str] = &[];
+
+    fn name(&self) -> String {
+        self.vm.clone()
+    }
+
+    fn cells(&self) -> Vec<String> {
+        vec![self.vm.clone(), self.state.clone(), self.host.clone(), self.reasons.join("; ")]
     }
 }
 

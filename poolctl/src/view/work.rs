@@ -17,6 +17,9 @@ pub struct TaskView {
     error: String,
     created_ms: u64,
     ended_ms: u64,
+    principal: String,
+    deadline_ms: u64,
+    executor: String,
 }
 
 impl From<v1::Task> for TaskView {
@@ -30,6 +33,9 @@ impl From<v1::Task> for TaskView {
             error: task.error,
             created_ms: task.created_ms,
             ended_ms: task.ended_ms,
+            principal: task.principal,
+            deadline_ms: task.deadline_ms,
+            executor: task.executor,
         }
     }
 }
@@ -37,7 +43,7 @@ impl From<v1::Task> for TaskView {
 impl Object for TaskView {
     const KIND: &'static str = "Task";
     const COLUMNS: &'static [&'static str] = &["ID", "OPERATION", "OBJECTS", "STATE", "PHASE", "ERROR"];
-    const WIDE: &'static [&'static str] = &["CREATED", "ENDED"];
+    const WIDE: &'static [&'static str] = &["BY", "EXECUTOR", "CREATED", "DEADLINE", "ENDED"];
 
     fn name(&self) -> String {
         self.id.clone()
@@ -51,7 +57,10 @@ impl Object for TaskView {
             self.state.clone(),
             self.phase.clone(),
             self.error.clone(),
+            self.principal.clone(),
+            self.executor.clone(),
             utc(self.created_ms),
+            utc(self.deadline_ms),
             utc(self.ended_ms),
         ]
     }

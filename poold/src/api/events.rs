@@ -4,7 +4,7 @@ use super::views;
 use crate::{api::require_user, node::NodeContext};
 use futures::Stream;
 use pool_state::PoolState;
-use proto::v1::{Event, WatchEventsRequest, event_service_server::EventService};
+use proto::v1::{AuditRequest, AuditResponse, Event, WatchEventsRequest, event_service_server::EventService};
 use std::pin::Pin;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -79,6 +79,13 @@ impl EventService for EventApi {
         let (sender, receiver) = mpsc::channel(EVENTS_AHEAD);
         tokio::spawn(watch(self.context.clone(), from, sender));
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    async fn audit(&self, request: Request<AuditRequest>) -> Result<Response<AuditResponse>, Status> {
+        require_user(&request)?;
+        let state = self.context.fresh().await;
+        let records = state.audit.since(request.get_ref().from_revision).map(views::audit).collect();
+        Ok(Response::new(AuditResponse { revision: state.revision, records }))
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::principal::{Principal, require_user};
 use super::status::{self, detailed};
+use super::views;
 use crate::config::FEATURE_LEVEL;
 use crate::consensus::{Consensus, unix_ms};
 use crate::identity::{CertificateAuthority, fingerprint_of_pem, is_public_key};
@@ -67,23 +68,62 @@ impl HostApi {
     }
 
     fn view(&self, state: &PoolState, host: &Host) -> v1::Host {
-        let reserved = state.reserved_memory().get(&host.id).map_or(0, |bytes| bytes.0);
+        let reserved = state.reserved().get(&host.id).copied().unwrap_or_default();
         v1::Host {
             id: host.id.0,
             name: host.name.clone(),
-            state: host.state.as_str().to_owned(),
+            state: host.state_word().to_owned(),
             role: self.role(host.id).to_owned(),
             address: host.address.clone(),
             vm_memory_bytes: host.vm_memory.0,
-            vm_memory_reserved_bytes: reserved,
+            vm_memory_reserved_bytes: reserved.memory.0,
             lease_age_ms: self.leader.ages_ms().get(&host.id).copied().unwrap_or(0),
             vms: state.vms_on(host.id).map(|vm| vm.name.clone()).collect(),
+            labels: host.labels.clone().into_iter().collect(),
+            duty: host.duty.as_str().to_owned(),
+            cpus: host.cpus,
+            vcpus_reserved: u32::try_from(reserved.vcpus).unwrap_or(u32::MAX),
         }
     }
 
     fn list_of(&self, state: &PoolState) -> v1::ListHostsResponse {
         let hosts = state.members().map(|host| self.view(state, host)).collect();
         v1::ListHostsResponse { revision: state.revision, hosts }
+    }
+
+    /// Proposes a change of one host; returns its outcome, the host and a state that contains it.
+    async fn change_host(
+        &self,
+        request: Request<v1::HostChangeRequest>,
+        command: impl FnOnce(HostId) -> Command,
+    ) -> Result<(Outcome, HostId, Arc<PoolState>), Status> {
+        let principal = require_user(&request)?;
+        let v1::HostChangeRequest { meta, host } = request.into_inner();
+        let state = self.read().await?;
+        let host = views::found(state.resolve_host(&host))?.id;
+        let meta = super::propose_meta(&principal, meta.as_ref());
+        let (index, outcome) = self.consensus.propose(command(host), meta).await.map_err(status::proposed)?;
+        let state = self.consensus.applied(index).await.map_err(status::read)?;
+        Ok((outcome, host, state))
+    }
+
+    async fn change_duty(
+        &self,
+        request: Request<v1::HostChangeRequest>,
+        command: impl FnOnce(HostId) -> Command,
+    ) -> Result<Response<v1::Host>, Status> {
+        let (_, host, state) = self.change_host(request, command).await?;
+        Ok(Response::new(self.view(&state, views::found(state.host(host))?)))
+    }
+
+    async fn begin_duty(
+        &self,
+        request: Request<v1::HostChangeRequest>,
+        command: impl FnOnce(HostId) -> Command,
+    ) -> Result<Response<v1::Task>, Status> {
+        let (outcome, _, state) = self.change_host(request, command).await?;
+        let Outcome::Task(task) = outcome else { return Err(views::unexpected(outcome)) };
+        Ok(Response::new(views::task(&state, views::found(state.task(task))?)))
     }
 
     /// The command of a join request, or what is wrong with the request itself.
@@ -298,6 +338,46 @@ impl HostService for HostApi {
         let state = self.consensus.applied(index).await.map_err(status::read)?;
         let removed = state.host(host).map_err(|rejection| status::rejected(&rejection))?;
         Ok(Response::new(self.view(&state, removed)))
+    }
+
+    async fn set_labels(
+        &self,
+        request: Request<v1::SetHostLabelsRequest>,
+    ) -> Result<Response<v1::Host>, Status> {
+        let principal = require_user(&request)?;
+        let v1::SetHostLabelsRequest { meta, host, set, remove } = request.into_inner();
+        let state = self.read().await?;
+        let host = views::found(state.resolve_host(&host))?.id;
+        let set = set.into_iter().map(|(label, value)| (label, Some(value)));
+        let labels = set.chain(remove.into_iter().map(|label| (label, None))).collect();
+        let meta = super::propose_meta(&principal, meta.as_ref());
+        let command = Command::SetHostLabels { host, labels };
+        let (index, _) = self.consensus.propose(command, meta).await.map_err(status::proposed)?;
+        let state = self.consensus.applied(index).await.map_err(status::read)?;
+        Ok(Response::new(self.view(&state, views::found(state.host(host))?)))
+    }
+
+    async fn cordon(&self, request: Request<v1::HostChangeRequest>) -> Result<Response<v1::Host>, Status> {
+        self.change_duty(request, |host| Command::CordonHost { host }).await
+    }
+
+    async fn uncordon(&self, request: Request<v1::HostChangeRequest>) -> Result<Response<v1::Host>, Status> {
+        self.change_duty(request, |host| Command::UncordonHost { host }).await
+    }
+
+    async fn confirm_dead(
+        &self,
+        request: Request<v1::HostChangeRequest>,
+    ) -> Result<Response<v1::Host>, Status> {
+        self.change_duty(request, |host| Command::ConfirmDead { host }).await
+    }
+
+    async fn drain(&self, request: Request<v1::HostChangeRequest>) -> Result<Response<v1::Task>, Status> {
+        self.begin_duty(request, |host| Command::DrainHost { host }).await
+    }
+
+    async fn restore(&self, request: Request<v1::HostChangeRequest>) -> Result<Response<v1::Task>, Status> {
+        self.begin_duty(request, |host| Command::RestoreHost { host }).await
     }
 
     async fn list(

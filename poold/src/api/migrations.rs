@@ -5,7 +5,7 @@ use crate::{agent::Agents, api::require_user, node::NodeContext};
 use futures::Stream;
 use pool_state::{
     Command, Outcome, PoolState, Rejection,
-    state::{Migration as MigrationState, MigrationOptions, MigrationPolicy},
+    state::{Migration as MigrationState, MigrationOptions, MigrationPolicy, Vm},
 };
 use proto::{
     HostId, MigrationId, VmId,
@@ -115,6 +115,31 @@ async fn watch(
     }
 }
 
+/// What a migration will be like.
+#[derive(Debug, Default, PartialEq)]
+struct Prediction {
+    total_ms: f64,
+    blackout_ms: f64,
+    bytes_sent: u64,
+}
+
+/// As the last migration of the VM, or else the last one of the pool scaled to the VM's memory; zeroes when there was none.
+fn predict(state: &PoolState, vm: &Vm) -> Prediction {
+    let ended = || state.migrations.values().rev().filter(|migration| migration.record.is_some());
+    let like = ended().find(|migration| migration.vm == vm.id).or_else(|| ended().next());
+    let Some((migration, record)) = like.and_then(|like| Some((like, like.record.as_ref()?))) else {
+        return Prediction::default();
+    };
+    let before = state.vms.get(&migration.vm).map_or(vm.spec.memory.0, |vm| vm.spec.memory.0);
+    let scale = vm.spec.memory.0 as f64 / before.max(1) as f64;
+    Prediction {
+        total_ms: record.total_ms * scale,
+        // It depends on the link and the guest's writes, not on the size.
+        blackout_ms: record.blackout_ms,
+        bytes_sent: (record.bytes_sent as f64 * scale) as u64,
+    }
+}
+
 /// A blocker with what to do about it.
 fn blocker(rejection: &Rejection) -> String {
     format!("{rejection}; {}", rejection.remedy())
@@ -191,11 +216,16 @@ impl MigrationService for MigrationApi {
             },
         };
         let vm = views::found(state.vm(vm))?;
+        let prediction = predict(&state, vm);
         Ok(Response::new(MigrationPlan {
             vm: vm.name.clone(),
             source: vm.placement.map(|host| state.host_name(host)).unwrap_or_default(),
             target: chosen.map(|host| state.host_name(host)).unwrap_or_default(),
             blockers,
+            memory_bytes: vm.spec.memory.0,
+            predicted_ms: prediction.total_ms,
+            predicted_blackout_ms: prediction.blackout_ms,
+            predicted_bytes: prediction.bytes_sent,
         }))
     }
 }

@@ -1,7 +1,9 @@
 //! The public API and who may call it. One file per service; [`views`] turns state into messages.
 
+pub mod access;
 pub mod consoles;
 pub mod events;
+pub mod groups;
 pub mod hosts;
 pub mod images;
 pub mod migrations;
@@ -9,6 +11,7 @@ pub mod pool;
 pub mod principal;
 pub mod status;
 pub mod tasks;
+pub mod users;
 pub mod views;
 pub mod vms;
 pub mod volumes;

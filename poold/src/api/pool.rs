@@ -1,11 +1,16 @@
 //! `PoolService`.
 
 use super::principal::require_user;
-use super::status;
+use super::{status, views};
 use crate::consensus::Consensus;
+use crate::consensus::backup;
 use crate::identity::fingerprint_of_pem;
-use pool_state::{Command, PoolState};
+use pool_state::{Command, Outcome, PoolState, balance, capacity};
+use proto::limits::CHUNK_BYTES;
 use proto::v1::{self, pool_service_server::PoolService};
+use std::pin::Pin;
+use std::sync::Arc;
+use tokio_stream::Stream;
 use tonic::{Request, Response, Status};
 
 /// The service of one host.
@@ -31,12 +36,102 @@ impl PoolApi {
             revision: state.revision,
             ha_braked: state.settings.ha_braked,
             ca_fingerprint: fingerprint_of_pem(&state.settings.ca_cert_pem).unwrap_or_default(),
+            ha_disarmed: state.settings.ha_disarmed,
+            feature_level: state.settings.feature_level,
         }
     }
 }
 
+impl PoolApi {
+    async fn read(&self) -> Result<Arc<PoolState>, Status> {
+        self.consensus.read_linearizable().await.map_err(status::read)
+    }
+
+    async fn change(
+        &self,
+        principal: &super::Principal,
+        meta: Option<&v1::RequestMeta>,
+        command: Command,
+    ) -> Result<(Outcome, Arc<PoolState>), Status> {
+        let meta = super::propose_meta(principal, meta);
+        let (index, outcome) = self.consensus.propose(command, meta).await.map_err(status::proposed)?;
+        Ok((outcome, self.consensus.applied(index).await.map_err(status::read)?))
+    }
+}
+
+type BackupStream = Pin<Box<dyn Stream<Item = Result<v1::BackupChunk, Status>> + Send>>;
+
 #[tonic::async_trait]
 impl PoolService for PoolApi {
+    type BackupStream = BackupStream;
+
+    async fn ha_arm(&self, request: Request<v1::HaArmRequest>) -> Result<Response<v1::Pool>, Status> {
+        let principal = require_user(&request)?;
+        let request = request.into_inner();
+        let command = match request.mode.as_str() {
+            "armed" => Command::HaArm,
+            "disarmed" => Command::HaDisarm,
+            other => {
+                let problem = format!("mode `{other}` is neither armed nor disarmed");
+                return Err(Status::invalid_argument(problem));
+            }
+        };
+        let (_, state) = self.change(&principal, request.meta.as_ref(), command).await?;
+        Ok(Response::new(self.pool(&state)))
+    }
+
+    async fn ha_plan(
+        &self,
+        request: Request<v1::HaPlanRequest>,
+    ) -> Result<Response<v1::HaPlanResponse>, Status> {
+        require_user(&request)?;
+        let state = self.consensus.local();
+        let fail = usize::try_from(request.get_ref().fail).unwrap_or(usize::MAX);
+        let worst = capacity::worst_case(&state, fail);
+        let name = |vm: &proto::VmId| state.vms.get(vm).map_or_else(|| vm.to_string(), |vm| vm.name.clone());
+        Ok(Response::new(v1::HaPlanResponse {
+            vms: u32::try_from(worst.restarts).unwrap_or(u32::MAX),
+            unplaced: worst.unplaced.iter().map(name).collect(),
+            worst: worst.hosts.iter().map(|host| state.host_name(*host)).collect(),
+            revision: state.revision,
+        }))
+    }
+
+    async fn balance_plan(
+        &self,
+        request: Request<v1::BalancePlanRequest>,
+    ) -> Result<Response<v1::BalancePlanResponse>, Status> {
+        require_user(&request)?;
+        let state = self.read().await?;
+        let moves = balance::plan(&state).into_iter().map(|next| v1::PlannedMove {
+            vm: state.vms.get(&next.vm).map_or_else(|| next.vm.to_string(), |vm| vm.name.clone()),
+            source: state.host_name(next.source),
+            target: state.host_name(next.target),
+            reason: next.reason.to_string(),
+        });
+        Ok(Response::new(v1::BalancePlanResponse { moves: moves.collect(), revision: state.revision }))
+    }
+
+    async fn balance_run(
+        &self,
+        request: Request<v1::BalanceRunRequest>,
+    ) -> Result<Response<v1::Task>, Status> {
+        let principal = require_user(&request)?;
+        let meta = request.into_inner().meta;
+        let (outcome, state) = self.change(&principal, meta.as_ref(), Command::StartBalance).await?;
+        let Outcome::Task(task) = outcome else { return Err(views::unexpected(outcome)) };
+        Ok(Response::new(views::task(&state, views::found(state.task(task))?)))
+    }
+
+    async fn backup(&self, request: Request<v1::BackupRequest>) -> Result<Response<BackupStream>, Status> {
+        require_user(&request)?;
+        let state = self.read().await?;
+        let bytes = backup::encode(&state).map_err(|error| Status::internal(error.to_string()))?;
+        let pieces: Vec<_> =
+            bytes.chunks(CHUNK_BYTES).map(|piece| Ok(v1::BackupChunk { data: piece.to_vec() })).collect();
+        Ok(Response::new(Box::pin(tokio_stream::iter(pieces))))
+    }
+
     async fn show(&self, request: Request<v1::PoolShowRequest>) -> Result<Response<v1::Pool>, Status> {
         require_user(&request)?;
         Ok(Response::new(self.pool(&self.consensus.local())))

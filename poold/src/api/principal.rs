@@ -1,12 +1,13 @@
 //! Who calls: taken from the certificate that TLS has verified.
 //!
-//! Until roles exist every user of the pool is an administrator. Internal services are for hosts only. Joining hosts have
-//! no certificate; only the join calls and the health service answer them.
+//! What the caller may do is decided by [`access`](super::access) before a service sees the call. Joining hosts have no
+//! certificate; only the join calls and the health service answer them.
 
 use super::status::detailed;
 use crate::consensus::Consensus;
-use crate::identity::{CertificateName, name_of};
+use crate::identity::{CertificateName, NameError, key_hash_of, name_of};
 use proto::HostId;
+use tonic::codegen::http;
 use tonic::transport::server::{TcpConnectInfo, TlsConnectInfo};
 use tonic::{Code, Request, Status};
 
@@ -18,6 +19,14 @@ pub type Principal = CertificateName;
 /// # Errors
 /// No certificate was shown, or it names nobody.
 pub fn principal_of<T>(request: &Request<T>) -> Result<Principal, Status> {
+    principal_in(request.extensions()).map(|(principal, _)| principal)
+}
+
+/// The caller and blake3 of its key, from what TLS has left in the extensions of a request.
+///
+/// # Errors
+/// No certificate was shown, or it names nobody.
+pub fn principal_in(extensions: &http::Extensions) -> Result<(Principal, [u8; 32]), Status> {
     let missing = || {
         detailed(
             Code::Unauthenticated,
@@ -27,10 +36,11 @@ pub fn principal_of<T>(request: &Request<T>) -> Result<Principal, Status> {
             "this call needs a client certificate of the pool",
         )
     };
-    let info = request.extensions().get::<TlsConnectInfo<TcpConnectInfo>>().ok_or_else(missing)?;
+    let info = extensions.get::<TlsConnectInfo<TcpConnectInfo>>().ok_or_else(missing)?;
     let certificates = info.peer_certs().ok_or_else(missing)?;
     let first = certificates.first().ok_or_else(missing)?;
-    name_of(first).map_err(|error| Status::unauthenticated(error.to_string()))
+    let unreadable = |error: NameError| Status::unauthenticated(error.to_string());
+    Ok((name_of(first).map_err(unreadable)?, key_hash_of(first).map_err(unreadable)?))
 }
 
 /// The calling host.

@@ -6,7 +6,7 @@ use super::status;
 use pool_state::{
     Outcome, PoolState, Rejection,
     state::{
-        self, HostState, Image, Migration, MigrationRecord, PageCounts, RoundRecord, Task, TaskKind,
+        self, Group, HostState, Image, Migration, MigrationRecord, PageCounts, RoundRecord, Task, TaskKind,
         TaskState, Vm, Volume,
     },
 };
@@ -85,6 +85,52 @@ pub fn vm(state: &PoolState, vm: &Vm) -> v1::Vm {
         ha: vm.spec.ha.as_str().to_owned(),
         problem: vm.problem.clone().unwrap_or_default(),
         revision: state.revision,
+        ha_priority: vm.spec.priority.into(),
+        home: vm.home.map(|home| state.host_name(home)).unwrap_or_default(),
+    }
+}
+
+/// A group.
+pub fn group(state: &PoolState, group: &Group) -> v1::Group {
+    v1::Group {
+        id: group.id.0,
+        name: group.name.clone(),
+        rule: group.rule.as_str().to_owned(),
+        strength: group.strength.as_str().to_owned(),
+        vms: group.vms.iter().map(|vm| vm_name(state, *vm)).collect(),
+        hosts: group.hosts.iter().map(|host| state.host_name(*host)).collect(),
+        revision: state.revision,
+    }
+}
+
+/// Why a VM is where it is.
+pub fn explanation(state: &PoolState, vm: &Vm) -> v1::VmExplanation {
+    let pool_state::explain::Explanation { reasons, hosts } = pool_state::explain::explain(state, vm);
+    let verdict = |verdict: pool_state::explain::Verdict| v1::HostVerdict {
+        host: state.host_name(verdict.host),
+        fits: verdict.rank.is_some(),
+        reasons: verdict.reasons,
+        rank: verdict.rank.unwrap_or(0),
+    };
+    v1::VmExplanation {
+        vm: vm.name.clone(),
+        state: state.vm_state(vm).as_str().to_owned(),
+        host: vm.placement.map(|host| state.host_name(host)).unwrap_or_default(),
+        reasons,
+        hosts: hosts.into_iter().map(verdict).collect(),
+        revision: state.revision,
+    }
+}
+
+/// A record of who changed what.
+pub fn audit(record: &state::AuditRecord) -> v1::AuditRecord {
+    v1::AuditRecord {
+        revision: record.revision,
+        time_ms: record.time_ms,
+        principal: record.principal.clone(),
+        request_id: record.request_id.clone(),
+        action: record.action.clone(),
+        object: record.object.clone(),
     }
 }
 
@@ -258,6 +304,9 @@ pub fn task(state: &PoolState, task: &Task) -> v1::Task {
         error,
         created_ms: task.created_ms,
         ended_ms: task.ended_ms.unwrap_or(0),
+        principal: task.principal.clone(),
+        deadline_ms: task.deadline_ms,
+        executor: task.executor.map(|host| state.host_name(host)).unwrap_or_default(),
     }
 }
 

@@ -14,7 +14,7 @@ use proto::{
     ByteCount, TaskId, VmId,
     v1::{
         CreateVmRequest, ListVmsRequest, ListVmsResponse, RequestMeta, StartVmRequest, StopVmRequest, Task,
-        Vm, VmChangeRequest, VmRef, vm_service_server::VmService,
+        Vm, VmChangeRequest, VmExplanation, VmRef, vm_service_server::VmService,
     },
 };
 use tonic::{Request, Response, Status};
@@ -67,6 +67,14 @@ fn task_view(state: &PoolState, task: TaskId) -> Result<Task, Status> {
     Ok(views::task(state, views::found(state.task(task))?))
 }
 
+fn priority(number: u32) -> Result<u8, Status> {
+    match number {
+        0 => Ok(PRIORITY_DEFAULT),
+        number => u8::try_from(number)
+            .map_err(|_| Status::invalid_argument(format!("ha priority {number} is above 255"))),
+    }
+}
+
 fn create_command(state: &PoolState, request: CreateVmRequest) -> Result<Command, Status> {
     let image = |text: &str| match text {
         "" => Ok(None),
@@ -95,7 +103,7 @@ fn create_command(state: &PoolState, request: CreateVmRequest) -> Result<Command
         initrd: image(&request.initrd)?,
         cmdline: request.cmdline,
         ha,
-        priority: PRIORITY_DEFAULT,
+        priority: priority(request.ha_priority)?,
     }))
 }
 
@@ -164,6 +172,13 @@ impl VmService for VmApi {
         require_user(&request)?;
         let state = self.context.fresh().await;
         Ok(Response::new(views::vm(&state, views::found(state.resolve_vm(&request.get_ref().r#ref))?)))
+    }
+
+    async fn explain(&self, request: Request<VmRef>) -> Result<Response<VmExplanation>, Status> {
+        require_user(&request)?;
+        let state = self.context.fresh().await;
+        let vm = views::found(state.resolve_vm(&request.get_ref().r#ref))?;
+        Ok(Response::new(views::explanation(&state, vm)))
     }
 
     async fn r#where(&self, request: Request<VmRef>) -> Result<Response<Vm>, Status> {

@@ -36,6 +36,7 @@ pub async fn run(args: HostArgs, name: String, timing: TimingName) -> Result<(),
         listen: args.listen,
         vm_memory_bytes: args.vm_memory.map_or(facts.vm_memory_bytes, |size| size.0),
         timing,
+        metrics: None,
     };
     let command = Command::InitPool(Box::new(InitPool {
         pool_id: config.pool_id.clone(),

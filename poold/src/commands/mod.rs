@@ -57,6 +57,6 @@ pub async fn run(command: CliCommand) -> Result<(), Failure> {
     match command {
         CliCommand::Init { host, name, timing } => init::run(host, name, timing).await,
         CliCommand::Join { host, token } => join::run(host, token).await,
-        CliCommand::Serve { data, .. } => serve::run(&data).await,
+        CliCommand::Serve { data, metrics, .. } => serve::run(&data, metrics).await,
     }
 }

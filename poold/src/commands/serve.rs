@@ -11,12 +11,14 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use pool_state::PoolState;
 use pool_state::state::HostState;
 use std::fs::File;
+use std::net::SocketAddr;
 use std::path::Path;
+use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 /// Runs the daemon until a signal or a fatal error.
-pub async fn run(data: &Path) -> Result<(), Failure> {
+pub async fn run(data: &Path, metrics: Option<SocketAddr>) -> Result<(), Failure> {
     let failed = |error: &dyn std::error::Error| Failure::failed(chain(error));
     let config = HostConfig::load(data).map_err(|error| failed(&error))?.ok_or_else(|| {
         let data = data.display();
@@ -26,9 +28,11 @@ pub async fn run(data: &Path) -> Result<(), Failure> {
     raise_file_limit();
     let identity = IdentityDir::open(data).and_then(|dir| dir.load()).map_err(|error| failed(&error))?;
     // Bound before anything else is started: a taken port is the operator's most likely mistake.
-    let listener = tokio::net::TcpListener::bind(config.listen)
-        .await
-        .map_err(|error| Failure::blocked(format!("TCP {} can't be bound: {error}", config.listen)))?;
+    let listener = bind(config.listen).await?;
+    let metrics_port = match metrics.or(config.metrics) {
+        Some(address) => Some(bind(address).await?),
+        None => None,
+    };
     let options = StartOptions {
         data_dir: data,
         pool_id: &config.pool_id,
@@ -47,7 +51,7 @@ pub async fn run(data: &Path) -> Result<(), Failure> {
         clients: consensus.clients(),
         shutdown: shutdown.clone(),
     };
-    let mut node = node::run(context).await.map_err(|error| failed(&error))?;
+    let mut node = node::run(context, metrics_port).await.map_err(|error| failed(&error))?;
     let membership = tokio::spawn(MembershipTask::new(consensus.clone()).run(shutdown.clone()));
     let routes = std::mem::take(&mut node.routes);
     let leader = node.leader.clone();
@@ -64,6 +68,11 @@ pub async fn run(data: &Path) -> Result<(), Failure> {
     }
     consensus.shutdown().await;
     outcome
+}
+
+async fn bind(address: SocketAddr) -> Result<TcpListener, Failure> {
+    let bound = TcpListener::bind(address).await;
+    bound.map_err(|error| Failure::blocked(format!("TCP {address} can't be bound: {error}")))
 }
 
 /// Waits for a signal (a good end) or a fatal error.

@@ -11,6 +11,7 @@
 //!
 //! Absent on purpose: the rules of the pool, which are `pool_state`'s.
 
+pub mod backup;
 mod clients;
 mod codec;
 mod flusher;

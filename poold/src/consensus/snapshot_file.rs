@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 /// Largest snapshot in bytes that is received or read: the cap of the state, with room for its frame.
 pub const SNAPSHOT_BYTES_MAX: u64 = (128 << 20) + (1 << 20);
 
-/// What a snapshot holds. Version 1: the first.
+/// What a snapshot holds. Version 2: hosts in and out of service, groups, users, the audit log.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct SnapshotContent {
     /// The last entry that is in it.
@@ -23,7 +23,7 @@ pub struct SnapshotContent {
 }
 
 /// Tells this format from whatever else may lie in the folder; the digit is the version.
-const MAGIC: &[u8; 8] = b"poolsnp1";
+const MAGIC: &[u8; 8] = b"poolsnp2";
 
 /// Endings of a finished snapshot and of one that is being written.
 const COMPLETE: &str = ".snap";

@@ -92,6 +92,16 @@ impl CertificateAuthority {
         Ok(params.signed_by(&key, &self.issuer).map_err(failed("sign the host's certificate"))?.pem())
     }
 
+    /// A user's certificate for its own public key (SubjectPublicKeyInfo in DER).
+    ///
+    /// # Errors
+    /// The key is not of a kind that can be certified, or the name is no DNS label.
+    pub fn sign_user(&self, name: &str, public_key: &[u8]) -> Result<String, CaError> {
+        let key = SubjectPublicKeyInfo::from_der(public_key).map_err(failed("read the user's public key"))?;
+        let params = leaf(&format!("user-{name}"), vec![user_domain(name)])?;
+        Ok(params.signed_by(&key, &self.issuer).map_err(failed("sign a user's certificate"))?.pem())
+    }
+
     /// A user's key and certificate.
     ///
     /// # Errors

@@ -10,5 +10,6 @@ mod names;
 pub use authority::{CaError, CertificateAuthority, generate_key, is_public_key};
 pub use files::{HostIdentity, IdentityDir, IdentityError, write_private};
 pub use names::{
-    ANY_HOST, CertificateName, NameError, fingerprint_of_der, fingerprint_of_pem, host_domain, name_of,
+    ANY_HOST, CertificateName, NameError, fingerprint_of_der, fingerprint_of_pem, host_domain, key_hash_of,
+    name_of,
 };

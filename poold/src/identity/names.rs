@@ -70,6 +70,16 @@ pub fn name_of(der: &[u8]) -> Result<CertificateName, NameError> {
         .ok_or(NameError::NoName)
 }
 
+/// blake3 of the SubjectPublicKeyInfo of a certificate (DER): by it a user's key is known, whatever is signed for it.
+///
+/// # Errors
+/// It is unreadable.
+pub fn key_hash_of(der: &[u8]) -> Result<[u8; 32], NameError> {
+    let (_, certificate) =
+        X509Certificate::from_der(der).map_err(|error| NameError::Unreadable { cause: error.to_string() })?;
+    Ok(*blake3::hash(certificate.public_key().raw).as_bytes())
+}
+
 /// Fingerprint of a certificate: blake3 of its DER, hex.
 #[must_use]
 pub fn fingerprint_of_der(der: &[u8]) -> String {
@@ -101,6 +111,9 @@ mod tests {
         assert_eq!(name_of(&der(&host)), Ok(CertificateName::Host(HostId(12))));
         let (_, user) = ca.issue_user("ann").unwrap();
         assert_eq!(name_of(&der(&user)), Ok(CertificateName::User("ann".to_owned())));
+        let signed = ca.sign_user("ann", &public_key).unwrap();
+        assert_eq!(name_of(&der(&signed)), Ok(CertificateName::User("ann".to_owned())));
+        assert_eq!(key_hash_of(&der(&signed)), Ok(*blake3::hash(&public_key).as_bytes()));
         assert_eq!(name_of(&der(ca.cert_pem())), Err(NameError::NoName));
         assert!(matches!(name_of(b"garbage"), Err(NameError::Unreadable { .. })));
     }

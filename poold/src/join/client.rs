@@ -191,6 +191,7 @@ fn config(options: &JoinOptions, answer: &JoinResponse, vm_memory_bytes: u64) ->
         listen: options.listen,
         vm_memory_bytes,
         timing,
+        metrics: None,
     }
 }
 

@@ -19,7 +19,7 @@ use pool_state::{
     Command, PoolState, Rejection,
     command::LastSequence,
     reconcile::{HostAction, ObservedVm, VolumesDigest},
-    state::{Migration, StopMode as WantedStop, TargetEndpoint, Vm},
+    state::{Desired, Migration, StopMode as WantedStop, TargetEndpoint, Vm},
 };
 use proto::{
     ImageId, MigrationId, VmId,
@@ -334,6 +334,7 @@ impl Executor {
             committed: outcome == Outcome::Committed,
             volumes: Vec::new(),
             epoch: key.epoch.0,
+            paused: false,
         };
         self.note(key, machine.migration_outcome(request).await)
     }
@@ -348,6 +349,7 @@ impl Executor {
             committed: true,
             volumes: attachments(state, vm, self.context.host),
             epoch: key.epoch.0,
+            paused: vm.desired == Desired::Paused,
         };
         let digest = VolumesDigest::of(state, vm);
         self.note(key, machine.migration_outcome(request).await)?;

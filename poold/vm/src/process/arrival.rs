@@ -14,7 +14,7 @@ use super::phase::Phase;
 use super::{Event, Process};
 use crate::attachment::fingerprint;
 use crate::fence::{SharedGate, lock};
-use crate::gate::Hold;
+use crate::gate::{Hold, RunGate};
 use crate::incoming::IncomingVm;
 use crate::request::{Refusal, Reply};
 use crate::spec::check;
@@ -47,6 +47,13 @@ pub(super) enum Stage {
     Resumed,
     /// It is ours and can't run.
     Failed { error: String },
+}
+
+/// Whether the operator has paused the VM, which is no part of what the source sends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum OperatorPause {
+    Kept,
+    None,
 }
 
 impl Process {
@@ -166,7 +173,10 @@ impl Process {
         vm.volumes = volumes.clone();
         vm.epoch = Epoch(request.epoch);
         let (gate, handle) = (vm.gate.clone(), incoming.handle.clone());
-        self.spawn(async move { Event::Activated(run_here(volumes, last_sequences, gate, handle).await) });
+        let pause = if request.paused { OperatorPause::Kept } else { OperatorPause::None };
+        self.spawn(async move {
+            Event::Activated(run_here(volumes, last_sequences, (gate, pause), handle).await)
+        });
         Ok(())
     }
 
@@ -197,14 +207,20 @@ impl Process {
 async fn run_here(
     volumes: VolumeSet,
     last: LastSequences,
-    gate: SharedGate<Machine>,
+    (gate, pause): (SharedGate<Machine>, OperatorPause),
     handle: TargetHandle,
 ) -> Result<(), String> {
     let begun = Instant::now();
     volumes.take_over(&last).await.map_err(|error| error.to_string())?;
     let activate = begun.elapsed();
     let begun = Instant::now();
-    with_gate(&gate, |gate| gate.release(Hold::Incoming)).await.map_err(|error| error.to_string())?;
+    let open = move |gate: &mut RunGate<Machine>| {
+        if pause == OperatorPause::Kept {
+            gate.hold(Hold::Operator)?;
+        }
+        gate.release(Hold::Incoming)
+    };
+    with_gate(&gate, open).await.map_err(|error| error.to_string())?;
     let parts = ResumedParts { activate, resume: begun.elapsed() };
     // Beside the answer: the source may be gone, and the daemon waits for this machine only.
     tokio::spawn(async move { handle.send_resumed(parts).await });

@@ -52,6 +52,7 @@ impl Pair {
             committed,
             volumes: vec![self.host.attachment()],
             epoch: 2,
+            paused: false,
         }
     }
 }

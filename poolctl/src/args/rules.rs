@@ -1,0 +1,150 @@
+//! Commands of groups, users and support.
+
+use clap::{Args, Subcommand, ValueEnum, ValueHint};
+use std::path::PathBuf;
+
+/// What a group says about its VMs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Rule {
+    /// All on one host
+    Together,
+    /// No two on one host
+    Apart,
+    /// Only on the group's hosts
+    OnHosts,
+    /// Never on the group's hosts
+    NotOnHosts,
+}
+
+/// `poolctl group …`
+#[derive(Debug, Subcommand)]
+pub enum GroupCommand {
+    /// Makes a rule about where VMs run
+    Create {
+        /// Its name
+        name: String,
+        /// What it says
+        #[arg(long, value_enum)]
+        rule: Rule,
+        /// Kept when there is a choice, and given up otherwise
+        #[arg(long)]
+        should: bool,
+        /// Whom it is about
+        #[command(flatten)]
+        members: Members,
+    },
+    /// All groups
+    List,
+    /// One group
+    Show {
+        /// The group
+        group: String,
+    },
+    /// Adds VMs or hosts
+    Add {
+        /// The group
+        group: String,
+        /// Whom to add
+        #[command(flatten)]
+        members: Members,
+    },
+    /// Takes VMs or hosts out
+    Remove {
+        /// The group
+        group: String,
+        /// Whom to take out
+        #[command(flatten)]
+        members: Members,
+    },
+    /// Deletes a group; the VMs stay where they are
+    Delete {
+        /// The group
+        group: String,
+    },
+}
+
+/// Members of a group.
+#[derive(Debug, Args)]
+pub struct Members {
+    /// A VM; may be repeated
+    #[arg(long = "vm", value_name = "VM")]
+    pub vms: Vec<String>,
+    /// A host, for rules about hosts; may be repeated
+    #[arg(long = "host", value_name = "HOST")]
+    pub hosts: Vec<String>,
+}
+
+/// What a user may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Role {
+    /// Look
+    Viewer,
+    /// Work with VMs, volumes and hosts in service
+    Operator,
+    /// Change the pool itself: members, users, backup
+    Admin,
+}
+
+impl Role {
+    /// The word of the API.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Viewer => "viewer",
+            Self::Operator => "operator",
+            Self::Admin => "admin",
+        }
+    }
+}
+
+/// `poolctl user …`
+#[derive(Debug, Subcommand)]
+pub enum UserCommand {
+    /// Makes a user and its configuration; the key is made here and never leaves this machine
+    Create {
+        /// Its name
+        name: String,
+        /// What it may do
+        #[arg(long, value_enum)]
+        role: Role,
+        /// Where its configuration goes; the file must not exist
+        #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+        out: PathBuf,
+    },
+    /// All users
+    List,
+    /// Changes what a user may do
+    Role {
+        /// Its name
+        name: String,
+        /// What it may do from now on
+        #[arg(value_enum)]
+        role: Role,
+    },
+    /// Gives a user another key; the old one is void at once
+    Rotate {
+        /// Its name
+        name: String,
+        /// Where the new configuration goes; the file must not exist
+        #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+        out: PathBuf,
+    },
+    /// Deletes a user; its key is void at once
+    Delete {
+        /// Its name
+        name: String,
+    },
+    /// As whom this command calls
+    Whoami,
+}
+
+/// `poolctl support …`
+#[derive(Debug, Subcommand)]
+pub enum SupportCommand {
+    /// Writes all that the pool says of itself, without secrets, to one JSON file
+    Bundle {
+        /// The file; it must not exist
+        #[arg(value_hint = ValueHint::FilePath)]
+        file: PathBuf,
+    },
+}

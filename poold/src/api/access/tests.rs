@@ -1,0 +1,104 @@
+//! The table: every call × every caller.
+
+use super::{Access, Caller, PUBLIC, WHOLE, access_of, caller_of, permits};
+use crate::identity::CertificateName;
+use pool_state::state::Role;
+use pool_state::{Command, Entry, PoolState, Seed, command::InitPool};
+use prost::Message as _;
+use prost_types::FileDescriptorSet;
+use std::collections::BTreeSet;
+
+/// All paths of the package, from the descriptors that reflection serves.
+fn paths() -> Vec<(String, String)> {
+    let set = FileDescriptorSet::decode(proto::DESCRIPTORS).unwrap();
+    let files = set.file.iter();
+    let services = files.flat_map(|file| file.service.iter().map(move |service| (file.package(), service)));
+    let methods = services.flat_map(|(package, service)| {
+        let name = format!("{package}.{}", service.name());
+        service.method.iter().map(move |method| (name.clone(), method.name().to_owned()))
+    });
+    // Served on unix sockets of VM processes, not here.
+    methods.filter(|(service, _)| service != "pool.v1.Machine").collect()
+}
+
+#[test]
+fn every_call_is_in_the_table_and_nothing_else_is() {
+    let all: BTreeSet<(String, String)> = paths().into_iter().collect();
+    for (service, method) in &all {
+        assert!(access_of(&format!("/{service}/{method}")).is_some(), "{service}/{method} is in no table");
+    }
+    for (service, methods) in PUBLIC {
+        for (method, _) in *methods {
+            assert!(all.contains(&((*service).to_owned(), (*method).to_owned())), "{service}/{method}");
+        }
+    }
+    for path in ["/pool.v1.VmService/Fly", "/pool.v2.VmService/List", "pool.v1.VmService/List", "/", ""] {
+        assert_eq!(access_of(path), None, "{path}");
+    }
+}
+
+#[test]
+fn each_role_may_do_what_its_name_says_and_no_more() {
+    use Caller::{Host, Nobody, User, Void};
+    for (service, method) in paths() {
+        let access = access_of(&format!("/{service}/{method}")).unwrap();
+        let may = |caller| permits(access, caller);
+        let internal = WHOLE.iter().any(|(name, _)| *name == service);
+        let joins = ["PreflightJoin", "Join"].contains(&method.as_str());
+        let name = format!("{service}/{method}");
+        assert!(may(Host), "{name}");
+        assert_eq!((may(Nobody), may(Void)), (joins, joins), "{name}");
+        if internal {
+            assert!(Role::ALL.iter().all(|role| !may(User(*role))), "{name}");
+            continue;
+        }
+        assert!(may(User(Role::Admin)), "{name}");
+        let of_admins = service.ends_with("UserService") && method != "WhoAmI";
+        let of_members = ["CreateJoinToken", "ListJoinTokens", "RevokeJoinToken", "Leave"];
+        let admin = of_admins
+            || of_members.contains(&method.as_str())
+            || ["Backup", "Audit"].contains(&method.as_str());
+        assert_eq!(may(User(Role::Operator)), !admin, "{name}");
+        let looks = ["List", "Show", "Watch", "Where", "Explain", "Plan", "HaPlan", "BalancePlan", "WhoAmI"];
+        let viewer = !admin && looks.contains(&method.as_str()) || joins;
+        assert_eq!(may(User(Role::Viewer)), viewer, "{name}");
+    }
+}
+
+#[test]
+fn a_deleted_user_and_a_replaced_key_are_void_at_once() {
+    let mut state = PoolState::default();
+    let mut accept = |command| {
+        let index = state.revision + 1;
+        let principal = "user-admin".to_owned();
+        let entry = Entry { request_id: None, principal, time_ms: 1, seed: Seed([0; 32]), command };
+        state.apply(index, &entry).unwrap();
+        state.clone()
+    };
+    accept(Command::InitPool(Box::new(InitPool {
+        pool_id: "p".to_owned(),
+        name: "p".to_owned(),
+        timing: pool_state::Timing::default(),
+        ca_cert_pem: "c".to_owned(),
+        ca_key_pem: "k".to_owned(),
+        feature_level: 1,
+        first_host: pool_state::command::HostFacts {
+            name: "h1".to_owned(),
+            address: "10.0.0.1:1".to_owned(),
+            public_key: vec![1],
+            cpu_vendor: String::new(),
+            vm_memory: proto::ByteCount(1),
+            feature_level: 1,
+        },
+    })));
+    let ann = CertificateName::User("ann".to_owned());
+    let name = || "ann".to_owned();
+    let made = accept(Command::CreateUser { name: name(), role: Role::Operator, key_hash: [1; 32] });
+    assert_eq!(caller_of(&made, &ann, &[1; 32]), Caller::User(Role::Operator));
+    assert_eq!(caller_of(&made, &ann, &[2; 32]), Caller::Void);
+    let rotated = accept(Command::RotateUser { name: name(), key_hash: [2; 32] });
+    assert_eq!(caller_of(&rotated, &ann, &[1; 32]), Caller::Void);
+    let deleted = accept(Command::DeleteUser { name: name() });
+    assert_eq!(caller_of(&deleted, &ann, &[2; 32]), Caller::Void);
+    assert!(!permits(Access::User(Role::Viewer), Caller::Void));
+}
