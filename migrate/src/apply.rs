@@ -53,6 +53,12 @@ pub enum ApplyError {
         /// Round of the copy that is here.
         held: Round,
     },
+    /// A page on demand that is not there whole.
+    #[error("page {page} is wanted on demand and came as a change")]
+    NotWhole {
+        /// The page.
+        page: PageIndex,
+    },
     /// A reference to a page that does not hold what it names.
     #[error("page {page} refers to the content of page {source_page}, which is another one here")]
     Reference {
@@ -110,6 +116,16 @@ pub struct PageApplier {
     streams: Vec<StreamProgress>,
     completed: Round,
     unpacked: Vec<u8>,
+    on_demand: Option<OnDemand>,
+}
+
+/// The machine runs already, or may at any time: only what is missing may be touched.
+#[derive(Debug)]
+struct OnDemand {
+    round: Round,
+    missing: PageBitmap,
+    left: u64,
+    is_told: bool,
 }
 
 /// Whether page hashes are kept for a proof.
@@ -132,7 +148,30 @@ impl PageApplier {
             streams: vec![StreamProgress { ended: Round(0), pages: 0 }; usize::from(streams)],
             completed: Round(0),
             unpacked: vec![0; RUN_PAGES_MAX * PAGE_BYTES],
+            on_demand: None,
         }
+    }
+
+    /// From now on only the `missing` pages are taken, as copies of `round`, each of them once, and placed. Everything that
+    /// was sent before has been applied.
+    pub fn begin_on_demand(&mut self, round: Round, missing: PageBitmap) {
+        // Hashes of what runs prove nothing.
+        self.hashes = None;
+        let left = missing.count();
+        self.on_demand = Some(OnDemand { round, missing, left, is_told: false });
+    }
+
+    /// Pages that have not been placed.
+    #[must_use]
+    pub fn missing(&self) -> Option<&PageBitmap> {
+        self.on_demand.as_ref().map(|on_demand| &on_demand.missing)
+    }
+
+    /// Whether the last missing page has been placed since the last call.
+    pub fn has_filled(&mut self) -> bool {
+        self.on_demand
+            .as_mut()
+            .is_some_and(|on_demand| on_demand.left == 0 && !std::mem::replace(&mut on_demand.is_told, true))
     }
 
     /// Applies one batch (without its length). Returns the rounds that it completed on all streams.
@@ -166,6 +205,9 @@ impl PageApplier {
         stream: u8,
         frame: PageFrame<'_>,
     ) -> Result<Option<Round>, ApplyError> {
+        if self.on_demand.is_some() {
+            return self.place_frame(vm, frame).map(|()| None);
+        }
         match frame {
             PageFrame::Zero { round, first, count } => {
                 self.admit(stream, round, first, u64::from(count))?;
@@ -196,6 +238,70 @@ impl PageApplier {
             PageFrame::RoundEnd { round, pages } => return self.round_end(stream, round, pages),
         }
         Ok(None)
+    }
+
+    fn place_frame<V: TargetVm>(&mut self, vm: &V, frame: PageFrame<'_>) -> Result<(), ApplyError> {
+        match frame {
+            PageFrame::Zero { round, first, count } => {
+                let zeros = [0; PAGE_BYTES];
+                self.check_range(first, u64::from(count))?;
+                (0..u64::from(count)).try_for_each(|page| self.place(vm, round, first.0 + page, &zeros))
+            }
+            PageFrame::Raw { round, first, data } => self.place(vm, round, first.0, data),
+            PageFrame::Lz4 { round, first, count, block } => {
+                let mut unpacked = std::mem::take(&mut self.unpacked);
+                let want = count as usize * PAGE_BYTES;
+                match lz4_flex::block::decompress_into(block, &mut unpacked[..want]) {
+                    Ok(bytes) if bytes == want => self.place(vm, round, first.0, &unpacked[..want])?,
+                    _ => return Err(ApplyError::Block { first }),
+                }
+                self.unpacked = unpacked;
+                Ok(())
+            }
+            // The machine may have changed what they rest on.
+            PageFrame::Delta { page, .. } | PageFrame::Reference { page, .. } => {
+                Err(ApplyError::NotWhole { page })
+            }
+            // What is missing is counted page by page.
+            PageFrame::RoundEnd { .. } => Ok(()),
+        }
+    }
+
+    /// Places those of the pages that are missing; the machine may have written to the others.
+    fn place<V: TargetVm>(
+        &mut self,
+        vm: &V,
+        round: Round,
+        first: u64,
+        data: &[u8],
+    ) -> Result<(), ApplyError> {
+        let count = (data.len() / PAGE_BYTES) as u64;
+        self.check_range(PageIndex(first), count)?;
+        let Some(on_demand) = &mut self.on_demand else { return Ok(()) };
+        if round != on_demand.round {
+            return Err(ApplyError::RoundOrder { found: round, ended: on_demand.round });
+        }
+        let mut at = first;
+        while at < first + count {
+            let is_missing = |page: &u64| on_demand.missing.contains(PageIndex(*page));
+            let run = (at..first + count).take_while(is_missing).count() as u64;
+            if run > 0 {
+                let bytes = (at - first) as usize * PAGE_BYTES..(at + run - first) as usize * PAGE_BYTES;
+                vm.place_pages(PageIndex(at), &data[bytes])?;
+                (at..at + run).for_each(|page| on_demand.missing.remove(PageIndex(page)));
+                on_demand.left -= run;
+            }
+            at += run + 1;
+        }
+        Ok(())
+    }
+
+    fn check_range(&self, first: PageIndex, count: u64) -> Result<(), ApplyError> {
+        let page_count = self.written.page_count();
+        match first.0.checked_add(count) {
+            Some(end) if end <= page_count => Ok(()),
+            _ => Err(ApplyError::OutOfRange { first, count, page_count }),
+        }
     }
 
     fn delta<V: TargetVm>(
@@ -252,10 +358,7 @@ impl PageApplier {
 
     /// Checks that the frame may come on its stream now, and counts its pages.
     fn admit(&mut self, stream: u8, round: Round, first: PageIndex, count: u64) -> Result<(), ApplyError> {
-        let page_count = self.written.page_count();
-        if first.0.checked_add(count).is_none_or(|end| end > page_count) {
-            return Err(ApplyError::OutOfRange { first, count, page_count });
-        }
+        self.check_range(first, count)?;
         let progress = self.streams.get_mut(usize::from(stream)).ok_or(ApplyError::Stream { stream })?;
         if round.0 != progress.ended.0.saturating_add(1) {
             return Err(ApplyError::RoundOrder { found: round, ended: progress.ended });

@@ -75,6 +75,11 @@ impl PageBitmap {
         self.words.fill(0);
     }
 
+    /// Takes out all pages of some of the words.
+    pub fn clear_words(&mut self, words: Range<usize>) {
+        self.words[words].fill(0);
+    }
+
     /// Adds every page.
     pub fn fill(&mut self) {
         let all = vec![u64::MAX; self.words.len()];
@@ -84,7 +89,13 @@ impl PageBitmap {
     /// Number of pages in the set.
     #[must_use]
     pub fn count(&self) -> u64 {
-        self.words.iter().map(|word| u64::from(word.count_ones())).sum()
+        self.count_in(0..self.words.len())
+    }
+
+    /// Number of pages in some of the words.
+    #[must_use]
+    pub fn count_in(&self, words: Range<usize>) -> u64 {
+        self.words[words].iter().map(|word| u64::from(word.count_ones())).sum()
     }
 
     /// The runs of consecutive pages in the words `words`, ascending.

@@ -6,6 +6,7 @@
 //! ```text
 //! default       wait ─ 2 rounds without progress ─▶ limit × 2 … × 8 ─▶ throttle 20 … 80 % ─▶ give up
 //! gentle        wait ─ until its deadline ─▶ give up
+//! post-copy     wait ─ 1 round without progress ─▶ go over, and bring the pages afterwards
 //! must-finish   as default, but stops the machine, whatever it costs, before the whole takes 1.5 × the first round
 //! ```
 //! "Progress" means that a round left at least a tenth fewer dirty pages than the best one before. A guest that writes as
@@ -73,6 +74,8 @@ pub enum Policy {
     /// Raises the limit, then slows the guest, then gives up.
     #[default]
     Default,
+    /// Never slows the guest at the source: what does not converge goes over on demand.
+    PostCopy,
     /// Ends within a bounded number of rounds.
     MustFinish,
 }
@@ -80,14 +83,8 @@ pub enum Policy {
 /// The name is no policy that can be carried out.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PolicyError {
-    /// A policy of the design that is not built.
-    #[error("policy `{name}` is not supported yet; use gentle, default or must-finish")]
-    NotSupported {
-        /// As given.
-        name: String,
-    },
     /// No policy at all.
-    #[error("`{name}` is no migration policy; use gentle, default or must-finish")]
+    #[error("`{name}` is no migration policy; use gentle, default, post-copy or must-finish")]
     Unknown {
         /// As given.
         name: String,
@@ -102,7 +99,7 @@ impl FromStr for Policy {
             "" | "default" => Ok(Self::Default),
             "gentle" => Ok(Self::Gentle),
             "must-finish" => Ok(Self::MustFinish),
-            "post-copy" => Err(PolicyError::NotSupported { name: name.to_owned() }),
+            "post-copy" => Ok(Self::PostCopy),
             _ => Err(PolicyError::Unknown { name: name.to_owned() }),
         }
     }
@@ -131,6 +128,11 @@ pub enum Decision {
     },
     /// Stop and copy the rest.
     Stop {
+        /// The whole blackout as predicted.
+        blackout_expected: Duration,
+    },
+    /// Stop and go over; the rest comes on demand.
+    PostCopy {
         /// The whole blackout as predicted.
         blackout_expected: Duration,
     },
@@ -271,6 +273,10 @@ impl Convergence {
             self.stalled += 1;
         }
         self.best_dirty = self.best_dirty.min(facts.dirty_pages);
+        let has_stalled = self.stalled > 0 && self.rounds > 1;
+        if self.policy == Policy::PostCopy && (has_stalled || self.is_hopeless()) {
+            return Decision::PostCopy { blackout_expected: FIXED_COST };
+        }
         if !self.climb(now, predicted, fixed) {
             return Decision::GiveUp { predicted, limit: self.limit };
         }
@@ -293,7 +299,7 @@ impl Convergence {
             let facts = RoundFacts { data_pages: pages, took, dirty_pages, proof_pages };
             match ahead.after_round(now.after(eta), facts) {
                 Decision::Round { throttle_percent } => (pages, throttle) = (dirty_pages, throttle_percent),
-                Decision::Stop { blackout_expected } => {
+                Decision::Stop { blackout_expected } | Decision::PostCopy { blackout_expected } => {
                     let eta = eta.saturating_add(blackout_expected);
                     return Some(Forecast { eta, blackout: blackout_expected, error: self.model.error });
                 }
@@ -337,12 +343,19 @@ impl Convergence {
         Duration::try_from_secs_f64(pages as f64 / self.pages_per_s.max(1e-6)).unwrap_or(Duration::MAX / 4)
     }
 
+    fn is_hopeless(&self) -> bool {
+        self.dirty_pages_per_s >= self.pages_per_s * HOPELESS_SHARE
+    }
+
     /// The steps of the ladder that are due; false when there is none left.
     fn climb(&mut self, now: Moment, predicted: Duration, fixed: Duration) -> bool {
         if self.policy == Policy::Gentle {
             return now < self.deadline;
         }
-        let is_hopeless = self.dirty_pages_per_s >= self.pages_per_s * HOPELESS_SHARE;
+        if self.policy == Policy::PostCopy {
+            return true;
+        }
+        let is_hopeless = self.is_hopeless();
         if self.stalled < STALLED_ROUNDS && !is_hopeless {
             return true;
         }

@@ -28,7 +28,7 @@ use std::ops::Range;
 
 /// Words of a chunk: 4 MiB of guest memory for one clear call. Larger chunks are read longer after their clear, which
 /// only makes more pages dirty again; smaller ones cost more calls.
-const CHUNK_WORDS: usize = 16;
+pub(crate) const CHUNK_WORDS: usize = 16;
 
 /// Pages of a chunk.
 const CHUNK_PAGES: u64 = CHUNK_WORDS as u64 * WORD_PAGES;
@@ -98,6 +98,8 @@ pub struct RoundPlan<'a> {
     pub scope: RoundScope,
     /// The pages.
     pub pages: &'a PageBitmap,
+    /// The words of `pages` to look at, `None` for all.
+    pub window: Option<(usize, usize)>,
     /// Bulk streams; the same number in all rounds.
     pub streams: u8,
 }
@@ -112,20 +114,22 @@ pub fn send_round<V: SourceVm, S: BatchSink>(
     held: &mut Held,
     sink: &mut S,
 ) -> Result<RoundTotals, EncodeError> {
-    let RoundPlan { round, scope, pages, streams } = plan;
+    let RoundPlan { round, scope, pages, window, streams } = plan;
+    let (start, end) = window.unwrap_or((0, pages.words().len()));
+    let end = end.min(pages.words().len());
     let lanes = (0..streams).map(|_| Lane::default()).collect();
     let totals = RoundTotals::default();
     let mut encoder = Encoder { round, lanes, totals, held, sink, scratch: Vec::new() };
-    let mut left = pages.count();
-    for (chunk, first_word) in (0..pages.words().len()).step_by(CHUNK_WORDS).enumerate() {
-        let words = first_word..(first_word + CHUNK_WORDS).min(pages.words().len());
+    let mut left = pages.count_in(start..end);
+    for first_word in (start..end).step_by(CHUNK_WORDS) {
+        let words = first_word..(first_word + CHUNK_WORDS).min(end);
         let runs = pages.runs(words.clone());
         let (Some(first), Some(last)) = (runs.first(), runs.last()) else { continue };
         if scope != RoundScope::Last {
             vm.clear_dirty(words.start, &pages.words()[words.clone()])?;
         }
         let resident = vm.resident(first.start..last.end)?;
-        let lane = chunk % encoder.lanes.len();
+        let lane = first_word / CHUNK_WORDS % encoder.lanes.len();
         for run in &runs {
             encoder.run(vm, lane, run, &resident)?;
             left -= run.end.0 - run.start.0;

@@ -8,15 +8,14 @@
 //! - [`machine`]: what a virtual machine must offer at either side.
 //! - [`source`], [`target`]: the state machines, with their diagrams.
 //! - [`wire`]: streams, batches and messages.
-//! - [`encode`], [`apply`], [`held`], [`codec`], [`rate`], [`bitmap`]: page data.
+//! - [`encode`], [`apply`], [`held`], `unsent`, [`codec`], [`rate`], [`bitmap`]: page data.
 //! - [`converge`]: when to stop the machine, and how hard to try.
 //! - [`proof`]: both sides hold the same memory.
 //! - [`stats`]: what a migration did.
 //! - [`SourceTask`], [`TargetTask`], [`Identity`]: the shells.
 //!
 //! Absent on purpose: anything about KVM, volumes or the pool. The process that owns the machine implements
-//! [`machine::SourceVm`] and [`machine::TargetVm`], and carries the commit between the daemon and the handles. Post-copy,
-//! deltas and references by hash are not built; [`converge::Policy`] refuses what needs them.
+//! [`machine::SourceVm`] and [`machine::TargetVm`], and carries the commit between the daemon and the handles.
 
 pub mod apply;
 pub mod bitmap;
@@ -32,11 +31,12 @@ mod shell;
 pub mod source;
 pub mod stats;
 pub mod target;
+mod unsent;
 pub mod wire;
 
 pub use bitmap::PageBitmap;
 pub use converge::{DOWNTIME_LIMIT_DEFAULT, Policy, PolicyError};
-pub use machine::{PAGE_BYTES, PausedVm, SourceVm, TargetVm, VmError};
+pub use machine::{FaultSink, PAGE_BYTES, PausedVm, SourceVm, Supply, TargetVm, VmError};
 pub use shell::{
     SpawnError,
     identity::{Identity, IdentityError},

@@ -110,6 +110,18 @@ pub trait SourceVm: Send + Sync + 'static {
     fn resume(&self) -> Result<(), VmError>;
 }
 
+/// Told of pages that are waited for.
+pub type FaultSink = Box<dyn Fn(PageIndex) + Send>;
+
+/// Whether missing pages can come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Supply {
+    /// The source answers.
+    Flows,
+    /// There is no link to it.
+    Broken,
+}
+
 /// The machine that is filled. It exists, paused, with memory that reads as zero and has no other writer.
 pub trait TargetVm: Send + Sync + 'static {
     /// Pages of guest memory; constant.
@@ -132,6 +144,38 @@ pub trait TargetVm: Send + Sync + 'static {
     /// # Errors
     /// The range is outside of guest memory.
     fn read_pages(&self, first: PageIndex, out: &mut [u8]) -> Result<(), VmError>;
+
+    /// From the return on, `missing` pages have no content, and whoever touches one waits until [`Self::place_pages`] has
+    /// brought it. `faults` is told of each page that is waited for, also while the machine is not to run; it must not be
+    /// called from a thread that touches guest memory.
+    ///
+    /// # Errors
+    /// The machine can't do that; nothing has changed.
+    fn begin_on_demand(&self, missing: &PageBitmap, faults: FaultSink) -> Result<(), VmError> {
+        let _ = (missing, faults);
+        Err(VmError::new("fill its memory on demand", "this machine can't"))
+    }
+
+    /// Brings pages that are missing and wakes who waits for them. A page comes whole or not at all.
+    ///
+    /// # Errors
+    /// A page is not missing, or the kernel refuses.
+    fn place_pages(&self, first: PageIndex, data: &[u8]) -> Result<(), VmError> {
+        let _ = (first, data);
+        Err(VmError::new("fill its memory on demand", "this machine can't"))
+    }
+
+    /// No page is missing any more.
+    fn end_on_demand(&self) {}
+
+    /// Holds the vCPUs because no page can come, or lets them go on.
+    ///
+    /// # Errors
+    /// A vCPU does not stop, or does not start.
+    fn starve(&self, supply: Supply) -> Result<(), VmError> {
+        let _ = supply;
+        Ok(())
+    }
 
     /// Restores vCPUs and devices; the machine stays paused.
     ///

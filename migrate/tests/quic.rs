@@ -3,13 +3,14 @@
 mod support;
 
 use migrate::{
-    AbortCause, CancelRefused, CommitRefused, Identity, Outcome, Proof, Rehash, ResumedParts, SourceConfig,
-    SourceHandle, SourcePhase, SourceProgress, SourceTask, SourceVm, TargetConfig, TargetFailure,
-    TargetHandle, TargetPhase, TargetTask,
+    AbortCause, CancelRefused, CommitRefused, Identity, Outcome, Policy, Proof, Rehash, ResumedParts,
+    SourceConfig, SourceHandle, SourcePhase, SourceProgress, SourceTask, SourceVm, TargetConfig,
+    TargetFailure, TargetHandle, TargetPhase, TargetTask,
 };
 use proto::{MigrationId, PageIndex, VmId};
 use std::{
     net::{IpAddr, Ipv4Addr},
+    num::NonZeroU64,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -186,6 +187,78 @@ async fn several_connections_share_the_pages_and_end_with_the_migration() {
     }
 }
 
+fn word_of(guest: &ModelGuest, page: usize) -> u64 {
+    let mut content = [0; 4096];
+    SourceVm::read_pages(guest, PageIndex(page as u64), &mut content).unwrap();
+    u64::from_ne_bytes(content[..8].try_into().unwrap())
+}
+
+/// Reads a word as the guest would: waits for a page that is missing. How long, and what it is.
+fn touch(guest: &ModelGuest, page: usize) -> (Duration, u64) {
+    let (begun, index) = (Instant::now(), PageIndex(page as u64));
+    let mut missing = guest.missing();
+    if let Some((_, faults)) = missing.as_ref().filter(|(set, _)| set.contains(index)) {
+        faults(index);
+    }
+    while missing.as_ref().is_some_and(|(set, _)| set.contains(index)) {
+        let wait = DEADLINE.checked_sub(begun.elapsed()).expect("the page comes");
+        missing = guest.placed.wait_timeout(missing, wait).unwrap().0;
+    }
+    drop(missing);
+    (begun.elapsed(), word_of(guest, page))
+}
+
+#[tokio::test]
+async fn a_guest_that_outruns_the_link_goes_over_and_its_pages_follow() {
+    let pages = 20_000;
+    let pair = Pair::new(pages, Rehash::Incremental);
+    (0..pages).for_each(|page| pair.source.fill(page, page as u64));
+    let _writer = Writer::start(pair.source.clone(), pages, 300);
+    let limit = NonZeroU64::new(100 << 20);
+    let config = SourceConfig { policy: Policy::PostCopy, bandwidth_bytes_per_s: limit, ..pair.config() };
+    let outgoing = pair.start(config);
+    source_phase(&outgoing, |phase| matches!(phase, SourcePhase::Paused { .. })).await;
+    outgoing.commit_proposed().await.unwrap();
+    outgoing.outcome(Outcome::Committed).await.unwrap();
+    target_phase(&pair.incoming, |phase| matches!(phase, TargetPhase::Ready { .. })).await;
+    pair.incoming.send_resumed(ResumedParts::default()).await;
+    target_phase(&pair.incoming, |phase| matches!(phase, TargetPhase::Filling { .. })).await;
+    let (source, target) = (pair.source.clone(), pair.target.clone());
+    let touches = tokio::task::spawn_blocking(move || {
+        let touched = (0..400).map(|step| {
+            let page = step * 7919 % pages;
+            let (waited, word) = touch(&target, page);
+            assert_eq!(word, word_of(&source, page));
+            waited
+        });
+        touched.filter(|waited| *waited > Duration::from_micros(20)).collect::<Vec<_>>()
+    });
+    let mut waits = touches.await.unwrap();
+    let done = source_phase(&outgoing, SourcePhase::is_final).await;
+    assert_eq!(done.phase, SourcePhase::Done { resumed: true });
+    assert_eq!(target_phase(&pair.incoming, |_| false).await, TargetPhase::Resumed);
+    assert_eq!(pair.source.first_difference(&pair.target), None);
+    assert!(pair.target.missing().is_none());
+    waits.sort();
+    let mean = waits.iter().sum::<Duration>() / waits.len().max(1) as u32;
+    eprintln!("{} faults, mean {mean:.0?}, longest {:.0?}", waits.len(), waits.last());
+    assert!(!waits.is_empty());
+}
+
+#[tokio::test]
+async fn a_target_that_can_not_wait_for_pages_leaves_the_guest_at_the_source() {
+    let pair = Pair::new(5_000, Rehash::Incremental);
+    (0..5_000).for_each(|page| pair.source.fill(page, page as u64));
+    pair.target.sabotage.fail_on_demand.store(true, Ordering::Relaxed);
+    let _writer = Writer::start(pair.source.clone(), 5_000, 300);
+    let limit = NonZeroU64::new(100 << 20);
+    let config = SourceConfig { policy: Policy::PostCopy, bandwidth_bytes_per_s: limit, ..pair.config() };
+    let end = source_phase(&pair.start(config), |_| false).await;
+    let SourcePhase::Aborted { cause } = &end.phase else { panic!("{end:?}") };
+    assert!(cause.to_string().contains("as planted by the test"), "{cause}");
+    assert!(pair.source.is_running());
+}
+
 #[tokio::test]
 async fn kept_hashes_equal_a_full_hash_of_the_target() {
     let pair = Pair::new(5000, Rehash::Full);
@@ -300,7 +373,7 @@ async fn a_bandwidth_limit_holds_and_makes_pages_worth_compressing() {
         }
     }
     let limit = 32 << 20;
-    let config = SourceConfig { bandwidth_bytes_per_s: std::num::NonZeroU64::new(limit), ..pair.config() };
+    let config = SourceConfig { bandwidth_bytes_per_s: NonZeroU64::new(limit), ..pair.config() };
     let done = pair.commit(&pair.start(config)).await;
     assert_eq!(done.phase, SourcePhase::Done { resumed: true });
     assert!(done.stats.pages.compressed > 4000, "{:?}", done.stats.pages);
@@ -343,7 +416,7 @@ async fn a_cancel_leaves_the_machine_running_and_a_retry_succeeds() {
     for page in 0..16_384 {
         pair.source.fill(page, page as u64);
     }
-    let config = SourceConfig { bandwidth_bytes_per_s: std::num::NonZeroU64::new(8 << 20), ..pair.config() };
+    let config = SourceConfig { bandwidth_bytes_per_s: NonZeroU64::new(8 << 20), ..pair.config() };
     let outgoing = pair.start(config);
     source_phase(&outgoing, |phase| *phase == SourcePhase::Copying).await;
     outgoing.cancel().await.unwrap();

@@ -53,7 +53,7 @@ fn round(
     scope: RoundScope,
     dirty: &PageBitmap,
 ) -> RoundTotals {
-    let plan = RoundPlan { round: Round(number), scope, pages: dirty, streams: STREAMS };
+    let plan = RoundPlan { round: Round(number), scope, pages: dirty, window: None, streams: STREAMS };
     let mut held = std::mem::replace(&mut sink.held, Held::new(None, 0));
     let totals = send_round(source, plan, &mut held, sink).unwrap();
     sink.held = held;

@@ -158,6 +158,16 @@ fn a_guest_that_outruns_the_link_is_done_with_in_one_and_a_half_copies() {
 }
 
 #[test]
+fn post_copy_goes_over_when_waiting_does_not_help_and_not_before() {
+    let idle = follow(Policy::PostCopy, &Trace { set: 1e6, rate: |_| 100_000.0, noise: STEADY });
+    assert!(matches!(idle.end, Decision::Stop { .. }), "it converges by itself: {:?}", idle.end);
+    let busy = follow(Policy::PostCopy, &Trace { set: 65_536.0, rate: |_| 2e6, noise: STEADY });
+    assert!(matches!(busy.end, Decision::PostCopy { .. }), "{:?}", busy.end);
+    assert!(busy.total <= 1.5 * busy.first_round, "with the rest: {}", busy.total);
+    assert!(busy.forecasts.len() <= 2);
+}
+
+#[test]
 fn there_is_no_forecast_for_a_guest_that_will_be_given_up() {
     let run = follow(Policy::Default, &Trace { set: 1e9, rate: |_| 5e6, noise: STEADY });
     assert!(matches!(run.end, Decision::GiveUp { .. }));
@@ -190,10 +200,10 @@ fn a_tiny_round_does_not_hide_the_throughput() {
 }
 
 #[test]
-fn policies_are_parsed_and_post_copy_is_refused_by_name() {
+fn policies_are_parsed_by_name() {
     assert_eq!("".parse(), Ok(Policy::Default));
     assert_eq!("must-finish".parse(), Ok(Policy::MustFinish));
     assert_eq!("gentle".parse(), Ok(Policy::Gentle));
-    assert!(matches!("post-copy".parse::<Policy>(), Err(PolicyError::NotSupported { .. })));
+    assert_eq!("post-copy".parse(), Ok(Policy::PostCopy));
     assert!(matches!("fast".parse::<Policy>(), Err(PolicyError::Unknown { .. })));
 }

@@ -20,6 +20,7 @@ mod target_link;
 mod tls;
 
 use std::io;
+use tokio::sync::mpsc;
 
 /// Batches waiting between two threads, for each stream: 1 MiB, enough to hide a wake-up and little to throw away on cancel.
 const QUEUE_BATCHES: usize = 4;
@@ -27,8 +28,9 @@ const QUEUE_BATCHES: usize = 4;
 /// Events waiting for a driver. Each comes from a command of its own or from one of four readers, which wait.
 const QUEUE_EVENTS: usize = 64;
 
-/// Control messages waiting to be written: a round has one.
-const QUEUE_MESSAGES: usize = 16;
+/// Control messages waiting to be written: a round has one, a set of missing pages one for each 4 GiB of memory, and each
+/// thread of a machine that runs on demand one.
+const QUEUE_MESSAGES: usize = 1024;
 
 /// Time for the last packets, so that the peer hears that the link was closed.
 const CLOSE_TIMEOUT: std::time::Duration = std::time::Duration::from_millis(500);
@@ -52,6 +54,46 @@ pub enum SpawnError {
     #[error("can't set up TLS with this process's own certificate")]
     Tls(#[source] rustls::Error),
 }
+
+/// Where what belongs to one link is reported. A link that was given up has nothing to say any more.
+struct LinkEvents<E> {
+    events: mpsc::Sender<(LinkNumber, E)>,
+    link: LinkNumber,
+}
+
+/// Links of one migration, counted from 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+struct LinkNumber(u32);
+
+/// Not of any link.
+const OF_NO_LINK: LinkNumber = LinkNumber(0);
+
+impl<E> Clone for LinkEvents<E> {
+    fn clone(&self) -> Self {
+        Self { events: self.events.clone(), link: self.link }
+    }
+}
+
+impl<E> LinkEvents<E> {
+    /// Fails when the driver has ended.
+    async fn send(&self, event: E) -> Result<(), DriverEnded> {
+        self.events.send((self.link, event)).await.map_err(|_| DriverEnded)
+    }
+
+    /// The same from a thread that may block.
+    fn blocking_send(&self, event: E) -> Result<(), DriverEnded> {
+        self.events.blocking_send((self.link, event)).map_err(|_| DriverEnded)
+    }
+
+    /// Until the driver has ended.
+    async fn closed(&self) {
+        self.events.closed().await;
+    }
+}
+
+/// Nobody hears the event.
+#[derive(Debug)]
+struct DriverEnded;
 
 /// Starts the thread of one side and its runtime.
 fn spawn_driver<F, D>(name: &str, driver: D) -> Result<(), SpawnError>

@@ -1,13 +1,14 @@
 //! Runs a [`Source`] against a real machine and a real link.
 
 use super::{
-    CLOSE_TIMEOUT, QUEUE_EVENTS, SpawnError,
+    CLOSE_TIMEOUT, LinkEvents, LinkNumber, OF_NO_LINK, QUEUE_BATCHES, QUEUE_EVENTS, SpawnError,
     identity::Identity,
     source_link::{self, Dial, Link},
-    source_worker::{Done, Job, Shared, Worker},
+    source_worker::{Done, Job, Shared, Worker, urgent_batch},
     spawn_driver,
 };
 use crate::{
+    bitmap::PageBitmap,
     converge::{DOWNTIME_LIMIT_DEFAULT, Policy},
     machine::SourceVm,
     moment::Moment,
@@ -16,9 +17,10 @@ use crate::{
         AbortCause, CancelRefused, CommitRefused, Outcome, OutcomeConflict, Proof, Source, SourceCommand,
         SourceEvent, SourcePhase, SourceProgress, SourceSettings,
     },
-    wire::{STATE_BYTES_MAX, control},
+    unsent::Unsent,
+    wire::{STATE_BYTES_MAX, batch::Round, control},
 };
-use proto::{CertificateFingerprint, MigrationId, VmId};
+use proto::{CertificateFingerprint, MigrationId, PageIndex, VmId};
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     num::NonZeroU64,
@@ -185,7 +187,8 @@ impl SourceTask {
         };
         let (source, commands) = Source::start(settings, Moment::default());
         let (published, progress) = watch::channel(source.progress());
-        let (events, events_in) = mpsc::channel(QUEUE_EVENTS);
+        let (sender, events_in) = mpsc::channel(QUEUE_EVENTS);
+        let events = LinkEvents { events: sender, link: OF_NO_LINK };
         let driver = Driver {
             identity,
             config,
@@ -197,6 +200,9 @@ impl SourceTask {
             jobs,
             published,
             link: None,
+            link_number: OF_NO_LINK,
+            bytes_before: 0,
+            urgent: None,
             state: None,
             answer: Answer::None,
         };
@@ -220,10 +226,15 @@ struct Driver<V> {
     shared: Arc<Shared>,
     source: Source,
     origin: Instant,
-    events: mpsc::Sender<SourceEvent>,
+    events: LinkEvents<SourceEvent>,
     jobs: std_mpsc::Sender<Job>,
     published: watch::Sender<SourceProgress>,
     link: Option<Link>,
+    link_number: LinkNumber,
+    /// Sent on links before this one.
+    bytes_before: u64,
+    /// Pages to send before all others.
+    urgent: Option<std_mpsc::Sender<PageIndex>>,
     state: Option<Vec<u8>>,
     answer: Answer,
 }
@@ -233,7 +244,7 @@ impl<V: SourceVm> Driver<V> {
         mut self,
         commands: Vec<SourceCommand>,
         mut requests: mpsc::Receiver<Request>,
-        mut events: mpsc::Receiver<SourceEvent>,
+        mut events: mpsc::Receiver<(LinkNumber, SourceEvent)>,
         mut work: mpsc::Receiver<Done>,
     ) {
         let (linked, mut links) = mpsc::channel(1);
@@ -246,7 +257,12 @@ impl<V: SourceVm> Driver<V> {
             let deadline = self.source.next_deadline().unwrap_or(Moment(Duration::from_secs(1 << 30)));
             let event = tokio::select! {
                 Some(request) = requests.recv() => self.request(request),
-                Some(event) = events.recv() => event,
+                Some((link, event)) = events.recv() => {
+                    if link != OF_NO_LINK && link != self.link_number {
+                        continue;
+                    }
+                    event
+                }
                 Some(done) = work.recv() => self.done(done),
                 Some(link) = links.recv() => self.linked(link),
                 _ = ticker.tick() => SourceEvent::Tick,
@@ -265,7 +281,7 @@ impl<V: SourceVm> Driver<V> {
     fn handle(&mut self, event: SourceEvent, linked: &mpsc::Sender<Link>) {
         let now = Moment(self.origin.elapsed());
         if let Some(link) = &self.link {
-            let link_bytes = link.bytes_sent();
+            let link_bytes = self.bytes_before + link.bytes_sent();
             let pages_remaining = self.shared.pages_remaining.load(Ordering::Relaxed);
             self.source.handle(now, SourceEvent::Progress { link_bytes, pages_remaining });
         }
@@ -305,7 +321,10 @@ impl<V: SourceVm> Driver<V> {
     }
 
     fn linked(&mut self, link: Link) -> SourceEvent {
-        self.link = Some(link);
+        if let Some(old) = self.link.replace(link) {
+            self.bytes_before += old.bytes_sent();
+            old.close();
+        }
         SourceEvent::Connected
     }
 
@@ -324,6 +343,9 @@ impl<V: SourceVm> Driver<V> {
             SourceCommand::StartTracking => self.job(Job::StartTracking),
             SourceCommand::SendRound { round, scope } => self.job(Job::SendRound { round, scope }),
             SourceCommand::FetchDirty => self.job(Job::FetchDirty),
+            SourceCommand::ListMissing => self.job(Job::ListMissing),
+            SourceCommand::Serve { round, missing } => self.serve(round, &missing),
+            SourceCommand::SendUrgent { page } => self.send_urgent(page),
             SourceCommand::Throttle(percent) => self.job(Job::Throttle(percent)),
             SourceCommand::Pause => self.pause(),
             SourceCommand::SaveState => self.job(Job::SaveState),
@@ -356,14 +378,15 @@ impl<V: SourceVm> Driver<V> {
         }
     }
 
-    fn connect(&self, linked: mpsc::Sender<Link>) {
+    fn connect(&mut self, linked: mpsc::Sender<Link>) {
         let dial = Dial {
             identity: self.identity.clone(),
             local_ip: self.config.local_ip,
             target: self.config.target,
             pinned: self.config.target_fingerprint,
         };
-        let events = self.events.clone();
+        self.link_number = LinkNumber(self.link_number.0 + 1);
+        let events = self.of_link();
         tokio::spawn(async move {
             match source_link::dial(dial, events.clone()).await {
                 Ok(link) => drop(linked.send(link).await),
@@ -372,10 +395,60 @@ impl<V: SourceVm> Driver<V> {
         });
     }
 
+    fn of_link(&self) -> LinkEvents<SourceEvent> {
+        LinkEvents { events: self.events.events.clone(), link: self.link_number }
+    }
+
+    /// Sends pages in the background, and on a stream and a thread of their own those that are waited for.
+    fn serve(&mut self, round: Round, missing: &PageBitmap) {
+        let Some(link) = &self.link else { return };
+        let unsent = Arc::new(Unsent::new(missing));
+        self.job(Job::Serve { round, unsent: unsent.clone() });
+        let (queue, batches) = mpsc::channel(QUEUE_BATCHES);
+        let connection = link.connection.clone();
+        tokio::spawn(async move {
+            if let Err(error) = source_link::send_urgent(connection, batches).await {
+                tracing::debug!(%error, "no urgent pages; the link's end is reported by its reader");
+            }
+        });
+        let (urgent, wanted) = std_mpsc::channel();
+        let (vm, events) = (self.vm.clone(), self.events.clone());
+        let send = move || {
+            for page in wanted {
+                if !unsent.take(page) {
+                    continue;
+                }
+                match urgent_batch(&*vm, round, page) {
+                    Ok(batch) => {
+                        if queue.blocking_send(batch).is_err() {
+                            // The link is gone: what is missing comes up again on the next one.
+                            break;
+                        }
+                    }
+                    Err(error) => {
+                        let _ = events.blocking_send(SourceEvent::VmFailed { error: error.to_string() });
+                        break;
+                    }
+                }
+            }
+        };
+        match std::thread::Builder::new().name("migrate-urgent".to_owned()).spawn(send) {
+            Ok(_) => self.urgent = Some(urgent),
+            Err(error) => tracing::warn!(%error, "no thread for urgent pages: all come in the background"),
+        }
+    }
+
+    fn send_urgent(&self, page: PageIndex) {
+        // Without a taker the page comes in the background, or on the next link.
+        if let Some(urgent) = &self.urgent {
+            let _ = urgent.send(page);
+        }
+    }
+
     /// Runs in a task, but the further connections have threads of their own: one core is what limits a connection.
     fn open_bulk(&self, ports: Vec<u16>) {
         let Some(link) = &self.link else { return };
-        let (connection, more, events) = (link.connection.clone(), link.more.clone(), self.events.clone());
+        let (connection, more, events) = (link.connection.clone(), link.more.clone(), self.of_link());
         let (jobs, streams) = (self.jobs.clone(), self.config.streams);
         let dials = ports.into_iter().map(|port| Dial {
             identity: self.identity.clone(),

@@ -1,6 +1,6 @@
 //! The source's end of the connection.
 
-use super::{CLOSE_TIMEOUT, QUEUE_BATCHES, QUEUE_MESSAGES, endpoint, identity::Identity};
+use super::{CLOSE_TIMEOUT, LinkEvents, QUEUE_BATCHES, QUEUE_MESSAGES, endpoint, identity::Identity};
 use crate::{
     source::SourceEvent,
     wire::{CONTROL_BYTES_MAX, StreamKind, ToSource, check_length, control},
@@ -14,7 +14,8 @@ use std::{
 };
 use tokio::sync::{mpsc, oneshot};
 
-/// Messages and state go before pages.
+/// Pages that the machine waits for go before messages, and these and state before all other pages.
+const PRIORITY_URGENT: i32 = 3;
 const PRIORITY_CONTROL: i32 = 2;
 const PRIORITY_STATE: i32 = 1;
 
@@ -74,7 +75,7 @@ pub(super) enum DialError {
 }
 
 /// Connects and opens the control stream. What the target says, and the end of the link, go to `events`.
-pub(super) async fn dial(dial: Dial, events: mpsc::Sender<SourceEvent>) -> Result<Link, DialError> {
+pub(super) async fn dial(dial: Dial, events: LinkEvents<SourceEvent>) -> Result<Link, DialError> {
     let (endpoint, connection) = connect(&dial).await?;
     let (control_send, control_receive) = connection.open_bi().await?;
     // A closed stream has no priority to set; the next write says so.
@@ -91,7 +92,7 @@ pub(super) async fn open_bulk(
     dials: Vec<Dial>,
     streams: u8,
     more: &More,
-    events: &mpsc::Sender<SourceEvent>,
+    events: &LinkEvents<SourceEvent>,
 ) -> Result<Vec<mpsc::Sender<Bytes>>, DialError> {
     let connections = dials.len() + 1;
     let of_connection = |index: usize| (0..streams).skip(index).step_by(connections).collect::<Vec<_>>();
@@ -116,7 +117,7 @@ async fn drive_bulk(
     dial: Dial,
     indexes: Vec<u8>,
     ready: oneshot::Sender<Result<(Connection, Opened), DialError>>,
-    events: mpsc::Sender<SourceEvent>,
+    events: LinkEvents<SourceEvent>,
 ) {
     let open = async {
         let (endpoint, connection) = connect(&dial).await?;
@@ -172,7 +173,7 @@ pub(super) async fn write_messages(mut stream: SendStream, mut messages: mpsc::R
     }
 }
 
-async fn read_messages(mut stream: RecvStream, connection: Connection, events: mpsc::Sender<SourceEvent>) {
+async fn read_messages(mut stream: RecvStream, connection: Connection, events: LinkEvents<SourceEvent>) {
     let error = loop {
         match read_message::<ToSource>(&mut stream).await {
             Ok(message) => {
@@ -199,6 +200,18 @@ pub(super) async fn read_message<M: serde::de::DeserializeOwned + control::Bound
     let mut body = vec![0; length];
     stream.read_exact(&mut body).await.map_err(|error| error.to_string())?;
     control::decode(&body).map_err(|error| error.to_string())
+}
+
+/// Sends pages that are waited for on a stream of their own, as long as the queue lasts.
+pub(super) async fn send_urgent(
+    connection: Connection,
+    batches: mpsc::Receiver<Bytes>,
+) -> Result<(), DialError> {
+    let mut stream = connection.open_uni().await?;
+    let _ = stream.set_priority(PRIORITY_URGENT);
+    stream.write_all(&[StreamKind::Urgent.to_byte()]).await?;
+    write_batches(stream, batches).await;
+    Ok(())
 }
 
 /// Sends the machine state on a stream of its own.

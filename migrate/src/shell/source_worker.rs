@@ -4,16 +4,18 @@ use super::source::SourceConfig;
 use crate::{
     bitmap::PageBitmap,
     codec::{BatchTiming, Codec, CodecChoice},
-    encode::{BatchSink, EncodeError, RoundPlan, RoundScope, Stopped, send_round},
+    encode::{BatchSink, EncodeError, RoundPlan, RoundScope, RoundTotals, Stopped, send_round},
     held::{Held, VERSIONS_BYTES},
-    machine::{SourceVm, VmError},
+    machine::{PAGE_BYTES, SourceVm, VmError},
     moment::Moment,
-    proof::{OfSource, PageHashes},
+    proof::{OfSource, PageHashes, is_zero},
     rate::TokenBucket,
     source::{Proof, SourceEvent},
-    wire::batch::Round,
+    unsent::Unsent,
+    wire::{BatchWriter, PageFrame, batch::Round},
 };
 use bytes::Bytes;
+use proto::PageIndex;
 use std::{
     sync::{
         Arc,
@@ -33,6 +35,12 @@ pub(super) enum Job {
     Streams(Vec<mpsc::Sender<Bytes>>),
     StartTracking,
     FetchDirty,
+    ListMissing,
+    /// Send in the background what is left.
+    Serve {
+        round: Round,
+        unsent: Arc<Unsent>,
+    },
     SendRound {
         round: Round,
         scope: RoundScope,
@@ -134,6 +142,16 @@ impl<V: SourceVm> Worker<V> {
                 Ok(()) => Done::Event(SourceEvent::DirtyFetched { pages: self.dirty.count() }),
                 Err(error) => failed(&error),
             },
+            Job::ListMissing => match self.fetch_dirty() {
+                Ok(()) => Done::Event(SourceEvent::MissingListed(self.dirty.clone())),
+                Err(error) => failed(&error),
+            },
+            Job::Serve { round, unsent } => match self.serve(round, &unsent) {
+                Ok(totals) => Done::Event(SourceEvent::RoundSent(totals)),
+                // The link is gone; another one gets what is missing then.
+                Err(EncodeError::Stopped) => return None,
+                Err(error) => failed(&error),
+            },
             Job::SaveState => match self.vm.save_state() {
                 Ok(state) => Done::State(state),
                 Err(error) => failed(&error),
@@ -169,6 +187,21 @@ impl<V: SourceVm> Worker<V> {
         Ok(Some(SourceEvent::MemoryHashed(hashes.combine())))
     }
 
+    fn serve(&mut self, round: Round, unsent: &Unsent) -> Result<RoundTotals, EncodeError> {
+        let streams = u8::try_from(self.sink.queues.len()).expect("streams are counted in a byte");
+        let (mut totals, mut held) = (RoundTotals::default(), Held::new(None, 0));
+        let mut pages = PageBitmap::new(self.vm.page_count());
+        while let Some(words) = unsent.take_chunk(&mut pages) {
+            let window = Some((words.start, words.end));
+            let plan = RoundPlan { round, scope: RoundScope::Last, pages: &pages, window, streams };
+            let part = send_round(&*self.vm, plan, &mut held, &mut self.sink)?;
+            totals.pages.add(&part.pages);
+            totals.bytes += part.bytes;
+            pages.clear_words(words);
+        }
+        Ok(totals)
+    }
+
     fn send_round(&mut self, round: Round, scope: RoundScope) -> Result<Done, EncodeError> {
         match scope {
             RoundScope::Everything => self.dirty.fill(),
@@ -178,7 +211,7 @@ impl<V: SourceVm> Worker<V> {
         self.shared.pages_remaining.store(self.dirty.count(), Ordering::Relaxed);
         self.sink.last_batch = Instant::now();
         let streams = u8::try_from(self.sink.queues.len()).expect("streams are counted in a byte");
-        let plan = RoundPlan { round, scope, pages: &self.dirty, streams };
+        let plan = RoundPlan { round, scope, pages: &self.dirty, window: None, streams };
         let totals = send_round(&*self.vm, plan, &mut self.held, &mut self.sink)?;
         if scope != RoundScope::Last
             && let Some(hashes) = self.held.hashes()
@@ -195,6 +228,23 @@ const SEED_FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// Pages of a sample: 4 MiB, hashed in 2 ms while the target still applies the last pages.
 const SAMPLE_PAGES: u64 = 1024;
+
+/// A batch with one page of a machine that stands still.
+pub(super) fn urgent_batch<V: SourceVm>(vm: &V, round: Round, page: PageIndex) -> Result<Bytes, VmError> {
+    let (mut content, next) = ([0; PAGE_BYTES], PageIndex(page.0 + 1));
+    let is_resident = !vm.resident(page..next)?.is_empty();
+    if is_resident {
+        vm.read_pages(page, &mut content)?;
+    }
+    let mut writer = BatchWriter::default();
+    let frame = if is_zero(&content) {
+        PageFrame::Zero { round, first: page, count: 1 }
+    } else {
+        PageFrame::Raw { round, first: page, data: &content }
+    };
+    let full = writer.push(&frame);
+    Ok(full.or_else(|| writer.take()).expect("a frame was just written"))
+}
 
 /// Hands batches to the stream writers, within the bandwidth limit.
 struct QueueSink {

@@ -1,14 +1,15 @@
 //! Runs a [`Target`] against a real machine and a real link.
 
 use super::{
-    QUEUE_BATCHES, QUEUE_EVENTS, SpawnError, endpoint,
+    LinkEvents, LinkNumber, OF_NO_LINK, QUEUE_BATCHES, QUEUE_EVENTS, SpawnError, endpoint,
     identity::Identity,
     spawn_driver,
     target_link::{self, ApplyJob, Link},
 };
 use crate::{
     apply::{KeepHashes, OfTarget, PageApplier},
-    machine::TargetVm,
+    bitmap::PageBitmap,
+    machine::{TargetVm, VmError},
     moment::Moment,
     proof::hash_memory,
     source::ResumedParts,
@@ -126,7 +127,8 @@ impl TargetTask {
         let (published, phase) = watch::channel(target.phase());
         let (bound, is_bound) = std::sync::mpsc::channel();
         let fingerprint = identity.fingerprint();
-        let (events, events_in) = mpsc::channel(QUEUE_EVENTS);
+        let (sender, events_in) = mpsc::channel(QUEUE_EVENTS);
+        let events = LinkEvents { events: sender, link: OF_NO_LINK };
         let (jobs, queued) = mpsc::channel(QUEUE_BATCHES * usize::from(BULK_STREAMS_MAX));
         let driver = Driver {
             vm,
@@ -142,6 +144,8 @@ impl TargetTask {
             queued: Some(queued),
             published,
             link: None,
+            link_number: OF_NO_LINK,
+            may_rejoin: false,
         };
         spawn_driver("migrate-in", move || async move {
             match endpoint::server(&identity, config.listen_ip, config.source_fingerprint) {
@@ -167,12 +171,15 @@ struct Driver<V> {
     rehash: Rehash,
     migration: MigrationId,
     origin: Instant,
-    events: mpsc::Sender<TargetEvent>,
+    events: LinkEvents<TargetEvent>,
     jobs: mpsc::Sender<ApplyJob>,
     /// Until the thread that owns the received memory takes them.
     queued: Option<mpsc::Receiver<ApplyJob>>,
     published: watch::Sender<TargetPhase>,
     link: Option<Link>,
+    link_number: LinkNumber,
+    /// With pages on demand the source may come back on a link of its choice.
+    may_rejoin: bool,
 }
 
 impl<V: TargetVm> Driver<V> {
@@ -180,14 +187,19 @@ impl<V: TargetVm> Driver<V> {
         mut self,
         endpoint: quinn::Endpoint,
         mut requests: mpsc::Receiver<Request>,
-        mut events: mpsc::Receiver<TargetEvent>,
+        mut events: mpsc::Receiver<(LinkNumber, TargetEvent)>,
     ) {
         let (accepted, mut connections) = mpsc::channel(1);
         tokio::spawn(target_link::accept(endpoint.clone(), accepted));
         while !self.target.phase().is_final() {
             let event = tokio::select! {
                 Some(request) = requests.recv() => self.request(request),
-                Some(event) = events.recv() => event,
+                Some((link, event)) = events.recv() => {
+                    if link != OF_NO_LINK && link != self.link_number {
+                        continue;
+                    }
+                    event
+                }
                 Some(connection) = connections.recv() => {
                     self.connected(connection);
                     continue;
@@ -201,11 +213,18 @@ impl<V: TargetVm> Driver<V> {
 
     /// The first source that proves to be the one is it; a second one of the same identity comes too late.
     fn connected(&mut self, connection: quinn::Connection) {
-        if self.link.is_some() {
-            connection.close(1_u8.into(), b"this migration has its source already");
-        } else {
-            self.link = Some(target_link::serve(connection, self.events.clone(), self.jobs.clone()));
+        if let Some(old) = self.link.take() {
+            if !self.may_rejoin {
+                connection.close(1_u8.into(), b"this migration has its source already");
+                self.link = Some(old);
+                return;
+            }
+            old.connection.close(0_u8.into(), b"the source has a new link");
+            self.handle(TargetEvent::LinkLost { error: "the source made a new one".to_owned() });
         }
+        self.link_number = LinkNumber(self.link_number.0 + 1);
+        let events = LinkEvents { events: self.events.events.clone(), link: self.link_number };
+        self.link = Some(target_link::serve(connection, events, self.jobs.clone()));
     }
 
     fn request(&mut self, request: Request) -> TargetEvent {
@@ -247,16 +266,25 @@ impl<V: TargetVm> Driver<V> {
                 }
             }
             TargetCommand::LoadState(bytes) => self.load_state(bytes),
-            TargetCommand::HashMemory => {
-                let (jobs, rehash) = (self.jobs.clone(), self.rehash);
-                tokio::spawn(async move { jobs.send(ApplyJob::Prove(rehash)).await });
+            TargetCommand::HashMemory => self.job(ApplyJob::Prove(self.rehash)),
+            TargetCommand::BeginOnDemand { round, missing } => {
+                self.may_rejoin = true;
+                self.job(ApplyJob::BeginOnDemand { round, missing });
             }
+            TargetCommand::ListMissing => self.job(ApplyJob::ListMissing),
+            TargetCommand::Starve(supply) => self.job(ApplyJob::Starve(supply)),
             TargetCommand::CloseLink => {
                 if let Some(link) = &self.link {
                     link.connection.close(0_u8.into(), b"discarded by the target");
                 }
             }
         }
+    }
+
+    /// In the order of the calls: tasks of this runtime begin in the order in which they were made, and the queue is fair.
+    fn job(&self, job: ApplyJob) {
+        let jobs = self.jobs.clone();
+        tokio::spawn(async move { jobs.send(job).await });
     }
 
     /// Starts the thread that owns the received memory.
@@ -310,13 +338,35 @@ fn apply_jobs<V: TargetVm>(
     vm: &V,
     mut applier: PageApplier,
     mut jobs: mpsc::Receiver<ApplyJob>,
-    events: &mpsc::Sender<TargetEvent>,
+    events: &LinkEvents<TargetEvent>,
 ) {
+    let failed = |error: &dyn std::fmt::Display| {
+        vec![TargetEvent::Failed(TargetFailure::Pages { error: error.to_string() })]
+    };
     while let Some(job) = jobs.blocking_recv() {
         let done = match job {
             ApplyJob::Batch { stream, bytes } => match applier.apply(vm, stream, &bytes) {
+                Ok(_) if applier.has_filled() => {
+                    vm.end_on_demand();
+                    vec![TargetEvent::Filled]
+                }
                 Ok(rounds) => rounds.into_iter().map(|round| TargetEvent::RoundApplied { round }).collect(),
-                Err(error) => vec![TargetEvent::Failed(TargetFailure::Pages { error: error.to_string() })],
+                Err(error) => failed(&error),
+            },
+            ApplyJob::BeginOnDemand { round, missing } => match begin_on_demand(vm, &missing, events) {
+                Ok(()) => {
+                    applier.begin_on_demand(round, missing);
+                    let filled = applier.has_filled().then_some(TargetEvent::Filled);
+                    [TargetEvent::OnDemandBegun].into_iter().chain(filled).collect()
+                }
+                Err(error) => failed(&error),
+            },
+            ApplyJob::ListMissing => {
+                applier.missing().cloned().map(TargetEvent::MissingListed).into_iter().collect()
+            }
+            ApplyJob::Starve(supply) => match vm.starve(supply) {
+                Ok(()) => Vec::new(),
+                Err(error) => failed(&error),
             },
             ApplyJob::Prove(rehash) => prove(vm, &mut applier, rehash).into_iter().collect(),
         };
@@ -332,6 +382,17 @@ fn apply_jobs<V: TargetVm>(
             }
         }
     }
+}
+
+fn begin_on_demand<V: TargetVm>(
+    vm: &V,
+    missing: &PageBitmap,
+    events: &LinkEvents<TargetEvent>,
+) -> Result<(), VmError> {
+    let events = events.clone();
+    // A driver that has ended has nobody left to ask.
+    let faults = move |page| drop(events.blocking_send(TargetEvent::Fault { page }));
+    vm.begin_on_demand(missing, Box::new(faults))
 }
 
 fn prove<V: TargetVm>(vm: &V, applier: &mut PageApplier, rehash: Rehash) -> Option<TargetEvent> {

@@ -1,21 +1,23 @@
 //! The target's end of the connection.
 
 use super::{
-    CLOSE_TIMEOUT, QUEUE_MESSAGES, endpoint,
+    CLOSE_TIMEOUT, LinkEvents, QUEUE_MESSAGES, endpoint,
     identity::Identity,
     source_link::{read_message, write_messages},
     target::Rehash,
 };
 use crate::{
+    bitmap::PageBitmap,
+    machine::Supply,
     target::{TargetEvent, TargetFailure},
     wire::{
         BULK_STREAMS_MAX, STATE_BYTES_MAX, StreamKind, ToTarget, WireError,
-        batch::{BATCH_BYTES_MAX, BATCH_PREFIX_BYTES},
+        batch::{BATCH_BYTES_MAX, BATCH_PREFIX_BYTES, Round},
         check_length,
     },
 };
 use proto::CertificateFingerprint;
-use quinn::{Connection, Endpoint, Incoming, ReadExactError, RecvStream};
+use quinn::{Connection, ConnectionError, Endpoint, Incoming, ReadExactError, RecvStream};
 use std::{
     net::IpAddr,
     sync::{
@@ -38,13 +40,19 @@ pub(super) enum ApplyJob {
     Batch { stream: u8, bytes: Vec<u8> },
     /// Make the proof of all that was received.
     Prove(Rehash),
+    /// Give up these pages, and take them as copies of the round from now on.
+    BeginOnDemand { round: Round, missing: PageBitmap },
+    /// Tell which have not come.
+    ListMissing,
+    /// Hold the vCPUs, or let them go on.
+    Starve(Supply),
 }
 
 /// The connection of the source whose certificate is pinned.
 pub(super) struct Link {
     pub(super) connection: Connection,
     pub(super) messages: mpsc::Sender<Vec<u8>>,
-    events: mpsc::Sender<TargetEvent>,
+    events: LinkEvents<TargetEvent>,
     taken: Arc<AtomicU32>,
 }
 
@@ -83,7 +91,7 @@ async fn handshake(incoming: Incoming) -> Option<Connection> {
 /// Starts the readers of a connection. They report to `events`, and batches go to `batches`.
 pub(super) fn serve(
     connection: Connection,
-    events: mpsc::Sender<TargetEvent>,
+    events: LinkEvents<TargetEvent>,
     batches: mpsc::Sender<ApplyJob>,
 ) -> Link {
     let (messages, queue) = mpsc::channel(QUEUE_MESSAGES);
@@ -106,7 +114,7 @@ impl Link {
 /// Where pages go, whatever connection they come on.
 #[derive(Clone)]
 pub(super) struct Bulk {
-    events: mpsc::Sender<TargetEvent>,
+    events: LinkEvents<TargetEvent>,
     batches: mpsc::Sender<ApplyJob>,
     /// One bit for each stream index that was opened.
     taken: Arc<AtomicU32>,
@@ -153,7 +161,7 @@ pub(super) fn listen_bulk(
 
 async fn serve_control(
     connection: Connection,
-    events: mpsc::Sender<TargetEvent>,
+    events: LinkEvents<TargetEvent>,
     messages: mpsc::Receiver<Vec<u8>>,
 ) {
     let error = match connection.accept_bi().await {
@@ -172,8 +180,14 @@ async fn serve_control(
         }
         Err(error) => error.to_string(),
     };
-    let error = connection.close_reason().map_or(error, |reason| reason.to_string());
-    let _ = events.send(TargetEvent::LinkLost { error }).await;
+    let event = match connection.close_reason() {
+        Some(ConnectionError::ApplicationClosed(close)) if close.error_code == 0_u8.into() => {
+            TargetEvent::LinkClosed
+        }
+        Some(reason) => TargetEvent::LinkLost { error: reason.to_string() },
+        None => TargetEvent::LinkLost { error },
+    };
+    let _ = events.send(event).await;
 }
 
 async fn serve_streams(connection: Connection, bulk: Bulk) {
@@ -211,7 +225,7 @@ impl From<ReadExactError> for StreamError {
 
 async fn serve_stream(
     mut stream: RecvStream,
-    events: &mpsc::Sender<TargetEvent>,
+    events: &LinkEvents<TargetEvent>,
     batches: mpsc::Sender<ApplyJob>,
     taken: &AtomicU32,
 ) -> Result<(), StreamError> {
@@ -229,6 +243,8 @@ async fn serve_stream(
             }
             read_batches(stream, index, batches).await
         }
+        // Which stream it is does not matter to pages on demand, and others are refused on it.
+        StreamKind::Urgent => read_batches(stream, BULK_STREAMS_MAX, batches).await,
         StreamKind::State => {
             let mut length = [0; 8];
             stream.read_exact(&mut length).await?;

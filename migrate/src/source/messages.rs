@@ -7,7 +7,7 @@ use super::{
 use crate::{
     moment::Moment,
     proof::MemoryProof,
-    wire::{ToSource, ToTarget, batch::Round},
+    wire::{Rest, ToSource, ToTarget, batch::Round},
 };
 use std::time::Duration;
 
@@ -19,6 +19,9 @@ impl Source {
                 self.abort_unless_proposed(AbortCause::Target { reason: refusal.to_string() })
             }
             ToSource::RoundReceived { round } => self.on_round_received(now, round),
+            ToSource::Need { page } => self.on_need(page),
+            ToSource::Missing(pages) => self.on_missing(&pages),
+            ToSource::Complete => self.on_complete(),
             ToSource::StateLoaded => self.on_state_loaded(now),
             ToSource::Ready => self.on_ready(now),
             ToSource::Failed { reason } => self.abort_unless_proposed(AbortCause::Target { reason }),
@@ -42,6 +45,9 @@ impl Source {
     }
 
     pub(super) fn on_bulk_opened(&mut self) -> Vec<SourceCommand> {
+        if matches!(self.state, State::Committed { .. }) {
+            return self.serve_again();
+        }
         if !matches!(self.state, State::Greeting { is_welcome: true, .. }) || self.is_tracking {
             return Vec::new();
         }
@@ -56,7 +62,7 @@ impl Source {
                 copying.received_at = Some(now);
                 self.after_copy()
             }
-            State::Finishing { stop } if round == current => {
+            State::Finishing { stop } if round == current && stop.rest == Rest::Now => {
                 stop.timeline.pages_in(now);
                 Vec::new()
             }
@@ -76,7 +82,8 @@ impl Source {
 
     fn on_ready(&mut self, now: Moment) -> Vec<SourceCommand> {
         let State::Finishing { stop } = &self.state else { return self.out_of_turn("ready") };
-        let is_proved = self.settings.proof == Proof::Skip || stop.memory_hash.is_some();
+        let is_proved =
+            self.settings.proof == Proof::Skip || stop.rest == Rest::OnDemand || stop.memory_hash.is_some();
         if !stop.timeline.is_complete() || !is_proved {
             return self.out_of_turn("ready");
         }
@@ -84,8 +91,9 @@ impl Source {
         stop.timeline.ready(now);
         self.stats.memory_hash = stop.memory_hash;
         self.stats.blackout = stop.timeline.parts(None);
+        let commands = self.begin_serving(&mut stop);
         self.enter(State::Ready { stop });
-        Vec::new()
+        commands
     }
 
     pub(super) fn on_memory_hashed(&mut self, proof: MemoryProof) -> Vec<SourceCommand> {
@@ -106,15 +114,17 @@ impl Source {
                 Vec::new()
             }
             State::Committed { stop, .. } => {
-                stop.resumed = Some((now, parts));
+                // The first word counts; on a link made again it is repeated.
+                let resumed = *stop.resumed.get_or_insert((now, parts));
                 let stop = stop.clone();
-                self.finish(&stop)
+                self.stats.blackout = stop.timeline.parts(Some(resumed));
+                self.finish_if_over(&stop)
             }
             _ => self.out_of_turn("resumed"),
         }
     }
 
-    fn finish(&mut self, stop: &Stop) -> Vec<SourceCommand> {
+    pub(super) fn finish(&mut self, stop: &Stop) -> Vec<SourceCommand> {
         self.stats.blackout = stop.timeline.parts(stop.resumed);
         self.enter(State::Done { resumed: stop.resumed.is_some() });
         vec![SourceCommand::CloseLink]
@@ -157,8 +167,12 @@ impl Source {
     }
 
     fn commit(&mut self, now: Moment, stop: Stop) -> Vec<SourceCommand> {
+        if stop.rest == Rest::OnDemand {
+            return self.commit_on_demand(now, stop);
+        }
         let is_finished = stop.resumed.is_some() || !self.has_link;
-        self.enter(State::Committed { stop: stop.clone(), deadline: now.after(RESUMED_TIMEOUT) });
+        let deadline = Some(now.after(RESUMED_TIMEOUT));
+        self.enter(State::Committed { stop: stop.clone(), deadline });
         // Dirty tracking stays as it is: this copy never runs again, and the target needs the processors now.
         if is_finished { self.finish(&stop) } else { Vec::new() }
     }
@@ -174,9 +188,10 @@ impl Source {
         commands
     }
 
-    pub(super) fn on_link_lost(&mut self, error: String) -> Vec<SourceCommand> {
+    pub(super) fn on_link_lost(&mut self, now: Moment, error: String) -> Vec<SourceCommand> {
         self.has_link = false;
         match &self.state {
+            State::Committed { stop, .. } if stop.rest == Rest::OnDemand => self.wait_for_link(now),
             State::Committed { stop, .. } => {
                 let stop = stop.clone();
                 self.finish(&stop)
@@ -197,6 +212,7 @@ impl Source {
             State::Pausing { .. } | State::Saving { .. } | State::Finishing { .. } | State::Ready { .. } => {
                 self.abort(AbortCause::BlackoutDeadline { deadline: self.blackout_deadline() })
             }
+            State::Committed { stop, .. } if stop.rest == Rest::OnDemand => self.connect_again(now),
             State::Committed { stop, .. } => {
                 let stop = stop.clone();
                 self.finish(&stop)
@@ -205,7 +221,7 @@ impl Source {
         }
     }
 
-    fn out_of_turn(&mut self, message: &'static str) -> Vec<SourceCommand> {
+    pub(super) fn out_of_turn(&mut self, message: &'static str) -> Vec<SourceCommand> {
         self.abort_unless_proposed(AbortCause::Protocol { message })
     }
 }

@@ -17,12 +17,14 @@
 //! - Before `Ready` and in it, the blackout deadline runs; it ends with `CommitProposed`.
 //! - `Ready` is reached only by the target's word that pages, state and proof are in.
 //!
-//! Absent on purpose: reconnecting. A link that breaks before the proposal costs an abort and a retry; after it the link is
-//! not needed any more.
+//! - With pages on demand, `Committed` lasts until the target has all pages, over as many links as it takes.
+//!
+//! Absent on purpose: reconnecting before the commit. A link that breaks before the proposal costs an abort and a retry.
 
 mod abort;
 mod blackout;
 mod messages;
+mod on_demand;
 #[cfg(test)]
 mod tests;
 mod types;
@@ -33,17 +35,19 @@ pub use types::{
 };
 
 use crate::{
+    bitmap::PageBitmap,
     converge::{Convergence, Decision, RoundFacts},
     encode::{RoundScope, RoundTotals},
     machine::PausedVm,
     moment::Moment,
     proof::MemoryHash,
     stats::{MigrationStats, ROUNDS_KEPT_MAX, RoundStats},
-    wire::{ToTarget, WIRE_VERSION, batch::Round},
+    wire::{Rest, ToTarget, WIRE_VERSION, batch::Round},
 };
 use abort::Aborting;
 use blackout::Timeline;
-use std::time::Duration;
+use proto::PageIndex;
+use std::{sync::Arc, time::Duration};
 
 /// Time for the link and the greeting: a LAN needs milliseconds, a loaded target process seconds.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -73,12 +77,12 @@ enum State {
     Connecting { deadline: Moment },
     Greeting { deadline: Moment, is_welcome: bool },
     Copying(Copying),
-    Pausing { since: Moment },
+    Pausing { since: Moment, rest: Rest },
     Saving { stop: Stop },
     Finishing { stop: Stop },
     Ready { stop: Stop },
     Proposed { stop: Stop },
-    Committed { stop: Stop, deadline: Moment },
+    Committed { stop: Stop, deadline: Option<Moment> },
     Done { resumed: bool },
     Aborting(Aborting),
     Aborted { cause: AbortCause },
@@ -103,10 +107,27 @@ struct Stop {
     /// The source gives up here, unless the commit has been proposed.
     deadline: Moment,
     timeline: Timeline,
+    /// When the last pages go over.
+    rest: Rest,
+    /// With pages on demand.
+    serving: Serving,
     /// Root of the source's own memory proof.
     memory_hash: Option<MemoryHash>,
     /// The target's word that the machine runs there; may overtake the outcome.
     resumed: Option<(Moment, ResumedParts)>,
+}
+
+/// How far pages on demand are.
+#[derive(Debug, Clone, Default)]
+struct Serving {
+    /// What was missing at the target when it last said so.
+    missing: Option<Arc<PageBitmap>>,
+    /// What a target that was rejoined has named so far.
+    named: Option<PageBitmap>,
+    /// Asked for before pages could be sent again.
+    wanted: Vec<PageIndex>,
+    is_serving: bool,
+    is_complete: bool,
 }
 
 /// Name of a state without its data, for the table of legal transitions.
@@ -228,9 +249,8 @@ impl Source {
     #[must_use]
     pub fn next_deadline(&self) -> Option<Moment> {
         match &self.state {
-            State::Connecting { deadline }
-            | State::Greeting { deadline, .. }
-            | State::Committed { deadline, .. } => Some(*deadline),
+            State::Connecting { deadline } | State::Greeting { deadline, .. } => Some(*deadline),
+            State::Committed { deadline, .. } => *deadline,
             State::Pausing { since, .. } => Some(since.after(self.blackout_deadline())),
             State::Saving { stop } | State::Finishing { stop, .. } | State::Ready { stop } => {
                 Some(stop.deadline)
@@ -251,12 +271,13 @@ impl Source {
             _ if is_over => Vec::new(),
             SourceEvent::Connected => self.on_connected(),
             SourceEvent::BulkOpened => self.on_bulk_opened(),
-            SourceEvent::LinkLost { error } => self.on_link_lost(error),
+            SourceEvent::LinkLost { error } => self.on_link_lost(now, error),
             SourceEvent::Message(message) => self.on_message(now, message),
             SourceEvent::TrackingStarted => self.begin_round(now, Round(1), RoundScope::Everything),
             SourceEvent::RoundSent(totals) => self.on_round_sent(now, totals),
             SourceEvent::DirtyFetched { pages } => self.on_dirty_fetched(now, pages),
             SourceEvent::Paused(facts) => self.on_paused(now, facts),
+            SourceEvent::MissingListed(missing) => self.on_missing_listed(now, missing),
             SourceEvent::StateSaved { bytes } => self.on_state_saved(now, bytes),
             SourceEvent::MemoryHashed(proof) => self.on_memory_hashed(proof),
             SourceEvent::WriteLost { page } => self.abort_unless_proposed(AbortCause::WriteLost { page }),
@@ -291,7 +312,7 @@ impl Source {
     }
 
     fn on_connected(&mut self) -> Vec<SourceCommand> {
-        let State::Connecting { deadline } = self.state else { return Vec::new() };
+        let State::Connecting { deadline } = self.state else { return self.on_connected_again() };
         self.enter(State::Greeting { deadline, is_welcome: false });
         let settings = &self.settings;
         vec![SourceCommand::Send(ToTarget::Hello {
@@ -321,7 +342,10 @@ impl Source {
                 copying.sent = Some(totals);
                 self.after_copy()
             }
-            State::Finishing { stop } | State::Ready { stop } | State::Proposed { stop } => {
+            State::Finishing { stop }
+            | State::Ready { stop }
+            | State::Proposed { stop }
+            | State::Committed { stop, .. } => {
                 let took = stop.timeline.since_saved(now);
                 self.record_round(Round(self.stats.rounds), totals, took, 0);
                 self.stats.pages_remaining = 0;
@@ -361,11 +385,8 @@ impl Source {
         self.stats.eta = forecast.map(|forecast| forecast.eta);
         self.stats.eta_error_percent = forecast.map_or(100, |forecast| (forecast.error * 100.0) as u8);
         match decision {
-            Decision::Stop { blackout_expected } => {
-                self.stats.blackout_expected = blackout_expected;
-                self.enter(State::Pausing { since: now });
-                vec![SourceCommand::Pause]
-            }
+            Decision::Stop { blackout_expected } => self.stop(now, blackout_expected, Rest::Now),
+            Decision::PostCopy { blackout_expected } => self.stop(now, blackout_expected, Rest::OnDemand),
             Decision::Round { throttle_percent } => {
                 let mut commands = Vec::new();
                 if throttle_percent != self.stats.throttle_percent {
@@ -379,6 +400,12 @@ impl Source {
                 self.abort(AbortCause::NotConverging { predicted, limit })
             }
         }
+    }
+
+    fn stop(&mut self, now: Moment, blackout_expected: Duration, rest: Rest) -> Vec<SourceCommand> {
+        self.stats.blackout_expected = blackout_expected;
+        self.enter(State::Pausing { since: now, rest });
+        vec![SourceCommand::Pause]
     }
 
     fn on_progress(&mut self, now: Moment, link_bytes: u64, pages_remaining: u64) -> Vec<SourceCommand> {
@@ -403,10 +430,12 @@ impl Source {
 
     fn on_paused(&mut self, now: Moment, paused: PausedVm) -> Vec<SourceCommand> {
         match &self.state {
-            State::Pausing { since, .. } => {
+            State::Pausing { since, rest } => {
+                let (rest, serving) = (*rest, Serving::default());
                 let deadline = since.after(self.blackout_deadline());
                 let timeline = Timeline::paused(*since, now, &paused);
-                let stop = Stop { paused, deadline, timeline, memory_hash: None, resumed: None };
+                let stop =
+                    Stop { paused, deadline, timeline, rest, serving, memory_hash: None, resumed: None };
                 self.enter(State::Saving { stop });
                 vec![SourceCommand::SaveState]
             }
@@ -420,12 +449,16 @@ impl Source {
         let mut stop = stop.clone();
         let round = Round(self.stats.rounds + 1);
         stop.timeline.saved(now);
-        let last_sequences = stop.paused.last_sequences.clone();
+        let (last_sequences, rest) = (stop.paused.last_sequences.clone(), stop.rest);
         self.enter(State::Finishing { stop });
         self.stats.rounds = round.0;
         self.stats.state_bytes = bytes;
+        let stopped = ToTarget::Stopped { last_round: round, last_sequences, rest };
+        if rest == Rest::OnDemand {
+            return vec![SourceCommand::Send(stopped), SourceCommand::ListMissing, SourceCommand::SendState];
+        }
         let mut commands = vec![
-            SourceCommand::Send(ToTarget::Stopped { last_round: round, last_sequences }),
+            SourceCommand::Send(stopped),
             SourceCommand::SendRound { round, scope: RoundScope::Last },
             SourceCommand::SendState,
         ];

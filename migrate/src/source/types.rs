@@ -1,6 +1,7 @@
 //! What goes into and comes out of a [`super::Source`].
 
 use crate::{
+    bitmap::PageBitmap,
     converge::Policy,
     encode::{RoundScope, RoundTotals},
     machine::PausedVm,
@@ -9,7 +10,7 @@ use crate::{
     wire::{ToSource, ToTarget, batch::Round},
 };
 use proto::{MigrationId, PageIndex, Sequence, VmId, VolumeId};
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 /// How the source shows that the target holds its memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -70,6 +71,8 @@ pub enum SourceEvent {
     },
     /// The machine stands still.
     Paused(PausedVm),
+    /// Answer to [`SourceCommand::ListMissing`].
+    MissingListed(PageBitmap),
     /// The machine's state was taken.
     StateSaved {
         /// Its size in bytes.
@@ -133,6 +136,20 @@ pub enum SourceCommand {
         round: Round,
         /// Its pages.
         scope: RoundScope,
+    },
+    /// Fetch the dirty bitmap for pages on demand.
+    ListMissing,
+    /// Send these pages in the background, each of them once, and those that are asked for before them.
+    Serve {
+        /// Round of the copies.
+        round: Round,
+        /// The pages.
+        missing: Arc<PageBitmap>,
+    },
+    /// Send this page next.
+    SendUrgent {
+        /// The page.
+        page: PageIndex,
     },
     /// Fetch the dirty bitmap for the next round.
     FetchDirty,

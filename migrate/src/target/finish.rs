@@ -1,7 +1,12 @@
 //! State, proof and the end.
 
-use super::{Finishing, State, StateProgress, Target, TargetCommand, TargetFailure};
-use crate::{proof::MemoryProof, source::ResumedParts, wire::ToSource};
+use super::{Fill, Finishing, Ready, State, StateProgress, Target, TargetCommand, TargetFailure};
+use crate::{
+    machine::Supply,
+    proof::MemoryProof,
+    source::ResumedParts,
+    wire::{Rest, ToSource},
+};
 
 impl Target {
     /// The state is restored as soon as it is here: it touches vCPUs and devices, never guest memory.
@@ -46,7 +51,14 @@ impl Target {
     /// Compares the proofs as soon as both are here, and is ready when nothing is missing.
     pub(super) fn check_ready(&mut self) -> Vec<TargetCommand> {
         let State::Finishing(Finishing {
-            has_pages, state, with_proof, theirs, ours, last_sequences, ..
+            has_pages,
+            state,
+            with_proof,
+            theirs,
+            ours,
+            last_sequences,
+            rest,
+            ..
         }) = &self.state
         else {
             return Vec::new();
@@ -58,22 +70,31 @@ impl Target {
         if let Some(pages) = difference {
             return self.fail(TargetFailure::MemoryDiffers { first: pages.start, end: pages.end });
         }
-        let is_proved = !with_proof || (theirs.is_some() && ours.is_some());
+        let is_proved = !with_proof || *rest == Rest::OnDemand || (theirs.is_some() && ours.is_some());
         if !has_pages || *state != StateProgress::Loaded || !is_proved {
             return Vec::new();
         }
         let (memory_hash, last_sequences) = (ours.as_ref().map(|proof| proof.root), last_sequences.clone());
-        self.enter(State::Ready { memory_hash, last_sequences });
+        let fill = Fill { supply: Supply::Flows, is_filled: false };
+        let fill = (*rest == Rest::OnDemand).then_some(fill);
+        self.enter(State::Ready(Ready { memory_hash, last_sequences, fill }));
         vec![TargetCommand::Send(ToSource::Ready)]
     }
 
     pub(super) fn on_resumed(&mut self, parts: ResumedParts) -> Vec<TargetCommand> {
-        if !matches!(self.state, State::Ready { .. }) {
-            return Vec::new();
+        let State::Ready(Ready { fill, .. }) = &self.state else { return Vec::new() };
+        match *fill {
+            None => {
+                self.enter(State::Resumed);
+                vec![TargetCommand::Send(resumed(parts))]
+            }
+            Some(fill) => self.begin_filling(fill, parts),
         }
-        self.enter(State::Resumed);
-        let us = |duration: std::time::Duration| u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
-        let message = ToSource::Resumed { activate_us: us(parts.activate), resume_us: us(parts.resume) };
-        vec![TargetCommand::Send(message)]
     }
+}
+
+/// The word that the machine runs here.
+pub(super) fn resumed(parts: ResumedParts) -> ToSource {
+    let us = |duration: std::time::Duration| u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
+    ToSource::Resumed { activate_us: us(parts.activate), resume_us: us(parts.resume) }
 }

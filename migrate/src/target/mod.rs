@@ -2,20 +2,23 @@
 //!
 //! ```text
 //! Listening ─ hello ─▶ Receiving ─ stopped ─▶ Finishing ─ pages, state and proof in ─▶ Ready ─▶ Resumed
-//!     │                    │                      │                                      │
-//!     └────────────────────┴───────── Failed ◀────┘                              discard ▼
-//!                                                              any of them ──────────▶ Discarded
+//!     │                    │                      │                                      │  ▲ closed by the source
+//!     │                    │                      │                     pages on demand ▼  │ when all pages are in
+//!     └────────────────────┴───────── Failed ◀────┘◀── a page can't be placed ──────── Filling
+//!                                                              any of them ── discard ─▶ Discarded
 //! ```
 //! Invariants:
 //! - The target never resumes the machine; it only says `Ready`. The process that owns the machine resumes it after it has
 //!   read a committed outcome.
 //! - In `Ready` nothing but `discard` ends it: the link may go, the outcome may still be "committed".
 //! - `Ready` is entered only when every page of the last round is in memory, the state was restored and the proof, if one
-//!   was promised, is equal.
+//!   was promised, is equal. With pages on demand: when every page that is out of date was given up.
+//! - With pages on demand a broken link holds the vCPUs until the source has rejoined; it may do so again and again.
 //!
 //! Pages themselves do not pass through here: see [`crate::apply`].
 
 mod finish;
+mod on_demand;
 #[cfg(test)]
 mod tests;
 mod types;
@@ -24,11 +27,17 @@ pub use types::{TargetCommand, TargetEvent, TargetFailure, TargetPhase, TargetSe
 
 use crate::{
     apply::KeepHashes,
+    bitmap::PageBitmap,
+    machine::Supply,
     moment::Moment,
-    proof::MemoryProof,
-    wire::{BULK_STREAMS_MAX, CONNECTIONS_MAX, Refusal, ToSource, ToTarget, WIRE_VERSION, batch::Round},
+    proof::{MemoryHash, MemoryProof},
+    source::ResumedParts,
+    wire::{
+        BULK_STREAMS_MAX, CONNECTIONS_MAX, Refusal, Rest, ToSource, ToTarget, WIRE_VERSION, batch::Round,
+    },
 };
-use proto::{Sequence, VolumeId};
+use proto::{PageIndex, Sequence, VolumeId};
+use std::collections::BTreeSet;
 
 /// Where a target stands.
 #[derive(Debug)]
@@ -36,7 +45,8 @@ enum State {
     Listening,
     Receiving(Receiving),
     Finishing(Finishing),
-    Ready { memory_hash: Option<[u8; 32]>, last_sequences: Vec<(VolumeId, Sequence)> },
+    Ready(Ready),
+    Filling(Filling),
     Resumed,
     Failed { failure: TargetFailure },
     Discarded,
@@ -51,9 +61,37 @@ struct Receiving {
     early_state: Option<Vec<u8>>,
 }
 
+/// Everything is here but the outcome.
+#[derive(Debug)]
+struct Ready {
+    memory_hash: Option<MemoryHash>,
+    last_sequences: Vec<(VolumeId, Sequence)>,
+    /// With pages on demand.
+    fill: Option<Fill>,
+}
+
+/// How far pages on demand are.
+#[derive(Debug, Clone, Copy)]
+struct Fill {
+    supply: Supply,
+    is_filled: bool,
+}
+
+/// The machine runs here without some of its pages.
+#[derive(Debug)]
+struct Filling {
+    fill: Fill,
+    parts: ResumedParts,
+    /// Pages that somebody waits for; what has come meanwhile may still be among them.
+    wanted: BTreeSet<PageIndex>,
+}
+
 /// The source stands still; what has arrived so far.
 #[derive(Debug)]
 struct Finishing {
+    rest: Rest,
+    /// With pages on demand: which.
+    missing: PageBitmap,
     last_round: Round,
     last_sequences: Vec<(VolumeId, Sequence)>,
     with_proof: bool,
@@ -76,6 +114,7 @@ enum Stage {
     Receiving,
     Finishing,
     Ready,
+    Filling,
     Resumed,
     Failed,
     Discarded,
@@ -88,7 +127,8 @@ fn is_legal(from: Stage, to: Stage) -> bool {
         Listening => matches!(to, Receiving | Failed | Discarded),
         Receiving => matches!(to, Receiving | Finishing | Failed | Discarded),
         Finishing => matches!(to, Ready | Failed | Discarded),
-        Ready => matches!(to, Resumed | Discarded),
+        Ready => matches!(to, Resumed | Filling | Failed | Discarded),
+        Filling => matches!(to, Resumed | Failed | Discarded),
         Resumed | Failed => matches!(to, Discarded),
         Discarded => false,
     }
@@ -100,7 +140,8 @@ impl State {
             Self::Listening => Stage::Listening,
             Self::Receiving(_) => Stage::Receiving,
             Self::Finishing(_) => Stage::Finishing,
-            Self::Ready { .. } => Stage::Ready,
+            Self::Ready(_) => Stage::Ready,
+            Self::Filling(_) => Stage::Filling,
             Self::Resumed => Stage::Resumed,
             Self::Failed { .. } => Stage::Failed,
             Self::Discarded => Stage::Discarded,
@@ -128,9 +169,10 @@ impl Target {
         match &self.state {
             State::Listening => TargetPhase::Listening,
             State::Receiving(_) | State::Finishing(_) => TargetPhase::Receiving,
-            State::Ready { memory_hash, last_sequences } => {
+            State::Ready(Ready { memory_hash, last_sequences, .. }) => {
                 TargetPhase::Ready { memory_hash: *memory_hash, last_sequences: last_sequences.clone() }
             }
+            State::Filling(filling) => TargetPhase::Filling { supply: filling.fill.supply },
             State::Resumed => TargetPhase::Resumed,
             State::Failed { failure } => TargetPhase::Failed { failure: failure.clone() },
             State::Discarded => TargetPhase::Discarded,
@@ -147,7 +189,12 @@ impl Target {
             TargetEvent::StateLoaded => self.on_state_loaded(),
             TargetEvent::MemoryHashed(proof) => self.on_memory_hashed(proof),
             TargetEvent::Failed(failure) => self.fail(failure),
-            TargetEvent::LinkLost { error } => self.fail(TargetFailure::Link { error }),
+            TargetEvent::OnDemandBegun => self.on_demand_begun(),
+            TargetEvent::Fault { page } => self.on_fault(page),
+            TargetEvent::MissingListed(missing) => self.on_missing_listed(&missing),
+            TargetEvent::Filled => self.on_filled(),
+            TargetEvent::LinkLost { error } => self.on_link_lost(error),
+            TargetEvent::LinkClosed => self.on_link_closed(),
             TargetEvent::Resumed(parts) => self.on_resumed(parts),
             TargetEvent::Discard => {
                 if !matches!(self.state, State::Discarded) {
@@ -171,12 +218,16 @@ impl Target {
     /// Gives up, unless it is over or only the outcome decides any more.
     fn fail(&mut self, failure: TargetFailure) -> Vec<TargetCommand> {
         match self.state {
-            State::Listening | State::Receiving(_) | State::Finishing(_) => {
+            State::Listening
+            | State::Receiving(_)
+            | State::Finishing(_)
+            | State::Filling(_)
+            | State::Ready(Ready { fill: Some(_), .. }) => {
                 let reason = failure.to_string();
                 self.enter(State::Failed { failure });
                 vec![TargetCommand::Send(ToSource::Failed { reason })]
             }
-            State::Ready { .. } | State::Resumed | State::Failed { .. } | State::Discarded => Vec::new(),
+            State::Ready(_) | State::Resumed | State::Failed { .. } | State::Discarded => Vec::new(),
         }
     }
 
@@ -205,7 +256,11 @@ impl Target {
                 };
                 self.on_hello(streams, connections, with_proof, refusal)
             }
-            ToTarget::Stopped { last_round, last_sequences } => self.on_stopped(last_round, last_sequences),
+            ToTarget::Stopped { last_round, last_sequences, rest } => {
+                self.on_stopped(last_round, last_sequences, rest)
+            }
+            ToTarget::Missing(pages) => self.on_missing(&pages),
+            ToTarget::Rejoin { migration, vm } => self.on_rejoin(migration, vm),
             ToTarget::Proof(proof) => self.on_proof(proof),
         }
     }
@@ -240,11 +295,14 @@ impl Target {
         &mut self,
         last_round: Round,
         last_sequences: Vec<(VolumeId, Sequence)>,
+        rest: Rest,
     ) -> Vec<TargetCommand> {
         let State::Receiving(receiving) = &mut self.state else { return self.out_of_turn("stopped") };
         let (with_proof, received) = (receiving.with_proof, receiving.received);
         let early_state = receiving.early_state.take();
         self.enter(State::Finishing(Finishing {
+            rest,
+            missing: PageBitmap::new(self.settings.page_count),
             last_round,
             last_sequences,
             with_proof,
@@ -264,7 +322,7 @@ impl Target {
         let mut commands = vec![TargetCommand::Send(ToSource::RoundReceived { round })];
         match &mut self.state {
             State::Receiving(receiving) => receiving.received = round,
-            State::Finishing(finishing) if round == finishing.last_round => {
+            State::Finishing(finishing) if round == finishing.last_round && finishing.rest == Rest::Now => {
                 commands.extend(self.on_last_pages())
             }
             State::Finishing(_) => return self.out_of_turn("another round"),

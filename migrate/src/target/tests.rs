@@ -28,7 +28,7 @@ fn proof(byte: u8) -> MemoryProof {
 
 /// The five things that make a target ready.
 fn last_events(theirs: u8) -> Vec<TargetEvent> {
-    let stopped = ToTarget::Stopped { last_round: Round(2), last_sequences: Vec::new() };
+    let stopped = ToTarget::Stopped { last_round: Round(2), last_sequences: Vec::new(), rest: Rest::Now };
     vec![
         TargetEvent::Message(stopped),
         TargetEvent::StateReceived(vec![1]),
@@ -73,7 +73,7 @@ fn without_a_proof_pages_and_state_make_it_ready() {
             *with_proof = false;
         }
         handle(&mut target, TargetEvent::Message(hello));
-        let stopped = ToTarget::Stopped { last_round: Round(2), last_sequences: Vec::new() };
+        let stopped = ToTarget::Stopped { last_round: Round(2), last_sequences: Vec::new(), rest: Rest::Now };
         handle(&mut target, TargetEvent::Message(stopped));
         target
     };
@@ -176,7 +176,11 @@ fn messages_out_of_turn_fail_the_target() {
     for event in [
         TargetEvent::Message(ToTarget::Proof(proof(1))),
         TargetEvent::StateReceived(Vec::new()),
-        TargetEvent::Message(ToTarget::Stopped { last_round: Round(1), last_sequences: Vec::new() }),
+        TargetEvent::Message(ToTarget::Stopped {
+            last_round: Round(1),
+            last_sequences: Vec::new(),
+            rest: Rest::Now,
+        }),
     ] {
         let mut target = new();
         handle(&mut target, event);

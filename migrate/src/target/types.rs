@@ -2,6 +2,8 @@
 
 use crate::{
     apply::KeepHashes,
+    bitmap::PageBitmap,
+    machine::Supply,
     proof::{MemoryHash, MemoryProof},
     source::ResumedParts,
     wire::{Refusal, ToSource, ToTarget, batch::Round},
@@ -40,6 +42,19 @@ pub enum TargetEvent {
     StateLoaded,
     /// The proof of what was received.
     MemoryHashed(MemoryProof),
+    /// The missing pages can come.
+    OnDemandBegun,
+    /// The machine waits for this page.
+    Fault {
+        /// The page.
+        page: PageIndex,
+    },
+    /// Answer to [`TargetCommand::ListMissing`].
+    MissingListed(PageBitmap),
+    /// Every missing page has come.
+    Filled,
+    /// The source has closed the link: it has nothing more to say.
+    LinkClosed,
     /// Pages or state could not be taken.
     Failed(TargetFailure),
     /// The link is gone.
@@ -71,6 +86,17 @@ pub enum TargetCommand {
     LoadState(Vec<u8>),
     /// Combine the hashes of all pages.
     HashMemory,
+    /// Give up these pages, and take them as copies of the round when they come.
+    BeginOnDemand {
+        /// The round.
+        round: Round,
+        /// The pages.
+        missing: PageBitmap,
+    },
+    /// Tell which pages have not come.
+    ListMissing,
+    /// Hold the vCPUs for want of pages, or let them go on.
+    Starve(Supply),
     /// Give up the link.
     CloseLink,
 }
@@ -132,6 +158,11 @@ pub enum TargetPhase {
         /// Last sequence that the source issued, for each volume.
         last_sequences: Vec<(VolumeId, Sequence)>,
     },
+    /// The machine runs here, and some of its pages are still at the source.
+    Filling {
+        /// Whether they come.
+        supply: Supply,
+    },
     /// The machine runs here.
     Resumed,
     /// Nothing was moved.
@@ -151,7 +182,7 @@ impl TargetPhase {
             Self::Listening => "listening",
             Self::Receiving => "receiving",
             Self::Ready { .. } => "ready",
-            Self::Resumed => "resumed",
+            Self::Filling { .. } | Self::Resumed => "resumed",
             Self::Failed { .. } | Self::Discarded => "failed",
         }
     }

@@ -1,9 +1,59 @@
 //! Control messages, in postcard.
 
 use super::{CONNECTIONS_MAX, CONTROL_BYTES_MAX, VOLUMES_MAX, WireError, batch::Round};
-use crate::proof::{GROUPS_MAX, MemoryProof};
-use proto::{MigrationId, Sequence, VmId, VolumeId};
+use crate::{
+    bitmap::PageBitmap,
+    proof::{GROUPS_MAX, MemoryProof},
+};
+use proto::{MigrationId, PageIndex, Sequence, VmId, VolumeId};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+/// When the last pages go over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Rest {
+    /// At once, while the machine stands still.
+    Now,
+    /// When the machine runs at the target, as it touches them and in the background.
+    OnDemand,
+}
+
+/// Words of one [`PageWords`]: at most ten bytes each, so that the message keeps within its limit.
+pub const PAGE_WORDS_MAX: usize = 16 << 10;
+
+/// A part of a set of pages, as words of [`PageBitmap`]. Parts without a page are left out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PageWords {
+    /// Index of the first word.
+    pub first_word: u64,
+    /// At most [`PAGE_WORDS_MAX`].
+    pub words: Vec<u64>,
+    /// Whether this ends the set.
+    pub is_last: bool,
+}
+
+impl PageWords {
+    /// The messages of a set; at least one.
+    #[must_use]
+    pub fn of(pages: &PageBitmap) -> Vec<Self> {
+        let parts = (0..).step_by(PAGE_WORDS_MAX).zip(pages.words().chunks(PAGE_WORDS_MAX));
+        let full = parts.filter(|(_, words)| words.iter().any(|word| *word != 0));
+        let mut messages: Vec<_> = full
+            .map(|(first_word, words)| Self { first_word, words: words.to_vec(), is_last: false })
+            .collect();
+        match messages.last_mut() {
+            Some(last) => last.is_last = true,
+            None => messages.push(Self { first_word: 0, words: Vec::new(), is_last: true }),
+        }
+        messages
+    }
+
+    /// Adds the part to a set; words beyond its end are dropped.
+    pub fn add_to(&self, pages: &mut PageBitmap) {
+        if let Ok(first_word) = usize::try_from(self.first_word) {
+            pages.merge(first_word, &self.words);
+        }
+    }
+}
 
 /// From the source to the target.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,9 +81,20 @@ pub enum ToTarget {
         last_round: Round,
         /// Last sequence that the source issued, for each volume.
         last_sequences: Vec<(VolumeId, Sequence)>,
+        /// When its pages go over.
+        rest: Rest,
     },
     /// Hash over the source's memory.
     Proof(MemoryProof),
+    /// Pages that come on demand: whatever the target holds there is out of date.
+    Missing(PageWords),
+    /// The first message on a link that was made again after the commit.
+    Rejoin {
+        /// Both sides must mean the same attempt.
+        migration: MigrationId,
+        /// And the same machine.
+        vm: VmId,
+    },
 }
 
 /// From the target to the source.
@@ -60,6 +121,15 @@ pub enum ToSource {
         /// For the operator.
         reason: String,
     },
+    /// The machine waits for this page.
+    Need {
+        /// The page.
+        page: PageIndex,
+    },
+    /// Answer to `Rejoin`: pages that have not arrived.
+    Missing(PageWords),
+    /// Every page has arrived: the source is not needed any more.
+    Complete,
     /// The machine runs at the target.
     Resumed {
         /// Time to activate its volumes, in microseconds.
@@ -137,6 +207,8 @@ impl Bounded for ToTarget {
             Self::Hello { .. } => true,
             Self::Stopped { last_sequences, .. } => last_sequences.len() <= VOLUMES_MAX,
             Self::Proof(proof) => proof.groups.len() <= GROUPS_MAX,
+            Self::Missing(pages) => pages.words.len() <= PAGE_WORDS_MAX,
+            Self::Rejoin { .. } => true,
         }
     }
 }
@@ -144,6 +216,7 @@ impl Bounded for ToTarget {
 impl Bounded for ToSource {
     fn is_bounded(&self) -> bool {
         match self {
+            Self::Missing(pages) => pages.words.len() <= PAGE_WORDS_MAX,
             Self::Welcome { ports } => ports.len() < usize::from(CONNECTIONS_MAX),
             _ => true,
         }
@@ -157,8 +230,8 @@ mod tests {
 
     #[test]
     fn messages_come_back_and_leftovers_are_refused() {
-        let message =
-            ToTarget::Stopped { last_round: Round(3), last_sequences: vec![(VolumeId(4), Sequence(9))] };
+        let last_sequences = vec![(VolumeId(4), Sequence(9))];
+        let message = ToTarget::Stopped { last_round: Round(3), last_sequences, rest: Rest::Now };
         let mut bytes = encode(&message);
         assert_eq!(decode(&bytes[4..]), Ok(message));
         bytes.push(0);
@@ -168,8 +241,34 @@ mod tests {
     #[test]
     fn too_many_volumes_are_refused() {
         let last_sequences = vec![(VolumeId(1), Sequence(1)); VOLUMES_MAX + 1];
-        let bytes = encode(&ToTarget::Stopped { last_round: Round(1), last_sequences });
+        let bytes = encode(&ToTarget::Stopped { last_round: Round(1), last_sequences, rest: Rest::Now });
         assert_eq!(decode::<ToTarget>(&bytes[4..]), Err(WireError::Control));
+    }
+
+    #[test]
+    fn a_set_of_pages_comes_back_in_parts_of_bounded_size() {
+        let mut pages = PageBitmap::new(5 * 64 * PAGE_WORDS_MAX as u64 + 7);
+        for page in [3, 64 * PAGE_WORDS_MAX as u64 * 3 + 5, pages.page_count() - 1] {
+            pages.insert(PageIndex(page));
+        }
+        for set in [pages.clone(), PageBitmap::new(pages.page_count())] {
+            let messages = PageWords::of(&set);
+            let mut back = PageBitmap::new(set.page_count());
+            for (index, message) in messages.iter().enumerate() {
+                let bytes = encode(&ToTarget::Missing(message.clone()));
+                let Ok(ToTarget::Missing(part)) = decode(&bytes[4..]) else { panic!("{index}") };
+                assert_eq!(part.is_last, index + 1 == messages.len());
+                part.add_to(&mut back);
+            }
+            assert_eq!(back, set);
+        }
+        assert_eq!(PageWords::of(&pages).len(), 3);
+        let full = PageWords { first_word: u64::MAX, words: vec![u64::MAX; PAGE_WORDS_MAX], is_last: true };
+        full.add_to(&mut PageBitmap::new(64));
+        assert!(encode(&ToSource::Missing(full.clone())).len() < CONTROL_BYTES_MAX);
+        let words = vec![0; PAGE_WORDS_MAX + 1];
+        let bytes = encode(&ToSource::Missing(PageWords { words, ..full }));
+        assert_eq!(decode::<ToSource>(&bytes[4..]), Err(WireError::Control));
     }
 
     proptest! {

@@ -5,6 +5,7 @@
 //! control  (bidi, opened by the source)  u32 length │ postcard of ToTarget / ToSource
 //! bulk × n (uni)                         u8 1 │ u8 stream │ batch … batch        batch = u32 length │ frame … frame
 //! state    (uni)                         u8 2 │ u64 length │ bytes
+//! urgent   (uni)                         u8 3 │ batch … batch        pages that the machine waits for
 //! ```
 //! All numbers are little-endian. Every length is checked against its limit before memory is taken for it.
 //!
@@ -18,9 +19,10 @@ pub mod batch;
 pub mod control;
 
 pub use batch::{BatchReader, BatchWriter, PageFrame};
-pub use control::{Refusal, ToSource, ToTarget};
+pub use control::{PageWords, Refusal, Rest, ToSource, ToTarget};
 
-/// Version of everything in this module. 1: the first. 2: deltas, references, several connections.
+/// Version of everything in this module. 1: the first. 2: deltas, references, several connections, pages on
+/// demand.
 pub const WIRE_VERSION: u16 = 2;
 
 /// Largest machine state in bytes. State of 64 vCPUs and 32 devices is below 2 MiB; the rest is room.
@@ -45,6 +47,8 @@ pub enum StreamKind {
     Bulk,
     /// Machine state.
     State,
+    /// Pages that the machine waits for.
+    Urgent,
 }
 
 impl StreamKind {
@@ -54,6 +58,7 @@ impl StreamKind {
         match self {
             Self::Bulk => 1,
             Self::State => 2,
+            Self::Urgent => 3,
         }
     }
 
@@ -65,6 +70,7 @@ impl StreamKind {
         match byte {
             1 => Ok(Self::Bulk),
             2 => Ok(Self::State),
+            3 => Ok(Self::Urgent),
             _ => Err(WireError::StreamKind { byte }),
         }
     }

@@ -6,10 +6,11 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod demand;
 mod plan;
 mod world;
 
-use migrate::{Outcome, Policy, Proof, SourcePhase, TargetPhase};
+use migrate::{Outcome, Policy, Proof, SourcePhase, Supply, TargetPhase};
 use plan::{Decision, Fault, FirstToHear, Plan};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use std::{
@@ -44,8 +45,24 @@ fn check(world: &World, plan: &Plan) {
             assert!(matches!(source, Some(SourcePhase::Done { .. }) | None), "{source:?}: {plan:?}");
             assert!(!world.source_vm.is_running() || source.is_none());
             match world.target_phase() {
+                // Without its source it waits for pages for ever, unless it has all of them and only did not hear that
+                // the source knows.
+                Some(TargetPhase::Filling { supply: Supply::Broken }) => {
+                    let has_all = world.missing_pages() == 0;
+                    assert!((has_all || source.is_none()) && world.target_vm.is_running(), "{plan:?}");
+                    let is_starved = world.target_vm.is_starved.load(Ordering::SeqCst);
+                    assert!(has_all != is_starved, "all pages: {has_all}, starved: {is_starved}: {plan:?}");
+                }
                 Some(phase) => {
-                    assert!(phase == TargetPhase::Resumed && world.target_vm.is_running(), "{plan:?}")
+                    assert!(
+                        phase == TargetPhase::Resumed && world.target_vm.is_running(),
+                        "{phase:?} {plan:?}"
+                    );
+                    assert!(!world.target_vm.is_starved.load(Ordering::SeqCst), "{plan:?}");
+                    assert_eq!(world.missing_pages(), 0, "{plan:?}");
+                    if world.source_phase().is_some() {
+                        assert_eq!(world.source_vm.first_difference(&world.target_vm), None, "{plan:?}");
+                    }
                 }
                 None => assert!(!world.target_vm.is_running()),
             }
@@ -99,7 +116,40 @@ fn a_calm_run_moves_the_machine() {
 }
 
 #[test]
-fn a_fault_at_every_step_leaves_the_machine_at_one_place() {
+fn a_calm_run_on_demand_moves_the_machine() {
+    let plan = Plan::on_demand();
+    let mut world = World::new(&plan, guest(&plan));
+    world.run();
+    check(&world, &plan);
+    assert_eq!(world.source_phase(), Some(SourcePhase::Done { resumed: true }));
+    assert_eq!(world.target_phase(), Some(TargetPhase::Resumed));
+    assert!(world.was_on_demand && world.faults > 0, "{} faults", world.faults);
+    assert_eq!(world.target_vm.starved_times.load(Ordering::SeqCst), 0);
+}
+
+/// The link breaks at every step, and again some steps later: the machine waits, and all pages arrive in the end.
+#[test]
+fn a_link_that_breaks_twice_while_pages_come_on_demand_is_made_again() {
+    let plan = Plan { fault: Fault::LinkCut, ..Plan::on_demand() };
+    let steps = run(&Plan::on_demand());
+    let mut twice = 0;
+    for second_cut_after in [1, 3, 10, 30, 60] {
+        for fault_step in 1..=steps {
+            let plan = Plan { fault_step, second_cut_after: Some(second_cut_after), ..plan.clone() };
+            let mut world = World::new(&plan, guest(&plan));
+            world.run();
+            check(&world, &plan);
+            if world.decided == Some(Outcome::Committed) {
+                assert!(world.target_vm.is_running() && world.missing_pages() == 0, "{plan:?}");
+                assert!(!world.target_vm.is_starved.load(Ordering::SeqCst), "{plan:?}");
+                twice += usize::from(world.target_vm.starved_times.load(Ordering::SeqCst) >= 2);
+            }
+        }
+    }
+    assert!(twice > 10, "the machine was held twice in {twice} runs");
+}
+
+fn fault_at_every_step(base: &Plan) -> usize {
     let decisions = [
         Decision::Commit,
         Decision::Abort,
@@ -110,7 +160,7 @@ fn a_fault_at_every_step_leaves_the_machine_at_one_place() {
     let mut runs = 0;
     for decision in decisions {
         for first_to_hear in [FirstToHear::Source, FirstToHear::Target] {
-            let calm = Plan { decision, first_to_hear, ..Plan::calm() };
+            let calm = Plan { decision, first_to_hear, ..base.clone() };
             let steps = run(&calm);
             for fault in faults {
                 for fault_step in 1..=steps {
@@ -120,8 +170,18 @@ fn a_fault_at_every_step_leaves_the_machine_at_one_place() {
             }
         }
     }
-    assert!(runs > 1000, "{runs} runs");
     eprintln!("{runs} runs");
+    runs
+}
+
+#[test]
+fn a_fault_at_every_step_leaves_the_machine_at_one_place() {
+    assert!(fault_at_every_step(&Plan::calm()) > 1000);
+}
+
+#[test]
+fn a_fault_at_every_step_on_demand_leaves_the_machine_at_one_place() {
+    assert!(fault_at_every_step(&Plan::on_demand()) > 1000);
 }
 
 /// The proposal comes only after the source has given up waiting for it.
@@ -155,6 +215,8 @@ fn random_faults_delays_and_guests() {
             seed,
             fault: faults[rng.random_range(0..faults.len())],
             fault_step: rng.random_range(1..300),
+            second_cut_after: rng.random::<bool>().then(|| rng.random_range(1..100)),
+            outage: Duration::from_millis(rng.random_range(0..3000)),
             decision: decisions[rng.random_range(0..decisions.len())],
             first_to_hear: if rng.random() { FirstToHear::Source } else { FirstToHear::Target },
             proposal_delay: Duration::from_millis(rng.random_range(0..2500)),
@@ -163,7 +225,7 @@ fn random_faults_delays_and_guests() {
             pages: rng.random_range(1..3000),
             streams: rng.random_range(1..=4),
             downtime_limit: Duration::from_micros(rng.random_range(100..30_000)),
-            policy: if rng.random() { Policy::Default } else { Policy::MustFinish },
+            policy: [Policy::Default, Policy::MustFinish, Policy::PostCopy][rng.random_range(0..3)],
             proof: [Proof::Sampled, Proof::Full, Proof::Skip][rng.random_range(0..3)],
         };
         if std::panic::catch_unwind(|| run(&plan)).is_err() {

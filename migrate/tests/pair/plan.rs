@@ -42,6 +42,10 @@ pub struct Plan {
     pub fault: Fault,
     /// Events handled before the fault.
     pub fault_step: usize,
+    /// With [`Fault::LinkCut`]: events from the first cut to a second one.
+    pub second_cut_after: Option<usize>,
+    /// How long a cut link can't be made again.
+    pub outage: Duration,
     pub decision: Decision,
     pub first_to_hear: FirstToHear,
     /// From `Paused` to the proposal.
@@ -63,6 +67,8 @@ impl Plan {
             seed: 1,
             fault: Fault::None,
             fault_step: usize::MAX,
+            second_cut_after: None,
+            outage: Duration::from_millis(700),
             decision: Decision::Commit,
             first_to_hear: FirstToHear::Source,
             proposal_delay: Duration::from_millis(5),
@@ -73,6 +79,18 @@ impl Plan {
             downtime_limit: Duration::from_millis(10),
             policy: migrate::Policy::Default,
             proof: Proof::Sampled,
+        }
+    }
+
+    /// A guest that writes too fast and goes over with its pages on demand.
+    pub fn on_demand() -> Self {
+        Self {
+            policy: migrate::Policy::PostCopy,
+            downtime_limit: Duration::from_micros(100),
+            writes_per_step: 20,
+            // So that it runs while most pages are missing.
+            first_to_hear: FirstToHear::Target,
+            ..Self::calm()
         }
     }
 }

@@ -24,7 +24,7 @@ use migrate::{
 use proto::{MigrationId, VmId};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::{Arc, atomic::AtomicBool, atomic::Ordering},
     time::Duration,
 };
@@ -35,10 +35,13 @@ const STEPS_MAX: usize = 50_000;
 /// Few, so that some pages are kept and some are not.
 const VERSIONS_BYTES: usize = 64 * migrate::PAGE_BYTES;
 
+/// How a link ends that the source ends.
+const CLOSED_BY_SOURCE: &str = "closed by the source";
+
 const STATE: &[u8] = b"registers";
 
 /// Something that happens at a point in time.
-enum Happening {
+pub enum Happening {
     ToTarget(Vec<u8>),
     ToSource(Vec<u8>),
     Batch {
@@ -46,6 +49,10 @@ enum Happening {
         bytes: Bytes,
     },
     StateArrives(Vec<u8>),
+    /// The source sends some more of the missing pages.
+    Push,
+    LinkLostAtSource(u32),
+    LinkLostAtTarget(u32, TargetEvent),
     Source(SourceEvent),
     Target(TargetEvent),
     PauseEnds,
@@ -60,31 +67,46 @@ enum Happening {
 
 /// Order is kept within each of these, as QUIC does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Stream {
+pub enum Stream {
     ControlOut,
     ControlBack,
     Bulk(u8),
     State,
+    Urgent,
 }
 
 pub struct World {
-    plan: Plan,
-    rng: StdRng,
-    now: Moment,
-    queue: BTreeMap<(Moment, u64), Happening>,
-    serial: u64,
-    last_on_stream: HashMap<Stream, Moment>,
+    pub plan: Plan,
+    pub rng: StdRng,
+    pub now: Moment,
+    /// With the link that it belongs to, if to any.
+    pub queue: BTreeMap<(Moment, u64), (Option<u32>, Happening)>,
+    pub serial: u64,
+    pub last_on_stream: HashMap<Stream, Moment>,
     pub steps: usize,
-    has_link: bool,
+    pub has_link: bool,
+    /// Counts the links.
+    pub link: u32,
+    /// From then on a cut link can be made again.
+    pub link_back_at: Moment,
+    /// The target knows that its link is gone.
+    pub target_knows: bool,
+    pub failed_dials: u32,
+    /// What is left to send on demand, and as copies of which round.
+    pub unsent: PageBitmap,
+    pub on_demand_round: Round,
+    pub was_on_demand: bool,
+    pub waited_for: BTreeSet<u64>,
+    pub faults: usize,
     /// `None` once the process has died.
-    source: Option<Source>,
-    target: Option<Target>,
-    applier: Option<PageApplier>,
-    dirty: PageBitmap,
-    held: Held,
+    pub source: Option<Source>,
+    pub target: Option<Target>,
+    pub applier: Option<PageApplier>,
+    pub dirty: PageBitmap,
+    pub held: Held,
     pub source_vm: Arc<ModelGuest>,
     pub target_vm: Arc<ModelGuest>,
-    is_proposing: bool,
+    pub is_proposing: bool,
     /// The source has promised not to resume without an outcome.
     pub has_promised: bool,
     pub decided: Option<Outcome>,
@@ -115,6 +137,15 @@ impl World {
             last_on_stream: HashMap::new(),
             steps: 0,
             has_link: true,
+            link: 1,
+            link_back_at: Moment::default(),
+            target_knows: false,
+            failed_dials: 0,
+            unsent: PageBitmap::new(plan.pages as u64),
+            on_demand_round: Round(0),
+            was_on_demand: false,
+            waited_for: BTreeSet::new(),
+            faults: 0,
             source: Some(source),
             target: Some(Target::new(target_settings)),
             applier: None,
@@ -145,9 +176,12 @@ impl World {
             let next = self.queue.keys().next().map(|(at, _)| *at);
             match (next, timer) {
                 (Some(next), timer) if timer.is_none_or(|timer| next <= timer) => {
-                    let ((at, _), happening) = self.queue.pop_first().unwrap();
+                    let ((at, _), (link, happening)) = self.queue.pop_first().unwrap();
                     self.now = self.now.max(at);
-                    self.happen(happening);
+                    // What was on its way on a link that is gone is gone.
+                    if link.is_none_or(|link| self.has_link && link == self.link) {
+                        self.happen(happening);
+                    }
                 }
                 (_, Some(timer)) => {
                     self.now = self.now.max(timer);
@@ -177,7 +211,12 @@ impl World {
             self.is_proposing = true;
             self.later(self.plan.proposal_delay, Happening::Propose);
         }
+        let again = self.plan.second_cut_after.map(|after| self.plan.fault_step.saturating_add(after));
+        if self.plan.fault == Fault::LinkCut && again == Some(self.steps) {
+            self.fault();
+        }
         self.guest_writes();
+        self.guest_reads();
         let (at_source, at_target) = (self.source_vm.is_running(), self.target_vm.is_running());
         assert!(!(at_source && at_target), "runs twice: {:?}", self.plan);
         let decided_against = self.decided != Some(Outcome::Aborted);
@@ -203,7 +242,10 @@ impl World {
     fn fault(&mut self) {
         match self.plan.fault {
             Fault::None => {}
-            Fault::LinkCut => self.cut("cut by the test"),
+            Fault::LinkCut => {
+                self.link_back_at = self.now.after(self.plan.outage);
+                self.cut("cut by the test");
+            }
             Fault::SourceDies => {
                 self.source = None;
                 *self.source_vm.running.lock().unwrap() = false;
@@ -225,17 +267,30 @@ impl World {
         }
         let notice = |rng: &mut StdRng| Duration::from_millis(if rng.random() { 1 } else { 10_000 });
         let (first, second) = (notice(&mut self.rng), notice(&mut self.rng));
-        self.later(first, Happening::Source(SourceEvent::LinkLost { error: error.to_owned() }));
-        self.later(second, Happening::Target(TargetEvent::LinkLost { error: error.to_owned() }));
+        let by_source = error == CLOSED_BY_SOURCE;
+        let at_target = if by_source {
+            TargetEvent::LinkClosed
+        } else {
+            TargetEvent::LinkLost { error: error.to_owned() }
+        };
+        self.target_knows = false;
+        self.later(first, Happening::LinkLostAtSource(self.link));
+        self.later(second, Happening::LinkLostAtTarget(self.link, at_target));
     }
 
-    fn later(&mut self, wait: Duration, happening: Happening) {
+    pub fn later(&mut self, wait: Duration, happening: Happening) {
         self.serial += 1;
-        self.queue.insert((self.now.after(wait), self.serial), happening);
+        self.queue.insert((self.now.after(wait), self.serial), (None, happening));
+    }
+
+    /// Later, if the link is still the same then.
+    pub fn transmit_at(&mut self, wait: Duration, happening: Happening) {
+        self.serial += 1;
+        self.queue.insert((self.now.after(wait), self.serial), (Some(self.link), happening));
     }
 
     /// Puts a message on its way; later ones of the same stream do not overtake it.
-    fn transmit(&mut self, stream: Stream, happening: Happening) {
+    pub fn transmit(&mut self, stream: Stream, happening: Happening) {
         if !self.has_link {
             return;
         }
@@ -244,25 +299,30 @@ impl World {
         let at = self.now.after(delay).max(earliest);
         self.last_on_stream.insert(stream, at);
         self.serial += 1;
-        self.queue.insert((at, self.serial), happening);
+        self.queue.insert((at, self.serial), (Some(self.link), happening));
     }
 
     fn happen(&mut self, happening: Happening) {
         match happening {
-            Happening::ToTarget(bytes) if self.has_link => {
+            Happening::ToTarget(bytes) => {
                 let message = control::decode::<ToTarget>(&bytes[4..]).unwrap();
                 self.tell_target(TargetEvent::Message(message));
             }
-            Happening::ToSource(bytes) if self.has_link => {
+            Happening::ToSource(bytes) => {
                 let message = control::decode::<ToSource>(&bytes[4..]).unwrap();
                 self.tell_source(SourceEvent::Message(message));
             }
-            Happening::Batch { stream, bytes } if self.has_link => self.batch_arrives(stream, &bytes),
-            Happening::StateArrives(bytes) if self.has_link => {
-                self.tell_target(TargetEvent::StateReceived(bytes))
+            Happening::Batch { stream, bytes } => self.batch_arrives(stream, &bytes),
+            Happening::StateArrives(bytes) => self.tell_target(TargetEvent::StateReceived(bytes)),
+            Happening::Push if self.source.is_some() => self.push(),
+            Happening::LinkLostAtSource(link) if link == self.link => {
+                self.tell_source(SourceEvent::LinkLost { error: "gone".to_owned() });
             }
-            Happening::ToTarget(_) | Happening::ToSource(_) | Happening::Batch { .. } => {}
-            Happening::StateArrives(_) => {}
+            Happening::LinkLostAtTarget(link, event) if link == self.link && !self.target_knows => {
+                self.target_knows = true;
+                self.tell_target(event);
+            }
+            Happening::Push | Happening::LinkLostAtSource(_) | Happening::LinkLostAtTarget(..) => {}
             Happening::Source(SourceEvent::Connected) if !self.has_link => {}
             Happening::Source(event) => self.tell_source(event),
             Happening::Target(event) => self.tell_target(event),
@@ -286,6 +346,10 @@ impl World {
         let Some(applier) = &mut self.applier else { return };
         match applier.apply(&*self.target_vm, stream, &bytes[BATCH_PREFIX_BYTES..]) {
             Ok(rounds) => {
+                if applier.has_filled() {
+                    self.target_vm.end_on_demand();
+                    self.later(Duration::from_micros(20), Happening::Target(TargetEvent::Filled));
+                }
                 for round in rounds {
                     self.later(
                         Duration::from_micros(20),
@@ -329,7 +393,7 @@ impl World {
         }
     }
 
-    fn tell_source(&mut self, event: SourceEvent) {
+    pub fn tell_source(&mut self, event: SourceEvent) {
         let Some(source) = &mut self.source else { return };
         let commands = source.handle(self.now, event);
         self.source_commands(commands);
@@ -343,12 +407,30 @@ impl World {
         let step = Duration::from_micros(100);
         for command in commands {
             match command {
-                SourceCommand::Connect => self.later(step, Happening::Source(SourceEvent::Connected)),
+                SourceCommand::Connect => self.connect(),
+                SourceCommand::ListMissing => {
+                    self.dirty.clear();
+                    self.source_vm.fetch_dirty(&mut self.dirty).unwrap();
+                    self.was_on_demand = true;
+                    let missing = self.dirty.clone();
+                    self.later(step, Happening::Source(SourceEvent::MissingListed(missing)));
+                }
+                SourceCommand::Serve { round, missing } => {
+                    (self.on_demand_round, self.unsent) = (round, (*missing).clone());
+                    self.transmit_at(step, Happening::Push);
+                }
+                SourceCommand::SendUrgent { page } => {
+                    if self.unsent.contains(page) {
+                        let mut pages = PageBitmap::new(self.plan.pages as u64);
+                        pages.insert(page);
+                        self.send_on_demand(&pages, 1, Some(Stream::Urgent));
+                    }
+                }
                 SourceCommand::Send(message) => {
                     self.transmit(Stream::ControlOut, Happening::ToTarget(control::encode(&message)));
                 }
                 SourceCommand::OpenBulk { ports: _ } => {
-                    self.later(step, Happening::Source(SourceEvent::BulkOpened))
+                    self.transmit_at(step, Happening::Source(SourceEvent::BulkOpened))
                 }
                 SourceCommand::StartTracking => {
                     self.source_vm.start_dirty_tracking().unwrap();
@@ -385,7 +467,7 @@ impl World {
                     self.source_vm.stop_dirty_tracking().unwrap();
                     self.later(step, Happening::Source(SourceEvent::TrackingStopped));
                 }
-                SourceCommand::CloseLink => self.cut("closed by the source"),
+                SourceCommand::CloseLink => self.cut(CLOSED_BY_SOURCE),
                 SourceCommand::AnswerCommitProposed(Ok(())) => self.promised(),
                 SourceCommand::AnswerOutcome(answer) => {
                     assert!(answer.is_ok(), "{answer:?}: {:?}", self.plan);
@@ -426,15 +508,15 @@ impl World {
             }
         }
         let (pages, vm) = (self.dirty.clone(), self.source_vm.clone());
-        let plan = RoundPlan { round, scope, pages: &pages, streams: self.plan.streams };
+        let plan = RoundPlan { round, scope, pages: &pages, window: None, streams: self.plan.streams };
         let mut held = std::mem::replace(&mut self.held, Held::new(None, 0));
-        let totals = send_round(&*vm, plan, &mut held, &mut Sink { world: self }).unwrap();
+        let totals = send_round(&*vm, plan, &mut held, &mut Sink { world: self, as_stream: None }).unwrap();
         self.held = held;
         let took = Duration::from_micros(4 * totals.pages.total());
         self.later(took, Happening::Source(SourceEvent::RoundSent(totals)));
     }
 
-    fn tell_target(&mut self, event: TargetEvent) {
+    pub fn tell_target(&mut self, event: TargetEvent) {
         let Some(target) = &mut self.target else { return };
         let commands = target.handle(self.now, event);
         for command in commands {
@@ -461,6 +543,24 @@ impl World {
                         Happening::Target(TargetEvent::MemoryHashed(proof)),
                     );
                 }
+                TargetCommand::BeginOnDemand { round, missing } => {
+                    let applier = self.applier.as_mut().unwrap();
+                    self.target_vm.begin_on_demand(&missing, Box::new(|_| {})).unwrap();
+                    applier.begin_on_demand(round, missing);
+                    let has_filled = applier.has_filled();
+                    let soon = Duration::from_micros(100);
+                    self.later(soon, Happening::Target(TargetEvent::OnDemandBegun));
+                    if has_filled {
+                        self.target_vm.end_on_demand();
+                        self.later(soon, Happening::Target(TargetEvent::Filled));
+                    }
+                }
+                TargetCommand::ListMissing => {
+                    let missing = self.applier.as_ref().and_then(PageApplier::missing).unwrap().clone();
+                    let soon = Duration::from_micros(100);
+                    self.later(soon, Happening::Target(TargetEvent::MissingListed(missing)));
+                }
+                TargetCommand::Starve(supply) => self.target_vm.starve(supply).unwrap(),
                 TargetCommand::CloseLink => self.cut("closed by the target"),
             }
         }
@@ -468,14 +568,17 @@ impl World {
 }
 
 /// Sends batches into the world; the guest writes on while a round is read.
-struct Sink<'a> {
-    world: &'a mut World,
+pub struct Sink<'a> {
+    pub world: &'a mut World,
+    /// Not a bulk stream.
+    pub as_stream: Option<Stream>,
 }
 
 impl BatchSink for Sink<'_> {
     fn send(&mut self, stream: u8, bytes: Bytes, _page_bytes: u64) -> Result<(), Stopped> {
         self.world.guest_writes();
-        self.world.transmit(Stream::Bulk(stream), Happening::Batch { stream, bytes });
+        let on = self.as_stream.unwrap_or(Stream::Bulk(stream));
+        self.world.transmit(on, Happening::Batch { stream, bytes });
         Ok(())
     }
 

@@ -3,12 +3,12 @@
 //! A write stores first and marks the page dirty afterwards, as the hardware's re-protection makes it look: the engine clears
 //! a bit before it reads, so it sees the store or the mark.
 
-use migrate::{PAGE_BYTES, PageBitmap, PausedVm, SourceVm, TargetVm, VmError};
+use migrate::{FaultSink, PAGE_BYTES, PageBitmap, PausedVm, SourceVm, Supply, TargetVm, VmError};
 use proto::{PageIndex, Sequence, VolumeId};
 use std::{
     ops::Range,
     sync::{
-        Mutex,
+        Condvar, Mutex, MutexGuard,
         atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -24,6 +24,7 @@ pub struct Sabotage {
     pub fail_save: AtomicBool,
     pub fail_load: AtomicBool,
     pub fail_pause: AtomicBool,
+    pub fail_on_demand: AtomicBool,
     /// Pages written to while the machine stops, the last one by its vCPUs, the one before by taking its state.
     pub writes_while_stopping: Mutex<Vec<usize>>,
     /// Pages that the guest writes to, one at each call of the engine.
@@ -31,7 +32,6 @@ pub struct Sabotage {
 }
 
 /// One guest; either side of a migration.
-#[derive(Debug)]
 pub struct ModelGuest {
     words: Box<[AtomicU64]>,
     dirty: Box<[AtomicU64]>,
@@ -43,6 +43,19 @@ pub struct ModelGuest {
     pub state: Mutex<Vec<u8>>,
     pub sabotage: Sabotage,
     pub is_restored: AtomicBool,
+    /// Pages that have no content yet, with who is told of touches.
+    missing: Mutex<Option<(PageBitmap, FaultSink)>>,
+    /// Signalled when pages have come.
+    pub placed: Condvar,
+    /// The vCPUs are held for want of pages, and how often they were.
+    pub is_starved: AtomicBool,
+    pub starved_times: AtomicU64,
+}
+
+impl std::fmt::Debug for ModelGuest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ModelGuest").field("pages", &self.pages()).finish_non_exhaustive()
+    }
 }
 
 fn zeroed(count: usize) -> Box<[AtomicU64]> {
@@ -61,7 +74,16 @@ impl ModelGuest {
             state: Mutex::default(),
             sabotage: Sabotage::default(),
             is_restored: AtomicBool::new(false),
+            missing: Mutex::default(),
+            placed: Condvar::new(),
+            is_starved: AtomicBool::new(false),
+            starved_times: AtomicU64::new(0),
         }
+    }
+
+    /// The pages that wait for their content, with who is told of touches.
+    pub fn missing(&self) -> MutexGuard<'_, Option<(PageBitmap, FaultSink)>> {
+        self.missing.lock().unwrap()
     }
 
     pub fn running(pages: usize, state: &[u8]) -> Self {
@@ -98,9 +120,14 @@ impl ModelGuest {
         self.store(page, 0, value);
     }
 
-    /// First page whose content differs.
+    /// First page whose content differs; pages that are missing at the other side do not count.
     pub fn first_difference(&self, other: &Self) -> Option<usize> {
+        let missing = other.missing().as_ref().map(|(missing, _)| missing.clone());
         let differs = |index: &usize| {
+            let page = PageIndex((index / PAGE_WORDS) as u64);
+            if missing.as_ref().is_some_and(|missing| missing.contains(page)) {
+                return false;
+            }
             self.words[*index].load(Ordering::Relaxed) != other.words[*index].load(Ordering::Relaxed)
         };
         (0..self.words.len()).find(differs).map(|index| index / PAGE_WORDS)
@@ -240,6 +267,42 @@ impl TargetVm for ModelGuest {
 
     fn read_pages(&self, first: PageIndex, out: &mut [u8]) -> Result<(), VmError> {
         self.copy_out(first, out);
+        Ok(())
+    }
+
+    fn begin_on_demand(&self, missing: &PageBitmap, faults: FaultSink) -> Result<(), VmError> {
+        self.check("fill its memory on demand", &self.sabotage.fail_on_demand)?;
+        // What was there is gone, and must not be seen.
+        for page in (0..self.pages()).filter(|page| missing.contains(PageIndex(*page as u64))) {
+            let words = &self.words[page * PAGE_WORDS..(page + 1) * PAGE_WORDS];
+            words.iter().for_each(|word| word.store(0xdead, Ordering::Relaxed));
+        }
+        *self.missing() = Some((missing.clone(), faults));
+        Ok(())
+    }
+
+    fn place_pages(&self, first: PageIndex, data: &[u8]) -> Result<(), VmError> {
+        let mut missing = self.missing();
+        let (set, _) = missing.as_mut().expect("pages are placed only on demand");
+        for page in first.0..first.0 + (data.len() / PAGE_BYTES) as u64 {
+            assert!(set.contains(PageIndex(page)), "page {page} is overwritten");
+            set.remove(PageIndex(page));
+        }
+        self.write_pages(first, data)?;
+        self.placed.notify_all();
+        Ok(())
+    }
+
+    fn end_on_demand(&self) {
+        let ended = self.missing().take();
+        assert_eq!(ended.map(|(missing, _)| missing.count()), Some(0));
+        self.placed.notify_all();
+    }
+
+    fn starve(&self, supply: Supply) -> Result<(), VmError> {
+        let is_broken = supply == Supply::Broken;
+        self.starved_times.fetch_add(u64::from(is_broken), Ordering::SeqCst);
+        self.is_starved.store(is_broken, Ordering::SeqCst);
         Ok(())
     }
 

@@ -189,7 +189,7 @@ mod tests {
             ("migration_id", |request| request.migration_id = 0),
             ("address", |request| request.address = "host".to_owned()),
             ("target_certificate_sha256", |request| request.target_certificate_sha256.clear()),
-            ("policy", |request| request.policy = "post-copy".to_owned()),
+            ("policy", |request| request.policy = "fast".to_owned()),
         ];
         for (expected, spoil) in cases {
             let mut request = request();
