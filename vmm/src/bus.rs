@@ -1,11 +1,14 @@
-//! Ports and device registers that end up in this process: serial console, reset and power-off ports, virtio windows.
+//! Ports and device registers that end up in this process: serial console, CMOS clock, reset and power-off ports, virtio windows.
 
+use crate::cmos::{CMOS_DATA, CMOS_INDEX, Cmos};
 use crate::console::ConsoleRing;
 use crate::vcpu::GuestExit;
 use crate::virtio::MmioTransport;
 use crate::virtio::mmio::WINDOW_BYTES;
+use std::collections::VecDeque;
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
 use vm_superio::serial::NoEvents;
 use vm_superio::{Serial, SerialState, Trigger};
 use vmm_sys_util::eventfd::EventFd;
@@ -14,8 +17,15 @@ use vmm_sys_util::eventfd::EventFd;
 pub const SERIAL_PORT: u16 = 0x3f8;
 pub const SERIAL_IRQ: u32 = 4;
 /// The keyboard controller's command port, through which PCs are reset, and the command.
-const I8042_COMMAND: u16 = 0x64;
-const I8042_RESET: u8 = 0xfe;
+pub const I8042_COMMAND: u16 = 0x64;
+pub const I8042_RESET: u8 = 0xfe;
+/// ACPI's sleep registers, and what a guest writes to switch itself off: the type that `_S5_` names, and "enable".
+pub const SLEEP_CONTROL_PORT: u16 = 0x600;
+pub const SLEEP_STATUS_PORT: u16 = 0x601;
+pub const SLEEP_TYPE_OFF: u8 = 5;
+const SLEEP_OFF: u8 = SLEEP_TYPE_OFF << 2 | 1 << 5;
+/// The interrupt of the power button.
+pub const POWER_BUTTON_IRQ: u32 = 3;
 /// A byte written here ends the machine: 0 for a power-off, anything else for a crash. For guests without ACPI.
 pub const EXIT_PORT: u16 = 0xf4;
 /// First register window of the virtio devices, and the interrupt of the first one.
@@ -35,16 +45,49 @@ impl Trigger for SerialInterrupt {
 
 type Uart = Serial<SerialInterrupt, NoEvents, ConsoleRing>;
 
+/// Bytes typed ahead of the guest: a long line pasted, not a file.
+const TYPED_BYTES_MAX: usize = 64 << 10;
+
+/// The serial port, and what is typed and does not fit into its FIFO yet.
+struct SerialPort {
+    uart: Uart,
+    typed: VecDeque<u8>,
+}
+
+impl SerialPort {
+    /// Moves what was typed into the FIFO as far as it has room.
+    fn refill(&mut self) {
+        let room = self.uart.fifo_capacity().min(self.typed.len());
+        if room == 0 {
+            return;
+        }
+        let next: Vec<u8> = self.typed.iter().take(room).copied().collect();
+        match self.uart.enqueue_raw_bytes(&next) {
+            // None in loop mode: they stay for later.
+            Ok(taken) => drop(self.typed.drain(..taken)),
+            Err(error) => tracing::debug!(?error, "serial input"),
+        }
+    }
+}
+
 /// Everything a guest can reach besides memory.
 pub struct Bus {
-    serial: Mutex<Uart>,
+    serial: Mutex<SerialPort>,
+    cmos: Mutex<Cmos>,
     devices: Vec<MmioTransport>,
 }
 
 impl Bus {
     /// A bus with the devices in the order of their windows.
     pub fn new(console: ConsoleRing, interrupt: EventFd, devices: Vec<MmioTransport>) -> Self {
-        Self { serial: Mutex::new(Serial::new(SerialInterrupt(interrupt), console)), devices }
+        Self {
+            serial: Mutex::new(SerialPort {
+                uart: Serial::new(SerialInterrupt(interrupt), console),
+                typed: VecDeque::new(),
+            }),
+            cmos: Mutex::default(),
+            devices,
+        }
     }
 
     /// The devices.
@@ -54,36 +97,47 @@ impl Bus {
 
     /// Where console output goes.
     pub fn console(&self) -> ConsoleRing {
-        self.serial().writer().clone()
+        self.serial().uart.writer().clone()
     }
 
-    /// The serial console's registers.
-    pub fn serial_state(&self) -> SerialState {
-        self.serial().state()
+    /// The serial console's registers, and what is typed ahead.
+    pub fn serial_state(&self) -> (SerialState, Vec<u8>) {
+        let serial = self.serial();
+        (serial.uart.state(), serial.typed.iter().copied().collect())
     }
 
-    /// Takes over the serial console's registers.
+    /// Takes over the serial console's registers, and what is typed ahead.
     ///
     /// # Errors
     /// The state holds more input than the console has room for.
-    pub fn restore_serial(&self, state: &SerialState) -> Result<(), String> {
+    pub fn restore_serial(&self, state: &SerialState, typed: &[u8]) -> Result<(), String> {
+        if typed.len() > TYPED_BYTES_MAX {
+            return Err(format!("{} bytes are typed ahead", typed.len()));
+        }
         let mut serial = self.serial();
-        let console = serial.writer().clone();
-        let interrupt = serial.interrupt_evt().0.try_clone().map_err(|error| error.to_string())?;
-        *serial = Serial::from_state(state, SerialInterrupt(interrupt), NoEvents, console)
+        let console = serial.uart.writer().clone();
+        let interrupt = serial.uart.interrupt_evt().0.try_clone().map_err(|error| error.to_string())?;
+        serial.uart = Serial::from_state(state, SerialInterrupt(interrupt), NoEvents, console)
             .map_err(|error| format!("{error:?}"))?;
+        serial.typed = typed.iter().copied().collect();
         Ok(())
     }
 
-    /// Types bytes into the serial console; what doesn't fit into its FIFO is dropped, as on a real line.
+    /// Types bytes into the serial console; what the guest is far from reading is dropped.
     pub fn serial_input(&self, bytes: &[u8]) {
-        if let Err(error) = self.serial().enqueue_raw_bytes(bytes) {
-            tracing::debug!(?error, "serial input dropped");
-        }
+        let mut serial = self.serial();
+        let room = TYPED_BYTES_MAX - serial.typed.len();
+        serial.typed.extend(&bytes[..bytes.len().min(room)]);
+        serial.refill();
     }
 
-    fn serial(&self) -> MutexGuard<'_, Uart> {
+    fn serial(&self) -> MutexGuard<'_, SerialPort> {
         self.serial.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The CMOS clock.
+    pub fn cmos(&self) -> MutexGuard<'_, Cmos> {
+        self.cmos.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The guest reads a port; where there is nothing it reads ones.
@@ -91,10 +145,13 @@ impl Bus {
         data.fill(0xff);
         match port {
             SERIAL_PORT..=0x3ff if data.len() == 1 => {
-                data[0] = self.serial().read((port - SERIAL_PORT) as u8)
+                let mut serial = self.serial();
+                data[0] = serial.uart.read((port - SERIAL_PORT) as u8);
+                serial.refill();
             }
             // The keyboard controller is always ready.
-            I8042_COMMAND if data.len() == 1 => data[0] = 0,
+            I8042_COMMAND | SLEEP_STATUS_PORT if data.len() == 1 => data[0] = 0,
+            CMOS_DATA if data.len() == 1 => data[0] = self.cmos().read(SystemTime::now()),
             _ => {}
         }
     }
@@ -104,11 +161,16 @@ impl Bus {
         let [value] = *data else { return None };
         match port {
             SERIAL_PORT..=0x3ff => {
-                if let Err(error) = self.serial().write((port - SERIAL_PORT) as u8, value) {
+                if let Err(error) = self.serial().uart.write((port - SERIAL_PORT) as u8, value) {
                     tracing::debug!(?error, "serial");
                 }
                 None
             }
+            CMOS_INDEX => {
+                self.cmos().select(value);
+                None
+            }
+            SLEEP_CONTROL_PORT if value == SLEEP_OFF => Some(GuestExit::Poweroff),
             I8042_COMMAND if value == I8042_RESET => Some(GuestExit::Reboot),
             EXIT_PORT if value == 0 => Some(GuestExit::Poweroff),
             EXIT_PORT => Some(GuestExit::Crash { cause: format!("the guest reported failure {value}") }),

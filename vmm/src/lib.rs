@@ -7,6 +7,7 @@
 //!           ├─ bus      serial console, reset ports, virtio-mmio windows ── virtio  block device on a `BlockBackend`
 //!           ├─ boot     PVH ELF, bzImage
 //!           ├─ dirty    KVM's log, cleared range by range
+//!           ├─ demand   missing pages, brought when they are touched
 //!           └─ state    everything but memory, as bytes
 //! ```
 //! Invariants: no input of a guest, an operator or a peer panics; every write to guest memory leaves a dirty bit while
@@ -16,7 +17,11 @@
 
 pub mod boot;
 pub mod bus;
+mod cmos;
 pub mod console;
+mod cpu;
+pub mod demand;
+mod devices;
 mod dirty;
 pub mod machine;
 pub mod memory;
@@ -26,6 +31,7 @@ pub mod virtio;
 
 pub use boot::{BootConfig, BootError};
 pub use console::ConsoleRing;
+pub use demand::Demand;
 pub use machine::{Machine, MachineConfig, MachineError};
 pub use memory::{Memory, MemoryError};
 pub use state::{MachineState, StateError};

@@ -7,21 +7,22 @@
 //! ```
 //! Invariant: after `pause` no vCPU executes guest code; after `drain` no device writes guest memory or its disk.
 
+use crate::boot::acpi::Hardware;
 use crate::boot::{self, BootConfig, BootError};
-use crate::bus::{Bus, SERIAL_IRQ, VIRTIO_BASE, VIRTIO_IRQ};
+use crate::bus::{Bus, POWER_BUTTON_IRQ, SERIAL_IRQ};
 use crate::console::ConsoleRing;
+use crate::cpu::{Topology, cpuid_of};
+use crate::devices;
 use crate::dirty;
 use crate::memory::{Memory, MemoryError};
 use crate::state::{
     MachineState, SerialRegisters, StateError, restore_chips, restore_vcpu, save_chips, save_vcpu,
 };
-use crate::vcpu::{GuestExit, Vcpu, install_kick};
-use crate::virtio::block::Interrupt;
-use crate::virtio::mmio::{QUEUE_NOTIFY, WINDOW_BYTES};
-use crate::virtio::{BlockBackend, BlockDevice, MmioTransport};
+use crate::vcpu::{GuestExit, Vcpu, install_kick, place};
+use crate::virtio::{BlockBackend, MmioTransport, Worker};
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY};
 use kvm_bindings::{kvm_pit_config, kvm_userspace_memory_region};
-use kvm_ioctls::{IoEventAddress, Kvm, VmFd};
+use kvm_ioctls::{Cap, Kvm, VmFd};
 use proto::{ByteCount, PageIndex};
 use std::io;
 use std::sync::Arc;
@@ -80,16 +81,19 @@ pub enum MachineError {
     /// Saved state.
     #[error(transparent)]
     State(#[from] StateError),
+    /// More devices than interrupts.
+    #[error("{count} devices are more than {max}")]
+    TooManyDevices { count: usize, max: usize },
     /// A vCPU does not stop.
     #[error("vCPU {vcpu} did not stop within {timeout:?}")]
     Stuck { vcpu: usize, timeout: Duration },
 }
 
-fn kvm(action: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> MachineError {
+pub(crate) fn kvm(action: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> MachineError {
     move |source| MachineError::Kvm { action, source }
 }
 
-fn system(action: &'static str) -> impl FnOnce(io::Error) -> MachineError {
+pub(crate) fn system(action: &'static str) -> impl FnOnce(io::Error) -> MachineError {
     move |source| MachineError::System { action, source }
 }
 
@@ -97,11 +101,13 @@ fn system(action: &'static str) -> impl FnOnce(io::Error) -> MachineError {
 pub struct Machine {
     // First, so that the threads end before what they use.
     vcpus: Vec<Vcpu>,
-    _workers: Vec<DiskWorker>,
+    _workers: Vec<Worker>,
     bus: Arc<Bus>,
     memory: Arc<Memory>,
     vm: VmFd,
+    power_button: EventFd,
     cpuid: CpuId,
+    topology: Topology,
     msr_indices: Vec<u32>,
     logging: AtomicBool,
 }
@@ -127,11 +133,21 @@ impl Machine {
         let memory = Arc::new(Memory::new(config.memory)?);
         let cpuid = kvm_fd.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm("tell its CPUID"))?;
         let msr_indices = kvm_fd.get_msr_index_list().map_err(kvm("list its MSRs"))?.as_slice().to_vec();
-        let (workers, devices) = build_disks(&vm, &memory, &config.disks)?;
-        let bus = Arc::new(Bus::new(config.console.clone(), serial_interrupt(&vm)?, devices));
-        let logging = AtomicBool::new(false);
-        let mut machine =
-            Self { vcpus: Vec::new(), _workers: workers, bus, memory, vm, cpuid, msr_indices, logging };
+        let has_deadline_timer = kvm_fd.check_extension(Cap::TscDeadlineTimer);
+        let (workers, devices) = devices::build(&vm, &memory, &config)?;
+        let serial = interrupt(&vm, SERIAL_IRQ)?;
+        let mut machine = Self {
+            vcpus: Vec::new(),
+            _workers: workers,
+            bus: Arc::new(Bus::new(config.console.clone(), serial, devices)),
+            memory,
+            power_button: interrupt(&vm, POWER_BUTTON_IRQ)?,
+            vm,
+            cpuid,
+            topology: Topology { vcpus: config.vcpus, has_deadline_timer },
+            msr_indices,
+            logging: AtomicBool::new(false),
+        };
         machine.map_memory(0)?;
         machine.add_vcpus(&config)?;
         Ok(machine)
@@ -140,7 +156,7 @@ impl Machine {
     fn add_vcpus(&mut self, config: &MachineConfig) -> Result<(), MachineError> {
         for index in 0..config.vcpus {
             let fd = self.vm.create_vcpu(u64::from(index)).map_err(kvm("create a vCPU"))?;
-            let cpuid = cpuid_of(&self.cpuid, index);
+            let cpuid = cpuid_of(&self.cpuid, self.topology, index);
             fd.set_cpuid2(&cpuid).map_err(kvm("take the CPUID"))?;
             let (bus, deadline) = (self.bus.clone(), config.lease_deadline_ns.clone());
             let vcpu = Vcpu::spawn(index, fd, bus, deadline, config.exits.clone());
@@ -171,6 +187,11 @@ impl Machine {
     /// The kernel can't be loaded.
     pub fn boot(&self, config: &BootConfig) -> Result<(), MachineError> {
         let entry = boot::load(&self.memory, config)?;
+        let devices = u32::try_from(self.bus.devices().len()).expect("a few devices");
+        boot::acpi::write_tables(
+            &self.memory,
+            Hardware { vcpus: self.topology.vcpus, virtio_devices: devices },
+        )?;
         if let Some(first) = self.vcpus.first() {
             let fd = first.fd();
             let sregs = fd.get_sregs().map_err(kvm("give system registers"))?;
@@ -192,12 +213,26 @@ impl Machine {
         self.bus.serial_input(bytes);
     }
 
+    /// Presses the power button: a guest that listens shuts itself down.
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub fn press_power_button(&self) -> Result<(), MachineError> {
+        self.power_button.write(1).map_err(system("press the power button"))
+    }
+
     /// Lets the vCPUs and devices work.
     pub fn resume(&self) {
         for device in self.bus.devices() {
             device.device().resume();
         }
         self.vcpus.iter().for_each(Vcpu::run);
+    }
+
+    /// Where each stopped vCPU stands, for whoever looks for the reason of a hang.
+    #[must_use]
+    pub fn places(&self) -> Vec<String> {
+        self.vcpus.iter().map(|vcpu| place(&vcpu.fd())).collect()
     }
 
     /// Stops all vCPUs; devices go on.
@@ -231,11 +266,12 @@ impl Machine {
     /// KVM refuses a part.
     pub fn save(&self) -> Result<MachineState, MachineError> {
         let vcpus = self.vcpus.iter().enumerate().map(|(index, vcpu)| {
-            let cpuid = cpuid_of(&self.cpuid, u32::try_from(index).expect("few vCPUs"));
+            let index = u32::try_from(index).expect("few vCPUs");
+            let cpuid = cpuid_of(&self.cpuid, self.topology, index);
             save_vcpu(&vcpu.fd(), &self.msr_indices, &cpuid)
         });
         let vcpus = vcpus.collect::<Result<_, _>>()?;
-        let serial = self.bus.serial_state();
+        let (serial, typed) = self.bus.serial_state();
         Ok(MachineState {
             vcpus,
             chips: save_chips(&self.vm)?,
@@ -250,8 +286,10 @@ impl Machine {
                 modem_status: serial.modem_status,
                 scratch: serial.scratch,
                 in_buffer: serial.in_buffer,
+                typed,
             },
             console: self.bus.console().history(),
+            cmos_index: self.bus.cmos().index(),
             devices: self.bus.devices().iter().map(MmioTransport::save).collect(),
         })
     }
@@ -265,7 +303,7 @@ impl Machine {
             if here == there { Ok(()) } else { Err(StateError::Mismatch { what, here, there }) }
         };
         same("vCPUs", self.vcpus.len(), state.vcpus.len())?;
-        same("disks", self.bus.devices().len(), state.devices.len())?;
+        same("devices", self.bus.devices().len(), state.devices.len())?;
         for device in self.bus.devices() {
             device.device().quiesce();
         }
@@ -286,10 +324,11 @@ impl Machine {
             in_buffer: state.serial.in_buffer.clone(),
         };
         let refused = |device: &str, cause| StateError::Device { device: device.to_owned(), cause };
-        self.bus.restore_serial(&serial).map_err(|cause| refused("serial", cause))?;
+        self.bus.restore_serial(&serial, &state.serial.typed).map_err(|cause| refused("serial", cause))?;
+        self.bus.cmos().select(state.cmos_index);
         self.bus.console().take_over(&state.console).map_err(|cause| refused("console", cause))?;
         for (index, (device, state)) in self.bus.devices().iter().zip(&state.devices).enumerate() {
-            device.restore(state).map_err(|error| refused(&format!("disk {index}"), error.to_string()))?;
+            device.restore(state).map_err(|error| refused(&format!("{index}"), error.to_string()))?;
         }
         Ok(())
     }
@@ -361,77 +400,9 @@ impl Machine {
     }
 }
 
-/// The CPUID of one vCPU: the host's, with its own APIC id.
-fn cpuid_of(host: &CpuId, index: u32) -> CpuId {
-    let mut cpuid = host.clone();
-    for entry in cpuid.as_mut_slice() {
-        match entry.function {
-            0x1 => entry.ebx = entry.ebx & 0x00ff_ffff | index << 24,
-            0xb | 0x1f => entry.edx = index,
-            _ => {}
-        }
-    }
-    cpuid
-}
-
-/// The disks with their threads, behind the windows that the bus gives them.
-fn build_disks(
-    vm: &VmFd,
-    memory: &Memory,
-    disks: &[(String, Arc<dyn BlockBackend>)],
-) -> Result<(Vec<DiskWorker>, Vec<MmioTransport>), MachineError> {
-    // Devices share the mapping; the clone is two reference counts a region.
-    let ram = Arc::new(memory.ram().clone());
-    let (mut workers, mut devices) = (Vec::new(), Vec::new());
-    for (index, (id, backend)) in (0_u32..).zip(disks) {
-        let interrupt = Interrupt::new(EventFd::new(EFD_NONBLOCK).map_err(system("create an eventfd"))?);
-        vm.register_irqfd(interrupt.fd(), VIRTIO_IRQ + index).map_err(kvm("connect a disk's interrupt"))?;
-        let device = BlockDevice::new(ram.clone(), backend.clone(), interrupt.clone(), id);
-        let kick = EventFd::new(0).map_err(system("create an eventfd"))?;
-        let address = IoEventAddress::Mmio(VIRTIO_BASE + u64::from(index) * WINDOW_BYTES + QUEUE_NOTIFY);
-        // Queue 0 is the only one.
-        vm.register_ioevent(&kick, &address, 0_u32).map_err(kvm("connect a disk's kick"))?;
-        workers.push(DiskWorker::spawn(index, device.clone(), kick)?);
-        devices.push(MmioTransport::new(device, interrupt));
-    }
-    Ok((workers, devices))
-}
-
-fn serial_interrupt(vm: &VmFd) -> Result<EventFd, MachineError> {
+/// An eventfd that raises an interrupt of the machine.
+pub(crate) fn interrupt(vm: &VmFd, irq: u32) -> Result<EventFd, MachineError> {
     let interrupt = EventFd::new(EFD_NONBLOCK).map_err(system("create an eventfd"))?;
-    vm.register_irqfd(&interrupt, SERIAL_IRQ).map_err(kvm("connect the serial interrupt"))?;
+    vm.register_irqfd(&interrupt, irq).map_err(kvm("connect an interrupt"))?;
     Ok(interrupt)
-}
-
-/// The thread that works a disk's queue when the guest kicks it.
-struct DiskWorker {
-    kick: EventFd,
-    end: Arc<AtomicBool>,
-    thread: Option<std::thread::JoinHandle<()>>,
-}
-
-impl DiskWorker {
-    fn spawn(index: u32, device: BlockDevice, kick: EventFd) -> Result<Self, MachineError> {
-        let end = Arc::new(AtomicBool::new(false));
-        let (wait, ended) = (kick.try_clone().map_err(system("copy an eventfd"))?, end.clone());
-        let work = move || {
-            while wait.read().is_ok() && !ended.load(Ordering::SeqCst) {
-                device.process();
-            }
-        };
-        let thread = std::thread::Builder::new().name(format!("disk{index}")).spawn(work);
-        Ok(Self { kick, end, thread: Some(thread.map_err(system("start a disk thread"))?) })
-    }
-}
-
-impl Drop for DiskWorker {
-    fn drop(&mut self) {
-        self.end.store(true, Ordering::SeqCst);
-        if self.kick.write(1).is_ok()
-            && let Some(thread) = self.thread.take()
-        {
-            // A panic of the thread has been printed.
-            let _ = thread.join();
-        }
-    }
 }

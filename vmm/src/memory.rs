@@ -54,6 +54,9 @@ pub enum MemoryError {
     /// A page outside of guest memory.
     #[error("pages {first} and the {count} from there reach beyond guest memory of {pages} pages")]
     OutOfRange { first: PageIndex, count: u64, pages: u64 },
+    /// Missing pages can't be waited for.
+    #[error("pages of guest memory can't be brought on demand")]
+    Demand(#[source] io::Error),
     /// The memory file can't be examined.
     #[error("the memory file can't be examined")]
     Examine(#[source] io::Error),

@@ -14,8 +14,9 @@ use kvm_bindings::{
 use kvm_ioctls::{VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
-/// Tells a state from anything else; the last byte is the version. Version 1: the first; 2: with the console.
-const MAGIC: &[u8; 8] = b"vmstate\x02";
+/// Tells a state from anything else; the last byte is the version. Version 1: the first; 2: with the console; 3: devices
+/// of several kinds, the clock.
+const MAGIC: &[u8; 8] = b"vmstate\x03";
 
 /// Largest encoded state in bytes: 64 vCPUs of 20 KiB, devices, a MiB of console, and as much again.
 pub const STATE_BYTES_MAX: usize = 4 << 20;
@@ -88,6 +89,8 @@ pub struct SerialRegisters {
     pub modem_status: u8,
     pub scratch: u8,
     pub in_buffer: Vec<u8>,
+    /// Typed ahead of the FIFO.
+    pub typed: Vec<u8>,
 }
 
 /// The whole machine but its memory.
@@ -97,6 +100,7 @@ pub struct MachineState {
     pub(crate) chips: ChipState,
     pub(crate) serial: SerialRegisters,
     pub(crate) console: ConsoleHistory,
+    pub(crate) cmos_index: u8,
     pub(crate) devices: Vec<MmioState>,
 }
 
@@ -188,7 +192,10 @@ pub(crate) fn restore_vcpu(fd: &VcpuFd, state: &VcpuState) -> Result<(), StateEr
     put("system registers", fd.set_sregs(&state.sregs))?;
     // SAFETY: the structure has the 4 KiB that KVM reads when no feature was enabled by arch_prctl, which this process never does.
     put("xsave", unsafe { fd.set_xsave(&state.xsave) })?;
-    put("xcrs", fd.set_xcrs(&state.xcrs))?;
+    // A processor without XSAVE has none, and then KVM takes not even none.
+    if state.xcrs.nr_xcrs != 0 {
+        put("xcrs", fd.set_xcrs(&state.xcrs))?;
+    }
     put("debug registers", fd.set_debug_regs(&state.debugregs))?;
     put("lapic", fd.set_lapic(&state.lapic))?;
     restore_msrs(fd, &state.msrs)?;

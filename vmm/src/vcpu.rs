@@ -266,12 +266,23 @@ fn enter(fd: &mut VcpuFd, bus: &Bus) -> Entered {
             None
         }
         Ok(VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => None,
-        Ok(VcpuExit::Shutdown) => Some(GuestExit::Crash { cause: "triple fault".to_owned() }),
+        Ok(VcpuExit::Shutdown) => Some(GuestExit::Crash { cause: format!("triple fault {}", place(fd)) }),
         Ok(VcpuExit::Intr) => return Entered::Interrupted,
         Ok(other) => Some(GuestExit::Crash { cause: format!("{other:?}") }),
         Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => return Entered::Interrupted,
         Err(error) => Some(GuestExit::Crash { cause: format!("KVM_RUN: {error}") }),
     })
+}
+
+/// Where a vCPU stands, for whoever looks for the reason of a crash.
+pub(crate) fn place(fd: &VcpuFd) -> String {
+    match (fd.get_regs(), fd.get_sregs()) {
+        (Ok(regs), Ok(sregs)) => format!(
+            "at {:#x}, stack {:#x}, cr2 {:#x}, cr3 {:#x}, APIC base {:#x}",
+            regs.rip, regs.rsp, sregs.cr2, sregs.cr3, sregs.apic_base
+        ),
+        _ => "at an unknown place".to_owned(),
+    }
 }
 
 fn boottime_ns() -> u64 {

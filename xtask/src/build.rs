@@ -20,6 +20,14 @@ pub enum Profile {
 pub fn cargo(arguments: &[&str]) -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(tests::binaries::workspace_dir()).args(arguments);
+    // Said by the cargo that runs us, about us. Build scripts that look at them would run again in every other build.
+    let about_us = std::env::vars_os().map(|(name, _)| name);
+    for name in about_us.filter(|name| {
+        let name = name.to_string_lossy();
+        name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_")
+    }) {
+        command.env_remove(name);
+    }
     command
 }
 

@@ -2,6 +2,8 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
+use proto::PageIndex;
+use proto::limits::BLOCK_BYTES;
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
@@ -10,6 +12,7 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 use vmm::{
     BlockBackend, BlockCompletion, BlockError, BootConfig, ConsoleRing, GuestExit, Machine, MachineConfig,
+    MachineState,
 };
 
 /// Longest wait for anything that the guest prints: its own work takes seconds, interpreted twice.
@@ -18,8 +21,11 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// How often the console is looked at.
 const POLL: Duration = Duration::from_millis(5);
 
-/// Bytes that are typed at once: the serial port's FIFO.
-const FIFO_BYTES: usize = 16;
+/// What a kernel says on a machine without a PCI bus, as this one is.
+const NO_PCI: &str = "PCI: Fatal: No config space access function found";
+
+/// Pages that are copied at once.
+const COPY_PAGES: usize = 256;
 
 /// What to build a guest from.
 pub struct Shape {
@@ -65,11 +71,41 @@ impl Guest {
         guest.machine.boot(&BootConfig {
             kernel: lab_file("guest/vmlinuz"),
             initrd: Some(lab_file("guest/initrd")),
-            cmdline: "console=ttyS0 panic=-1".to_owned(),
+            cmdline: "console=ttyS0 quiet panic=-1".to_owned(),
         })?;
         guest.machine.resume();
         guest.expect("GUEST ready")?;
+        // The shell greets before its first command.
+        guest.command("true")?;
         Ok(guest)
+    }
+
+    /// Goes on in a new machine of the same shape, with all its memory and state.
+    pub fn hop(&mut self, shape: &Shape) -> Result<()> {
+        let next = Self::new(shape)?;
+        self.machine.pause()?;
+        ensure!(self.machine.drain(Instant::now() + PATIENCE), "the devices do not come to rest");
+        let state = self.machine.save()?.encode()?;
+        let (from, to) = (self.machine.memory(), next.machine.memory());
+        let mut buffer = vec![0; COPY_PAGES * BLOCK_BYTES];
+        for range in from.resident(PageIndex(0)..PageIndex(from.page_count()))? {
+            for first in (range.start.0..range.end.0).step_by(COPY_PAGES) {
+                let pages = usize::try_from(range.end.0 - first)?.min(COPY_PAGES);
+                from.read_pages(PageIndex(first), &mut buffer[..pages * BLOCK_BYTES])?;
+                to.write_pages(PageIndex(first), &buffer[..pages * BLOCK_BYTES])?;
+            }
+        }
+        next.machine.load(&MachineState::decode(&state)?)?;
+        next.machine.resume();
+        *self = Self { seen: self.seen, commands: self.commands, ..next };
+        Ok(())
+    }
+
+    /// Everything that the kernel takes for a fault; empty when it is content.
+    pub fn complaints(&mut self) -> Result<String> {
+        // Levels 0 to 3 of the raw log, and what is printed beside a warning.
+        let signs = "^<[0-3]>|WARNING:|BUG:|Call Trace|soft lockup|nobody cared|I/O error";
+        self.command(&format!("dmesg -r | grep -E '{signs}' | grep -v '{NO_PCI}' || true"))
     }
 
     /// All that it has printed.
@@ -89,16 +125,17 @@ impl Guest {
             if let Ok(exit) = self.exits.try_recv() {
                 bail!("the guest ended ({exit:?}) before it printed {wanted:?}:\n{}", self.text());
             }
-            ensure!(Instant::now() < deadline, "the guest never printed {wanted:?}:\n{}", self.text());
+            if Instant::now() >= deadline {
+                self.machine.pause()?;
+                bail!("the guest never printed {wanted:?}: {:#?}\n{}", self.machine.places(), self.text());
+            }
             std::thread::park_timeout(POLL);
         }
     }
 
     /// Types a line.
     pub fn type_line(&self, line: &str) {
-        for piece in format!("{line}\n").as_bytes().chunks(FIFO_BYTES) {
-            self.machine.serial_input(piece);
-        }
+        self.machine.serial_input(format!("{line}\n").as_bytes());
     }
 
     /// Runs a command and returns what it prints; fails when the command does.
@@ -115,8 +152,10 @@ impl Guest {
 
     /// Waits for the guest's end.
     pub fn wait_end(&self, wanted: &GuestExit) -> Result<()> {
-        let exit = self.exits.recv_timeout(PATIENCE);
-        let exit = exit.with_context(|| format!("the guest does not end:\n{}", self.text()))?;
+        let Ok(exit) = self.exits.recv_timeout(PATIENCE) else {
+            self.machine.pause()?;
+            bail!("the guest does not end: {:#?}\n{}", self.machine.places(), self.text());
+        };
         ensure!(exit == *wanted, "the guest ended with {exit:?} instead of {wanted:?}:\n{}", self.text());
         Ok(())
     }

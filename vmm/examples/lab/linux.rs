@@ -1,26 +1,115 @@
-//! An unmodified Debian kernel with busybox.
+//! An unmodified Debian kernel with busybox: everything that the machine offers, and each way to end.
 
 use crate::guest::{FileDisk, Guest, Shape};
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
-use std::time::Instant;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use vmm::GuestExit;
+
+/// Difference between the guest's clock and the host's that the way there and back explains.
+const CLOCK_TOLERANCE_SECONDS: u64 = 5;
+
+const DISKS_MIB: [u64; 3] = [8, 16, 24];
+
+fn shape() -> Result<Shape> {
+    let mut disks = Vec::new();
+    for mib in DISKS_MIB {
+        disks.push((format!("disk-{mib}"), FileDisk::scratch(mib)? as _));
+    }
+    Ok(Shape { vcpus: 2, memory_mib: 256, disks })
+}
 
 /// Boots, looks at everything that the machine offers, and ends in each way.
 pub fn run() -> Result<Value> {
-    let shape = || -> Result<Shape> {
-        let disks = vec![
-            ("first".to_owned(), FileDisk::scratch(8)? as _),
-            ("second".to_owned(), FileDisk::scratch(16)? as _),
-        ];
-        Ok(Shape { vcpus: 2, memory_mib: 256, disks })
-    };
+    let shape = shape()?;
     let began = Instant::now();
-    let mut guest = Guest::small(&shape()?)?;
+    let mut guest = Guest::small(&shape)?;
     let boot_seconds = began.elapsed().as_secs_f64();
     let cpus = guest.command("nproc")?;
     ensure!(cpus == "2", "the guest sees {cpus} CPUs instead of 2:\n{}", guest.text());
+    disks(&mut guest)?;
+    entropy(&mut guest)?;
+    clock(&mut guest)?;
+    let complaints = guest.complaints()?;
+    ensure!(complaints.is_empty(), "the kernel complains:\n{complaints}");
+    guest.command("dmesg -n 8")?;
+    guest.type_line("reboot -f");
+    guest.wait_end(&GuestExit::Reboot)?;
+
+    let mut guest = Guest::small(&shape)?;
+    disks_again(&mut guest)?;
+    power_button(&mut guest)?;
     guest.type_line("poweroff -f");
     guest.wait_end(&GuestExit::Poweroff)?;
     Ok(json!({"boot_seconds": boot_seconds}))
+}
+
+/// Boots and ends, again and again: what happens in one of many boots is found here.
+pub fn boots(count: u32) -> Result<Value> {
+    let shape = shape()?;
+    let mut failed = Vec::new();
+    for number in 1..=count {
+        match Guest::small(&shape) {
+            Ok(guest) => {
+                guest.type_line("poweroff -f");
+                guest.wait_end(&GuestExit::Poweroff)?;
+            }
+            Err(error) => failed.push(format!("boot {number}: {error:#}")),
+        }
+    }
+    ensure!(failed.is_empty(), "{} of {count} boots failed:\n{}", failed.len(), failed.join("\n"));
+    Ok(json!({"boots": count}))
+}
+
+fn disks(guest: &mut Guest) -> Result<()> {
+    for (name, mib) in ["vda", "vdb", "vdc"].into_iter().zip(DISKS_MIB) {
+        let sectors = guest.command(&format!("cat /sys/block/{name}/size"))?;
+        ensure!(sectors == (mib * 2048).to_string(), "{name} has {sectors} sectors instead of {mib} MiB");
+        guest.command(&format!("seq 1 300000 | sed s/^/{name}/ | head -c 2097152 > /tmp/{name}"))?;
+        guest.command(&format!("dd if=/tmp/{name} of=/dev/{name} bs=64k conv=fsync 2>&1"))?;
+    }
+    guest.command("echo 3 > /proc/sys/vm/drop_caches")?;
+    disks_again(guest)
+}
+
+/// What `disks` wrote is there, each on its own disk.
+fn disks_again(guest: &mut Guest) -> Result<()> {
+    for name in ["vda", "vdb", "vdc"] {
+        let start = guest.command(&format!("head -n 1 /dev/{name}"))?;
+        ensure!(start == format!("{name}1"), "{name} begins with {start:?}");
+        guest
+            .command(&format!("test ! -f /tmp/{name} || head -c 2097152 /dev/{name} | cmp - /tmp/{name}"))?;
+    }
+    Ok(())
+}
+
+fn entropy(guest: &mut Guest) -> Result<()> {
+    let device = guest.command("cat /sys/class/misc/hw_random/rng_current")?;
+    ensure!(device == "virtio_rng.0", "the random number generator is {device:?}");
+    let first = guest.command("head -c 32 /dev/hwrng | md5sum")?;
+    let second = guest.command("head -c 32 /dev/hwrng | md5sum")?;
+    ensure!(first != second, "the random numbers are not");
+    Ok(())
+}
+
+fn clock(guest: &mut Guest) -> Result<()> {
+    let now = || SystemTime::now().duration_since(UNIX_EPOCH).map(|since| since.as_secs());
+    for source in ["cat /sys/class/rtc/rtc0/since_epoch", "date +%s"] {
+        let text = guest.command(source)?;
+        let there: u64 = text.parse().with_context(|| format!("`{source}` says {text:?}"))?;
+        let here = now()?;
+        ensure!(here.abs_diff(there) <= CLOCK_TOLERANCE_SECONDS, "`{source}` says {there} at {here}");
+    }
+    Ok(())
+}
+
+/// A press arrives as an input event of 24 bytes.
+fn power_button(guest: &mut Guest) -> Result<()> {
+    guest.command("test -c /dev/input/event0")?;
+    guest.command("(head -c 24 /dev/input/event0 | wc -c | sed 's/^/PRESSED /') &")?;
+    // The reader has the device open before the button is pressed.
+    guest.command("until ls -l /proc/[0-9]*/fd 2>/dev/null | grep -q event0; do usleep 10000; done")?;
+    guest.machine.press_power_button()?;
+    guest.expect("PRESSED 24")?;
+    Ok(())
 }

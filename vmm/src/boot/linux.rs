@@ -1,5 +1,6 @@
 //! The zero page of Linux' 64-bit boot protocol (Documentation/arch/x86/boot.rst).
 
+use super::acpi::RSDP;
 use super::kernel::{BootError, Initrd, write};
 use super::pvh::memory_map;
 use super::{BOOT_PARAMS, CMDLINE};
@@ -37,7 +38,7 @@ pub(super) fn write_boot_params(
         header.ramdisk_image = address(initrd.address)?;
         header.ramdisk_size = address(initrd.bytes)?;
     }
-    let mut page = ZeroPage(boot_params { hdr: *header, ..Default::default() });
+    let mut page = ZeroPage(boot_params { hdr: *header, acpi_rsdp_addr: RSDP.0, ..Default::default() });
     let map = memory_map(memory);
     page.0.e820_entries = u8::try_from(map.len()).expect("the map has a handful of entries");
     for (entry, (addr, size, kind)) in page.0.e820_table.iter_mut().zip(map) {

@@ -1,10 +1,11 @@
 //! Bringing a kernel into guest memory and the first vCPU to its entry.
 //!
 //! ```text
-//!  0x0500 GDT · 0x6000 PVH start info / 0x7000 boot_params · 0x9000 page tables · 0x2_0000 command line · 1 MiB kernel
+//!  0x0500 GDT · 0x6000 PVH start info / 0x7000 boot_params · 0x9000 page tables · 0x2_0000 command line · 0xe_0000 ACPI · 1 MiB kernel
 //!                                                                       initrd: at the end of low memory
 //! ```
 
+pub(crate) mod acpi;
 mod cpu;
 mod kernel;
 mod linux;

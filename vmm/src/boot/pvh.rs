@@ -1,5 +1,6 @@
 //! The PVH start information (Xen's `start_info.h`): memory map, command line and initrd for a 32-bit ELF entry.
 
+use super::acpi::RSDP;
 use super::kernel::{BootError, Initrd, write};
 use super::{CMDLINE, EBDA_START, HIMEM_START, START_INFO};
 use crate::memory::{HIGH_MEMORY_START, LOW_MEMORY_END, Memory};
@@ -37,7 +38,7 @@ pub(super) fn write_start_info(memory: &Memory, initrd: Option<Initrd>) -> Resul
     bytes.extend(u32::from(initrd.is_some()).to_le_bytes());
     bytes.extend(if initrd.is_some() { modules_address } else { 0 }.to_le_bytes());
     bytes.extend(CMDLINE.0.to_le_bytes());
-    bytes.extend(0_u64.to_le_bytes());
+    bytes.extend(RSDP.0.to_le_bytes());
     bytes.extend(map_address.to_le_bytes());
     let entries = u32::try_from(map.len()).expect("the map has a handful of entries");
     bytes.extend(entries.to_le_bytes());

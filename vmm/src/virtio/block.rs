@@ -8,6 +8,7 @@
 //! then belongs to the guest's memory and moves with it; `resume` looks at the queue again.
 
 use super::backend::{BlockBackend, BlockError};
+use super::device::{DeviceState, Interrupt, VirtioDevice};
 use super::request::{Chain, ID_BYTES, Operation, REQUEST_BYTES_MAX, Request, RequestError, SECTOR, parse};
 use crate::memory::GuestRam;
 use bytes::Bytes;
@@ -20,11 +21,8 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
 };
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vmm_sys_util::eventfd::EventFd;
-
-/// Entries of the queue: requests in flight of one device.
-pub const QUEUE_SIZE: u16 = 128;
+use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
 
 /// Data segments of one request, so that it fits in the queue with header and status.
 const SEGMENTS_MAX: u32 = 64;
@@ -61,39 +59,6 @@ struct Shared {
     id: [u8; ID_BYTES],
 }
 
-/// Raises the device's interrupt; the transport reads the status from it.
-#[derive(Clone)]
-pub struct Interrupt {
-    fd: Arc<EventFd>,
-    status: Arc<std::sync::atomic::AtomicU32>,
-}
-
-impl Interrupt {
-    /// An interrupt that is delivered through `fd`.
-    pub fn new(fd: EventFd) -> Self {
-        Self { fd: Arc::new(fd), status: Arc::default() }
-    }
-
-    /// The descriptor for the kernel's interrupt controller.
-    pub fn fd(&self) -> &EventFd {
-        &self.fd
-    }
-
-    /// Pending causes, as the transport's register has them.
-    pub fn status(&self) -> &std::sync::atomic::AtomicU32 {
-        &self.status
-    }
-
-    /// Raises a cause.
-    pub fn raise(&self, cause: u32) {
-        self.status.fetch_or(cause, std::sync::atomic::Ordering::SeqCst);
-        if let Err(error) = self.fd.write(1) {
-            // Only a counter at its maximum fails: an interrupt is pending then anyhow.
-            tracing::debug!(%error, "interrupt");
-        }
-    }
-}
-
 /// A block device; clones are handles of the same one.
 #[derive(Clone)]
 pub struct BlockDevice {
@@ -114,103 +79,6 @@ impl BlockDevice {
         let core = Core { queue: None, in_flight: 0, quiesced: false, generation: 0, broken: false };
         let shared = Shared { core: Mutex::new(core), idle: Condvar::new(), ram, backend, interrupt, id };
         Self { shared: Arc::new(shared) }
-    }
-
-    /// Offered features.
-    pub fn features(&self) -> u64 {
-        let bits = [
-            VIRTIO_F_VERSION_1,
-            VIRTIO_BLK_F_FLUSH,
-            VIRTIO_BLK_F_BLK_SIZE,
-            VIRTIO_BLK_F_SEG_MAX,
-            VIRTIO_BLK_F_DISCARD,
-            VIRTIO_BLK_F_WRITE_ZEROES,
-        ];
-        bits.iter().fold(0, |features, bit| features | 1 << bit)
-    }
-
-    /// The configuration space (virtio 1.2, 5.2.4).
-    pub fn config(&self) -> [u8; CONFIG_BYTES] {
-        let mut config = [0; CONFIG_BYTES];
-        let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
-        put(0, &(self.shared.backend.capacity_bytes() / SECTOR).to_le_bytes());
-        put(8, &(REQUEST_BYTES_MAX as u32).to_le_bytes());
-        put(12, &SEGMENTS_MAX.to_le_bytes());
-        put(20, &(proto::limits::BLOCK_BYTES as u32).to_le_bytes());
-        // max_discard_sectors, max_discard_seg, discard_sector_alignment
-        put(36, &DISCARD_SECTORS_MAX.to_le_bytes());
-        put(40, &1_u32.to_le_bytes());
-        put(44, &(proto::limits::BLOCK_BYTES as u32 / SECTOR as u32).to_le_bytes());
-        // max_write_zeroes_sectors, max_write_zeroes_seg, write_zeroes_may_unmap
-        put(48, &DISCARD_SECTORS_MAX.to_le_bytes());
-        put(52, &1_u32.to_le_bytes());
-        put(56, &[1]);
-        config
-    }
-
-    /// The guest has set the queue up.
-    pub fn activate(&self, queue: Queue) {
-        let mut core = self.core();
-        core.queue = Some(queue);
-        core.generation += 1;
-        core.broken = false;
-    }
-
-    /// The guest resets the device; requests in flight end unseen.
-    pub fn reset(&self) {
-        let mut core = self.core();
-        core.queue = None;
-        core.generation += 1;
-        core.broken = false;
-    }
-
-    /// The queue as it stands, for the transport's state.
-    pub fn queue_state(&self) -> Option<virtio_queue::QueueState> {
-        self.core().queue.as_ref().map(Queue::state)
-    }
-
-    /// The part of the state that is the device's own.
-    pub fn state(&self) -> BlockState {
-        BlockState { capacity_bytes: self.shared.backend.capacity_bytes() }
-    }
-
-    /// The guest broke the protocol; it must reset the device.
-    pub fn is_broken(&self) -> bool {
-        self.core().broken
-    }
-
-    /// Takes everything off the queue that is there.
-    pub fn process(&self) {
-        while let Some(outcome) = self.take_one() {
-            if let Err(error) = outcome {
-                tracing::warn!(%error, "the guest's block driver broke the protocol");
-            }
-        }
-    }
-
-    /// Takes nothing off the queue from now on.
-    pub fn quiesce(&self) {
-        self.core().quiesced = true;
-    }
-
-    /// Waits until nothing is in flight; `false` when the deadline passed first.
-    pub fn drain(&self, deadline: Instant) -> bool {
-        let mut core = self.core();
-        while core.in_flight > 0 {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left == Duration::ZERO {
-                return false;
-            }
-            let waited = self.shared.idle.wait_timeout(core, left);
-            core = waited.unwrap_or_else(PoisonError::into_inner).0;
-        }
-        true
-    }
-
-    /// Works again after `quiesce`.
-    pub fn resume(&self) {
-        self.core().quiesced = false;
-        self.process();
     }
 
     fn core(&self) -> MutexGuard<'_, Core> {
@@ -308,6 +176,118 @@ impl BlockDevice {
         core.in_flight -= 1;
         if core.in_flight == 0 {
             self.shared.idle.notify_all();
+        }
+    }
+}
+
+impl VirtioDevice for BlockDevice {
+    fn kind(&self) -> u32 {
+        VIRTIO_ID_BLOCK
+    }
+
+    fn queue_count(&self) -> u16 {
+        1
+    }
+
+    fn features(&self) -> u64 {
+        let bits = [
+            VIRTIO_F_VERSION_1,
+            VIRTIO_BLK_F_FLUSH,
+            VIRTIO_BLK_F_BLK_SIZE,
+            VIRTIO_BLK_F_SEG_MAX,
+            VIRTIO_BLK_F_DISCARD,
+            VIRTIO_BLK_F_WRITE_ZEROES,
+        ];
+        bits.iter().fold(0, |features, bit| features | 1 << bit)
+    }
+
+    /// Virtio 1.2, 5.2.4.
+    fn config(&self) -> Vec<u8> {
+        let mut config = vec![0; CONFIG_BYTES];
+        let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0, &(self.shared.backend.capacity_bytes() / SECTOR).to_le_bytes());
+        put(8, &(REQUEST_BYTES_MAX as u32).to_le_bytes());
+        put(12, &SEGMENTS_MAX.to_le_bytes());
+        put(20, &(proto::limits::BLOCK_BYTES as u32).to_le_bytes());
+        // max_discard_sectors, max_discard_seg, discard_sector_alignment
+        put(36, &DISCARD_SECTORS_MAX.to_le_bytes());
+        put(40, &1_u32.to_le_bytes());
+        put(44, &(proto::limits::BLOCK_BYTES as u32 / SECTOR as u32).to_le_bytes());
+        // max_write_zeroes_sectors, max_write_zeroes_seg, write_zeroes_may_unmap
+        put(48, &DISCARD_SECTORS_MAX.to_le_bytes());
+        put(52, &1_u32.to_le_bytes());
+        put(56, &[1]);
+        config
+    }
+
+    fn activate(&self, mut queues: Vec<Queue>, _: u64) {
+        let mut core = self.core();
+        core.queue = queues.pop();
+        core.generation += 1;
+        core.broken = false;
+    }
+
+    /// Requests in flight end unseen.
+    fn reset(&self) {
+        let mut core = self.core();
+        core.queue = None;
+        core.generation += 1;
+        core.broken = false;
+    }
+
+    fn queue_states(&self) -> Vec<QueueState> {
+        self.core().queue.iter().map(Queue::state).collect()
+    }
+
+    fn is_broken(&self) -> bool {
+        self.core().broken
+    }
+
+    /// Takes everything off the queue that is there.
+    fn process(&self) {
+        while let Some(outcome) = self.take_one() {
+            if let Err(error) = outcome {
+                tracing::warn!(%error, "the guest's block driver broke the protocol");
+            }
+        }
+    }
+
+    fn quiesce(&self) {
+        self.core().quiesced = true;
+    }
+
+    fn drain(&self, deadline: Instant) -> bool {
+        let mut core = self.core();
+        while core.in_flight > 0 {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left == Duration::ZERO {
+                return false;
+            }
+            let waited = self.shared.idle.wait_timeout(core, left);
+            core = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+
+    fn resume(&self) {
+        self.core().quiesced = false;
+        self.shared.interrupt.raise_pending();
+        self.process();
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Block(BlockState { capacity_bytes: self.shared.backend.capacity_bytes() })
+    }
+
+    fn restore(&self, state: &DeviceState) -> Result<(), String> {
+        let here = self.shared.backend.capacity_bytes();
+        match state {
+            DeviceState::Block(state) if state.capacity_bytes == here => Ok(()),
+            DeviceState::Block(state) => Err(format!(
+                "the disk has {here} bytes here and {} bytes at the source",
+                state.capacity_bytes
+            )),
+            _ => Err("it is a disk here".to_owned()),
         }
     }
 }

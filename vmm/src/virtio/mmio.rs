@@ -1,15 +1,13 @@
 //! The virtio-mmio transport, version 2 (virtio 1.2, 4.2).
 
-use super::block::{BlockDevice, BlockState, Interrupt, QUEUE_SIZE};
+use super::device::{DeviceState, Interrupt, VirtioDevice};
 use serde::{Deserialize, Serialize};
-use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK,
     VIRTIO_CONFIG_S_NEEDS_RESET,
 };
-use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_queue::{Queue, QueueState, QueueT};
 
 /// Bytes of a device's register window.
@@ -18,6 +16,8 @@ pub const WINDOW_BYTES: u64 = 0x1000;
 pub const QUEUE_NOTIFY: u64 = 0x50;
 /// Interrupt cause: the used ring moved on.
 pub const INTERRUPT_USED_RING: u32 = 1;
+/// Entries of a queue: requests in flight of one device.
+pub const QUEUE_SIZE: u16 = 128;
 
 const MAGIC: u32 = 0x7472_6976;
 const VERSION: u32 = 2;
@@ -31,10 +31,11 @@ pub struct MmioState {
     features_select: u32,
     driver_features: u64,
     driver_select: u32,
+    queue_select: u32,
     interrupt_status: u32,
-    queue: QueueFields,
+    queues: Vec<QueueFields>,
     activated: bool,
-    device: BlockState,
+    device: DeviceState,
 }
 
 /// A queue's registers; virtio-queue's own state type is not serialisable.
@@ -56,14 +57,17 @@ pub enum MmioRestoreError {
     /// The queue's registers contradict each other.
     #[error("the queue's state is invalid: {cause}")]
     BadQueue { cause: String },
-    /// The disk here has another size.
-    #[error("the disk has {here} bytes here and {there} bytes at the source")]
-    OtherCapacity { here: u64, there: u64 },
+    /// It has another number of queues.
+    #[error("the device has {here} queues here and {there} at the source")]
+    OtherQueues { here: usize, there: usize },
+    /// The device here is another one.
+    #[error("{cause}")]
+    OtherDevice { cause: String },
 }
 
 /// One device behind its registers.
 pub struct MmioTransport {
-    device: BlockDevice,
+    device: Arc<dyn VirtioDevice>,
     interrupt: Interrupt,
     registers: Mutex<Registers>,
 }
@@ -74,32 +78,51 @@ struct Registers {
     driver_features: u64,
     driver_select: u32,
     queue_select: u32,
-    queue: Queue,
+    queues: Vec<Queue>,
     activated: bool,
 }
 
-fn new_queue() -> Queue {
-    Queue::new(QUEUE_SIZE).expect("the queue's size is a power of two")
-}
-
-impl MmioTransport {
-    /// A transport for `device`, which raises `interrupt`.
-    pub fn new(device: BlockDevice, interrupt: Interrupt) -> Self {
-        let registers = Registers {
+impl Registers {
+    fn new(queues: u16) -> Self {
+        let queue = || Queue::new(QUEUE_SIZE).expect("the queue's size is a power of two");
+        Self {
             status: 0,
             features_select: 0,
             driver_features: 0,
             driver_select: 0,
             queue_select: 0,
-            queue: new_queue(),
+            queues: (0..queues).map(|_| queue()).collect(),
             activated: false,
-        };
-        Self { device, interrupt, registers: Mutex::new(registers) }
+        }
+    }
+
+    fn selected(&self) -> Option<&Queue> {
+        self.queues.get(usize::try_from(self.queue_select).ok()?)
+    }
+}
+
+/// Queues of their own from what the guest wrote or a peer sent.
+fn queues_of(states: impl Iterator<Item = QueueState>) -> Result<Vec<Queue>, MmioRestoreError> {
+    let queue = |state: QueueState| {
+        Queue::try_from(state).map_err(|error| MmioRestoreError::BadQueue { cause: error.to_string() })
+    };
+    states.map(queue).collect()
+}
+
+impl MmioTransport {
+    /// A transport for `device`, which raises `interrupt`.
+    pub fn new(device: Arc<dyn VirtioDevice>, interrupt: Interrupt) -> Self {
+        let registers = Mutex::new(Registers::new(device.queue_count()));
+        Self { device, interrupt, registers }
     }
 
     /// The device.
-    pub fn device(&self) -> &BlockDevice {
-        &self.device
+    pub fn device(&self) -> &dyn VirtioDevice {
+        &*self.device
+    }
+
+    fn registers(&self) -> MutexGuard<'_, Registers> {
+        self.registers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The guest reads; anything that is no register reads as zero.
@@ -119,19 +142,19 @@ impl MmioTransport {
     }
 
     fn read_register(&self, offset: u64) -> u32 {
-        let registers = self.registers.lock().unwrap_or_else(PoisonError::into_inner);
+        let registers = self.registers();
         match offset {
             0x00 => MAGIC,
             0x04 => VERSION,
-            0x08 => VIRTIO_ID_BLOCK,
+            0x08 => self.device.kind(),
             0x0c => VENDOR,
             0x10 => match registers.features_select {
                 0 => self.device.features() as u32,
                 1 => (self.device.features() >> 32) as u32,
                 _ => 0,
             },
-            0x34 if registers.queue_select == 0 => u32::from(QUEUE_SIZE),
-            0x44 if registers.queue_select == 0 => u32::from(registers.queue.ready()),
+            0x34 if registers.selected().is_some() => u32::from(QUEUE_SIZE),
+            0x44 => registers.selected().map_or(0, |queue| u32::from(queue.ready())),
             0x60 => self.interrupt.status().load(Ordering::SeqCst),
             0x70 => {
                 let broken = if self.device.is_broken() { VIRTIO_CONFIG_S_NEEDS_RESET } else { 0 };
@@ -149,7 +172,7 @@ impl MmioTransport {
             self.device.process();
             return;
         }
-        let mut registers = self.registers.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut registers = self.registers();
         match offset {
             0x14 => registers.features_select = value,
             0x20 => registers.set_driver_features(value),
@@ -168,15 +191,8 @@ impl MmioTransport {
             self.device.reset();
             self.interrupt.status().store(0, Ordering::SeqCst);
             let kept = (registers.features_select, registers.queue_select);
-            *registers = Registers {
-                status: 0,
-                features_select: kept.0,
-                driver_features: 0,
-                driver_select: 0,
-                queue_select: kept.1,
-                queue: new_queue(),
-                activated: false,
-            };
+            *registers = Registers::new(self.device.queue_count());
+            (registers.features_select, registers.queue_select) = kept;
             return;
         }
         registers.status = value;
@@ -185,13 +201,11 @@ impl MmioTransport {
             registers.status &= !VIRTIO_CONFIG_S_FEATURES_OK;
         }
         let running = VIRTIO_CONFIG_S_FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK;
-        let failed = registers.status & VIRTIO_CONFIG_S_FAILED != 0;
-        if !registers.activated && !failed && registers.status & running == running && registers.queue.ready()
-        {
+        let may_run = registers.status & (running | VIRTIO_CONFIG_S_FAILED) == running;
+        if !registers.activated && may_run && registers.queues.iter().all(Queue::ready) {
             registers.activated = true;
-            let queue = Queue::try_from(registers.queue.state());
-            match queue {
-                Ok(queue) => self.device.activate(queue),
+            match queues_of(registers.queues.iter().map(Queue::state)) {
+                Ok(queues) => self.device.activate(queues, registers.driver_features),
                 Err(error) => tracing::warn!(%error, "the guest set up an impossible queue"),
             }
         }
@@ -199,69 +213,79 @@ impl MmioTransport {
 
     /// The state; the device must be quiesced and drained.
     pub fn save(&self) -> MmioState {
-        let registers = self.registers.lock().unwrap_or_else(PoisonError::into_inner);
-        let queue = self.device.queue_state().unwrap_or_else(|| registers.queue.state());
+        let registers = self.registers();
+        let mut queues = self.device.queue_states();
+        if queues.is_empty() {
+            queues = registers.queues.iter().map(Queue::state).collect();
+        }
         MmioState {
             status: registers.status,
             features_select: registers.features_select,
             driver_features: registers.driver_features,
             driver_select: registers.driver_select,
+            queue_select: registers.queue_select,
             interrupt_status: self.interrupt.status().load(Ordering::SeqCst),
-            queue: QueueFields {
-                size: queue.size,
-                ready: queue.ready,
-                desc: queue.desc_table,
-                avail: queue.avail_ring,
-                used: queue.used_ring,
-                next_avail: queue.next_avail,
-                next_used: queue.next_used,
-                event_idx: queue.event_idx_enabled,
-            },
+            queues: queues.iter().map(QueueFields::of).collect(),
             activated: registers.activated,
-            device: self.device.state(),
+            device: self.device.save(),
         }
     }
 
     /// Takes over a saved state; the device stays quiesced until it is resumed.
     ///
     /// # Errors
-    /// The state is impossible or of another disk.
+    /// The state is impossible or of another device.
     pub fn restore(&self, state: &MmioState) -> Result<(), MmioRestoreError> {
-        let (here, there) = (self.device.state().capacity_bytes, state.device.capacity_bytes);
+        let (here, there) = (usize::from(self.device.queue_count()), state.queues.len());
         if here != there {
-            return Err(MmioRestoreError::OtherCapacity { here, there });
+            return Err(MmioRestoreError::OtherQueues { here, there });
         }
-        let fields = &state.queue;
-        let queue_state = || QueueState {
-            max_size: QUEUE_SIZE,
-            next_avail: fields.next_avail,
-            next_used: fields.next_used,
-            event_idx_enabled: fields.event_idx,
-            size: fields.size,
-            ready: fields.ready,
-            desc_table: fields.desc,
-            avail_ring: fields.avail,
-            used_ring: fields.used,
-        };
-        let queue = || {
-            Queue::try_from(queue_state())
-                .map_err(|error| MmioRestoreError::BadQueue { cause: error.to_string() })
-        };
-        let mut registers = self.registers.lock().unwrap_or_else(PoisonError::into_inner);
-        *registers = Registers {
+        let queues = || queues_of(state.queues.iter().map(QueueFields::state));
+        let of_registers = queues()?;
+        self.device.restore(&state.device).map_err(|cause| MmioRestoreError::OtherDevice { cause })?;
+        *self.registers() = Registers {
             status: state.status,
             features_select: state.features_select,
             driver_features: state.driver_features,
             driver_select: state.driver_select,
-            queue_select: 0,
-            queue: queue()?,
+            queue_select: state.queue_select,
+            queues: of_registers,
             activated: state.activated,
         };
         self.interrupt.status().store(state.interrupt_status, Ordering::SeqCst);
         if state.activated {
-            self.device.activate(queue()?);
+            self.device.activate(queues()?, state.driver_features);
         }
         Ok(())
+    }
+}
+
+impl QueueFields {
+    fn of(queue: &QueueState) -> Self {
+        Self {
+            size: queue.size,
+            ready: queue.ready,
+            desc: queue.desc_table,
+            avail: queue.avail_ring,
+            used: queue.used_ring,
+            next_avail: queue.next_avail,
+            next_used: queue.next_used,
+            event_idx: queue.event_idx_enabled,
+        }
+    }
+
+    fn state(&self) -> QueueState {
+        QueueState {
+            max_size: QUEUE_SIZE,
+            next_avail: self.next_avail,
+            next_used: self.next_used,
+            event_idx_enabled: self.event_idx,
+            size: self.size,
+            ready: self.ready,
+            desc_table: self.desc,
+            avail_ring: self.avail,
+            used_ring: self.used,
+        }
     }
 }
 
@@ -276,10 +300,8 @@ impl Registers {
     }
 
     fn set_queue(&mut self, offset: u64, value: u32) {
-        if self.queue_select != 0 || self.activated {
-            return;
-        }
-        let queue = &mut self.queue;
+        let selected = usize::try_from(self.queue_select).unwrap_or(usize::MAX);
+        let Some(queue) = self.queues.get_mut(selected).filter(|_| !self.activated) else { return };
         match offset {
             0x38 => queue.set_size(u16::try_from(value).unwrap_or(u16::MAX)),
             0x44 => queue.set_ready(value == 1),

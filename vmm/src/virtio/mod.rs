@@ -2,9 +2,16 @@
 
 pub mod backend;
 pub mod block;
+pub mod device;
+pub mod entropy;
 pub mod mmio;
 mod request;
+mod rings;
+pub mod worker;
 
 pub use backend::{BlockBackend, BlockCompletion, BlockError};
 pub use block::{BlockDevice, BlockState};
+pub use device::{DeviceState, Interrupt, VirtioDevice};
+pub use entropy::EntropyDevice;
 pub use mmio::{MmioState, MmioTransport};
+pub use worker::Worker;

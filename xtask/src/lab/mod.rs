@@ -42,7 +42,7 @@ struct Scenario {
     script: &'static str,
 }
 
-const SCENARIOS: [Scenario; 2] = [
+const SCENARIOS: [Scenario; 5] = [
     Scenario {
         name: "machine",
         about: "the machine's own tests, with the probe guest under a true KVM",
@@ -54,10 +54,34 @@ const SCENARIOS: [Scenario; 2] = [
     Scenario {
         name: "linux",
         about: "an unmodified Debian kernel: ACPI, two vCPUs, disks, clock, RNG, power button, power-off, reboot",
-        seconds: 90,
+        seconds: 120,
         quick: true,
         debian: false,
-        script: "exec /lab/bin/lab linux",
+        script: "/lab/bin/lab linux && test -s $LAB_DETAILS",
+    },
+    Scenario {
+        name: "boots",
+        about: "a dozen boots of the Debian kernel, each with another timing",
+        seconds: 300,
+        quick: false,
+        debian: false,
+        script: "/lab/bin/lab boots 12 && test -s $LAB_DETAILS",
+    },
+    Scenario {
+        name: "hops",
+        about: "two vCPUs go from machine to machine five times under load of CPU, timers and disk",
+        seconds: 120,
+        quick: true,
+        debian: false,
+        script: "/lab/bin/lab hops 5 && test -s $LAB_DETAILS",
+    },
+    Scenario {
+        name: "hops-long",
+        about: "the same fifty times",
+        seconds: 600,
+        quick: false,
+        debian: false,
+        script: "/lab/bin/lab hops 50 && test -s $LAB_DETAILS",
     },
 ];
 

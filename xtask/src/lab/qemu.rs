@@ -75,7 +75,7 @@ impl LabMachine<'_> {
     fn command(&self, reports: &Path, console: File) -> Result<Command> {
         let mut command = Command::new("qemu-system-x86_64");
         command
-            .args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m"])
+            .args(["-accel", "tcg,thread=multi", "-cpu", "max,xsave=off", "-smp", "2", "-m"])
             .arg(MEMORY_MIB.to_string());
         command.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]);
         command
