@@ -20,6 +20,8 @@ pub enum Hold {
     Outgoing,
     /// Incoming migration: until its volumes are active.
     Incoming,
+    /// Incoming migration: pages are missing, and there is no link to where they are.
+    Starved,
     /// Outgoing migration: the guest is being slowed.
     Throttle,
     /// The machine is being taken down.

@@ -1,20 +1,31 @@
 //! The machine as the target of a migration: paused, with empty memory that the source fills.
+//!
+//! With pages on demand it runs before all of them are there: see [`vmm::demand`].
 
-use migrate::{TargetVm, VmError};
+use crate::fence::{SharedGate, lock};
+use crate::gate::Hold;
+use migrate::{FaultSink, PageBitmap, Supply, TargetVm, VmError};
 use proto::PageIndex;
 use std::ops::Range;
-use std::sync::Arc;
-use vmm::{Machine, MachineState};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use vmm::{Demand, Machine, MachineState};
 
 /// The machine that is filled.
 pub struct IncomingVm {
     machine: Arc<Machine>,
+    gate: SharedGate<Machine>,
+    demand: Mutex<Option<Demand>>,
 }
 
 impl IncomingVm {
-    /// Fills this machine, which has never run.
-    pub fn new(machine: Arc<Machine>) -> Self {
-        Self { machine }
+    /// Fills this machine, which has never run and is behind this gate.
+    pub fn new(machine: Arc<Machine>, gate: SharedGate<Machine>) -> Self {
+        Self { machine, gate, demand: Mutex::new(None) }
+    }
+
+    fn demand(&self) -> MutexGuard<'_, Option<Demand>> {
+        // Set once and taken once: a panic in between changes nothing.
+        self.demand.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -33,6 +44,34 @@ impl TargetVm for IncomingVm {
 
     fn read_pages(&self, first: PageIndex, out: &mut [u8]) -> Result<(), VmError> {
         self.machine.memory().read_pages(first, out).map_err(|error| VmError::new("read its memory", error))
+    }
+
+    fn begin_on_demand(&self, missing: &PageBitmap, faults: FaultSink) -> Result<(), VmError> {
+        let runs = missing.runs(0..missing.words().len());
+        let demand = Demand::begin(self.machine.memory().clone(), &runs, faults)
+            .map_err(|error| VmError::new("wait for pages of its memory", error))?;
+        *self.demand() = Some(demand);
+        Ok(())
+    }
+
+    fn place_pages(&self, first: PageIndex, data: &[u8]) -> Result<(), VmError> {
+        match &*self.demand() {
+            Some(demand) => demand.place(first, data).map_err(|error| VmError::new("place pages", error)),
+            None => Err(VmError::new("place pages", "none are missing")),
+        }
+    }
+
+    fn end_on_demand(&self) {
+        drop(self.demand().take());
+    }
+
+    fn starve(&self, supply: Supply) -> Result<(), VmError> {
+        let mut gate = lock(&self.gate);
+        let changed = match supply {
+            Supply::Broken => gate.hold(Hold::Starved),
+            Supply::Flows => gate.release(Hold::Starved),
+        };
+        changed.map_err(|error| VmError::new("hold its vCPUs for want of pages", error))
     }
 
     fn load_state(&self, state: &[u8]) -> Result<(), VmError> {

@@ -81,7 +81,7 @@ impl Process {
             rehash: Rehash::Incremental,
         };
         let identity = vm.identity.clone();
-        let target = Arc::new(IncomingVm::new(machine.clone()));
+        let target = Arc::new(IncomingVm::new(machine.clone(), vm.gate.clone()));
         // Waits for the socket on another thread.
         let listening = tokio::task::spawn_blocking(move || TargetTask::listen(identity, config, target));
         let handle = listening.await.map_err(|error| failed("PrepareIncoming", &error))?;

@@ -56,7 +56,7 @@ impl Phase {
 
 /// A fence outranks a pause: the daemon must know that only a confirmed placement leads out of it.
 fn live_word(lease: LeaseState, holds: &BTreeSet<Hold>) -> &'static str {
-    let stands = [Hold::Operator, Hold::Outgoing, Hold::Incoming, Hold::Shutdown];
+    let stands = [Hold::Operator, Hold::Outgoing, Hold::Incoming, Hold::Starved, Hold::Shutdown];
     match lease {
         LeaseState::Fenced { .. } | LeaseState::Stopping { .. } => "fenced",
         _ if stands.iter().any(|hold| holds.contains(hold)) => "paused",

@@ -129,6 +129,44 @@ async fn a_running_guest_moves_with_its_memory_and_its_disk() {
     assert!(pair.target.wait_exit().await.success());
 }
 
+/// The link carries a fraction of what the guest writes: it goes over without most of its working set, runs at once,
+/// and finds every page as it left it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_outruns_the_link_runs_before_its_pages_are_there() {
+    let (mut pair, outgoing) = Pair::new().await;
+    let (mut source, mut target) = (pair.source.client.clone(), pair.target.client.clone());
+    let outgoing = v1::StartOutgoingRequest {
+        policy: "post-copy".to_owned(),
+        bandwidth_bytes_per_s: 12 << 20,
+        downtime_ms: 1,
+        ..outgoing
+    };
+    source.start_outgoing(outgoing).await.unwrap();
+    wait_phase(&pair.source, "paused").await;
+    source.commit_proposed(v1::MigrationStepRequest { migration_id: MIGRATION }).await.unwrap();
+    pair.host.next_epoch();
+    source.migration_outcome(pair.outcome(true)).await.unwrap();
+    let answer = target.migration_outcome(pair.outcome(true)).await.unwrap().into_inner();
+    assert_eq!(answer.state, "running");
+    let during = pair.source.status().await.migration.unwrap();
+    assert_eq!(during.phase, "committed", "its pages are still needed: {during:?}");
+    pair.target.wait_beats(5).await;
+    let done = wait_phase(&pair.source, "done").await;
+    // Over its whole working set again, now that all of it is here.
+    pair.target.wait_beats(5).await;
+    let console = pair.target.console().await;
+    assert!(!console.contains("PROBE ERROR") && console.contains(" errors=0"), "{console}");
+    let record = done.migration.unwrap().record.unwrap();
+    eprintln!(
+        "on demand: moved in {:.0} ms, blackout {:.1} ms, {:?}",
+        record.total_ms, record.blackout_ms, record.per_round
+    );
+    source.stop(v1::MachineStopRequest { force: true }).await.unwrap();
+    assert!(pair.source.wait_exit().await.success());
+    target.stop(v1::MachineStopRequest { force: false }).await.unwrap();
+    assert!(pair.target.wait_exit().await.success());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_aborted_migration_leaves_the_guest_running_at_the_source() {
     let (mut pair, outgoing) = Pair::new().await;
