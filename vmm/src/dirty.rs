@@ -9,6 +9,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VmFd;
 use std::io;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iowr_nr;
 
@@ -19,6 +20,43 @@ ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
 
 /// Pages per clear must be a multiple of this, unless the range ends with the slot.
 pub const CLEAR_GRANULE_PAGES: u64 = 64;
+
+/// Pages that devices wrote and that were not cleared yet, as the kernel keeps those of the guest: looking does not clear.
+#[derive(Default)]
+pub struct DeviceWrites {
+    /// Words of 64 pages, for each slot.
+    slots: Mutex<Vec<Vec<u64>>>,
+}
+
+impl DeviceWrites {
+    /// Forgets all.
+    pub fn reset(&self) {
+        self.slots().clear();
+    }
+
+    /// Takes in what was written since the last look, and adds everything that is kept to `words`.
+    pub fn fetch(&self, slot: usize, written: Vec<u64>, words: &mut [u64]) {
+        let mut slots = self.slots();
+        if slots.len() <= slot {
+            slots.resize(slot + 1, Vec::new());
+        }
+        let kept = &mut slots[slot];
+        kept.resize(kept.len().max(written.len()), 0);
+        kept.iter_mut().zip(written).for_each(|(kept, written)| *kept |= written);
+        words.iter_mut().zip(&*kept).for_each(|(word, kept)| *word |= kept);
+    }
+
+    /// Clears the bits that are set in `words`, from word `first` of the slot on.
+    pub fn clear(&self, slot: usize, first: usize, words: &[u64]) {
+        if let Some(kept) = self.slots().get_mut(slot).and_then(|kept| kept.get_mut(first..)) {
+            kept.iter_mut().zip(words).for_each(|(kept, word)| *kept &= !word);
+        }
+    }
+
+    fn slots(&self) -> MutexGuard<'_, Vec<Vec<u64>>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 /// Turns manual protection on; before dirty logging of any slot.
 ///

@@ -13,7 +13,7 @@ use crate::bus::{Bus, POWER_BUTTON_IRQ, SERIAL_IRQ};
 use crate::console::ConsoleRing;
 use crate::cpu::{Topology, cpuid_of};
 use crate::devices;
-use crate::dirty;
+use crate::dirty::{self, DeviceWrites};
 use crate::memory::{Memory, MemoryError};
 use crate::state::{
     MachineState, SerialRegisters, StateError, restore_chips, restore_vcpu, save_chips, save_vcpu,
@@ -110,6 +110,7 @@ pub struct Machine {
     topology: Topology,
     msr_indices: Vec<u32>,
     logging: AtomicBool,
+    device_writes: DeviceWrites,
 }
 
 impl Machine {
@@ -147,6 +148,7 @@ impl Machine {
             topology: Topology { vcpus: config.vcpus, has_deadline_timer },
             msr_indices,
             logging: AtomicBool::new(false),
+            device_writes: DeviceWrites::default(),
         };
         machine.map_memory(0)?;
         machine.add_vcpus(&config)?;
@@ -341,6 +343,7 @@ impl Machine {
         for (region, _) in self.memory.regions() {
             region.get_mmap().bitmap().reset();
         }
+        self.device_writes.reset();
         self.map_memory(KVM_MEM_LOG_DIRTY_PAGES)?;
         self.logging.store(true, Ordering::SeqCst);
         Ok(())
@@ -357,18 +360,16 @@ impl Machine {
         Ok(())
     }
 
-    /// Hands out the dirty bits as words of 64 pages, from the word at `first` on; clears none of the kernel's.
+    /// Hands out the dirty bits as words of 64 pages, from the word at `first` on; clears none.
     ///
     /// # Errors
     /// KVM refuses.
     pub fn fetch_dirty(&self, mut merge: impl FnMut(PageIndex, &[u64])) -> Result<(), MachineError> {
         for (slot, (region, first)) in self.memory.regions().enumerate() {
             let len = usize::try_from(region.len()).expect("the region is mapped");
-            let slot = u32::try_from(slot).expect("two slots");
-            let mut words = self.vm.get_dirty_log(slot, len).map_err(kvm("give the dirty log"))?;
-            // The bits of device writes are taken out here: the caller keeps what it was given.
-            let of_devices = region.get_mmap().bitmap().get_and_reset();
-            words.iter_mut().zip(of_devices).for_each(|(word, device)| *word |= device);
+            let number = u32::try_from(slot).expect("two slots");
+            let mut words = self.vm.get_dirty_log(number, len).map_err(kvm("give the dirty log"))?;
+            self.device_writes.fetch(slot, region.get_mmap().bitmap().get_and_reset(), &mut words);
             merge(first, &words);
         }
         Ok(())
@@ -392,6 +393,8 @@ impl Machine {
                 action: "clear the dirty log",
                 source: io::Error::other(error),
             })?;
+            let first_word = usize::try_from((start - region_first.0) / 64).expect("the region is mapped");
+            self.device_writes.clear(slot, first_word, &words[skip..]);
             let slot = u32::try_from(slot).expect("two slots");
             dirty::clear(&self.vm, slot, start - region_first.0, count, &words[skip..])
                 .map_err(system("clear the dirty log"))?;

@@ -165,6 +165,43 @@ fn a_hop_does_no_access_to_a_device_twice() {
 }
 
 #[test]
+fn a_dirty_bit_stays_until_it_is_cleared_whoever_wrote() {
+    let rig = Rig::with_probe(64 * MIB, "wss=4K disk=0", vec![]);
+    rig.machine.start_dirty_log().unwrap();
+    let fetch = |page: u64| {
+        let mut is_dirty = false;
+        let merge = |first: PageIndex, words: &[u64]| {
+            let at = (page - first.0) as usize;
+            is_dirty |= words[at / 64] >> (at % 64) & 1 == 1;
+        };
+        rig.machine.fetch_dirty(merge).unwrap();
+        is_dirty
+    };
+    let page = 777;
+    let word = [1 << (page % 64)];
+    let word_start = PageIndex(page / 64 * 64);
+    rig.machine.clear_dirty(word_start, &[u64::MAX]).unwrap();
+    assert!(!fetch(page));
+    // As a device writes: through the mapping, unseen by the kernel.
+    let write = || {
+        let address = vm_memory::GuestAddress(page * BLOCK_BYTES as u64 + 100);
+        vm_memory::Bytes::write_obj(rig.machine.memory().ram(), 1_u64, address).unwrap();
+    };
+    write();
+    assert!(
+        fetch(page) && fetch(page),
+        "looking has cleared the bit: who looks twice before copying loses the write"
+    );
+    rig.machine.clear_dirty(PageIndex(page / 64 * 64 + 64), &[u64::MAX]).unwrap();
+    rig.machine.clear_dirty(word_start, &[!word[0]]).unwrap();
+    assert!(fetch(page), "the bits of other pages were cleared");
+    rig.machine.clear_dirty(word_start, &word).unwrap();
+    assert!(!fetch(page));
+    write();
+    assert!(fetch(page));
+}
+
+#[test]
 fn the_dirty_log_misses_no_write_of_guest_or_device() {
     let rig = Rig::with_probe(64 * MIB, "wss=8M disk=1", vec![RamDisk::new(8 << 20)]);
     rig.machine.resume();
