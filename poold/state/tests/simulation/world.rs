@@ -1,0 +1,628 @@
+//! Clock, network, log and faults.
+
+use super::host::{Host, Key, Process};
+use super::rng::Rng;
+use pool_state::{
+    Command, Entry, Outcome, PoolState, Seed, Timing,
+    command::{CreateVm, HostFacts, InitPool, JoinHost, UpdateHost},
+    invariants,
+    lease::{HostLeaseCommand, HostLeaseEvent, LeaseCommand, LeaseEvent},
+    planner::{LeaderView, plan},
+    reconcile::{HostAction, ProcessState, reconcile},
+    state::{CertificateFingerprint, ContentHash, Desired, HaPolicy, MigrationOptions, StopMode, TaskKind},
+};
+use proto::{ByteCount, HostId, Incarnation, VmId};
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BinaryHeap},
+    sync::Arc,
+};
+
+/// Hosts of a history.
+const HOSTS: usize = 5;
+/// VMs of a history.
+const VMS: usize = 8;
+/// Length of the part with faults in milliseconds.
+const FAULTS_MS: u64 = 40_000;
+/// Within this time after all faults are healed everything must be at rest, at the fast profile.
+const REST_MS: u64 = 60_000;
+/// Between two ticks of everybody's clock.
+const TICK_MS: u64 = 50;
+/// Between two passes of a reconciler in which nothing has changed.
+const PASS_MS: u64 = 500;
+
+/// Something that will happen.
+pub enum Event {
+    /// A proposal reaches the leader.
+    Propose { from: usize, command: Command },
+    /// A renewal reaches the leader.
+    Renewal { from: usize, to: usize, sent_ms: u64 },
+    /// Its answer reaches the host.
+    Answer { to: usize, sent_ms: u64, ttl_ms: u64 },
+    /// An action is carried out.
+    Act { host: usize, boot: u32, slot: String, action: Box<HostAction> },
+    /// A VM has booted, if it can take its volumes over.
+    Booted { host: usize, boot: u32, key: Key },
+    /// A source has sent everything but the last pages.
+    Copied { host: usize, boot: u32, key: Key },
+    /// A source has waited long enough for the proposal.
+    Blackout { host: usize, boot: u32, key: Key },
+    /// A target has taken its volumes over.
+    Activated { host: usize, boot: u32, key: Key },
+}
+
+/// The world of one history.
+pub struct World {
+    pub rng: Rng,
+    pub now_ms: u64,
+    pub timing: Timing,
+    pub hosts: Vec<Host>,
+    /// The newest committed state.
+    pub committed: Arc<PoolState>,
+    pub leader: Option<usize>,
+    election_ms: u64,
+    /// Revision of the last plan.
+    planned: u64,
+    queue: BinaryHeap<Reverse<(u64, u64)>>,
+    events: BTreeMap<u64, Event>,
+    number: u64,
+    violation: Option<String>,
+    trace: Vec<String>,
+}
+
+impl World {
+    pub fn new(seed: u64) -> Self {
+        let timing = Timing::fast();
+        let mut world = Self {
+            rng: Rng::new(seed),
+            now_ms: 1_000,
+            timing,
+            hosts: Vec::new(),
+            committed: Arc::new(PoolState::default()),
+            leader: Some(0),
+            election_ms: 0,
+            planned: 0,
+            queue: BinaryHeap::new(),
+            events: BTreeMap::new(),
+            number: 0,
+            violation: None,
+            trace: Vec::new(),
+        };
+        world.found();
+        world
+    }
+
+    fn found(&mut self) {
+        let facts = |number: usize| HostFacts {
+            name: format!("h{number}"),
+            address: format!("10.0.0.{number}:1"),
+            public_key: vec![1],
+            cpu_vendor: "v".to_owned(),
+            vm_memory: ByteCount(8 << 30),
+            feature_level: 1,
+        };
+        self.commit(Command::InitPool(Box::new(InitPool {
+            pool_id: "sim".to_owned(),
+            name: "sim".to_owned(),
+            timing: self.timing,
+            ca_cert_pem: "c".to_owned(),
+            ca_key_pem: "k".to_owned(),
+            feature_level: 1,
+            first_host: facts(1),
+        })));
+        for number in 2..=HOSTS {
+            let secret_hash = [number as u8; 32];
+            self.commit(Command::CreateToken { secret_hash, ttl_ms: 1_000_000 });
+            self.commit(Command::JoinHost(JoinHost { secret_hash, facts: facts(number) }));
+        }
+        let ids: Vec<HostId> = self.committed.hosts.keys().copied().collect();
+        for id in &ids {
+            self.hosts.push(Host::new(*id, &self.timing, self.committed.clone()));
+        }
+        (0..HOSTS).for_each(|host| self.announce(host));
+        let (blake3, size) = (ContentHash([1; 32]), ByteCount(1));
+        self.commit(Command::CreateImage { name: "linux".to_owned(), blake3, size, holders: ids });
+        for number in 0..VMS {
+            self.create_vm(number);
+        }
+        let leader = &mut self.hosts[0];
+        leader.leads = true;
+        leader.table.handle(self.now_ms, LeaseEvent::BecameLeader);
+    }
+
+    fn create_vm(&mut self, number: usize) {
+        let name = format!("d{number}");
+        let volume = self.commit(Command::CreateVolume { name, size: ByteCount(1 << 30), replicas: None });
+        let Some(Outcome::Volume(disk)) = volume else { panic!("a volume") };
+        let kernel = self.committed.images.keys().next().copied();
+        let ha = if number % 4 == 3 { HaPolicy::None } else { HaPolicy::Restart };
+        let vm = self.commit(Command::CreateVm(CreateVm {
+            name: format!("vm{number}"),
+            vcpus: 1,
+            memory: ByteCount(1 << 30),
+            disks: vec![disk],
+            kernel,
+            initrd: None,
+            cmdline: String::new(),
+            ha,
+            priority: number as u8,
+        }));
+        let Some(Outcome::Vm(vm)) = vm else { panic!("a VM") };
+        self.commit(Command::StartVm { vm, host: None });
+    }
+
+    /// Applies an entry, and checks the state. Returns its outcome unless it was refused.
+    fn commit(&mut self, command: Command) -> Option<Outcome> {
+        let before = self.committed.clone();
+        let mut next = PoolState::clone(&before);
+        let index = before.revision + 1;
+        let seed = Seed([(index % 251) as u8; 32]);
+        let principal = "user-sim".to_owned();
+        let entry = Entry { request_id: None, principal, time_ms: self.now_ms, seed, command };
+        let outcome = next.apply(index, &entry);
+        if outcome.is_ok() {
+            let checked = invariants::check(&next).and_then(|()| invariants::check_step(&before, &next));
+            if let Err(violation) = checked {
+                self.violate(format!("{violation} after {entry:?}"));
+            }
+            self.note(|| format!("{:?}", entry.command));
+        }
+        self.committed = Arc::new(next);
+        outcome.ok()
+    }
+
+    pub fn note(&mut self, text: impl FnOnce() -> String) {
+        // Only the history that is played again is told.
+        if std::env::var_os("SIM_SEED").is_some() {
+            let line = format!("{:>7} {}", self.now_ms, text());
+            self.trace.push(line);
+        }
+    }
+
+    fn violate(&mut self, text: String) {
+        if self.violation.is_none() {
+            let told = self.trace.join("\n");
+            self.violation = Some(format!("{told}\nat {} ms: {text}", self.now_ms));
+        }
+    }
+
+    pub fn after(&mut self, delay_ms: u64, event: Event) {
+        self.number += 1;
+        self.queue.push(Reverse((self.now_ms + delay_ms, self.number)));
+        self.events.insert(self.number, event);
+    }
+
+    /// Delay of a message; none: it is lost.
+    fn message(&mut self) -> Option<u64> {
+        let lost = self.rng.chance(3);
+        let delay = if self.rng.chance(5) { self.rng.range(50, 800) } else { self.rng.range(1, 20) };
+        (!lost).then_some(delay)
+    }
+
+    pub fn propose(&mut self, from: usize, command: Command) {
+        if let Some(delay) = self.message() {
+            self.after(delay, Event::Propose { from, command });
+        }
+    }
+
+    fn connected(&self) -> usize {
+        self.hosts.iter().filter(|host| host.is_connected(self.now_ms)).count()
+    }
+
+    /// Whether the leader leads a majority.
+    fn has_quorum(&self) -> bool {
+        let leads = self.leader.is_some_and(|leader| self.hosts[leader].is_connected(self.now_ms));
+        leads && self.connected() * 2 > HOSTS
+    }
+
+    /// The newest state, if this host can read linearizably.
+    pub fn read(&self, host: usize) -> Option<Arc<PoolState>> {
+        let may = self.has_quorum() && self.hosts[host].is_connected(self.now_ms);
+        may.then(|| self.committed.clone())
+    }
+
+    pub fn index_of(&self, id: HostId) -> usize {
+        self.hosts.iter().position(|host| host.id == id).expect("hosts never leave")
+    }
+
+    /// Runs until `end_ms`, or until something is wrong.
+    fn run_until(&mut self, end_ms: u64, mut each_tick: impl FnMut(&mut Self)) {
+        while self.now_ms < end_ms && self.violation.is_none() {
+            let tick_ms = (self.now_ms / TICK_MS + 1) * TICK_MS;
+            while let Some(Reverse((at_ms, number))) = self.queue.peek().copied() {
+                if at_ms > tick_ms || self.violation.is_some() {
+                    break;
+                }
+                self.queue.pop();
+                self.now_ms = self.now_ms.max(at_ms);
+                if let Some(event) = self.events.remove(&number) {
+                    self.handle(event);
+                    self.check_single_copy();
+                }
+            }
+            self.now_ms = tick_ms;
+            self.tick();
+            each_tick(self);
+            self.check_single_copy();
+        }
+    }
+
+    fn check_single_copy(&mut self) {
+        let mut running: BTreeMap<VmId, usize> = BTreeMap::new();
+        for host in &self.hosts {
+            for ((vm, _), process) in &host.processes {
+                if process.executes(self.now_ms) {
+                    *running.entry(*vm).or_default() += 1;
+                }
+            }
+        }
+        if let Some((vm, count)) = running.into_iter().find(|(_, count)| *count > 1) {
+            self.violate(format!("I1: {count} copies of {vm} run"));
+        }
+    }
+
+    fn handle(&mut self, event: Event) {
+        match event {
+            Event::Propose { from, command } => {
+                if self.has_quorum() && self.hosts[from].is_connected(self.now_ms) {
+                    self.commit(command);
+                }
+            }
+            Event::Renewal { from, to, sent_ms } => self.renewal(from, to, sent_ms),
+            Event::Answer { to, sent_ms, ttl_ms } => {
+                let (now_ns, sent_ns) = (self.now_ms * 1_000_000, sent_ms * 1_000_000);
+                if self.hosts[to].works(self.now_ms) {
+                    let answered = HostLeaseEvent::Answered { sent_ns, ttl_ms };
+                    let commands = self.hosts[to].lease.handle(now_ns, answered);
+                    self.lease_commands(to, commands);
+                }
+            }
+            Event::Act { host, boot, slot, action } => {
+                self.hosts[host].busy.remove(&slot);
+                self.hosts[host].dirty = true;
+                if self.hosts[host].boot == boot && self.hosts[host].works(self.now_ms) {
+                    self.act(host, *action);
+                }
+            }
+            Event::Booted { host, boot, key } => self.on_process(host, boot, |it| it.booted(host, key)),
+            Event::Copied { host, boot, key } => self.on_process(host, boot, |it| it.copied(host, key)),
+            Event::Blackout { host, boot, key } => self.on_process(host, boot, |it| it.blackout(host, key)),
+            Event::Activated { host, boot, key } => {
+                self.on_process(host, boot, |it| it.activated(host, key));
+            }
+        }
+    }
+
+    /// What a VM process does by itself, as long as the host has power.
+    fn on_process(&mut self, host: usize, boot: u32, work: impl FnOnce(&mut Self)) {
+        if self.hosts[host].boot == boot && self.hosts[host].power {
+            self.hosts[host].dirty = true;
+            work(self);
+        }
+    }
+
+    fn renewal(&mut self, from: usize, to: usize, sent_ms: u64) {
+        let now_ms = self.now_ms;
+        let reachable = from == to || (self.hosts[from].is_connected(now_ms) && !self.hosts[to].cut);
+        if !reachable || !self.hosts[to].works(now_ms) || !self.hosts[to].leads {
+            return;
+        }
+        let id = self.hosts[from].id;
+        let leader = &mut self.hosts[to];
+        let state = leader.state.hosts.get(&id).map(|host| host.state);
+        let quorum_age_ms = now_ms - leader.proof_ms;
+        let answers = leader.table.handle(now_ms, LeaseEvent::Renewal { host: id, state, quorum_age_ms });
+        for answer in answers {
+            if let (LeaseCommand::Answer { ttl_ms, .. }, Some(delay)) = (answer, self.message()) {
+                self.after(delay, Event::Answer { to: from, sent_ms, ttl_ms });
+            }
+        }
+    }
+
+    fn lease_commands(&mut self, host: usize, commands: Vec<HostLeaseCommand>) {
+        for command in commands {
+            match command {
+                HostLeaseCommand::SendRenewal => {
+                    let believed =
+                        self.hosts.iter().position(|other| other.leads && other.id == self.hosts[host].id);
+                    let to = believed.or(self.leader);
+                    if let (Some(to), Some(delay)) = (to, self.message()) {
+                        self.after(delay, Event::Renewal { from: host, to, sent_ms: self.now_ms });
+                    }
+                }
+                HostLeaseCommand::Deadline { boottime_ns } => {
+                    self.pass_lease_on(host, boottime_ns / 1_000_000)
+                }
+            }
+        }
+    }
+
+    /// The processes get a new deadline; a fenced one needs its placement confirmed.
+    fn pass_lease_on(&mut self, host: usize, deadline_ms: u64) {
+        let confirmed = self.read(host);
+        let id = self.hosts[host].id;
+        let lag_ms = self.rng.below(self.timing.fence_exit_ms);
+        let now_ms = self.now_ms;
+        for ((vm, epoch), process) in &mut self.hosts[host].processes {
+            if now_ms >= process.fence_ms && process.fence_ms != 0 {
+                process.fenced = true;
+            }
+            let may_run = || confirmed.as_ref().is_some_and(|state| state.may_run(id, *vm, *epoch));
+            if process.fenced && !may_run() {
+                continue;
+            }
+            process.fenced = false;
+            if process.fence_ms != u64::MAX {
+                process.fence_ms = deadline_ms + lag_ms;
+            }
+        }
+    }
+
+    fn tick(&mut self) {
+        self.elect();
+        for host in 0..self.hosts.len() {
+            if !self.hosts[host].works(self.now_ms) {
+                continue;
+            }
+            let commands = self.hosts[host].lease.handle(self.now_ms * 1_000_000, HostLeaseEvent::Tick);
+            self.lease_commands(host, commands);
+            self.follow(host);
+            self.pass(host);
+        }
+        if self.has_quorum() && self.now_ms.is_multiple_of(100) {
+            self.lead();
+        }
+    }
+
+    /// The host applies what was committed, sooner or later.
+    fn follow(&mut self, host: usize) {
+        let now_ms = self.now_ms;
+        if self.hosts[host].is_connected(now_ms) && self.has_quorum() && self.rng.chance(70) {
+            let host = &mut self.hosts[host];
+            host.dirty |= host.state.revision != self.committed.revision;
+            host.state = self.committed.clone();
+        }
+        let me = self.hosts[host].id;
+        let boot = Incarnation(format!("{me}/{}", self.hosts[host].boot));
+        let known = self.hosts[host].state.hosts.get(&me).and_then(|host| host.incarnation.clone());
+        if known.is_some_and(|known| known != boot) && self.read(host).is_some() {
+            self.announce(host);
+        }
+    }
+
+    fn announce(&mut self, host: usize) {
+        let id = self.hosts[host].id;
+        let address = self.committed.host(id).expect("it joined").address.clone();
+        self.commit(Command::UpdateHost(UpdateHost {
+            host: id,
+            incarnation: Incarnation(format!("{id}/{}", self.hosts[host].boot)),
+            replica_fingerprint: CertificateFingerprint([1; 32]),
+            boot_id: String::new(),
+            address,
+            vm_memory: ByteCount(8 << 30),
+        }));
+    }
+
+    fn pass(&mut self, host: usize) {
+        let due = self.hosts[host].dirty || self.now_ms - self.hosts[host].last_pass_ms >= PASS_MS;
+        if !due {
+            return;
+        }
+        let (id, boot) = (self.hosts[host].id, self.hosts[host].boot);
+        self.hosts[host].dirty = false;
+        self.hosts[host].last_pass_ms = self.now_ms;
+        let observed = self.hosts[host].observe();
+        for action in reconcile(&self.hosts[host].state, id, self.now_ms, &observed) {
+            let slot = format!("{action:?}");
+            if self.hosts[host].busy.insert(slot.clone()) {
+                let delay = self.rng.range(2, 60);
+                self.after(delay, Event::Act { host, boot, slot, action: Box::new(action) });
+            }
+        }
+    }
+
+    fn elect(&mut self) {
+        let now_ms = self.now_ms;
+        if self.has_quorum() {
+            let leader = self.leader.expect("it has a quorum");
+            self.hosts[leader].proof_ms = now_ms;
+            self.election_ms =
+                now_ms + self.rng.range(self.timing.election_min_ms, self.timing.election_max_ms);
+            return;
+        }
+        if now_ms < self.election_ms || self.connected() * 2 <= HOSTS {
+            return;
+        }
+        let able: Vec<usize> = (0..HOSTS).filter(|host| self.hosts[*host].is_connected(now_ms)).collect();
+        let Some(next) = self.rng.pick(&able) else { return };
+        self.note(|| format!("h{} leads", next + 1));
+        self.leader = Some(next);
+        let committed = self.committed.clone();
+        for host in &mut self.hosts {
+            // One that is cut off does not hear of it.
+            if host.leads && host.is_connected(now_ms) {
+                host.leads = false;
+                host.table.handle(now_ms, LeaseEvent::LostLeadership);
+            }
+        }
+        let leader = &mut self.hosts[next];
+        (leader.leads, leader.proof_ms, leader.state) = (true, now_ms, committed);
+        leader.table.handle(now_ms, LeaseEvent::BecameLeader);
+    }
+
+    /// The duties of the leader.
+    fn lead(&mut self) {
+        let Some(leader) = self.leader else { return };
+        for host in 0..HOSTS {
+            // The word of the present leader ends an old one's belief.
+            if host != leader && self.hosts[host].leads && self.hosts[host].is_connected(self.now_ms) {
+                self.hosts[host].leads = false;
+                self.hosts[host].table.handle(self.now_ms, LeaseEvent::LostLeadership);
+            }
+        }
+        let state = self.committed.clone();
+        self.hosts[leader].state = state.clone();
+        let members = state.members().map(|host| (host.id, host.state)).collect();
+        let tick = LeaseEvent::Tick { members, braked: state.settings.ha_braked };
+        for command in self.hosts[leader].table.handle(self.now_ms, tick) {
+            if let LeaseCommand::Propose(command) = command {
+                self.commit(command);
+            }
+        }
+        // As the daemon does: at every change, and now and then for what the clock alone brings.
+        let changed = self.planned != self.committed.revision;
+        if changed || self.now_ms.is_multiple_of(PASS_MS) {
+            for command in plan(&self.committed, &LeaderView { now_ms: self.now_ms }) {
+                self.commit(command);
+            }
+            self.planned = self.committed.revision;
+        }
+    }
+
+    /// The part of the history in which things break.
+    pub fn run_faults(&mut self) {
+        self.run_until(FAULTS_MS, |world| {
+            world.repair();
+            if world.rng.chance(2) {
+                world.break_something();
+            }
+            if world.rng.chance(6) {
+                world.ask_for_something();
+            }
+        });
+    }
+
+    fn repair(&mut self) {
+        for host in 0..HOSTS {
+            let broken = !self.hosts[host].power || !self.hosts[host].daemon || self.hosts[host].cut;
+            if broken && self.now_ms >= self.hosts[host].repair_ms {
+                self.note(|| format!("h{} is repaired", host + 1));
+                self.repair_host(host);
+            }
+        }
+    }
+
+    fn repair_host(&mut self, host: usize) {
+        let timing = self.timing;
+        let it = &mut self.hosts[host];
+        it.cut = false;
+        it.dirty = true;
+        if !it.power || !it.daemon {
+            it.start(&timing);
+        }
+    }
+
+    fn break_something(&mut self) {
+        let host = self.rng.below(HOSTS as u64) as usize;
+        let (kind, pause) = (self.rng.below(6), self.rng.range(500, 9_000));
+        self.note(|| format!("h{} breaks: {kind} for {pause}", host + 1));
+        let now_ms = self.now_ms;
+        // A daemon that starts anew leads nothing, however quick it is.
+        if self.leader == Some(host) && kind < 2 {
+            self.leader = None;
+        }
+        let it = &mut self.hosts[host];
+        it.repair_ms = now_ms + pause;
+        match kind {
+            0 => it.lose_power(),
+            1 => {
+                it.daemon = false;
+                it.leads = false;
+                it.busy.clear();
+            }
+            2 | 3 => it.cut = true,
+            4 => it.stalled_until_ms = now_ms + pause / 3,
+            _ => {
+                if let Some(process) = it.processes.values_mut().next() {
+                    *process = Process::new(ProcessState::Gone, 0);
+                    it.dirty = true;
+                }
+            }
+        }
+    }
+
+    /// An operator's wish.
+    fn ask_for_something(&mut self) {
+        let vms: Vec<VmId> = self.committed.vms.keys().copied().collect();
+        let (Some(vm), Some(at)) = (self.rng.pick(&vms), self.rng.pick(&[0, 1, 2, 3, 4])) else { return };
+        let host = self.hosts[at].id;
+        let command = match self.rng.below(14) {
+            0..3 => Command::StartVm { vm, host: None },
+            3 => Command::StopVm { vm, mode: StopMode::Clean },
+            4 => Command::PauseVm { vm },
+            5 => Command::ResumeVm { vm },
+            6..9 => {
+                let target = self.rng.chance(50).then_some(host);
+                Command::StartMigration { vm, target, options: MigrationOptions::default() }
+            }
+            9 => Command::DrainHost { host },
+            10 => Command::RestoreHost { host },
+            11 => Command::StartBalance,
+            12 => Command::HaResume,
+            _ => match self.committed.tasks.keys().next_back() {
+                Some(task) => Command::CancelTask { task: *task },
+                None => return,
+            },
+        };
+        self.propose(at, command);
+    }
+
+    /// Everything works again, and the operator wants nothing but that what should run does.
+    pub fn heal(&mut self) {
+        (0..HOSTS).for_each(|host| self.repair_host(host));
+        self.hosts.iter_mut().for_each(|host| host.stalled_until_ms = 0);
+        self.run_until(self.now_ms + 2 * self.timing.election_max_ms, |_| {});
+        let of_pool = |kind| {
+            matches!(kind, TaskKind::HostDrain { .. } | TaskKind::HostRestore { .. } | TaskKind::PoolBalance)
+        };
+        let state = self.committed.clone();
+        for task in state.tasks.values().filter(|task| task.is_running() && of_pool(task.kind)) {
+            self.commit(Command::CancelTask { task: task.id });
+        }
+        for host in state.hosts.keys() {
+            self.commit(Command::UncordonHost { host: *host });
+        }
+        self.commit(Command::HaResume);
+    }
+
+    /// Runs until everything is at rest.
+    pub fn settle(mut self) -> Result<(), String> {
+        let end_ms = self.now_ms + REST_MS;
+        while self.violation.is_none() && self.unrest().is_some() && self.now_ms < end_ms {
+            self.run_until(self.now_ms + 500, |_| {});
+        }
+        if let Some(unrest) = self.unrest() {
+            self.violate(format!("not at rest {REST_MS} ms after the last fault: {unrest}"));
+        }
+        self.violation.map_or(Ok(()), Err)
+    }
+
+    /// What is not as it should be in the end.
+    fn unrest(&self) -> Option<String> {
+        let state = &self.committed;
+        if let Some(task) = state.tasks.values().find(|task| task.is_running()) {
+            return Some(format!("I5: {task:?}"));
+        }
+        if let Some(host) = state.hosts.values().find(|host| !host.is_up()) {
+            return Some(format!("{} is {}", host.name, host.state));
+        }
+        for vm in state.vms.values() {
+            let running = |host: &Host| {
+                let process = host.processes.get(&(vm.id, vm.epoch));
+                vm.placement == Some(host.id) && process.is_some_and(|it| it.executes(self.now_ms))
+            };
+            if vm.desired == Desired::Running && !self.hosts.iter().any(running) {
+                return Some(format!("I6: {} does not run: {vm:?}", vm.name));
+            }
+        }
+        for host in &self.hosts {
+            let left = host.processes.keys().find(|(vm, epoch)| {
+                !state.vms.get(vm).is_some_and(|vm| vm.placement == Some(host.id) && vm.epoch == *epoch)
+            });
+            if let Some(key) = left {
+                return Some(format!("I7: {key:?} is left at {}", host.id));
+            }
+        }
+        None
+    }
+}
