@@ -17,6 +17,8 @@ pub struct PageCounts {
     pub delta: u64,
     /// As the name of a page with the same content.
     pub reference: u64,
+    /// Of all these, the ones that the machine has waited for.
+    pub faulted: u64,
 }
 
 impl PageCounts {
@@ -39,6 +41,7 @@ impl PageCounts {
         self.compressed += other.compressed;
         self.delta += other.delta;
         self.reference += other.reference;
+        self.faulted += other.faulted;
     }
 }
 
@@ -131,8 +134,8 @@ fn ms(duration: Duration) -> f64 {
 
 impl From<&PageCounts> for v1::PageCounts {
     fn from(counts: &PageCounts) -> Self {
-        let PageCounts { zero, raw, compressed, delta, reference } = *counts;
-        Self { zero, raw, compressed, delta, reference, faulted: 0 }
+        let PageCounts { zero, raw, compressed, delta, reference, faulted } = *counts;
+        Self { zero, raw, compressed, delta, reference, faulted }
     }
 }
 

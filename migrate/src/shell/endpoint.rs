@@ -22,11 +22,12 @@ const WINDOW_BYTES: u32 = 16 << 20;
 /// Kernel buffers of the socket: a burst of 16 MiB at memory speed must not be dropped before the thread gets a turn.
 const SOCKET_BYTES: usize = 4 << 20;
 
-/// A peer that is silent for this long is gone.
-const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
+/// A peer that is silent for this long is gone. A machine that waits for pages waits that long before it is held, and the
+/// thread that answers does nothing else.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Keeps the link alive while the commit is awaited.
-const KEEP_ALIVE: Duration = Duration::from_secs(2);
+const KEEP_ALIVE: Duration = Duration::from_secs(1);
 
 const _: () = assert!(PACKET_BYTES as usize * 10 < 1 << 16);
 

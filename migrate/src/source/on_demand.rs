@@ -59,6 +59,7 @@ impl Source {
 
     pub(super) fn on_need(&mut self, page: PageIndex) -> Vec<SourceCommand> {
         let page_count = self.settings.page_count;
+        self.stats.pages.faulted += 1;
         match self.serving() {
             Some(serving) if page.0 < page_count => {
                 if serving.is_serving {

@@ -1,15 +1,18 @@
 //! Whole migrations over QUIC on the loopback, between two guests in this process.
 
+#[path = "../support/mod.rs"]
 mod support;
 
+mod harness;
+mod on_demand;
+
+use harness::{DEADLINE, LOOPBACK, Pair, STATE, Writer, source_phase, target_phase};
 use migrate::{
-    AbortCause, CancelRefused, CommitRefused, Identity, Outcome, Policy, Proof, Rehash, ResumedParts,
-    SourceConfig, SourceHandle, SourcePhase, SourceProgress, SourceTask, SourceVm, TargetConfig,
-    TargetFailure, TargetHandle, TargetPhase, TargetTask,
+    AbortCause, CancelRefused, CommitRefused, Identity, Outcome, Proof, Rehash, SourceConfig, SourcePhase,
+    SourceTask, SourceVm, TargetFailure, TargetPhase,
 };
-use proto::{MigrationId, PageIndex, VmId};
+use proto::PageIndex;
 use std::{
-    net::{IpAddr, Ipv4Addr},
     num::NonZeroU64,
     sync::{
         Arc,
@@ -18,106 +21,6 @@ use std::{
     time::{Duration, Instant},
 };
 use support::ModelGuest;
-
-const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
-const DEADLINE: Duration = Duration::from_secs(60);
-const STATE: &[u8] = b"registers and devices";
-
-struct Pair {
-    source: Arc<ModelGuest>,
-    target: Arc<ModelGuest>,
-    source_identity: Identity,
-    incoming: TargetHandle,
-}
-
-impl Pair {
-    fn new(pages: usize, rehash: Rehash) -> Self {
-        let (source_identity, target_identity) =
-            (Identity::generate().unwrap(), Identity::generate().unwrap());
-        let target = Arc::new(ModelGuest::new(pages));
-        let config = TargetConfig {
-            migration: MigrationId(5),
-            vm: VmId(4),
-            listen_ip: LOOPBACK,
-            source_fingerprint: source_identity.fingerprint(),
-            rehash,
-        };
-        let incoming = TargetTask::listen(target_identity, config, target.clone()).unwrap();
-        Self { source: Arc::new(ModelGuest::running(pages, STATE)), target, source_identity, incoming }
-    }
-
-    fn config(&self) -> SourceConfig {
-        SourceConfig::new(MigrationId(5), VmId(4), self.incoming.address(), self.incoming.fingerprint())
-    }
-
-    fn start(&self, config: SourceConfig) -> SourceHandle {
-        SourceTask::spawn(self.source_identity.clone(), config, self.source.clone()).unwrap()
-    }
-
-    /// From paused to done, as the two daemons do it.
-    async fn commit(&self, outgoing: &SourceHandle) -> SourceProgress {
-        let paused = source_phase(outgoing, |phase| matches!(phase, SourcePhase::Paused { .. })).await;
-        assert!(matches!(paused.phase, SourcePhase::Paused { .. }), "{paused:?}");
-        outgoing.commit_proposed().await.unwrap();
-        outgoing.outcome(Outcome::Committed).await.unwrap();
-        target_phase(&self.incoming, |phase| matches!(phase, TargetPhase::Ready { .. })).await;
-        *self.target.running.lock().unwrap() = true;
-        let parts = ResumedParts { activate: Duration::from_micros(10), resume: Duration::from_micros(20) };
-        self.incoming.send_resumed(parts).await;
-        source_phase(outgoing, SourcePhase::is_final).await
-    }
-}
-
-async fn source_phase(handle: &SourceHandle, wanted: impl Fn(&SourcePhase) -> bool) -> SourceProgress {
-    let mut progress = handle.progress();
-    let waiting = progress.wait_for(|now| wanted(&now.phase) || now.phase.is_final());
-    let now = tokio::time::timeout(DEADLINE, waiting).await.expect("the source gets on").unwrap();
-    now.clone()
-}
-
-async fn target_phase(handle: &TargetHandle, wanted: impl Fn(&TargetPhase) -> bool) -> TargetPhase {
-    let mut phase = handle.phase();
-    let waiting = phase.wait_for(|now| wanted(now) || now.is_final());
-    let now = tokio::time::timeout(DEADLINE, waiting).await.expect("the target gets on").unwrap();
-    now.clone()
-}
-
-/// A guest that writes to `pages` pages for as long as it may run.
-struct Writer {
-    stop: Arc<AtomicBool>,
-    thread: Option<std::thread::JoinHandle<()>>,
-}
-
-impl Writer {
-    fn start(guest: Arc<ModelGuest>, pages: usize, pages_per_ms: usize) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = stop.clone();
-        let thread = std::thread::spawn(move || {
-            let begun = Instant::now();
-            let mut written = 0_usize;
-            while !stopped.load(Ordering::Relaxed) {
-                let due = begun.elapsed().as_micros() as usize * pages_per_ms / 1000;
-                {
-                    let running = guest.running.lock().unwrap();
-                    while *running && written < due {
-                        guest.store(written.wrapping_mul(7919) % pages, written, written as u64 + 1);
-                        written += 1;
-                    }
-                }
-                // Paces the writes; nothing waits for it.
-                std::thread::park_timeout(Duration::from_micros(500));
-            }
-        });
-        Self { stop, thread: Some(thread) }
-    }
-}
-
-impl Drop for Writer {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        let _ = self.thread.take().map(std::thread::JoinHandle::join);
-    }
-}
 
 /// Moves a writing guest of which only `filled` pages hold something, and prints what it took.
 async fn move_writing_guest(pages: usize, filled: usize) {
@@ -185,78 +88,6 @@ async fn several_connections_share_the_pages_and_end_with_the_migration() {
         assert!(Instant::now() < deadline, "a connection's thread is left");
         tokio::task::yield_now().await;
     }
-}
-
-fn word_of(guest: &ModelGuest, page: usize) -> u64 {
-    let mut content = [0; 4096];
-    SourceVm::read_pages(guest, PageIndex(page as u64), &mut content).unwrap();
-    u64::from_ne_bytes(content[..8].try_into().unwrap())
-}
-
-/// Reads a word as the guest would: waits for a page that is missing. How long, and what it is.
-fn touch(guest: &ModelGuest, page: usize) -> (Duration, u64) {
-    let (begun, index) = (Instant::now(), PageIndex(page as u64));
-    let mut missing = guest.missing();
-    if let Some((_, faults)) = missing.as_ref().filter(|(set, _)| set.contains(index)) {
-        faults(index);
-    }
-    while missing.as_ref().is_some_and(|(set, _)| set.contains(index)) {
-        let wait = DEADLINE.checked_sub(begun.elapsed()).expect("the page comes");
-        missing = guest.placed.wait_timeout(missing, wait).unwrap().0;
-    }
-    drop(missing);
-    (begun.elapsed(), word_of(guest, page))
-}
-
-#[tokio::test]
-async fn a_guest_that_outruns_the_link_goes_over_and_its_pages_follow() {
-    let pages = 20_000;
-    let pair = Pair::new(pages, Rehash::Incremental);
-    (0..pages).for_each(|page| pair.source.fill(page, page as u64));
-    let _writer = Writer::start(pair.source.clone(), pages, 300);
-    let limit = NonZeroU64::new(100 << 20);
-    let config = SourceConfig { policy: Policy::PostCopy, bandwidth_bytes_per_s: limit, ..pair.config() };
-    let outgoing = pair.start(config);
-    source_phase(&outgoing, |phase| matches!(phase, SourcePhase::Paused { .. })).await;
-    outgoing.commit_proposed().await.unwrap();
-    outgoing.outcome(Outcome::Committed).await.unwrap();
-    target_phase(&pair.incoming, |phase| matches!(phase, TargetPhase::Ready { .. })).await;
-    pair.incoming.send_resumed(ResumedParts::default()).await;
-    target_phase(&pair.incoming, |phase| matches!(phase, TargetPhase::Filling { .. })).await;
-    let (source, target) = (pair.source.clone(), pair.target.clone());
-    let touches = tokio::task::spawn_blocking(move || {
-        let touched = (0..400).map(|step| {
-            let page = step * 7919 % pages;
-            let (waited, word) = touch(&target, page);
-            assert_eq!(word, word_of(&source, page));
-            waited
-        });
-        touched.filter(|waited| *waited > Duration::from_micros(20)).collect::<Vec<_>>()
-    });
-    let mut waits = touches.await.unwrap();
-    let done = source_phase(&outgoing, SourcePhase::is_final).await;
-    assert_eq!(done.phase, SourcePhase::Done { resumed: true });
-    assert_eq!(target_phase(&pair.incoming, |_| false).await, TargetPhase::Resumed);
-    assert_eq!(pair.source.first_difference(&pair.target), None);
-    assert!(pair.target.missing().is_none());
-    waits.sort();
-    let mean = waits.iter().sum::<Duration>() / waits.len().max(1) as u32;
-    eprintln!("{} faults, mean {mean:.0?}, longest {:.0?}", waits.len(), waits.last());
-    assert!(!waits.is_empty());
-}
-
-#[tokio::test]
-async fn a_target_that_can_not_wait_for_pages_leaves_the_guest_at_the_source() {
-    let pair = Pair::new(5_000, Rehash::Incremental);
-    (0..5_000).for_each(|page| pair.source.fill(page, page as u64));
-    pair.target.sabotage.fail_on_demand.store(true, Ordering::Relaxed);
-    let _writer = Writer::start(pair.source.clone(), 5_000, 300);
-    let limit = NonZeroU64::new(100 << 20);
-    let config = SourceConfig { policy: Policy::PostCopy, bandwidth_bytes_per_s: limit, ..pair.config() };
-    let end = source_phase(&pair.start(config), |_| false).await;
-    let SourcePhase::Aborted { cause } = &end.phase else { panic!("{end:?}") };
-    assert!(cause.to_string().contains("as planted by the test"), "{cause}");
-    assert!(pair.source.is_running());
 }
 
 #[tokio::test]
