@@ -20,6 +20,9 @@ const PORT: u16 = 7443;
 /// Loopback addresses tried for a pool before giving up; each is one that another pool may hold.
 const LOOPBACK_TRIES: u32 = 64;
 
+/// A hardware address of nobody.
+const NOBODY: &str = "02:00:00:00:00:01";
+
 /// How the hosts of a pool reach each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Network {
@@ -111,6 +114,40 @@ impl Fabric {
         Ok(())
     }
 
+    /// Loses what `from` sends to `to` (hosts by position), until [`Fabric::mend`].
+    pub(crate) fn cut_one_way(&self, from: usize, to: usize) -> Result<()> {
+        let Self::Namespaces { tag } = self else { bail!("only a pool in namespaces can be cut") };
+        let (name, address) = (host_namespace(tag, from), host_address(to)?);
+        // A neighbour whose hardware address nobody has: packets leave and arrive nowhere, as with a one-way link.
+        ip(&["-n", &name, "neigh", "replace", &address, "lladdr", NOBODY, "dev", "eth0", "nud", "permanent"])
+    }
+
+    /// Undoes [`Fabric::cut_one_way`] for everything that the host sends.
+    pub(crate) fn mend(&self, from: usize) -> Result<()> {
+        let Self::Namespaces { tag } = self else { return Ok(()) };
+        ip(&["-n", &host_namespace(tag, from), "neigh", "flush", "dev", "eth0", "nud", "permanent"])
+    }
+
+    /// Limits what a host sends and receives, each; `None` lifts the limit.
+    pub(crate) fn limit(&self, index: usize, kbit_per_s: Option<u64>) -> Result<()> {
+        let Self::Namespaces { tag } = self else { bail!("only a pool in namespaces has links to limit") };
+        let ends = [
+            (host_namespace(tag, index), "eth0".to_owned()),
+            (format!("{tag}-sw"), format!("p{}", index + 1)),
+        ];
+        for (name, device) in &ends {
+            let Some(rate) = kbit_per_s else {
+                // No limit may be set: that is what is wanted.
+                command("tc", &["-n", name, "qdisc", "del", "dev", device, "root"]).ok();
+                continue;
+            };
+            let rate = format!("{rate}kbit");
+            let shape = ["root", "tbf", "rate", &rate, "burst", "64kb", "latency", "200ms"];
+            command("tc", &[&["-n", name, "qdisc", "replace", "dev", device][..], &shape].concat())?;
+        }
+        Ok(())
+    }
+
     /// Deletes the namespaces.
     pub(crate) fn remove(&self) {
         if let Self::Namespaces { tag } = self {
@@ -155,10 +192,21 @@ fn check_namespaces_work() -> Result<()> {
     Ok(())
 }
 
+/// Address of a host (by position) in its namespace.
+fn host_address(index: usize) -> Result<String> {
+    let number = u8::try_from(index + 1).context("a test pool has at most 250 hosts")?;
+    Ok(Ipv4Addr::new(10, 99, 0, number).to_string())
+}
+
 fn ip(arguments: &[&str]) -> Result<()> {
-    let output = Command::new("ip").args(arguments).output().context("start `ip`; is iproute2 installed?")?;
+    command("ip", arguments)
+}
+
+fn command(program: &str, arguments: &[&str]) -> Result<()> {
+    let output = Command::new(program).args(arguments).output();
+    let output = output.with_context(|| format!("start `{program}`; is iproute2 installed?"))?;
     if !output.status.success() {
-        bail!("ip {}: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr).trim());
+        bail!("{program} {}: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr).trim());
     }
     Ok(())
 }
@@ -218,6 +266,14 @@ mod tests {
         assert!(!connects(&fabric), "the cut lets packets through");
         fabric.cut(&[&[0, 1]]).unwrap();
         wait_for(deadline, "hosts reach each other again", || Ok(connects(&fabric))).unwrap();
+        fabric.cut_one_way(0, 1).unwrap();
+        assert!(!connects(&fabric), "one direction is cut and packets get through");
+        fabric.mend(0).unwrap();
+        wait_for(deadline, "both directions work again", || Ok(connects(&fabric))).unwrap();
+        // A link that carries next to nothing; then one without a limit.
+        fabric.limit(0, Some(1)).unwrap();
+        fabric.limit(0, None).unwrap();
+        wait_for(deadline, "the limit is lifted", || Ok(connects(&fabric))).unwrap();
         drop(listener);
         fabric.remove();
         assert!(!Path::new(&format!("/run/netns/ptfab{:x}-h2", std::process::id())).exists());

@@ -372,12 +372,29 @@ impl Pool {
         self.fabric.cut(groups)
     }
 
-    /// Undoes [`Pool::cut`].
+    /// Loses what a host (by position) sends to another one; the other direction works.
+    ///
+    /// # Errors
+    /// When the pool is not in namespaces.
+    pub fn cut_one_way(&self, from: usize, to: usize) -> Result<()> {
+        self.fabric.cut_one_way(from, to)
+    }
+
+    /// Limits what a host sends and receives, each; `None` lifts the limit.
+    ///
+    /// # Errors
+    /// When the pool is not in namespaces.
+    pub fn limit_link(&self, index: usize, kbit_per_s: Option<u64>) -> Result<()> {
+        self.fabric.limit(index, kbit_per_s)
+    }
+
+    /// Undoes [`Pool::cut`] and [`Pool::cut_one_way`].
     ///
     /// # Errors
     /// When the pool is not in namespaces.
     pub fn heal(&self) -> Result<()> {
         let all: Vec<usize> = (0..self.hosts.len()).collect();
+        all.iter().try_for_each(|&host| self.fabric.mend(host))?;
         self.fabric.cut(&[&all])
     }
 
