@@ -11,19 +11,24 @@ use tests::pool::Timing;
 use tests::{Network, Pool, VmSpec};
 
 use crate::collector::Collector;
+use crate::finale;
 use crate::nemesis::{self, Struck};
-use crate::observation::{Recorder, Seen};
-use crate::plan::{Plan, Scale};
-use crate::report::Report;
+use crate::observation::{Part, Recorder, Seen};
+use crate::plan::{Plan, Scale, Step};
+use crate::report::{self, Report};
 use crate::workload::Workload;
-use crate::{finale, plan};
 
+/// API clients that create and delete the same objects.
+const CLIENTS: u64 = 2;
 /// First boot of a VM: image copy, disk verification, three processes on two cores.
 const BOOT_DEADLINE: Duration = Duration::from_secs(60);
 /// A VM beats again within this many times the loss of a host, before the next settled fault.
 const SETTLE_LOST_FACTOR: u32 = 6;
 /// How often a quiet time looks at the daemons.
 const WATCH_DAEMONS_EVERY: Duration = Duration::from_millis(200);
+
+/// Disk of each host, small enough to be filled; it holds images, logs and every replica with room.
+const HOST_DISK_BYTES: u64 = 2 << 30;
 
 /// What the probe guests do: a small working set, so that migrations converge, and steady disk writes.
 pub const GUEST_CMDLINE: &str = "wss=8M rate=20M disk=1";
@@ -68,12 +73,15 @@ pub fn run(config: &Config) -> Result<Report> {
     let logs = config.dir.join("logs");
     fs::create_dir_all(&logs)?;
     let recorder = Recorder::new(&config.dir)?;
+    let lost_ms = u64::try_from(config.lost().as_millis()).unwrap_or(u64::MAX);
+    recorder.add(Seen::Started { seed: config.seed, hosts: config.hosts, lost_ms });
     let pool = Pool::builder()
         .name("chaos")
         .hosts(config.hosts)
         .network(Network::Namespaces)
         .timing(config.timing)
         .vm_memory_bytes(1 << 30)
+        .disk_bytes(HOST_DISK_BYTES)
         .start()?;
     let vms: Vec<String> = (1..=config.vms).map(|number| format!("probe{number}")).collect();
     let stop_watching = AtomicBool::new(false);
@@ -88,23 +96,27 @@ pub fn run(config: &Config) -> Result<Report> {
     pool.copy_logs(&logs);
     record_panics(&pool, &recorder);
     done?;
-    let report = Report::new(config.seed, &recorder.all());
-    fs::write(config.dir.join("report.json"), serde_json::to_vec_pretty(&report)?)?;
-    Ok(report)
+    report::write(&config.dir, &recorder.all())
 }
 
 fn drive(config: &Config, pool: &Pool, recorder: &Recorder, vms: &[String]) -> Result<()> {
-    start_vms(config, pool, vms)?;
+    start_vms(config, pool, recorder, vms)?;
+    recorder.add(Seen::Part { part: Part::Faults });
     let stop_load = AtomicBool::new(false);
     let load = Workload { pool, recorder, vms, stop: &stop_load, seed: config.seed };
     std::thread::scope(|scope| {
         scope.spawn(move || load.migrate());
         scope.spawn(move || load.change_objects());
+        for client in 0..CLIENTS {
+            scope.spawn(move || load.race(client));
+        }
         scope.spawn(move || load.watch_state());
         Faults { config, pool, recorder, vms }.inject();
         stop_load.store(true, Ordering::Relaxed);
     });
+    recorder.add(Seen::Part { part: Part::Healing });
     finale::wait_healed(pool, recorder, vms);
+    recorder.add(Seen::Part { part: Part::Healed });
     finale::wait_tasks_end(pool, recorder);
     finale::reboot_all(pool, recorder, vms);
     finale::record_objects(pool, recorder)?;
@@ -113,7 +125,7 @@ fn drive(config: &Config, pool: &Pool, recorder: &Recorder, vms: &[String]) -> R
     Ok(())
 }
 
-fn start_vms(config: &Config, pool: &Pool, vms: &[String]) -> Result<()> {
+fn start_vms(config: &Config, pool: &Pool, recorder: &Recorder, vms: &[String]) -> Result<()> {
     pool.import_probe()?;
     let replicas = u32::try_from(config.hosts.min(3))?;
     for vm in vms {
@@ -127,6 +139,8 @@ fn start_vms(config: &Config, pool: &Pool, vms: &[String]) -> Result<()> {
             ha: "restart",
         })?;
         pool.start_vm(vm, None)?;
+        let id = pool.vm(vm)?["id"].as_str().and_then(|id| id.strip_prefix("vm-")?.parse().ok());
+        recorder.add(Seen::Watched { vm: id.context("a VM has a number")?, name: vm.clone() });
     }
     vms.iter().try_for_each(|vm| finale::wait_beating(pool, vm, BOOT_DEADLINE).map(drop))
 }
@@ -147,34 +161,54 @@ impl Faults<'_> {
         let plan =
             Plan::new(self.config.seed, Scale { hosts: self.config.hosts, vms: self.vms.len(), lost_ms });
         let (_pace, ticks) = mpsc::channel();
-        for (number, step) in plan.enumerate() {
-            self.wait_quiet(step.gap_ms, None, &ticks);
+        let mut number = 0;
+        for step in plan {
+            self.wait_quiet(step.gap_ms, &[], &ticks);
             if step.settle {
                 self.settle();
             }
             if Instant::now() >= end {
                 return;
             }
-            self.strike(number, step.fault, &ticks);
+            self.strike(&mut number, step, &ticks);
         }
     }
 
-    fn strike(self, number: usize, fault: plan::Fault, ticks: &Receiver<()>) {
-        // Recorded before it strikes: what follows from it must not be seen earlier.
-        let struck = match nemesis::strike(self.pool, self.vms, fault, |struck| {
-            self.recorder.add(Seen::FaultBegins { number, fault, struck: struck.to_owned() });
-        }) {
-            Ok(struck) => struck,
-            Err(error) => {
-                self.recorder.add(Seen::Note { text: format!("fault {number} found no victim: {error:#}") });
-                return;
+    fn strike(self, number: &mut usize, step: Step, ticks: &Receiver<()>) {
+        let mut active: Vec<(usize, Struck)> = Vec::new();
+        for fault in [Some(step.fault), step.also].into_iter().flatten() {
+            let own = *number;
+            *number += 1;
+            // Recorded before it strikes: what follows from it must not be seen earlier.
+            let mut announced = false;
+            let struck = nemesis::strike(self.pool, self.vms, fault, |struck| {
+                announced = true;
+                self.recorder.add(Seen::FaultBegins { number: own, fault, struck: struck.to_owned() });
+            });
+            match struck {
+                Ok(struck) => active.push((own, struck)),
+                Err(error) => {
+                    let text = format!("fault {own} ({}) found no victim: {error:#}", fault.kind());
+                    self.recorder.add(Seen::Note { text });
+                    if announced {
+                        self.recorder.add(Seen::FaultEnds { number: own });
+                    }
+                }
             }
-        };
-        self.wait_quiet(struck.away_ms, Some(&struck), ticks);
-        if let Err(error) = nemesis::undo(self.pool, &struck) {
-            self.recorder.add(Seen::Note { text: format!("fault {number} was not undone: {error:#}") });
         }
-        self.recorder.add(Seen::FaultEnds { number });
+        active.sort_by_key(|(_, struck)| struck.away_ms);
+        let mut passed_ms = 0;
+        while !active.is_empty() {
+            let next_ms = active[0].1.away_ms;
+            let still: Vec<&Struck> = active.iter().map(|(_, struck)| struck).collect();
+            self.wait_quiet(next_ms - passed_ms, &still, ticks);
+            passed_ms = next_ms;
+            let (own, struck) = active.remove(0);
+            if let Err(error) = nemesis::undo(self.pool, &struck) {
+                self.recorder.add(Seen::Note { text: format!("fault {own} was not undone: {error:#}") });
+            }
+            self.recorder.add(Seen::FaultEnds { number: own });
+        }
     }
 
     /// Waits until every VM beats; one that doesn't for long is stuck.
@@ -187,7 +221,7 @@ impl Faults<'_> {
     }
 
     /// Lets time pass, and sees daemons that end by themselves.
-    fn wait_quiet(self, ms: u64, struck: Option<&Struck>, ticks: &Receiver<()>) {
+    fn wait_quiet(self, ms: u64, struck: &[&Struck], ticks: &Receiver<()>) {
         let end = Instant::now() + Duration::from_millis(ms);
         loop {
             let left = end.saturating_duration_since(Instant::now());
@@ -196,7 +230,7 @@ impl Faults<'_> {
             }
             ticks.recv_timeout(left.min(WATCH_DAEMONS_EVERY)).ok();
             for host in self.pool.hosts() {
-                let killed_by_us = struck.is_some_and(|struck| struck.daemon_away == Some(host.index()));
+                let killed_by_us = struck.iter().any(|struck| struck.takes_daemon(host.index()));
                 if killed_by_us || host.daemon().is_some() {
                     continue;
                 }

@@ -1,12 +1,13 @@
 //! The invariants of a pool, one file each, as pure functions over observations.
-//!
-//! I3 and I6 are not judged here: placement is checked by the state machine's own invariants, recovery times are reported.
 
 pub mod i1_single_copy;
 pub mod i2_epoch_fence;
+pub mod i3_linearizable;
 pub mod i4_acked_survives;
 pub mod i5_tasks_end;
+pub mod i6_bounded_recovery;
 pub mod i7_no_leaks;
+pub mod register;
 mod streams;
 
 use serde::{Deserialize, Serialize};
@@ -34,11 +35,13 @@ impl Violation {
 pub type Checker = fn(&[Observation]) -> Vec<Violation>;
 
 /// All of them.
-pub const ALL: [Checker; 5] = [
+pub const ALL: [Checker; 7] = [
     i1_single_copy::check,
     i2_epoch_fence::check,
+    i3_linearizable::check,
     i4_acked_survives::check,
     i5_tasks_end::check,
+    i6_bounded_recovery::check,
     i7_no_leaks::check,
 ];
 

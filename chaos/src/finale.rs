@@ -11,7 +11,7 @@ use tests::wait::{wait_for, wait_until};
 use tests::{Host, Pool};
 
 use crate::observation::{Recorder, Seen};
-use crate::workload::record_state;
+use crate::workload::{record_raced, record_state};
 
 /// After the last fault is over, everything runs within this: loss, recovery and resync at default timings, with room.
 const HEALED_DEADLINE: Duration = Duration::from_secs(90);
@@ -80,6 +80,7 @@ pub fn reboot_all(pool: &Pool, recorder: &Recorder, vms: &[String]) {
 /// # Errors
 /// When the pool doesn't answer.
 pub fn record_objects(pool: &Pool, recorder: &Recorder) -> Result<()> {
+    record_raced(pool, recorder)?;
     let volumes = pool.items(&["volume", "list"])?;
     let objects = volumes.iter().filter_map(|volume| Some(format!("volume {}", volume["name"].as_str()?)));
     recorder.add(Seen::FinalObjects { objects: objects.collect() });

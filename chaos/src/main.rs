@@ -1,10 +1,13 @@
-//! `chaos --seed N --minutes M`: one campaign of faults; exit code 0 ok, 10 crash, 11 liveness, 12 correctness.
+//! `chaos --seed N --minutes M`: one campaign of faults; `chaos replay DIR`: its record, judged anew.
+//! Exit code 0 ok, 10 crash, 11 liveness, 12 correctness.
 
 use anyhow::Result;
 use chaos::campaign::{self, Config};
-use clap::{Parser, ValueEnum};
+use chaos::observation;
+use chaos::report::{self, Report};
+use clap::{Parser, Subcommand, ValueEnum};
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -13,7 +16,10 @@ use tests::pool::Timing;
 /// Injects faults into a pool of real processes under load, and checks what must always hold.
 #[derive(Debug, Parser)]
 #[command(version)]
+#[command(args_conflicts_with_subcommands = true)]
 struct Arguments {
+    #[command(subcommand)]
+    command: Option<Command>,
     /// Decides faults and load; random when absent. Printed first.
     #[arg(long)]
     seed: Option<u64>,
@@ -34,6 +40,15 @@ struct Arguments {
     dir: Option<PathBuf>,
 }
 
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Judges the timeline of a run with the checkers of today, and writes its report anew
+    Replay {
+        /// Folder of the run
+        dir: PathBuf,
+    },
+}
+
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Profile {
     Fast,
@@ -42,6 +57,10 @@ enum Profile {
 
 fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
+    if let Some(Command::Replay { dir }) = arguments.command {
+        let report = report::write(&dir, &observation::read_timeline(&dir)?)?;
+        return tell(&report, &dir);
+    }
     let seed = arguments.seed.unwrap_or_else(rand::random);
     let dir = match arguments.dir {
         Some(dir) => dir,
@@ -64,6 +83,12 @@ fn main() -> Result<ExitCode> {
     let turn = tests::serial();
     let report = campaign::run(&config)?;
     drop(turn);
+    tell(&report, &config.dir)
+}
+
+fn tell(report: &Report, dir: &Path) -> Result<ExitCode> {
+    let mut out = std::io::stdout();
     write!(out, "{}", report.text())?;
+    writeln!(out, "{}", dir.join("report.html").display())?;
     Ok(ExitCode::from(report.verdict.exit_code()))
 }

@@ -1,9 +1,14 @@
 //! Does to the pool what a fault says, and undoes it.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use rand::seq::SliceRandom;
+use std::path::PathBuf;
 use tests::process::Signal;
-use tests::{Host, Pool};
+use tests::{Host, Pool, VmProcess};
 
+use crate::injure;
 use crate::plan::{Fault, Victim};
 
 /// A fault that has struck and is to be undone.
@@ -11,18 +16,32 @@ use crate::plan::{Fault, Victim};
 pub struct Struck {
     /// How long it lasts.
     pub away_ms: u64,
-    /// The host whose daemon does not run meanwhile.
-    pub daemon_away: Option<usize>,
     undo: Undo,
+}
+
+impl Struck {
+    /// Whether the daemon of the host may not run meanwhile.
+    #[must_use]
+    pub fn takes_daemon(&self, host: usize) -> bool {
+        match &self.undo {
+            Undo::StartDaemons(hosts) => hosts.contains(&host),
+            // A log that can't be made durable ends the daemon.
+            Undo::EmptyDisk { host: full, .. } => *full == host,
+            _ => false,
+        }
+    }
 }
 
 #[derive(Debug)]
 enum Undo {
     Nothing,
-    StartDaemon(usize),
+    StartDaemons(Vec<usize>),
     Continue(usize),
     ContinueDaemon(usize),
+    ContinueVm(VmProcess),
     Heal,
+    EmptyDisk { host: usize, ballast: PathBuf },
+    LiftLimit(usize),
 }
 
 /// Strikes; `announce` is told the victim just before.
@@ -30,52 +49,120 @@ enum Undo {
 /// # Errors
 /// When there is no such victim now, e.g. no leader; nothing was done then.
 pub fn strike(pool: &Pool, vms: &[String], fault: Fault, announce: impl FnOnce(&str)) -> Result<Struck> {
-    let victim = match fault {
-        Fault::KillVm { vm } => {
+    let undo = match fault {
+        Fault::KillVm { vm } | Fault::StopVm { vm, .. } => {
             let process = pool.vm_process(&vms[vm])?;
             announce(&format!("vm {} (pid {}, epoch {})", vms[vm], process.process.pid, process.epoch));
-            process.process.kill9()?;
-            return Ok(Struck { away_ms: 0, daemon_away: None, undo: Undo::Nothing });
+            strike_vm(process, fault)?
+        }
+        Fault::ColdBoot { order, .. } => {
+            announce("all hosts");
+            cold_stop(pool, order)?
+        }
+        Fault::CutHalves { side, .. } => {
+            let all = 0..pool.hosts().len();
+            let (one, other): (Vec<usize>, Vec<usize>) = all.partition(|host| side >> host & 1 == 1);
+            announce(&format!("hosts {one:?} from hosts {other:?} (by position)"));
+            pool.cut(&[&other, &one])?;
+            Undo::Heal
         }
         Fault::KillDaemon { victim, .. }
         | Fault::KillHost { victim, .. }
         | Fault::StopHost { victim, .. }
         | Fault::StopDaemon { victim, .. }
-        | Fault::CutHost { victim, .. } => victim,
+        | Fault::CutHost { victim, .. }
+        | Fault::CutOneWay { victim, .. }
+        | Fault::CutPair { victim, .. }
+        | Fault::FillDisk { victim, .. }
+        | Fault::SlowLink { victim, .. }
+        | Fault::FlipBits { victim, .. } => {
+            let host = find(pool, vms, victim)?;
+            check_victim(pool, host, fault)?;
+            announce(&format!("host {}", host.name()));
+            strike_host(pool, host, fault)?
+        }
     };
-    let host = find(pool, vms, victim)?;
-    announce(&format!("host {}", host.name()));
-    strike_host(pool, host, fault)
+    Ok(Struck { away_ms: fault.away_ms(), undo })
 }
 
-fn strike_host(pool: &Pool, host: &Host, fault: Fault) -> Result<Struck> {
+fn strike_vm(process: VmProcess, fault: Fault) -> Result<Undo> {
+    if matches!(fault, Fault::StopVm { .. }) {
+        process.process.signal(Signal::SIGSTOP)?;
+        return Ok(Undo::ContinueVm(process));
+    }
+    process.process.kill9()?;
+    Ok(Undo::Nothing)
+}
+
+/// Every host at once, and the order in which they come back.
+fn cold_stop(pool: &Pool, order: u64) -> Result<Undo> {
+    for host in pool.hosts() {
+        host.kill9_host()?;
+    }
+    let mut hosts: Vec<usize> = (0..pool.hosts().len()).collect();
+    hosts.shuffle(&mut StdRng::seed_from_u64(order));
+    Ok(Undo::StartDaemons(hosts))
+}
+
+/// Faults that would prove nothing, or too much, at this host now.
+fn check_victim(pool: &Pool, host: &Host, fault: Fault) -> Result<()> {
+    match fault {
+        Fault::CutOneWay { to: other, .. } | Fault::CutPair { other, .. } if other == host.index() => {
+            bail!("{} is not cut from itself", host.name())
+        }
+        Fault::FlipBits { .. } => injure::check_others_in_sync(pool, host),
+        _ => Ok(()),
+    }
+}
+
+fn strike_host(pool: &Pool, host: &Host, fault: Fault) -> Result<Undo> {
     let index = host.index();
-    let (away_ms, undo) = match fault {
-        Fault::KillVm { .. } => (0, Undo::Nothing),
-        Fault::KillDaemon { away_ms, .. } => {
+    Ok(match fault {
+        Fault::KillDaemon { .. } => {
             host.kill9_daemon()?;
-            (away_ms, Undo::StartDaemon(index))
+            Undo::StartDaemons(vec![index])
         }
-        Fault::KillHost { away_ms, .. } => {
+        Fault::KillHost { .. } => {
             host.kill9_host()?;
-            (away_ms, Undo::StartDaemon(index))
+            Undo::StartDaemons(vec![index])
         }
-        Fault::StopHost { away_ms, .. } => {
+        Fault::StopHost { .. } => {
             host.stop_all()?;
-            (away_ms, Undo::Continue(index))
+            Undo::Continue(index)
         }
-        Fault::StopDaemon { away_ms, .. } => {
+        Fault::StopDaemon { .. } => {
             host.daemon().context("its daemon does not run")?.signal(Signal::SIGSTOP)?;
-            (away_ms, Undo::ContinueDaemon(index))
+            Undo::ContinueDaemon(index)
         }
-        Fault::CutHost { away_ms, .. } => {
+        Fault::CutHost { .. } => {
             let others: Vec<usize> = (0..pool.hosts().len()).filter(|&other| other != index).collect();
             pool.cut(&[&others, &[index]])?;
-            (away_ms, Undo::Heal)
+            Undo::Heal
         }
-    };
-    let daemon_away = matches!(undo, Undo::StartDaemon(_)).then_some(index);
-    Ok(Struck { away_ms, daemon_away, undo })
+        Fault::CutOneWay { to, .. } => {
+            pool.cut_one_way(index, to)?;
+            Undo::Heal
+        }
+        Fault::CutPair { other, .. } => {
+            pool.cut_one_way(index, other)?;
+            pool.cut_one_way(other, index)?;
+            Undo::Heal
+        }
+        Fault::FillDisk { .. } => {
+            Undo::EmptyDisk { host: index, ballast: injure::fill_disk(host.data_dir())? }
+        }
+        Fault::SlowLink { kbit_per_s, .. } => {
+            pool.limit_link(index, Some(kbit_per_s))?;
+            Undo::LiftLimit(index)
+        }
+        Fault::FlipBits { bits, .. } => {
+            injure::flip_bits(host.data_dir(), bits)?;
+            Undo::Nothing
+        }
+        Fault::KillVm { .. } | Fault::StopVm { .. } | Fault::ColdBoot { .. } | Fault::CutHalves { .. } => {
+            unreachable!("strikes no single host")
+        }
+    })
 }
 
 /// Undoes a fault.
@@ -83,14 +170,24 @@ fn strike_host(pool: &Pool, host: &Host, fault: Fault) -> Result<Struck> {
 /// # Errors
 /// When a daemon can't be started or a link not be mended.
 pub fn undo(pool: &Pool, struck: &Struck) -> Result<()> {
-    match struck.undo {
+    let start = |index: usize| {
+        let host = pool.host(index);
+        if host.daemon().is_some() { Ok(()) } else { host.start_daemon() }
+    };
+    match &struck.undo {
         Undo::Nothing => Ok(()),
-        Undo::StartDaemon(index) => pool.host(index).start_daemon(),
-        Undo::Continue(index) => pool.host(index).cont_all(),
+        Undo::StartDaemons(hosts) => hosts.iter().copied().try_for_each(start),
+        Undo::Continue(index) => pool.host(*index).cont_all(),
         Undo::ContinueDaemon(index) => {
-            pool.host(index).daemon().map_or(Ok(()), |daemon| daemon.signal(Signal::SIGCONT))
+            pool.host(*index).daemon().map_or(Ok(()), |daemon| daemon.signal(Signal::SIGCONT))
         }
+        Undo::ContinueVm(process) => process.process.signal(Signal::SIGCONT),
         Undo::Heal => pool.heal(),
+        Undo::EmptyDisk { host, ballast } => {
+            std::fs::remove_file(ballast).with_context(|| format!("remove {}", ballast.display()))?;
+            start(*host)
+        }
+        Undo::LiftLimit(index) => pool.limit_link(*index, None),
     }
 }
 

@@ -1,5 +1,6 @@
 //! What was seen, as plain values: the only input of the checkers.
 
+use anyhow::Context;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -26,6 +27,12 @@ pub struct CopyId {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "seen", rename_all = "kebab-case")]
 pub enum Seen {
+    /// What the run is; the first thing in a timeline.
+    Started { seed: u64, hosts: usize, lost_ms: u64 },
+    /// The run enters its next part.
+    Part { part: Part },
+    /// This VM shall run at all times until everything has healed.
+    Watched { vm: u64, name: String },
     /// A fault begins; `struck` says what it hit.
     FaultBegins { number: usize, fault: Fault, struck: String },
     /// The fault is over: the daemon was started again, the network is whole.
@@ -39,6 +46,16 @@ pub enum Seen {
     Guest { copy: CopyId, offset: u64, line: GuestLine },
     /// The pool said what a volume's epoch is, as of a revision.
     Volume { name: String, revision: u64, epoch: u64 },
+    /// The pool said which replicas of a volume are in sync.
+    InSync { volume: String, revision: u64, hosts: Vec<String> },
+    /// The pool said who leads.
+    Leader { host: String },
+    /// Some host said where a VM is placed, as of a revision of that VM.
+    Placement { vm: u64, name: String, revision: u64, epoch: u64, host: String, state: String },
+    /// The majority said where a VM is placed; asked at `from_ms`, answered at the time of the observation.
+    Located { vm: u64, from_ms: u64, revision: u64, epoch: u64, host: String },
+    /// A client's call on an object, asked at `from_ms` and answered (or given up) at the time of the observation.
+    Call { object: String, client: u64, from_ms: u64, asked: Asked, answer: Answer },
     /// The pool acknowledged that the object was created (or deleted).
     Acknowledged { object: String, exists: bool },
     /// A change of the object was asked for and the answer is unknown: it may exist or not.
@@ -57,6 +74,44 @@ pub enum Seen {
     Stuck { what: String },
     /// A remark for the reader of the timeline.
     Note { text: String },
+}
+
+/// A part of a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Part {
+    /// Faults strike.
+    Faults,
+    /// No fault strikes any more; everything shall come back.
+    Healing,
+    /// Everything has come back, or was given up; from now on the run stops and deletes things itself.
+    Healed,
+}
+
+/// What a client asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Asked {
+    /// Make the object.
+    Create,
+    /// Delete it.
+    Delete,
+    /// Whether it exists.
+    Look,
+}
+
+/// What a client was told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Answer {
+    /// It was done.
+    Done,
+    /// The object exists: it could not be made, or was found.
+    Exists,
+    /// The object does not exist.
+    Missing,
+    /// No answer, or one that leaves open whether it was done: it may happen later, or never.
+    Unknown,
 }
 
 /// A line of the probe guest, as the checkers need it.
@@ -130,6 +185,20 @@ impl Recorder {
         inner.file.flush().ok();
         inner.all.clone()
     }
+}
+
+/// Reads the timeline of a run.
+///
+/// # Errors
+/// When it can't be read or a line is none of ours; a last line that was cut off is not counted.
+pub fn read_timeline(dir: &Path) -> anyhow::Result<Vec<Observation>> {
+    let path = dir.join("timeline.jsonl");
+    let text = std::fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+    let complete = text.rfind('\n').map_or("", |end| &text[..end]);
+    let parse = |(number, line)| {
+        serde_json::from_str(line).with_context(|| format!("{} line {}", path.display(), number + 1))
+    };
+    complete.lines().enumerate().map(parse).collect()
 }
 
 #[cfg(test)]

@@ -4,6 +4,9 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde::{Deserialize, Serialize};
 
+/// How often two faults strike at the same time.
+const TWO_AT_ONCE: f64 = 0.2;
+
 /// A host, chosen when the fault strikes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -32,6 +35,22 @@ pub enum Fault {
     StopDaemon { victim: Victim, away_ms: u64 },
     /// Nobody reaches the host for the time.
     CutHost { victim: Victim, away_ms: u64 },
+    /// kill -9 of everything at once; the daemons are started again after the time, in an order drawn from `order`.
+    ColdBoot { order: u64, away_ms: u64 },
+    /// SIGSTOP of the process of a VM alone; SIGCONT after the time.
+    StopVm { vm: usize, away_ms: u64 },
+    /// The pool falls apart for the time: hosts (by position) whose bit is set in `side` on one side, the rest on the other.
+    CutHalves { side: u64, away_ms: u64 },
+    /// What the host sends to another one is lost for the time; the other direction works.
+    CutOneWay { victim: Victim, to: usize, away_ms: u64 },
+    /// The host and another one don't reach each other for the time; everybody else reaches both.
+    CutPair { victim: Victim, other: usize, away_ms: u64 },
+    /// The disk of the host is full for the time.
+    FillDisk { victim: Victim, away_ms: u64 },
+    /// The network of the host carries only so much for the time.
+    SlowLink { victim: Victim, kbit_per_s: u64, away_ms: u64 },
+    /// Bits are turned in segment files of a host of which every replica has others in sync.
+    FlipBits { victim: Victim, bits: u64 },
 }
 
 impl Fault {
@@ -47,6 +66,34 @@ impl Fault {
             Self::StopHost { .. } => "stop host",
             Self::StopDaemon { .. } => "stop daemon",
             Self::CutHost { .. } => "cut host",
+            Self::ColdBoot { .. } => "cold boot",
+            Self::StopVm { .. } => "stop vm process",
+            Self::CutHalves { .. } => "cut halves",
+            Self::CutOneWay { .. } => "cut one way",
+            Self::CutPair { .. } => "cut pair",
+            Self::FillDisk { .. } => "fill disk",
+            Self::SlowLink { .. } => "slow link",
+            Self::FlipBits { .. } => "flip bits",
+        }
+    }
+
+    /// How long it lasts; 0 for one that is not undone.
+    #[must_use]
+    pub fn away_ms(self) -> u64 {
+        match self {
+            Self::KillVm { .. } | Self::FlipBits { .. } => 0,
+            Self::KillDaemon { away_ms, .. }
+            | Self::KillHost { away_ms, .. }
+            | Self::StopHost { away_ms, .. }
+            | Self::StopDaemon { away_ms, .. }
+            | Self::CutHost { away_ms, .. }
+            | Self::ColdBoot { away_ms, .. }
+            | Self::StopVm { away_ms, .. }
+            | Self::CutHalves { away_ms, .. }
+            | Self::CutOneWay { away_ms, .. }
+            | Self::CutPair { away_ms, .. }
+            | Self::FillDisk { away_ms, .. }
+            | Self::SlowLink { away_ms, .. } => away_ms,
         }
     }
 }
@@ -60,6 +107,8 @@ pub struct Step {
     pub settle: bool,
     /// The fault.
     pub fault: Fault,
+    /// A second one that strikes at the same time.
+    pub also: Option<Fault>,
 }
 
 /// What a plan is made for.
@@ -105,17 +154,41 @@ impl Plan {
         }
     }
 
+    fn host(&mut self) -> usize {
+        self.random.random_range(0..self.scale.hosts)
+    }
+
+    fn vm(&mut self) -> usize {
+        self.random.random_range(0..self.scale.vms)
+    }
+
     fn fault(&mut self) -> Fault {
-        match self.random.random_range(0..12) {
-            0..2 => Fault::KillDaemon { victim: self.victim(), away_ms: self.away_ms() },
-            2 => Fault::KillDaemon { victim: Victim::Leader, away_ms: self.away_ms() },
-            3..5 => Fault::KillVm { vm: self.random.random_range(0..self.scale.vms) },
-            5..7 => Fault::KillHost { victim: self.victim(), away_ms: self.away_ms() },
-            7 => Fault::KillHost { victim: Victim::Leader, away_ms: self.away_ms() },
-            8 => Fault::StopDaemon { victim: self.victim(), away_ms: self.away_ms() },
-            9 => Fault::StopHost { victim: self.victim(), away_ms: self.away_ms() },
-            _ => Fault::CutHost { victim: self.victim(), away_ms: self.away_ms() },
+        let (victim, away_ms) = (self.victim(), self.away_ms());
+        match self.random.random_range(0..24) {
+            0..3 => Fault::KillDaemon { victim, away_ms },
+            3 => Fault::KillDaemon { victim: Victim::Leader, away_ms },
+            4..6 => Fault::KillVm { vm: self.vm() },
+            6..9 => Fault::KillHost { victim, away_ms },
+            9 => Fault::KillHost { victim: Victim::Leader, away_ms },
+            10 => Fault::StopDaemon { victim, away_ms },
+            11..13 => Fault::StopHost { victim, away_ms },
+            13..15 => Fault::CutHost { victim, away_ms },
+            15 => Fault::ColdBoot { order: self.random.random(), away_ms },
+            16..18 => Fault::StopVm { vm: self.vm(), away_ms: self.stop_ms() },
+            18 => {
+                Fault::CutHalves { side: self.random.random_range(1..(1 << self.scale.hosts) - 1), away_ms }
+            }
+            19..21 => Fault::CutOneWay { victim, to: self.host(), away_ms },
+            21 => Fault::CutPair { victim, other: self.host(), away_ms },
+            22 => Fault::FillDisk { victim, away_ms },
+            _ => Fault::SlowLink { victim, kbit_per_s: self.random.random_range(5_000..50_000), away_ms },
         }
+    }
+
+    /// How long a VM process alone stands: about a third of the loss of a host (its lease goes on), or most of it.
+    fn stop_ms(&mut self) -> u64 {
+        let lost = self.scale.lost_ms;
+        if self.random.random_bool(0.5) { lost / 3 } else { lost * 4 / 5 }
     }
 }
 
@@ -126,7 +199,9 @@ impl Iterator for Plan {
         let lost = self.scale.lost_ms;
         let gap_ms = self.random.random_range(lost / 10..=lost);
         let settle = self.random.random_bool(0.6);
-        Some(Step { gap_ms, settle, fault: self.fault() })
+        let fault = self.fault();
+        let also = self.random.random_bool(TWO_AT_ONCE).then(|| self.fault());
+        Some(Step { gap_ms, settle, fault, also })
     }
 }
 
@@ -146,18 +221,12 @@ mod tests {
 
     #[test]
     fn every_kind_of_fault_comes_and_absences_lie_around_the_loss() {
-        let steps: Vec<Step> = Plan::new(1, SCALE).take(400).collect();
+        let steps: Vec<Step> = Plan::new(1, SCALE).take(600).collect();
         let kinds: BTreeSet<&str> = steps.iter().map(|step| step.fault.kind()).collect();
-        assert_eq!(kinds.len(), 8, "{kinds:?}");
-        let away = |fault| match fault {
-            Fault::KillVm { .. } => None,
-            Fault::KillDaemon { away_ms, .. }
-            | Fault::KillHost { away_ms, .. }
-            | Fault::StopHost { away_ms, .. }
-            | Fault::StopDaemon { away_ms, .. }
-            | Fault::CutHost { away_ms, .. } => Some(away_ms),
-        };
-        let aways: Vec<u64> = steps.iter().filter_map(|step| away(step.fault)).collect();
+        // Bits are turned by scenarios only: a second fault may take the good replicas away.
+        assert_eq!(kinds.len(), 15, "{kinds:?}");
+        let aways: Vec<u64> = steps.iter().map(|step| step.fault.away_ms()).filter(|&ms| ms > 0).collect();
         assert!(aways.iter().any(|&ms| ms < SCALE.lost_ms / 3) && aways.iter().any(|&ms| ms > SCALE.lost_ms));
+        assert!(steps.iter().any(|step| step.also.is_some()));
     }
 }

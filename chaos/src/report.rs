@@ -1,17 +1,24 @@
 //! What a run comes to: counts, recovery times, violations, exit code.
 
+use anyhow::Result;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt::Write;
+use std::fs;
+use std::path::Path;
 
-use crate::checkers::{Violation, check_all, i1_single_copy::RAN_NS};
-use crate::observation::{CopyId, Observation, Seen};
-use crate::plan::Fault;
+use crate::checkers::i6_bounded_recovery::{outages, recovery_times};
+use crate::checkers::{Violation, check_all};
+use crate::observation::{Observation, Seen};
+use crate::page;
 
 /// Upper ends of the classes of the histogram of recovery times, in milliseconds; the last class is open.
 const CLASSES_MS: [u64; 8] = [500, 1000, 2000, 4000, 8000, 16_000, 20_000, 40_000];
 /// Violations of one invariant that are printed; the report file has all.
 const SHOWN_MAX: usize = 10;
+
+/// Invariants that say that something happens in bounded time.
+const LIVENESS: [&str; 2] = ["I5", "I6"];
 
 /// How a run ended, worst first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -57,6 +64,10 @@ pub struct Report {
     pub acknowledged_writes: u64,
     /// Time from each fault that killed or took away a copy until another copy ran, in milliseconds.
     pub recovery_ms: Vec<u64>,
+    /// Longest time that a VM stood while no fault was active, in milliseconds.
+    pub undisturbed_outage_ms_max: u64,
+    /// Calls of racing clients whose answer was recorded.
+    pub calls: usize,
     /// Crashes of programs.
     pub crashes: Vec<String>,
     /// What did not hold.
@@ -66,7 +77,12 @@ pub struct Report {
 impl Report {
     /// Judges a run.
     #[must_use]
-    pub fn new(seed: u64, observations: &[Observation]) -> Self {
+    pub fn new(observations: &[Observation]) -> Self {
+        let seed = observations.iter().find_map(|observation| match observation.seen {
+            Seen::Started { seed, .. } => Some(seed),
+            _ => None,
+        });
+        let seed = seed.unwrap_or(0);
         let violations = check_all(observations);
         let crashes: Vec<String> = observations
             .iter()
@@ -84,6 +100,12 @@ impl Report {
             blackout_ms_max: 0.0,
             acknowledged_writes: 0,
             recovery_ms: recovery_times(observations),
+            undisturbed_outage_ms_max: outages(observations)
+                .iter()
+                .map(|outage| outage.undisturbed_ms)
+                .max()
+                .unwrap_or(0),
+            calls: 0,
             crashes,
             violations,
         };
@@ -96,6 +118,7 @@ impl Report {
                     *report.migrations.entry(outcome.clone()).or_default() += 1;
                     report.blackout_ms_max = report.blackout_ms_max.max(blackout_ms.unwrap_or(0.0));
                 }
+                Seen::Call { .. } => report.calls += 1,
                 _ => {}
             }
         }
@@ -118,6 +141,8 @@ impl Report {
         ));
         line(format_args!("longest blackout {:.1} ms", self.blackout_ms_max));
         line(format_args!("acknowledged guest writes {}", self.acknowledged_writes));
+        line(format_args!("calls of racing clients {}", self.calls));
+        line(format_args!("longest outage without a fault {} ms", self.undisturbed_outage_ms_max));
         line(format_args!("recoveries {}", self.recovery_ms.len()));
         for (class, count) in histogram(&self.recovery_ms) {
             line(format_args!("  {class:>12}  {count:>4}  {}", "#".repeat(count)));
@@ -140,8 +165,19 @@ impl Report {
     }
 }
 
+/// Judges what was seen, and writes `report.json` and `report.html` into the folder of the run.
+///
+/// # Errors
+/// When a file can't be written.
+pub fn write(dir: &Path, observations: &[Observation]) -> Result<Report> {
+    let report = Report::new(observations);
+    fs::write(dir.join("report.json"), serde_json::to_vec_pretty(&report)?)?;
+    fs::write(dir.join("report.html"), page::render(&report, observations))?;
+    Ok(report)
+}
+
 fn verdict(violations: &[Violation], crashes: &[String]) -> Verdict {
-    if violations.iter().any(|violation| violation.invariant != "I5") {
+    if violations.iter().any(|violation| !LIVENESS.contains(&violation.invariant.as_str())) {
         Verdict::Correctness
     } else if !crashes.is_empty() {
         Verdict::Crash
@@ -150,41 +186,6 @@ fn verdict(violations: &[Violation], crashes: &[String]) -> Verdict {
     } else {
         Verdict::Ok
     }
-}
-
-/// For each fault that took a running copy away for good: the time until another copy of that VM ran.
-#[must_use]
-pub fn recovery_times(observations: &[Observation]) -> Vec<u64> {
-    let mut last_ns: BTreeMap<&CopyId, u64> = BTreeMap::new();
-    let mut running: BTreeMap<u64, (&CopyId, u64)> = BTreeMap::new();
-    let mut fault_ms = None;
-    let mut times = Vec::new();
-    for observation in observations {
-        match &observation.seen {
-            Seen::FaultBegins { fault, .. } => {
-                let takes_copies = !matches!(fault, Fault::KillDaemon { .. } | Fault::StopDaemon { .. });
-                fault_ms = takes_copies.then_some(observation.at_ms);
-            }
-            Seen::Copy { copy, vcpu_ns, .. } => {
-                let ran =
-                    last_ns.insert(copy, *vcpu_ns).is_some_and(|last| vcpu_ns.saturating_sub(last) >= RAN_NS);
-                if !ran {
-                    continue;
-                }
-                if let Some((old, last_ran_ms)) = running.insert(copy.vm, (copy, observation.at_ms))
-                    && let Some(fault_ms) = fault_ms
-                    && old != copy
-                    // A copy that was seen running well after the fault was not hit by it: that was a migration.
-                    && last_ran_ms < fault_ms + 1000
-                    && observation.at_ms > fault_ms
-                {
-                    times.push(observation.at_ms - fault_ms);
-                }
-            }
-            _ => {}
-        }
-    }
-    times
 }
 
 fn acknowledged(observations: &[Observation]) -> u64 {
@@ -204,7 +205,9 @@ fn counts(map: &BTreeMap<String, usize>) -> String {
     map.iter().map(|(name, count)| format!("{count} {name}")).collect::<Vec<_>>().join(", ")
 }
 
-fn histogram(times: &[u64]) -> Vec<(String, usize)> {
+/// Classes of times and how many lie in each.
+#[must_use]
+pub fn histogram(times: &[u64]) -> Vec<(String, usize)> {
     let mut from = 0;
     let mut classes = Vec::new();
     for to in CLASSES_MS {
@@ -220,6 +223,8 @@ fn histogram(times: &[u64]) -> Vec<(String, usize)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::observation::CopyId;
+    use crate::plan::Fault;
 
     fn copy_seen(at_ms: u64, epoch: u64, vcpu_ns: u64) -> Observation {
         let copy = CopyId { vm: 1, epoch, host: format!("h{epoch}"), process: epoch };
@@ -241,7 +246,7 @@ mod tests {
             copy_seen(1900, 2, 200_000_000),
         ];
         assert_eq!(recovery_times(&seen), [1400]);
-        let report = Report::new(7, &seen);
+        let report = Report::new(&seen);
         assert_eq!((report.verdict, report.verdict.exit_code()), (Verdict::Ok, 0));
         assert!(report.text().contains("recoveries 1"), "{}", report.text());
     }
@@ -250,9 +255,9 @@ mod tests {
     fn the_verdict_tells_correctness_crash_and_liveness_apart() {
         let seen = |seen| [Observation { at_ms: 1, seen }];
         let leftover = Seen::Leftover { kind: "socket".to_owned(), name: "x".to_owned() };
-        assert_eq!(Report::new(1, &seen(leftover)).verdict.exit_code(), 12);
+        assert_eq!(Report::new(&seen(leftover)).verdict.exit_code(), 12);
         let crash = Seen::Crash { program: "poold".to_owned(), text: "panicked".to_owned() };
-        assert_eq!(Report::new(1, &seen(crash)).verdict.exit_code(), 10);
-        assert_eq!(Report::new(1, &seen(Seen::Stuck { what: "vm a".to_owned() })).verdict.exit_code(), 11);
+        assert_eq!(Report::new(&seen(crash)).verdict.exit_code(), 10);
+        assert_eq!(Report::new(&seen(Seen::Stuck { what: "vm a".to_owned() })).verdict.exit_code(), 11);
     }
 }

@@ -7,16 +7,26 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::time::Duration;
 
+use tests::vms::PROBE_IMAGE;
 use tests::{Output, Pool};
 
-use crate::observation::{Recorder, Seen};
+use crate::observation::{Answer, Asked, Recorder, Seen};
 
 /// Pause between two migrations: the guest shall also run undisturbed for a moment.
 const MIGRATE_EVERY: Duration = Duration::from_millis(700);
 /// Pause between two changes of objects.
 const CHANGE_EVERY: Duration = Duration::from_millis(1500);
+/// What the guests that are created and deleted do: next to nothing.
+const RACER_CMDLINE: &str = "wss=1M rate=1M";
 /// Objects of the API client that may exist at once: the oldest is deleted first.
 const OBJECTS_MAX: usize = 4;
+
+/// Objects that several clients make and delete at the same time; few, so that calls meet.
+const RACED: [&str; 4] = ["volume race1", "volume race2", "vm racer1", "vm racer2"];
+/// Exit codes of the command line that tell what has happened: success, no such object, forbidden by the present state.
+const DONE: i32 = 0;
+const NOT_FOUND: i32 = 3;
+const BLOCKED: i32 = 4;
 
 /// The clients of one campaign.
 #[derive(Debug, Clone, Copy)]
@@ -75,9 +85,68 @@ impl Workload<'_> {
         });
     }
 
+    /// One of several clients that create, start, stop, move and delete the same VMs and volumes, and remember what they
+    /// were told.
+    pub fn race(self, client: u64) {
+        let mut random = StdRng::seed_from_u64(self.seed ^ (2 + client));
+        self.every(CHANGE_EVERY, || {
+            let object = RACED[random.random_range(0..RACED.len())];
+            let choice = random.random_range(0..6);
+            let (kind, name) = object.split_once(' ').unwrap_or_default();
+            let asked = match choice {
+                0..2 => Asked::Delete,
+                2..4 => Asked::Create,
+                _ if kind == "vm" => return self.disturb(name, choice == 4, &mut random),
+                _ => Asked::Create,
+            };
+            self.call(client, kind, name, asked);
+        });
+    }
+
+    /// Starts, stops or moves a VM that may not exist; whether it worked is not remembered.
+    fn disturb(self, name: &str, starts: bool, random: &mut StdRng) {
+        let target = self.pool.host(random.random_range(0..self.pool.hosts().len())).name();
+        let arguments = match (starts, random.random_bool(0.5)) {
+            (true, _) => vec!["vm", "start", name],
+            (false, true) => vec!["vm", "stop", name, "--force"],
+            (false, false) => vec!["vm", "migrate", name, "--to", target],
+        };
+        self.pool.poolctl(&arguments).ok();
+    }
+
+    fn call(self, client: u64, kind: &str, name: &str, asked: Asked) {
+        let from_ms = self.recorder.now_ms();
+        let volume = ["volume", "create", name, "--size", "1MiB", "--replicas", "2"];
+        let vm = ["vm", "create", name, "--vcpus", "1", "--memory", "32MiB", "--kernel", PROBE_IMAGE];
+        let output = match asked {
+            Asked::Create if kind == "vm" => {
+                self.pool.poolctl(&[&vm[..], &["--cmdline", RACER_CMDLINE]].concat())
+            }
+            Asked::Create => self.pool.poolctl(&volume),
+            Asked::Delete => self.pool.poolctl(&[kind, "delete", name]),
+            Asked::Look => return,
+        };
+        let answer = match &output {
+            Ok(output) if output.code == DONE => Answer::Done,
+            Ok(output) if output.code == NOT_FOUND && asked == Asked::Delete => Answer::Missing,
+            Ok(output) if output.code == BLOCKED => {
+                if asked == Asked::Create && !output.stderr.contains("exists") {
+                    return;
+                }
+                // What can't be deleted now, such as a running VM, exists.
+                Answer::Exists
+            }
+            _ => Answer::Unknown,
+        };
+        self.recorder.add(Seen::Call { object: format!("{kind} {name}"), client, from_ms, asked, answer });
+    }
+
     /// Asks for tasks and epochs of volumes.
     pub fn watch_state(self) {
-        self.every(CHANGE_EVERY, || record_state(self.pool, self.recorder));
+        self.every(CHANGE_EVERY, || {
+            record_state(self.pool, self.recorder);
+            record_placements(self.pool, self.recorder, self.vms);
+        });
     }
 
     fn every(self, pause: Duration, mut step: impl FnMut()) {
@@ -108,9 +177,70 @@ pub fn record_state(pool: &Pool, recorder: &Recorder) {
             let revision = volume["revision"].as_u64().or_else(|| list["revision"].as_u64());
             if let (Some(epoch), Some(revision)) = (volume["epoch"].as_u64(), revision) {
                 recorder.add(Seen::Volume { name: text(&volume["name"]), revision, epoch });
+                recorder.add(in_sync_seen(volume, revision));
             }
         }
     }
+    if let Ok(status) = pool.json(&["pool", "show"])
+        && let Some(leader) = status["leader"].as_str()
+    {
+        recorder.add(Seen::Leader { host: leader.to_owned() });
+    }
+}
+
+fn in_sync_seen(volume: &serde_json::Value, revision: u64) -> Seen {
+    let replicas = volume["replicas"].as_array().into_iter().flatten();
+    let hosts = replicas
+        .filter(|replica| replica["state"] == "in-sync")
+        .filter_map(|replica| Some(replica["host"].as_str()?.to_owned()))
+        .collect();
+    Seen::InSync { volume: volume["name"].as_str().unwrap_or_default().to_owned(), revision, hosts }
+}
+
+/// Records where VMs are, as any one host shows it, and as the majority knows it.
+fn record_placements(pool: &Pool, recorder: &Recorder, vms: &[String]) {
+    for vm in pool.items(&["vm", "list"]).into_iter().flatten() {
+        if let Some((id, revision, epoch, host)) = placement(&vm) {
+            let text = |key: &str| vm[key].as_str().unwrap_or_default().to_owned();
+            let (name, state) = (text("name"), text("state"));
+            recorder.add(Seen::Placement { vm: id, name, revision, epoch, host, state });
+        }
+    }
+    for name in vms {
+        let from_ms = recorder.now_ms();
+        if let Some((vm, revision, epoch, host)) =
+            pool.json(&["vm", "where", name]).ok().as_ref().and_then(placement)
+        {
+            recorder.add(Seen::Located { vm, from_ms, revision, epoch, host });
+        }
+    }
+}
+
+fn placement(vm: &serde_json::Value) -> Option<(u64, u64, u64, String)> {
+    let id = vm["id"].as_str()?.strip_prefix("vm-")?.parse().ok()?;
+    let host = vm["host"].as_str().unwrap_or_default().to_owned();
+    Some((id, vm["revision"].as_u64()?, vm["epoch"].as_u64()?, host))
+}
+
+/// Records which of the objects that clients raced for exist, when no client is active any more.
+///
+/// # Errors
+/// When the pool doesn't answer.
+pub fn record_raced(pool: &Pool, recorder: &Recorder) -> anyhow::Result<()> {
+    for object in RACED {
+        let (kind, name) = object.split_once(' ').unwrap_or_default();
+        let from_ms = recorder.now_ms();
+        let exists = pool.items(&[kind, "list"])?.iter().any(|item| item["name"] == name);
+        let answer = if exists { Answer::Exists } else { Answer::Missing };
+        recorder.add(Seen::Call {
+            object: object.to_owned(),
+            client: u64::MAX,
+            from_ms,
+            asked: Asked::Look,
+            answer,
+        });
+    }
+    Ok(())
 }
 
 fn migration_seen(vm: &str, output: &Output) -> Seen {

@@ -1,0 +1,124 @@
+//! Injuries to a host's disk: no space left, and bits that are not what was written.
+
+use ::tests::{Host, Pool};
+use anyhow::{Context, Result, bail};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+/// Most that is written before a disk counts as one that can't be filled: it is not the small one of a test pool.
+const BALLAST_BYTES_MAX: usize = 4 << 30;
+/// Draws for each bit that shall be turned: most of a segment file may be holes.
+const DRAWS_A_BIT: u64 = 1000;
+/// A piece of a file that is all zero was likely never written.
+const PIECE_BYTES: usize = 512;
+
+/// Fills the disk that a folder is on to the last byte; returns the file that does.
+///
+/// # Errors
+/// When the file can't be made, or the disk is too large to be filled.
+pub fn fill_disk(dir: &Path) -> Result<PathBuf> {
+    let path = dir.join("ballast");
+    let mut file = File::create(&path).with_context(|| format!("create {}", path.display()))?;
+    let chunk = vec![0xA5; 1 << 20];
+    let mut written = 0;
+    for size in [chunk.len(), 4096, 1] {
+        while file.write_all(&chunk[..size]).is_ok() {
+            written += size;
+            if written > BALLAST_BYTES_MAX {
+                fs::remove_file(&path).ok();
+                bail!("the disk of {} is too large to be filled", dir.display());
+            }
+        }
+    }
+    Ok(path)
+}
+
+/// Refuses a host whose replicas are not all backed by others in sync: data would truly be lost.
+///
+/// # Errors
+/// Names the volume.
+pub fn check_others_in_sync(pool: &Pool, host: &Host) -> Result<()> {
+    for volume in pool.items(&["volume", "list"])? {
+        let replicas = volume["replicas"].as_array().cloned().unwrap_or_default();
+        let here = replicas.iter().any(|replica| replica["host"] == host.name());
+        let others = replicas
+            .iter()
+            .filter(|replica| replica["host"] != host.name() && replica["state"] == "in-sync")
+            .count();
+        if here && others == 0 {
+            bail!("{} holds the only good replica of {}", host.name(), volume["name"]);
+        }
+    }
+    Ok(())
+}
+
+/// Turns bits in the segment files below a data directory, at places that hold data.
+///
+/// # Errors
+/// When there is no data to hit.
+pub fn flip_bits(data_dir: &Path, bits: u64) -> Result<()> {
+    let folder = data_dir.join("store/segments");
+    let mut files: Vec<PathBuf> = Vec::new();
+    files_below(&folder, &mut files);
+    files.sort();
+    let mut random = StdRng::seed_from_u64(bits);
+    let mut turned = 0;
+    for _ in 0..bits * DRAWS_A_BIT {
+        if turned == bits || files.is_empty() {
+            break;
+        }
+        let path = &files[random.random_range(0..files.len())];
+        let file = File::options().read(true).write(true).open(path)?;
+        let length = file.metadata()?.len();
+        if length < PIECE_BYTES as u64 {
+            continue;
+        }
+        let at = random.random_range(0..=length - PIECE_BYTES as u64);
+        let mut piece = [0; PIECE_BYTES];
+        file.read_exact_at(&mut piece, at)?;
+        if piece == [0; PIECE_BYTES] {
+            continue;
+        }
+        file.write_all_at(&[piece[0] ^ (1 << random.random_range(0..8))], at)?;
+        turned += 1;
+    }
+    if turned < bits {
+        bail!("only {turned} of {bits} bits found data in {}", folder.display());
+    }
+    Ok(())
+}
+
+fn files_below(dir: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        match entry.file_type() {
+            Ok(kind) if kind.is_dir() => files_below(&entry.path(), found),
+            Ok(kind) if kind.is_file() => found.push(entry.path()),
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bits_are_turned_where_there_is_data_and_only_there() {
+        let dir = std::env::temp_dir().join(format!("chaos-injure-{}", std::process::id()));
+        let segments = dir.join("store/segments");
+        fs::create_dir_all(&segments).unwrap();
+        assert!(flip_bits(&dir, 1).is_err(), "nothing to hit");
+        let mut content = vec![0_u8; 1 << 16];
+        content[4096..8192].fill(0x55);
+        fs::write(segments.join("1"), &content).unwrap();
+        flip_bits(&dir, 3).unwrap();
+        let after = fs::read(segments.join("1")).unwrap();
+        let turned: u32 = content.iter().zip(&after).map(|(a, b)| (a ^ b).count_ones()).sum();
+        fs::remove_dir_all(&dir).unwrap();
+        assert!((1..=3).contains(&turned), "{turned}");
+    }
+}
