@@ -5,8 +5,9 @@ use bytes::Bytes;
 use proto::PageIndex;
 use proto::limits::BLOCK_BYTES;
 use std::fs::File;
+use std::io::{Seek as _, SeekFrom};
 use std::os::unix::fs::FileExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
@@ -16,7 +17,7 @@ use vmm::{
 };
 
 /// Longest wait for anything that the guest prints: its own work takes seconds, interpreted twice.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(40);
 
 /// How often the console is looked at.
 const POLL: Duration = Duration::from_millis(5);
@@ -115,7 +116,12 @@ impl Guest {
 
     /// Waits until it prints this, behind what was looked at before; returns what came up to there.
     pub fn expect(&mut self, wanted: &str) -> Result<String> {
-        let deadline = Instant::now() + PATIENCE;
+        self.expect_within(wanted, PATIENCE)
+    }
+
+    /// The same with another patience.
+    pub fn expect_within(&mut self, wanted: &str, patience: Duration) -> Result<String> {
+        let deadline = Instant::now() + patience;
         loop {
             let (bytes, from) = self.console.read_from(self.seen);
             if let Some(at) = find(&bytes, wanted.as_bytes()) {
@@ -152,7 +158,12 @@ impl Guest {
 
     /// Waits for the guest's end.
     pub fn wait_end(&self, wanted: &GuestExit) -> Result<()> {
-        let Ok(exit) = self.exits.recv_timeout(PATIENCE) else {
+        self.wait_end_within(wanted, PATIENCE)
+    }
+
+    /// The same with another patience.
+    pub fn wait_end_within(&self, wanted: &GuestExit, patience: Duration) -> Result<()> {
+        let Ok(exit) = self.exits.recv_timeout(patience) else {
             self.machine.pause()?;
             bail!("the guest does not end: {:#?}\n{}", self.machine.places(), self.text());
         };
@@ -177,6 +188,15 @@ impl FileDisk {
         let file = tempfile::tempfile().context("create a disk")?;
         file.set_len(mib << 20)?;
         Ok(Arc::new(Self { file, capacity: mib << 20 }))
+    }
+
+    /// A disk that is there.
+    pub fn open(path: &Path) -> Result<Arc<Self>> {
+        let file = File::options().read(true).write(true).open(path);
+        let mut file = file.with_context(|| format!("open {}", path.display()))?;
+        // Of a block device the length of the file says nothing.
+        let capacity = file.seek(SeekFrom::End(0)).context("measure the disk")?;
+        Ok(Arc::new(Self { file, capacity }))
     }
 }
 

@@ -30,15 +30,19 @@ pub fn run() -> Result<Value> {
     disks(&mut guest)?;
     entropy(&mut guest)?;
     clock(&mut guest)?;
+    println!("{:.1} s: devices work", began.elapsed().as_secs_f64());
     let complaints = guest.complaints()?;
     ensure!(complaints.is_empty(), "the kernel complains:\n{complaints}");
     guest.command("dmesg -n 8")?;
     guest.type_line("reboot -f");
     guest.wait_end(&GuestExit::Reboot)?;
+    println!("{:.1} s: rebooted", began.elapsed().as_secs_f64());
 
     let mut guest = Guest::small(&shape)?;
     disks_again(&mut guest)?;
+    println!("{:.1} s: booted again", began.elapsed().as_secs_f64());
     power_button(&mut guest)?;
+    println!("{:.1} s: power button", began.elapsed().as_secs_f64());
     guest.type_line("poweroff -f");
     guest.wait_end(&GuestExit::Poweroff)?;
     Ok(json!({"boot_seconds": boot_seconds}))

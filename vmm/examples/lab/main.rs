@@ -4,6 +4,7 @@
 
 #![expect(clippy::print_stdout, reason = "a program that talks to a person")]
 
+mod debian;
 mod guest;
 mod hops;
 mod linux;
@@ -23,6 +24,7 @@ fn main() -> Result<()> {
     let details = match name.as_str() {
         "linux" => linux::run()?,
         "boots" => linux::boots(number(2)?)?,
+        "debian" => debian::run()?,
         "hops" => hops::run(number(2)?)?,
         _ => bail!("there is no scenario `{name}`"),
     };

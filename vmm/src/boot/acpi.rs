@@ -30,8 +30,8 @@ use vm_memory::GuestAddress;
 /// Where guests look for the RSDP, in the range that the memory map reserves.
 pub(crate) const RSDP: GuestAddress = GuestAddress(0xe_0000);
 
-/// The range ends where kernels begin.
-const TABLES_END: u64 = super::HIMEM_START;
+/// The range ends at the reset vector.
+const TABLES_END: u64 = super::RESET_VECTOR.0;
 
 /// Tables begin at multiples of this.
 const ALIGNMENT: u64 = 64;

@@ -1,6 +1,6 @@
 //! Recognises and loads kernels, initrds and command lines. All of them come from operators: nothing is trusted.
 
-use super::{CMDLINE, CMDLINE_BYTES_MAX, Entry, HIMEM_START, linux, pvh};
+use super::{CMDLINE, CMDLINE_BYTES_MAX, Entry, HIMEM_START, RESET_CODE, RESET_VECTOR, linux, pvh};
 use crate::memory::{LOW_MEMORY_END, Memory};
 use linux_loader::loader::elf::PvhBootCapability;
 use linux_loader::loader::{BzImage, Elf, KernelLoader};
@@ -89,6 +89,7 @@ pub fn load(memory: &Memory, config: &BootConfig) -> Result<Entry, BootError> {
     let mut file = File::open(path).map_err(read)?;
     let kind = kernel_kind(&mut file).map_err(read)?;
     write_cmdline(memory, &config.cmdline)?;
+    write(memory, &RESET_CODE, RESET_VECTOR)?;
     match kind.ok_or_else(|| BootError::NotAKernel { path: path.to_owned() })? {
         KernelKind::PvhElf => {
             let loaded = Elf::load(memory.ram(), None, &mut file, Some(GuestAddress(HIMEM_START)))

@@ -13,6 +13,7 @@ mod pvh;
 
 pub use kernel::{BootConfig, BootError, KernelKind, kernel_kind, load};
 
+use crate::bus::{I8042_COMMAND, I8042_RESET};
 use vm_memory::GuestAddress;
 
 /// Global descriptor table.
@@ -31,6 +32,18 @@ pub(crate) const CMDLINE: GuestAddress = GuestAddress(0x2_0000);
 pub(crate) const CMDLINE_BYTES_MAX: usize = 2048;
 /// Where conventional memory ends (EBDA).
 pub(crate) const EBDA_START: u64 = 0x9_fc00;
+/// Where a PC's processor begins after a reset, as real mode reaches it (f000:fff0).
+pub(crate) const RESET_VECTOR: GuestAddress = GuestAddress(0xf_fff0);
+/// What stands there: the keyboard controller's reset. Linux without EFI, on a machine with reduced ACPI hardware, passes over
+/// the reset register and jumps here.
+///
+/// ```text
+///     mov al, 0xfe
+///     out 0x64, al
+///  1: hlt
+///     jmp 1b
+/// ```
+pub(crate) const RESET_CODE: [u8; 7] = [0xb0, I8042_RESET, 0xe6, I8042_COMMAND as u8, 0xf4, 0xeb, 0xfd];
 /// Where kernels are loaded.
 pub(crate) const HIMEM_START: u64 = 0x10_0000;
 

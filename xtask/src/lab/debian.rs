@@ -1,5 +1,6 @@
 //! A disk with Debian on it, as an operator would import it: a root file system with its own kernel, initrd and boot menu.
 
+use super::kernel::only_entry;
 use crate::build;
 use anyhow::{Context, Result};
 use std::fs;
@@ -35,28 +36,48 @@ MENU
 rm -rf var/cache/apt/archives/*.deb var/lib/apt/lists/* usr/share/doc usr/share/locale
 "#;
 
-/// The disk in `cache`, made first if there is none.
-pub fn disk(cache: &Path) -> Result<PathBuf> {
-    let disk = cache.join("debian.img");
-    if disk.is_file() {
-        return Ok(disk);
+/// A disk, and what is in its `/boot`.
+#[derive(Debug, Clone)]
+pub struct Debian {
+    pub disk: PathBuf,
+    pub kernel: PathBuf,
+    pub initrd: PathBuf,
+}
+
+impl Debian {
+    /// The one in `cache`, made first if there is none.
+    pub fn make(cache: &Path) -> Result<Self> {
+        let made = cache.join("debian");
+        if !made.is_dir() {
+            println!("making a disk with Debian (once, a minute or two)");
+            let unfinished = cache.join("debian.unfinished");
+            drop(fs::remove_dir_all(&unfinished));
+            fs::create_dir_all(&unfinished)?;
+            fill(&unfinished)?;
+            // Last, so that an interrupted run leaves no half of a disk.
+            fs::rename(&unfinished, &made)?;
+        }
+        let file = |name: &str| made.join(name);
+        Ok(Self { disk: file("disk"), kernel: file("vmlinuz"), initrd: file("initrd") })
     }
-    println!("making a disk with Debian (once, a minute or two)");
-    let root = cache.join("debian.root");
-    drop(fs::remove_dir_all(&root));
+}
+
+fn fill(folder: &Path) -> Result<()> {
+    let root = folder.join("root");
     let mut bootstrap = Command::new("mmdebstrap");
     bootstrap
         .args(["--quiet", "--mode=root", "--variant=minbase", "--include", PACKAGES, RELEASE])
         .arg(&root);
     build::run(&mut bootstrap)?;
-    let (text, unfinished) = (root.to_str().context("the path is text")?, cache.join("debian.unfinished"));
+    let text = root.to_str().context("the path is text")?;
     build::run(Command::new("sh").args(["-c", CUSTOMISE, "sh", text, UUID]))?;
-    let file = fs::File::create(&unfinished).with_context(|| format!("create {}", unfinished.display()))?;
+    for (prefix, name) in [("vmlinuz-", "vmlinuz"), ("initrd.img-", "initrd")] {
+        fs::copy(only_entry(&root.join("boot"), prefix)?, folder.join(name)).context("copy out of /boot")?;
+    }
+    let disk = folder.join("disk");
+    let file = fs::File::create(&disk).with_context(|| format!("create {}", disk.display()))?;
     file.set_len(DISK_BYTES)?;
     let mut format = Command::new("mkfs.ext4");
-    build::run(format.args(["-q", "-F", "-L", "root", "-U", UUID, "-d", text]).arg(&unfinished))?;
-    fs::remove_dir_all(&root)?;
-    // Last, so that an interrupted run leaves no half of a disk.
-    fs::rename(&unfinished, &disk)?;
-    Ok(disk)
+    build::run(format.args(["-q", "-F", "-L", "root", "-U", UUID, "-d", text]).arg(&disk))?;
+    fs::remove_dir_all(&root).context("remove the copy")
 }

@@ -9,6 +9,7 @@
 
 use super::Scenario;
 use super::cpio::Archive;
+use super::debian::Debian;
 use super::kernel::Kernel;
 use super::programs;
 use anyhow::{Context, Result};
@@ -24,7 +25,12 @@ const GUEST_MODULES: [&str; 6] = ["virtio_mmio", "virtio_blk", "virtio_rng", "vi
 const BUSYBOX: &str = "/bin/busybox";
 
 /// Builds all programs and packs them; returns the archive.
-pub fn build(cache: &Path, kernel: &Kernel, scenarios: &[&Scenario]) -> Result<PathBuf> {
+pub fn build(
+    cache: &Path,
+    kernel: &Kernel,
+    scenarios: &[&Scenario],
+    debian: Option<&Debian>,
+) -> Result<PathBuf> {
     let mut built = programs::build(&["test", "-p", "vmm", "--no-run", "--test", "machine"])?;
     // Not in one go: named to `cargo test`, an example becomes an empty test.
     built.extend(programs::build(&["build", "-p", "vmm", "--example", "lab"])?);
@@ -56,6 +62,10 @@ pub fn build(cache: &Path, kernel: &Kernel, scenarios: &[&Scenario]) -> Result<P
     archive.copy("lab/target/guests/x86_64-unknown-linux-gnu/release/probe", &probe)?;
     archive.copy("lab/guest/vmlinuz", &kernel.image)?;
     archive.copy("lab/guest/initrd", &guest)?;
+    if let Some(debian) = debian {
+        archive.copy("lab/debian/vmlinuz", &debian.kernel)?;
+        archive.copy("lab/debian/initrd", &debian.initrd)?;
+    }
     for scenario in scenarios {
         archive.file(&format!("lab/scenarios/{}", scenario.name), scenario.script.as_bytes())?;
     }

@@ -103,7 +103,7 @@ fn newest_package() -> Result<String> {
 }
 
 /// The only entry of a folder that starts with `prefix`.
-fn only_entry(folder: &Path, prefix: &str) -> Result<PathBuf> {
+pub fn only_entry(folder: &Path, prefix: &str) -> Result<PathBuf> {
     let entries = fs::read_dir(folder).with_context(|| format!("read {}", folder.display()))?;
     let mut found = Vec::new();
     for entry in entries {

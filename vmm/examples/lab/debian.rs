@@ -1,0 +1,42 @@
+//! A stock Debian on its own disk, from power-on to a login, and switched off by its power button.
+
+use crate::guest::{FileDisk, Guest, Shape, lab_file};
+use anyhow::{Result, ensure};
+use serde_json::{Value, json};
+use std::path::Path;
+use std::time::{Duration, Instant};
+use vmm::{BootConfig, GuestExit};
+
+/// Longest boot: systemd, interpreted twice, on a busy machine.
+const BOOT_PATIENCE: Duration = Duration::from_secs(240);
+
+/// Where the lab machine has the disk.
+const DISK: &str = "/dev/vda";
+
+/// Boots to a login, logs in, looks around, and presses the power button.
+pub fn run() -> Result<Value> {
+    let disk = FileDisk::open(Path::new(DISK))?;
+    let shape = Shape { vcpus: 2, memory_mib: 768, disks: vec![("root".to_owned(), disk)] };
+    let mut guest = Guest::new(&shape)?;
+    guest.machine.boot(&BootConfig {
+        kernel: lab_file("debian/vmlinuz"),
+        initrd: Some(lab_file("debian/initrd")),
+        cmdline: "root=LABEL=root ro console=ttyS0 quiet".to_owned(),
+    })?;
+    let began = Instant::now();
+    guest.machine.resume();
+    guest.expect_within("lab login:", BOOT_PATIENCE)?;
+    let login_seconds = began.elapsed().as_secs_f64();
+    println!("{login_seconds:.1} s: login");
+    guest.type_line("root");
+    guest.expect_within("root@lab:", BOOT_PATIENCE)?;
+    guest.command("stty -echo; PS1=")?;
+    let root = guest.command("findmnt -n -o SOURCE,FSTYPE /")?;
+    ensure!(root == "/dev/vda ext4", "the root file system is {root:?}");
+    guest.command("echo written > /root/written; sync")?;
+    let complaints = guest.complaints()?;
+    ensure!(complaints.is_empty(), "the kernel complains:\n{complaints}");
+    guest.machine.press_power_button()?;
+    guest.wait_end_within(&GuestExit::Poweroff, BOOT_PATIENCE)?;
+    Ok(json!({"login_seconds": login_seconds}))
+}
