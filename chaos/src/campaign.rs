@@ -56,7 +56,8 @@ pub struct Config {
 
 impl Config {
     /// Time after which the pool declares a host lost.
-    fn lost(&self) -> Duration {
+    #[must_use]
+    pub fn lost(&self) -> Duration {
         match self.timing {
             Timing::Fast => Duration::from_secs(3),
             Timing::Default => Duration::from_secs(15),
@@ -69,6 +70,20 @@ impl Config {
 /// # Errors
 /// When the pool can't be set up: then nothing was proved.
 pub fn run(config: &Config) -> Result<Report> {
+    let vms: Vec<String> = (1..=config.vms).map(|number| format!("probe{number}")).collect();
+    run_watched(config, |pool, recorder| {
+        start_vms(config, pool, recorder, &vms)?;
+        recorder.add(Seen::Part { part: Part::Faults });
+        disturb(config, pool, recorder, &vms);
+        finale::run(pool, recorder, &vms)
+    })
+}
+
+/// Makes a pool, watches it from outside while `drive` does something with it, and judges what was seen.
+///
+/// # Errors
+/// When the pool can't be set up, or `drive` fails: then nothing was proved.
+pub fn run_watched(config: &Config, drive: impl FnOnce(&Pool, &Recorder) -> Result<()>) -> Result<Report> {
     fs::create_dir_all(&config.dir).with_context(|| format!("create {}", config.dir.display()))?;
     let logs = config.dir.join("logs");
     fs::create_dir_all(&logs)?;
@@ -83,13 +98,12 @@ pub fn run(config: &Config) -> Result<Report> {
         .vm_memory_bytes(1 << 30)
         .disk_bytes(HOST_DISK_BYTES)
         .start()?;
-    let vms: Vec<String> = (1..=config.vms).map(|number| format!("probe{number}")).collect();
     let stop_watching = AtomicBool::new(false);
     let (_pace, ticks) = mpsc::channel();
     let collector = Collector { pool: &pool, recorder: &recorder, stop: &stop_watching, logs: &logs };
     let done = std::thread::scope(|scope| {
         scope.spawn(move || collector.run(&ticks));
-        let done = drive(config, &pool, &recorder, &vms);
+        let done = drive(&pool, &recorder);
         stop_watching.store(true, Ordering::Relaxed);
         done
     });
@@ -99,9 +113,8 @@ pub fn run(config: &Config) -> Result<Report> {
     report::write(&config.dir, &recorder.all())
 }
 
-fn drive(config: &Config, pool: &Pool, recorder: &Recorder, vms: &[String]) -> Result<()> {
-    start_vms(config, pool, recorder, vms)?;
-    recorder.add(Seen::Part { part: Part::Faults });
+/// Faults and load, for the time of the campaign.
+fn disturb(config: &Config, pool: &Pool, recorder: &Recorder, vms: &[String]) {
     let stop_load = AtomicBool::new(false);
     let load = Workload { pool, recorder, vms, stop: &stop_load, seed: config.seed };
     std::thread::scope(|scope| {
@@ -114,18 +127,13 @@ fn drive(config: &Config, pool: &Pool, recorder: &Recorder, vms: &[String]) -> R
         Faults { config, pool, recorder, vms }.inject();
         stop_load.store(true, Ordering::Relaxed);
     });
-    recorder.add(Seen::Part { part: Part::Healing });
-    finale::wait_healed(pool, recorder, vms);
-    recorder.add(Seen::Part { part: Part::Healed });
-    finale::wait_tasks_end(pool, recorder);
-    finale::reboot_all(pool, recorder, vms);
-    finale::record_objects(pool, recorder)?;
-    finale::delete_all(pool, recorder)?;
-    finale::wait_tasks_end(pool, recorder);
-    Ok(())
 }
 
-fn start_vms(config: &Config, pool: &Pool, recorder: &Recorder, vms: &[String]) -> Result<()> {
+/// Makes the watched VMs, and waits until their guests beat.
+///
+/// # Errors
+/// When a step fails.
+pub fn start_vms(config: &Config, pool: &Pool, recorder: &Recorder, vms: &[String]) -> Result<()> {
     pool.import_probe()?;
     let replicas = u32::try_from(config.hosts.min(3))?;
     for vm in vms {

@@ -10,7 +10,7 @@ use tests::probe::Summary;
 use tests::wait::{wait_for, wait_until};
 use tests::{Host, Pool};
 
-use crate::observation::{Recorder, Seen};
+use crate::observation::{Part, Recorder, Seen};
 use crate::workload::{record_raced, record_state};
 
 /// After the last fault is over, everything runs within this: loss, recovery and resync at default timings, with room.
@@ -19,6 +19,22 @@ const HEALED_DEADLINE: Duration = Duration::from_secs(90);
 const TASKS_DEADLINE: Duration = Duration::from_secs(60);
 /// Deleted things are gone from every host within this.
 const GONE_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Heals, verifies, deletes and looks for leftovers.
+///
+/// # Errors
+/// When the pool doesn't answer.
+pub fn run(pool: &Pool, recorder: &Recorder, vms: &[String]) -> Result<()> {
+    recorder.add(Seen::Part { part: Part::Healing });
+    wait_healed(pool, recorder, vms);
+    recorder.add(Seen::Part { part: Part::Healed });
+    wait_tasks_end(pool, recorder);
+    reboot_all(pool, recorder, vms);
+    record_objects(pool, recorder)?;
+    delete_all(pool, recorder)?;
+    wait_tasks_end(pool, recorder);
+    Ok(())
+}
 
 /// Waits until every host is up and every VM beats.
 pub fn wait_healed(pool: &Pool, recorder: &Recorder, vms: &[String]) {

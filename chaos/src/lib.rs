@@ -26,4 +26,5 @@ pub mod observation;
 pub mod page;
 pub mod plan;
 pub mod report;
+pub mod scenario;
 pub mod workload;

@@ -1,10 +1,11 @@
 //! `chaos --seed N --minutes M`: one campaign of faults; `chaos replay DIR`: its record, judged anew.
 //! Exit code 0 ok, 10 crash, 11 liveness, 12 correctness.
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use chaos::campaign::{self, Config};
 use chaos::observation;
-use chaos::report::{self, Report};
+use chaos::report::{self, Report, Verdict};
+use chaos::scenario;
 use clap::{Parser, Subcommand, ValueEnum};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -47,6 +48,11 @@ enum Command {
         /// Folder of the run
         dir: PathBuf,
     },
+    /// Runs scenarios of chaos/scenarios by name, or all of them
+    Scenario {
+        /// Names, or `all`; none lists them
+        names: Vec<String>,
+    },
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -57,9 +63,13 @@ enum Profile {
 
 fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
-    if let Some(Command::Replay { dir }) = arguments.command {
-        let report = report::write(&dir, &observation::read_timeline(&dir)?)?;
-        return tell(&report, &dir);
+    match arguments.command {
+        Some(Command::Replay { dir }) => {
+            let report = report::write(&dir, &observation::read_timeline(&dir)?)?;
+            return tell(&report, &dir);
+        }
+        Some(Command::Scenario { names }) => return scenarios(&names),
+        None => {}
     }
     let seed = arguments.seed.unwrap_or_else(rand::random);
     let dir = match arguments.dir {
@@ -84,6 +94,34 @@ fn main() -> Result<ExitCode> {
     let report = campaign::run(&config)?;
     drop(turn);
     tell(&report, &config.dir)
+}
+
+/// Runs scenarios one after the other; the exit code is that of the worst.
+fn scenarios(names: &[String]) -> Result<ExitCode> {
+    let mut out = std::io::stdout();
+    let all = scenario::load_all(&tests::binaries::workspace_dir().join("chaos/scenarios"))?;
+    if names.is_empty() {
+        for (name, scenario) in &all {
+            writeln!(out, "{name:<28} {}", scenario.says)?;
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    if let Some(unknown) = names.iter().find(|name| *name != "all" && !all.contains_key(*name)) {
+        bail!("there is no scenario `{unknown}`");
+    }
+    let mut worst = Verdict::Ok;
+    let chosen =
+        all.iter().filter(|(name, _)| names.contains(name) || names.iter().any(|name| name == "all"));
+    for (name, scenario) in chosen {
+        writeln!(out, "── {name}: {}", scenario.says)?;
+        let dir = tests::binaries::target_dir()?.join(format!("../chaos/{name}"));
+        let turn = tests::serial();
+        let report = scenario::run(scenario, dir.clone())?;
+        drop(turn);
+        tell(&report, &dir)?;
+        worst = worst.min(report.verdict);
+    }
+    Ok(ExitCode::from(worst.exit_code()))
 }
 
 fn tell(report: &Report, dir: &Path) -> Result<ExitCode> {
