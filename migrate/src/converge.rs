@@ -6,7 +6,7 @@
 //! ```text
 //! default       wait ─ 2 rounds without progress ─▶ limit × 2 … × 8 ─▶ throttle 20 … 80 % ─▶ give up
 //! gentle        wait ─ until its deadline ─▶ give up
-//! post-copy     wait ─ 1 round without progress ─▶ go over, and bring the pages afterwards
+//! post-copy     2 rounds ─▶ go over, and bring the pages afterwards
 //! must-finish   as default, but stops the machine, whatever it costs, before the whole takes 1.5 × the first round
 //! ```
 //! "Progress" means that a round left at least a tenth fewer dirty pages than the best one before. A guest that writes as
@@ -41,6 +41,10 @@ const MUST_FINISH_ROUNDS: u32 = 24;
 /// What a `must-finish` migration may take, in halves of the time that the first, full round took.
 const MUST_FINISH_HALVES: u32 = 3;
 
+/// Rounds before pages come on demand: the first one carries what the guest does not write to, the second one most of what
+/// it has written to once; further ones bring what is dirty again before it is needed.
+const POST_COPY_ROUNDS: u32 = 2;
+
 /// A guest that dirties this share of what the link carries will not converge by waiting.
 const HOPELESS_SHARE: f64 = 0.9;
 
@@ -74,7 +78,7 @@ pub enum Policy {
     /// Raises the limit, then slows the guest, then gives up.
     #[default]
     Default,
-    /// Never slows the guest at the source: what does not converge goes over on demand.
+    /// Never slows the guest at the source: what two rounds leave comes on demand.
     PostCopy,
     /// Ends within a bounded number of rounds.
     MustFinish,
@@ -273,8 +277,7 @@ impl Convergence {
             self.stalled += 1;
         }
         self.best_dirty = self.best_dirty.min(facts.dirty_pages);
-        let has_stalled = self.stalled > 0 && self.rounds > 1;
-        if self.policy == Policy::PostCopy && (has_stalled || self.is_hopeless()) {
+        if self.policy == Policy::PostCopy && (self.rounds >= POST_COPY_ROUNDS || self.is_hopeless()) {
             return Decision::PostCopy { blackout_expected: FIXED_COST };
         }
         if !self.climb(now, predicted, fixed) {
