@@ -1,5 +1,6 @@
 //! The command line of the daemon.
 
+use crate::commands::recover::RecoverArgs;
 use crate::config::TimingName;
 use clap::{Parser, Subcommand};
 use proto::ByteCount;
@@ -38,6 +39,8 @@ pub enum CliCommand {
         /// The line that `poolctl host token create` printed.
         token: String,
     },
+    /// Founds the pool anew from this host, after the loss of the majority for good.
+    Recover(RecoverArgs),
     /// Runs the daemon.
     Serve {
         /// Data folder of this host.

@@ -263,6 +263,11 @@ impl TestPool {
         endpoint.tls_config(tls).unwrap().connect().await.unwrap()
     }
 
+    /// Who leads, as far as a host knows.
+    pub fn leader_of(&self, index: usize) -> Option<HostId> {
+        self.hosts[index].consensus().leader()
+    }
+
     /// The index of the host that leads, as soon as one does.
     pub async fn leader(&self) -> usize {
         let found =

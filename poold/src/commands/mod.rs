@@ -2,6 +2,7 @@
 
 mod init;
 mod join;
+pub mod recover;
 mod serve;
 
 use crate::cli::CliCommand;
@@ -57,6 +58,7 @@ pub async fn run(command: CliCommand) -> Result<(), Failure> {
     match command {
         CliCommand::Init { host, name, timing } => init::run(host, name, timing).await,
         CliCommand::Join { host, token } => join::run(host, token).await,
+        CliCommand::Recover(args) => recover::run(args).await,
         CliCommand::Serve { data, metrics, .. } => serve::run(&data, metrics).await,
     }
 }

@@ -127,7 +127,7 @@ fn raise_file_limit() {
 }
 
 /// One daemon per data folder.
-fn lock(data: &Path) -> Result<Flock<File>, Failure> {
+pub fn lock(data: &Path) -> Result<Flock<File>, Failure> {
     let path = data.join("lock");
     let file =
         File::create(&path).map_err(|error| Failure::failed(format!("{}: {error}", path.display())))?;

@@ -30,8 +30,8 @@ pub(super) const ATTEMPT_TIMEOUT: Duration = Duration::from_millis(1_500);
 pub(super) const RETRY: Duration = Duration::from_millis(50);
 
 /// Where the stores are in the data folder.
-const RAFT_DIR: &str = "raft";
-const SNAPSHOTS_DIR: &str = "snapshots";
+pub(super) const RAFT_DIR: &str = "raft";
+pub(super) const SNAPSHOTS_DIR: &str = "snapshots";
 
 /// A snapshot is made, and the log before it dropped, after this many entries: a restart replays them in under a second.
 const SNAPSHOT_EVERY: u64 = 5_000;

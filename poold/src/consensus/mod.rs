@@ -22,6 +22,7 @@ mod network;
 mod propose;
 mod quorum;
 mod read;
+pub mod recover;
 mod service;
 mod snapshot_file;
 mod state_store;

@@ -41,6 +41,12 @@ impl StateStore {
         self.content.last_applied
     }
 
+    /// The state itself.
+    #[must_use]
+    pub fn into_state(self) -> PoolState {
+        self.content.state
+    }
+
     fn apply_one(&mut self, entry: Entry<TypeConfig>) -> Applied {
         let log_id = entry.log_id;
         self.content.last_applied = Some(log_id);

@@ -10,6 +10,7 @@
 //! ```
 //! - [`state`]: the data. [`command`], [`entry`], [`outcome`], [`rejection`]: what goes in and comes out.
 //! - [`lease`], [`planner`], [`reconcile`](mod@reconcile): the decisions. [`invariants`]: what tests check after each entry.
+//! - [`recovery`]: the pool after the loss of its majority.
 //! - [`balance`], [`capacity`], [`explain`]: what operators ask about placements. [`timing`], [`limits`]: intervals and bounds.
 //!
 //! Invariants: `apply` is deterministic; a rejected entry changes nothing but the revision; a clone of the state is cheap.
@@ -30,6 +31,7 @@ pub mod limits;
 pub mod outcome;
 pub mod planner;
 pub mod reconcile;
+pub mod recovery;
 pub mod rejection;
 pub mod state;
 pub mod timing;

@@ -1,4 +1,5 @@
 //! Consensus as a whole: openraft's own suite on the stores, restarts, and pools over real TLS.
 
 mod pool;
+mod recover;
 mod stores;

@@ -10,6 +10,7 @@
 //!
 //! `SIM_SEED=17` plays one history again; `SIM_SEEDS=5000` plays many.
 
+mod faults;
 mod host;
 mod moves;
 mod rng;
@@ -19,7 +20,7 @@ mod world;
 use world::World;
 
 /// Histories of an ordinary run.
-const SEEDS: u64 = 120;
+const SEEDS: u64 = 60;
 
 fn play(seed: u64) -> Result<(), String> {
     let mut world = World::new(seed);

@@ -1,0 +1,121 @@
+//! What breaks, what is repaired, and what operators ask for meanwhile.
+
+use super::host::Process;
+use super::world::{HOSTS, World};
+use pool_state::{
+    Command,
+    reconcile::ProcessState,
+    state::{MigrationOptions, StopMode, TaskKind},
+};
+use proto::VmId;
+
+/// Length of the part with faults in milliseconds.
+const FAULTS_MS: u64 = 40_000;
+
+impl World {
+    /// The part of the history in which things break.
+    pub fn run_faults(&mut self) {
+        self.run_until(FAULTS_MS, |world| {
+            world.repair();
+            if world.rng.chance(2) {
+                world.break_something();
+            }
+            if world.rng.chance(6) {
+                world.ask_for_something();
+            }
+        });
+    }
+
+    fn repair(&mut self) {
+        for host in 0..HOSTS {
+            let broken = !self.hosts[host].power || !self.hosts[host].daemon || self.hosts[host].cut;
+            if broken && self.now_ms >= self.hosts[host].repair_ms {
+                self.note(|| format!("h{} is repaired", host + 1));
+                self.repair_host(host);
+            }
+        }
+    }
+
+    fn repair_host(&mut self, host: usize) {
+        let timing = self.timing;
+        let it = &mut self.hosts[host];
+        it.cut = false;
+        it.dirty = true;
+        if !it.power || !it.daemon {
+            it.start(&timing);
+        }
+    }
+
+    fn break_something(&mut self) {
+        let host = self.rng.below(HOSTS as u64) as usize;
+        let (kind, pause) = (self.rng.below(6), self.rng.range(500, 9_000));
+        self.note(|| format!("h{} breaks: {kind} for {pause}", host + 1));
+        let now_ms = self.now_ms;
+        // A daemon that starts anew leads nothing, however quick it is.
+        if self.leader == Some(host) && kind < 2 {
+            self.leader = None;
+        }
+        let it = &mut self.hosts[host];
+        it.repair_ms = now_ms + pause;
+        match kind {
+            0 => it.lose_power(),
+            1 => {
+                it.daemon = false;
+                it.leads = false;
+                it.busy.clear();
+            }
+            2 | 3 => it.cut = true,
+            4 => it.stalled_until_ms = now_ms + pause / 3,
+            _ => {
+                if let Some(process) = it.processes.values_mut().next() {
+                    *process = Process::new(ProcessState::Gone, 0);
+                    it.dirty = true;
+                }
+            }
+        }
+    }
+
+    /// An operator's wish.
+    fn ask_for_something(&mut self) {
+        let vms: Vec<VmId> = self.committed.vms.keys().copied().collect();
+        let (Some(vm), Some(at)) = (self.rng.pick(&vms), self.rng.pick(&[0, 1, 2, 3, 4])) else { return };
+        let host = self.hosts[at].id;
+        let command = match self.rng.below(14) {
+            0..3 => Command::StartVm { vm, host: None },
+            3 => Command::StopVm { vm, mode: StopMode::Clean },
+            4 => Command::PauseVm { vm },
+            5 => Command::ResumeVm { vm },
+            6..9 => {
+                let target = self.rng.chance(50).then_some(host);
+                Command::StartMigration { vm, target, options: MigrationOptions::default() }
+            }
+            9 => Command::DrainHost { host },
+            10 => Command::RestoreHost { host },
+            11 => Command::StartBalance,
+            12 => Command::HaResume,
+            _ => match self.committed.tasks.keys().next_back() {
+                Some(task) => Command::CancelTask { task: *task },
+                None => return,
+            },
+        };
+        self.propose(at, command);
+    }
+
+    /// Everything works again, and the operator wants nothing but that what should run does.
+    pub fn heal(&mut self) {
+        (0..HOSTS).for_each(|host| self.repair_host(host));
+        self.hosts.iter_mut().for_each(|host| host.stalled_until_ms = 0);
+        self.run_until(self.now_ms + 2 * self.timing.election_max_ms, |_| {});
+        let of_pool = |kind| {
+            matches!(kind, TaskKind::HostDrain { .. } | TaskKind::HostRestore { .. } | TaskKind::PoolBalance)
+        };
+        let state = self.committed.clone();
+        for task in state.tasks.values().filter(|task| task.is_running() && of_pool(task.kind)) {
+            self.commit(Command::CancelTask { task: task.id });
+        }
+        for host in state.hosts.keys() {
+            self.commit(Command::UncordonHost { host: *host });
+        }
+        self.commit(Command::HaResume);
+    }
+}
