@@ -9,6 +9,8 @@ use std::process::{Command, Stdio};
 const BUILD_TOOLS: [(&str, &str); 1] = [("cc", "gcc libc6-dev")];
 const RUN_TOOLS: [(&str, &str); 2] = [("ip", "iproute2"), ("nsenter", "util-linux")];
 
+const BENCH_TOOLS: [(&str, &str); 1] = [("qemu-system-x86_64", "qemu-system-x86")];
+
 const LAB_TOOLS: [(&str, &str); 7] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("/bin/busybox", "busybox-static"),
@@ -29,6 +31,12 @@ pub fn prepare_run() -> Result<()> {
     install(&BUILD_TOOLS)?;
     install(&RUN_TOOLS)?;
     check_kvm()
+}
+
+/// Makes sure that everything needed for benches beside qemu is there.
+pub fn prepare_bench() -> Result<()> {
+    prepare_run()?;
+    install(&BENCH_TOOLS)
 }
 
 /// Makes sure that everything needed for the nested lab is there; it needs no KVM.

@@ -1,4 +1,4 @@
-//! The project's own commands: `cargo xtask demo`, `test`, `build`, `tidy`, `lab`, `chaos`.
+//! The project's own commands: `cargo xtask demo`, `test`, `bench`, `build`, `tidy`, `lab`, `chaos`.
 //!
 //! ```text
 //!  demo ─┐                      ┌─ tests::Pool: real daemons on loopback addresses
@@ -10,6 +10,7 @@
 
 #![expect(clippy::print_stdout, reason = "a program that talks to a person")]
 
+mod bench;
 mod build;
 mod demo;
 mod lab;
@@ -43,6 +44,12 @@ enum Command {
     },
     /// Rules that no compiler checks
     Tidy,
+    /// Figures of this project beside those of others
+    Bench {
+        /// What to measure
+        #[command(subcommand)]
+        what: bench::Bench,
+    },
     /// Scenarios with unmodified Linux guests under a true KVM, inside a machine in software
     Lab {
         /// Only lists the scenarios
@@ -71,6 +78,7 @@ fn main() -> Result<ExitCode> {
             build::programs(if release { build::Profile::Release } else { build::Profile::Dev })?;
         }
         Command::Tidy => tidy::run()?,
+        Command::Bench { what } => what.run()?,
         Command::Lab { list: true, .. } => lab::list(),
         Command::Lab { quick: true, .. } => lab::quick()?,
         Command::Lab { scenarios, .. } => lab::run(&scenarios)?,

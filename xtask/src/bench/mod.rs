@@ -1,0 +1,23 @@
+//! `cargo xtask bench`: figures of this project beside those of others, measured in one run on one machine.
+
+mod migrate;
+mod qemu;
+
+use anyhow::Result;
+use clap::Subcommand;
+
+/// What to measure.
+#[derive(Debug, Subcommand)]
+pub enum Bench {
+    /// Live migration, beside Debian's qemu with the same guest
+    Migrate(migrate::Options),
+}
+
+impl Bench {
+    /// Measures and prints.
+    pub fn run(&self) -> Result<()> {
+        match self {
+            Self::Migrate(options) => migrate::run(options),
+        }
+    }
+}

@@ -1,0 +1,172 @@
+//! Migrations of Debian's qemu, driven over QMP.
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpListener;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+use tests::wait_until;
+
+/// Longest wait for anything.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Far above what any link carries: qemu's own limit must not be what is measured.
+const BANDWIDTH_BYTES_PER_S: u64 = 100 << 30;
+
+/// Channels of multifd; as many as this project's bench machines have cores.
+const CHANNELS: u64 = 2;
+
+/// How pages travel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// One TCP connection.
+    Tcp,
+    /// Several TCP connections.
+    Multifd,
+    /// One connection in TLS 1.3, with a key known to both sides.
+    Tls,
+}
+
+impl Mode {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Tcp, Self::Multifd, Self::Tls];
+
+    /// For the table.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "qemu, TCP",
+            Self::Multifd => "qemu, multifd",
+            Self::Tls => "qemu, TLS",
+        }
+    }
+}
+
+/// What one migration came to.
+#[derive(Debug, Clone, Copy)]
+pub struct Figures {
+    pub total_ms: f64,
+    pub blackout_ms: f64,
+    pub bytes: f64,
+}
+
+/// The guest.
+pub struct Guest<'a> {
+    pub kernel: &'a Path,
+    pub initrd: &'a Path,
+    pub cmdline: &'a str,
+    pub memory_mib: u64,
+}
+
+/// One qemu. Killed when dropped.
+struct Qemu {
+    child: Child,
+    stream: BufReader<UnixStream>,
+    console: PathBuf,
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        // Both fail only when it has ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Qemu {
+    fn start(dir: &Path, name: &str, guest: &Guest<'_>, mode: Mode, more: &[&str]) -> Result<Self> {
+        let (socket, console) = (dir.join(format!("{name}.qmp")), dir.join(format!("{name}.console")));
+        let mut command = Command::new("qemu-system-x86_64");
+        command.args(["-accel", "kvm", "-cpu", "host", "-smp", "1", "-nodefaults", "-nographic"]);
+        command.arg("-m").arg(guest.memory_mib.to_string());
+        command.arg("-kernel").arg(guest.kernel).arg("-initrd").arg(guest.initrd);
+        command.args(["-append", guest.cmdline]);
+        command.arg("-serial").arg(format!("file:{}", console.display()));
+        command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", socket.display()));
+        if mode == Mode::Tls {
+            let endpoint = if name == "target" { "server" } else { "client" };
+            let object =
+                format!("tls-creds-psk,id=tls0,dir={},endpoint={endpoint},username=bench", dir.display());
+            command.arg("-object").arg(object);
+        }
+        let log = fs::File::create(dir.join(format!("{name}.log")))?;
+        let child = command.args(more).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn();
+        let child = child.context("start qemu-system-x86_64")?;
+        let stream = wait_until(PATIENCE, "qemu listens", || Ok(UnixStream::connect(&socket).ok()))?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        let mut qemu = Self { child, stream: BufReader::new(stream), console };
+        qemu.read()?;
+        qemu.ask("qmp_capabilities", json!({}))?;
+        let multifd = mode == Mode::Multifd;
+        qemu.ask(
+            "migrate-set-capabilities",
+            json!({"capabilities": [{"capability": "multifd", "state": multifd}]}),
+        )?;
+        let mut parameters = json!({"max-bandwidth": BANDWIDTH_BYTES_PER_S});
+        if multifd {
+            parameters["multifd-channels"] = json!(CHANNELS);
+        }
+        if mode == Mode::Tls {
+            parameters["tls-creds"] = json!("tls0");
+        }
+        qemu.ask("migrate-set-parameters", parameters)?;
+        Ok(qemu)
+    }
+
+    fn read(&mut self) -> Result<Value> {
+        let mut line = String::new();
+        self.stream.read_line(&mut line)?;
+        serde_json::from_str(&line).with_context(|| format!("qemu says `{line}`"))
+    }
+
+    fn ask(&mut self, command: &str, arguments: Value) -> Result<Value> {
+        let request = json!({"execute": command, "arguments": arguments});
+        writeln!(self.stream.get_mut(), "{request}")?;
+        loop {
+            let answer = self.read()?;
+            if let Some(found) = answer.get("return") {
+                return Ok(found.clone());
+            }
+            if let Some(error) = answer.get("error") {
+                bail!("qemu refuses {command}: {error}");
+            }
+            // Anything else is an event.
+        }
+    }
+}
+
+/// Boots the guest, moves it to a second qemu, and sees it go on there.
+pub fn migrate(dir: &Path, guest: &Guest<'_>, mode: Mode) -> Result<Figures> {
+    fs::write(dir.join("keys.psk"), format!("bench:{}\n", "5a".repeat(32)))?;
+    let mut source = Qemu::start(dir, "source", guest, mode, &[])?;
+    let beats = |console: &Path| {
+        Ok::<_, anyhow::Error>(fs::read_to_string(console).unwrap_or_default().matches("PROBE beat=").count())
+    };
+    // The whole working set has been written by then.
+    let console = source.console.clone();
+    wait_until(PATIENCE, "the guest beats under qemu", || Ok((beats(&console)? >= 20).then_some(())))?;
+    let mut target = Qemu::start(dir, "target", guest, mode, &["-incoming", "defer"])?;
+    let port = TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port();
+    let uri = format!("tcp:127.0.0.1:{port}");
+    target.ask("migrate-incoming", json!({"uri": uri}))?;
+    source.ask("migrate", json!({"uri": uri}))?;
+    let found = wait_until(PATIENCE, "qemu has migrated", || {
+        let found = source.ask("query-migrate", json!({}))?;
+        match found["status"].as_str() {
+            Some("completed") => Ok(Some(found)),
+            Some("failed" | "cancelled") => bail!("qemu's migration failed: {found}"),
+            _ => Ok(None),
+        }
+    })?;
+    let console = target.console.clone();
+    wait_until(PATIENCE, "the guest beats at the target", || Ok((beats(&console)? > 2).then_some(())))?;
+    let number = |value: &Value| value.as_f64().with_context(|| format!("a number is missing in {found}"));
+    Ok(Figures {
+        total_ms: number(&found["total-time"])?,
+        blackout_ms: number(&found["downtime"])?,
+        bytes: number(&found["ram"]["transferred"])?,
+    })
+}
