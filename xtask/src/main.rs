@@ -63,7 +63,7 @@ enum Command {
     },
     /// Faults on a pool of real processes, and checkers; see chaos/README.md
     Chaos {
-        /// Passed on to the program, such as --seed 7 --minutes 10
+        /// Passed on to the program: --seed 7 --minutes 10, scenario all, replay DIR
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
