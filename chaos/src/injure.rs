@@ -77,7 +77,7 @@ pub fn flip_bits(data_dir: &Path, bits: u64) -> Result<()> {
         if length < PIECE_BYTES as u64 {
             continue;
         }
-        let at = random.random_range(0..=length - PIECE_BYTES as u64);
+        let at = random.random_range(0..length / PIECE_BYTES as u64) * PIECE_BYTES as u64;
         let mut piece = [0; PIECE_BYTES];
         file.read_exact_at(&mut piece, at)?;
         if piece == [0; PIECE_BYTES] {
@@ -117,6 +117,8 @@ mod tests {
         fs::write(segments.join("1"), &content).unwrap();
         flip_bits(&dir, 3).unwrap();
         let after = fs::read(segments.join("1")).unwrap();
+        assert_eq!(after[..4096], content[..4096]);
+        assert_eq!(after[8192..], content[8192..]);
         let turned: u32 = content.iter().zip(&after).map(|(a, b)| (a ^ b).count_ones()).sum();
         fs::remove_dir_all(&dir).unwrap();
         assert!((1..=3).contains(&turned), "{turned}");
