@@ -6,9 +6,10 @@ use crate::{
     supervisor::{ProcessKey, ProcessView, Supervisor},
 };
 use pool_state::lease::{HostLease, HostLeaseCommand, HostLeaseEvent};
+use pool_state::state::HaPolicy;
 use proto::{
     Incarnation,
-    v1::{ExtendLeaseRequest, HostStats, RenewLeaseRequest},
+    v1::{ExtendLeaseRequest, HostStats, MachineStatus, RenewLeaseRequest},
 };
 use std::{collections::BTreeSet, time::Duration};
 use tokio::sync::{mpsc, watch};
@@ -196,15 +197,31 @@ async fn pass_to(
         let Some(process) = supervisor.process(key) else { return };
         // Nothing has been granted yet, or what was granted is over already.
         if deadline_ns > boottime_ns() {
-            let placement =
-                if has_lapsed(&process) { read_placement(&context, key).await } else { Placement::Unknown };
-            extend(&supervisor, key, deadline_ns, placement).await;
+            let first = waits_for_first(&context, &process);
+            let placement = if first || has_lapsed(&process) {
+                read_placement(&context, key).await
+            } else {
+                Placement::Unknown
+            };
+            // A process would take its first lease without a question.
+            if !first || placement == Placement::Confirmed {
+                extend(&supervisor, key, deadline_ns, placement).await;
+            }
         }
         tokio::select! {
             changed = deadlines.changed() => if changed.is_err() { return },
             () = context.shutdown.cancelled() => return,
         }
     }
+}
+
+/// Whether the process was started while the host had no lease. Its placement was confirmed then, which may be long ago: the
+/// host may have been declared lost since.
+fn waits_for_first(context: &NodeContext, process: &ProcessView) -> bool {
+    let state = context.consensus.local();
+    let exempt = state.vms.get(&process.key.vm).is_some_and(|vm| vm.spec.ha == HaPolicy::None);
+    let never = |status: &MachineStatus| status.vm_id != 0 && status.lease_deadline_boottime_ns == 0;
+    !exempt && process.status.as_ref().is_some_and(never)
 }
 
 /// Whether the process has had a lease and let it end: it takes a new one only with its placement confirmed.
