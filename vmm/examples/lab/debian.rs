@@ -30,7 +30,9 @@ pub fn run() -> Result<Value> {
     println!("{login_seconds:.1} s: login");
     guest.type_line("root");
     guest.expect_within("root@lab:", BOOT_PATIENCE)?;
-    guest.command("stty -echo; PS1=")?;
+    // A shell that draws nothing.
+    guest.type_line("stty -echo; PS1= exec sh");
+    guest.command("true")?;
     let root = guest.command("findmnt -n -o SOURCE,FSTYPE /")?;
     ensure!(root == "/dev/vda ext4", "the root file system is {root:?}");
     guest.command("echo written > /root/written; sync")?;
