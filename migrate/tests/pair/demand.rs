@@ -2,7 +2,7 @@
 
 use crate::world::{Happening, Sink, Stream, World};
 use migrate::{
-    PageBitmap,
+    PageBitmap, SourceVm,
     apply::PageApplier,
     encode::{RoundPlan, RoundScope, RoundTotals, send_round},
     held::Held,
@@ -88,5 +88,21 @@ impl World {
         let plan =
             RoundPlan { round: self.on_demand_round, scope: RoundScope::Last, pages, window: None, streams };
         send_round(&*vm, plan, &mut Held::new(None, 0), &mut Sink { world: self, as_stream }).unwrap();
+    }
+
+    pub fn list_missing(&mut self, after: Duration) {
+        self.dirty.clear();
+        self.source_vm.fetch_dirty(&mut self.dirty).unwrap();
+        self.was_on_demand = true;
+        let missing = self.dirty.clone();
+        self.later(after, Happening::Source(SourceEvent::MissingListed(missing)));
+    }
+
+    pub fn send_urgent(&mut self, page: PageIndex) {
+        if self.unsent.contains(page) {
+            let mut pages = PageBitmap::new(self.plan.pages as u64);
+            pages.insert(page);
+            self.send_on_demand(&pages, 1, Some(Stream::Urgent));
+        }
     }
 }

@@ -408,24 +408,12 @@ impl World {
         for command in commands {
             match command {
                 SourceCommand::Connect => self.connect(),
-                SourceCommand::ListMissing => {
-                    self.dirty.clear();
-                    self.source_vm.fetch_dirty(&mut self.dirty).unwrap();
-                    self.was_on_demand = true;
-                    let missing = self.dirty.clone();
-                    self.later(step, Happening::Source(SourceEvent::MissingListed(missing)));
-                }
+                SourceCommand::ListMissing => self.list_missing(step),
                 SourceCommand::Serve { round, missing } => {
                     (self.on_demand_round, self.unsent) = (round, (*missing).clone());
                     self.transmit_at(step, Happening::Push);
                 }
-                SourceCommand::SendUrgent { page } => {
-                    if self.unsent.contains(page) {
-                        let mut pages = PageBitmap::new(self.plan.pages as u64);
-                        pages.insert(page);
-                        self.send_on_demand(&pages, 1, Some(Stream::Urgent));
-                    }
-                }
+                SourceCommand::SendUrgent { page } => self.send_urgent(page),
                 SourceCommand::Send(message) => {
                     self.transmit(Stream::ControlOut, Happening::ToTarget(control::encode(&message)));
                 }

@@ -80,7 +80,8 @@ impl Qemu {
     fn start(dir: &Path, name: &str, guest: &Guest<'_>, mode: Mode, more: &[&str]) -> Result<Self> {
         let (socket, console) = (dir.join(format!("{name}.qmp")), dir.join(format!("{name}.console")));
         let mut command = Command::new("qemu-system-x86_64");
-        command.args(["-accel", "kvm", "-cpu", "host", "-smp", "1", "-nodefaults", "-nographic"]);
+        // Its default processor: `host` asks for registers that a nested KVM may not have.
+        command.args(["-accel", "kvm", "-smp", "1", "-nodefaults", "-nographic"]);
         command.arg("-m").arg(guest.memory_mib.to_string());
         command.arg("-kernel").arg(guest.kernel).arg("-initrd").arg(guest.initrd);
         command.args(["-append", guest.cmdline]);
