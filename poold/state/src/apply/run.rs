@@ -104,7 +104,8 @@ impl Change<'_> {
         let host = vm.placement.ok_or_else(|| Rejection::VmIsStopped { vm: name() })?;
         check_up(self.state.host(host)?)?;
         let failures = failures_after(vm, cause, self.time_ms);
-        if failures > RESTARTS_MAX {
+        // A process dies of its host: one day that is well again, and until then the back-off bounds the effort.
+        if failures > RESTARTS_MAX && *cause != RestartCause::ProcessDied {
             let problem = format!("{}; given up after {RESTARTS_MAX} restarts in a row", describe(cause));
             self.end_run(id, Some(cut(&problem)))?;
             return Ok(Outcome::Vm(id));

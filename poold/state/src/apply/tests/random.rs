@@ -87,6 +87,20 @@ fn command(pool: &Pool, (kind, a, b, c): Roll) -> Command {
                 start_seq: Sequence(u64::from(b)),
             },
         },
+        28..35 if kind % 35 != 34 || a < 100 => of_service(pool, (kind, a, b, c)),
+        _ if a < 120 => Command::SetBrake,
+        _ => Command::HaResume,
+    }
+}
+
+/// Commands about hosts in service, moves of the pool, and groups.
+fn of_service(pool: &Pool, (kind, a, b, c): Roll) -> Command {
+    let state = &pool.state;
+    let host = pick(&state.hosts.keys().copied().collect::<Vec<_>>(), a, HostId(9_999));
+    let other = pick(&state.hosts.keys().copied().collect::<Vec<_>>(), b, HostId(9_999));
+    let vm = pick(&state.vms.keys().copied().collect::<Vec<_>>(), c, VmId(9_999));
+    let task = last_of(&state.tasks.keys().copied().collect::<Vec<_>>(), c, TaskId(9_999));
+    match kind % 35 {
         28 => Command::CordonHost { host },
         29 => Command::UncordonHost { host },
         30 => Command::DrainHost { host },
@@ -99,9 +113,7 @@ fn command(pool: &Pool, (kind, a, b, c): Roll) -> Command {
             target: host,
             cause: [MoveCause::Drain, MoveCause::Restore, MoveCause::Balance][usize::from(b % 3)],
         },
-        34 if a < 100 => group(pool, vm, other, b),
-        _ if a < 120 => Command::SetBrake,
-        _ => Command::HaResume,
+        _ => group(pool, vm, other, b),
     }
 }
 

@@ -86,6 +86,21 @@ fn restarts_back_off_and_the_pool_gives_up_at_last() {
 }
 
 #[test]
+fn a_vm_whose_processes_die_is_never_given_up() {
+    let mut pool = Pool::new(1);
+    let host = pool.hosts()[0];
+    let vm = pool.running_vm("web", host, HaPolicy::Restart);
+    for _ in 0..4 * RESTARTS_MAX {
+        let again = restart(&pool, vm, RestartCause::ProcessDied);
+        pool.accept(again);
+        let wait_ms = pool.vm(vm).not_before_ms - pool.now_ms;
+        assert!(wait_ms <= RESTART_BACKOFF_MS << RESTARTS_MAX, "{wait_ms} ms");
+        pool.now_ms += wait_ms;
+    }
+    assert_ne!(pool.vm_state(vm), "failed");
+}
+
+#[test]
 fn a_vm_that_stayed_up_begins_anew_and_a_reboot_is_no_failure() {
     let mut pool = Pool::new(1);
     let host = pool.hosts()[0];
