@@ -20,7 +20,7 @@ use crate::machine;
 use anyhow::{Context, Result, bail, ensure};
 use debian::Debian;
 use kernel::Kernel;
-use qemu::LabMachine;
+use qemu::{Ending, LabMachine};
 use serde_json::Value;
 use std::fs;
 use std::path::PathBuf;
@@ -28,6 +28,9 @@ use std::time::{Duration, Instant};
 
 /// What the lab machine may take to boot and to end, on a busy machine.
 const OVERHEAD: Duration = Duration::from_secs(60);
+
+/// A lab machine that dies is started once more. A scenario that fails is not run again.
+const STARTS_MAX: usize = 2;
 
 /// What runs inside.
 struct Scenario {
@@ -146,11 +149,18 @@ fn execute(scenarios: &[&Scenario]) -> Result<()> {
         dir: &cache,
     };
     let seconds: u32 = scenarios.iter().map(|scenario| scenario.seconds).sum();
+    let bound = Duration::from_secs(seconds.into()) + OVERHEAD;
     let mut reports = Vec::new();
-    lab.run(Duration::from_secs(seconds.into()) + OVERHEAD, |report| {
-        show(report, began);
-        reports.push(report.clone());
-    })?;
+    for _ in 0..STARTS_MAX {
+        reports.clear();
+        let ending = lab.run(bound, |report| {
+            show(report, began);
+            reports.push(report.clone());
+        })?;
+        if ending == Ending::Done {
+            break;
+        }
+    }
     check(scenarios, &reports).with_context(|| format!("see {}", cache.join("console.log").display()))
 }
 
