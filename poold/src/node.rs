@@ -201,13 +201,19 @@ impl NodeContext {
     /// Proposes a report of this host that will be made again if it is still true.
     pub async fn report(&self, command: Command) {
         tracing::debug!(?command, "proposing");
-        match self.try_report(command).await {
-            Ok(()) => {}
-            Err(ReportError::Propose(ProposeError::Rejected(rejection))) => {
-                tracing::debug!(%rejection, "a proposal was rejected");
-            }
-            Err(error) => tracing::warn!(%error, "a proposal was not accepted"),
-        }
+        log_report(self.try_report(command).await);
+    }
+
+    /// Proposes what this host decided as the leader of `term`, if it still is; it is decided again if it is still due.
+    pub async fn decree(&self, term: u64, command: Command) {
+        tracing::debug!(?command, term, "proposing as leader");
+        let meta = ProposeMeta { request_id: None, principal: self.host.to_string() };
+        let proposed = async {
+            let (index, _) = self.consensus.propose_as_leader(term, command, meta).await?;
+            self.applied(index).await?;
+            Ok(())
+        };
+        log_report(proposed.await);
     }
 
     /// A local state that contains the entry.
@@ -221,6 +227,16 @@ impl NodeContext {
             Ok(Ok(state)) => Ok(state.clone()),
             Ok(Err(_)) | Err(_) => Err(ReportError::Lagging { index }),
         }
+    }
+}
+
+fn log_report(result: Result<(), ReportError>) {
+    match result {
+        Ok(()) => {}
+        Err(ReportError::Propose(ProposeError::Rejected(rejection))) => {
+            tracing::debug!(%rejection, "a proposal was rejected");
+        }
+        Err(error) => tracing::warn!(%error, "a proposal was not accepted"),
     }
 }
 

@@ -69,20 +69,26 @@ impl From<ForwardedAnswer> for Attempt {
     }
 }
 
+/// The entry of a command: with a request id, the time and a seed.
+fn stamp(command: Command, meta: ProposeMeta) -> Result<Entry, ProposeError> {
+    let entry = Entry {
+        request_id: Some(meta.request_id.unwrap_or_else(|| uuid::Uuid::new_v4().to_string())),
+        principal: meta.principal,
+        time_ms: unix_ms(),
+        seed: Seed(rand::random()),
+        command,
+    };
+    entry.check().map_err(|error| ProposeError::Invalid { cause: error.to_string() })?;
+    Ok(entry)
+}
+
 impl Consensus {
     /// Proposes a change, here or at the leader, and returns the index of its entry with the outcome.
     ///
     /// # Errors
     /// See [`ProposeError`]; after `Unknown` the same request id may be tried again.
     pub async fn propose(&self, command: Command, meta: ProposeMeta) -> Result<(u64, Outcome), ProposeError> {
-        let entry = Entry {
-            request_id: Some(meta.request_id.unwrap_or_else(|| uuid::Uuid::new_v4().to_string())),
-            principal: meta.principal,
-            time_ms: unix_ms(),
-            seed: Seed(rand::random()),
-            command,
-        };
-        entry.check().map_err(|error| ProposeError::Invalid { cause: error.to_string() })?;
+        let entry = stamp(command, meta)?;
         let deadline = Instant::now() + ANSWER_TIMEOUT;
         let mut proposed = false;
         while Instant::now() < deadline {
@@ -94,6 +100,28 @@ impl Consensus {
             sleep(RETRY).await;
         }
         Err(if proposed { ProposeError::Unknown } else { ProposeError::NoQuorum })
+    }
+
+    /// Proposes what this host decided as the leader of `term`; at no other host, and in no other term. A later leader
+    /// knows later things: a host that an old one gave up may hold a lease of the new one.
+    ///
+    /// # Errors
+    /// See [`ProposeError`]; `NoQuorum` also when this host does not lead in that term any more.
+    pub async fn propose_as_leader(
+        &self,
+        term: u64,
+        command: Command,
+        meta: ProposeMeta,
+    ) -> Result<(u64, Outcome), ProposeError> {
+        let entry = stamp(command, meta)?;
+        if self.term() != term {
+            return Err(ProposeError::NoQuorum);
+        }
+        match self.write_here(entry).await? {
+            Attempt::Answered(index, result) => Ok((index, result?)),
+            Attempt::NotProposed => Err(ProposeError::NoQuorum),
+            Attempt::Unanswered => Err(ProposeError::Unknown),
+        }
     }
 
     async fn attempt(&self, entry: &Entry, deadline: Instant) -> Result<Attempt, ProposeError> {

@@ -28,6 +28,12 @@ const TICKS_PER_RENEWAL: u32 = 10;
 /// The shortest time between two ticks of the lease table, against timings that are scaled down for tests.
 const TICK_MIN: Duration = Duration::from_millis(20);
 
+/// What the lease table decided, and the term in which this host led then.
+struct Decision {
+    term: u64,
+    command: Command,
+}
+
 struct Renewal {
     host: HostId,
     answer: oneshot::Sender<u64>,
@@ -81,10 +87,11 @@ pub async fn run_leader(context: NodeContext, queue: LeaderQueue) {
     tokio::join!(table_task(&context, queue, decisions), propose_task(&context, decided));
 }
 
-async fn table_task(context: &NodeContext, mut queue: LeaderQueue, decisions: mpsc::Sender<Command>) {
+async fn table_task(context: &NodeContext, mut queue: LeaderQueue, decisions: mpsc::Sender<Decision>) {
     let Some(timing) = context.timing().await else { return };
     let mut table = LeaseTable::new(timing);
-    let mut leads = false;
+    // The term in which this host leads. Another term is another leadership, even if nobody else led in between.
+    let mut leads = None;
     let tick = (Duration::from_millis(timing.lease_renew_ms) / TICKS_PER_RENEWAL).max(TICK_MIN);
     let mut ticks = tokio::time::interval(tick);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -94,28 +101,28 @@ async fn table_task(context: &NodeContext, mut queue: LeaderQueue, decisions: mp
             _ = ticks.tick() => None,
             () = context.shutdown.cancelled() => return,
         };
-        let now_leads = context.consensus.is_leader();
+        let now_leads = context.consensus.is_leader().then(|| context.consensus.term());
         if now_leads != leads {
             leads = now_leads;
-            tracing::info!(leads, "leadership changed");
-            let event = if leads { LeaseEvent::BecameLeader } else { LeaseEvent::LostLeadership };
-            decide(&mut table, event, &decisions);
+            tracing::info!(term = leads, "leadership changed");
+            let event = if leads.is_some() { LeaseEvent::BecameLeader } else { LeaseEvent::LostLeadership };
+            decide(&mut table, event, leads, &decisions);
         }
         let state = context.consensus.local();
         match renewal {
             Some(renewal) => {
-                let ttl_ms = answer(context, &mut table, &state, renewal.host, &decisions);
+                let ttl_ms = answer(context, &mut table, &state, renewal.host, leads, &decisions);
                 // A host that gave up asks again.
                 let _ = renewal.answer.send(ttl_ms);
             }
-            None if leads => {
+            None if leads.is_some() => {
                 let members = state.members().map(|host| (host.id, host.state)).collect();
                 let braked = state.settings.ha_braked;
-                decide(&mut table, LeaseEvent::Tick { members, braked }, &decisions);
+                decide(&mut table, LeaseEvent::Tick { members, braked }, leads, &decisions);
             }
             None => {}
         }
-        publish_ages(&table, &state, leads, &queue.ages_ms);
+        publish_ages(&table, &state, leads.is_some(), &queue.ages_ms);
     }
 }
 
@@ -125,13 +132,14 @@ fn answer(
     table: &mut LeaseTable,
     state: &PoolState,
     host: HostId,
-    decisions: &mpsc::Sender<Command>,
+    leads: Option<u64>,
+    decisions: &mpsc::Sender<Decision>,
 ) -> u64 {
     let Some(quorum_age) = context.consensus.quorum_ack_age() else { return 0 };
     let quorum_age_ms = u64::try_from(quorum_age.as_millis()).unwrap_or(u64::MAX);
     let state = state.hosts.get(&host).map(|host| host.state);
     let event = LeaseEvent::Renewal { host, state, quorum_age_ms };
-    decide(table, event, decisions)
+    decide(table, event, leads, decisions)
         .into_iter()
         .find_map(|(answered, ttl_ms)| (answered == host).then_some(ttl_ms))
         .unwrap_or(0)
@@ -141,15 +149,17 @@ fn answer(
 fn decide(
     table: &mut LeaseTable,
     event: LeaseEvent,
-    decisions: &mpsc::Sender<Command>,
+    leads: Option<u64>,
+    decisions: &mpsc::Sender<Decision>,
 ) -> Vec<(HostId, u64)> {
     let mut answers = Vec::new();
     for command in table.handle(now_ms(), event) {
         match command {
             LeaseCommand::Answer { host, ttl_ms } => answers.push((host, ttl_ms)),
             LeaseCommand::Propose(command) => {
+                let Some(term) = leads else { continue };
                 // The table repeats what has not become true.
-                if decisions.try_send(command).is_err() {
+                if decisions.try_send(Decision { term, command }).is_err() {
                     tracing::warn!(
                         "too many decisions wait to be committed; the lease table will repeat this one"
                     );
@@ -171,18 +181,19 @@ fn publish_ages(
     ages_ms.send_replace(if leads { known.collect() } else { BTreeMap::new() });
 }
 
-async fn propose_task(context: &NodeContext, mut decided: mpsc::Receiver<Command>) {
+async fn propose_task(context: &NodeContext, mut decided: mpsc::Receiver<Decision>) {
     let mut changes = context.consensus.watch();
     loop {
         tokio::select! {
-            Some(command) = decided.recv() => {
-                context.report(command).await;
+            Some(Decision { term, command }) = decided.recv() => {
+                context.decree(term, command).await;
                 continue;
             }
             changed = changes.changed() => if changed.is_err() { return },
             () = tokio::time::sleep(PLAN_INTERVAL) => {}
             () = context.shutdown.cancelled() => return,
         }
+        let term = context.consensus.term();
         if !context.consensus.is_leader() {
             continue;
         }
@@ -190,6 +201,6 @@ async fn propose_task(context: &NodeContext, mut decided: mpsc::Receiver<Command
         let view = LeaderView { now_ms: crate::node::unix_ms() };
         // Together, so that many VMs of a lost host share the log's flushes; they were tried in this order.
         let plan = planner::plan(&context.consensus.local(), &view);
-        futures::future::join_all(plan.into_iter().map(|command| context.report(command))).await;
+        futures::future::join_all(plan.into_iter().map(|command| context.decree(term, command))).await;
     }
 }

@@ -52,6 +52,26 @@ async fn any_host_takes_a_change_and_every_host_reads_it() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_leader_decided_is_proposed_by_it_in_its_term_or_not_at_all() {
+    let pool = TestPool::new(3).await;
+    let leader = pool.leader().await;
+    let term = pool.hosts[leader].consensus().term();
+    let token = |secret: u8| Command::CreateToken { secret_hash: [secret; 32], ttl_ms: 3_600_000 };
+    pool.hosts[leader].consensus().propose_as_leader(term, token(1), by_admin()).await.unwrap();
+    let earlier = pool.hosts[leader].consensus().propose_as_leader(term - 1, token(2), by_admin()).await;
+    assert!(matches!(earlier, Err(ProposeError::NoQuorum)), "{earlier:?}");
+    let follower = (leader + 1) % 3;
+    let elsewhere = pool.hosts[follower].consensus().propose_as_leader(term, token(3), by_admin()).await;
+    assert!(
+        matches!(elsewhere, Err(ProposeError::NoQuorum)),
+        "handed on to a leader that did not decide it: {elsewhere:?}"
+    );
+    let state = pool.hosts[leader].consensus().read_linearizable().await.unwrap();
+    let secrets: Vec<u8> = state.tokens.values().map(|token| token.secret_hash[0]).collect();
+    assert!(secrets.contains(&1) && !secrets.contains(&2) && !secrets.contains(&3), "{secrets:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_repeated_request_is_applied_once() {
     let pool = TestPool::new(3).await;
     let meta = || ProposeMeta { request_id: Some("one".to_owned()), ..by_admin() };
