@@ -34,6 +34,10 @@ impl TargetVm for Memory {
         out.copy_from_slice(&self.0.lock().unwrap()[start..start + out.len()]);
         Ok(())
     }
+    fn place_pages(&self, first: PageIndex, data: &[u8]) -> Result<(), VmError> {
+        self.1.lock().unwrap().push(first.0..first.0 + (data.len() / PAGE_BYTES) as u64);
+        self.write_pages(first, data)
+    }
     fn load_state(&self, _state: &[u8]) -> Result<(), VmError> {
         Ok(())
     }
@@ -96,6 +100,27 @@ fn lies_of_the_peer_are_typed_errors() {
     assert!(matches!(apply(1, &[zero(1, 0, 1)]), ApplyError::Stream { stream: 1 }));
     let block = PageFrame::Lz4 { round: Round(1), first: PageIndex(0), count: 2, block: &[0xff; 40] };
     assert!(matches!(apply(0, &[block]), ApplyError::Block { .. }));
+}
+
+/// The machine runs meanwhile: what is not missing, or not missing any more, may be newer than what comes.
+#[test]
+fn on_demand_only_missing_pages_are_placed_and_each_of_them_once() {
+    let memory = Memory::new(6);
+    let mut applier = PageApplier::new(6, 1, KeepHashes::No);
+    let mut missing = PageBitmap::new(6);
+    [1, 2, 4].into_iter().for_each(|page| missing.insert(PageIndex(page)));
+    applier.begin_on_demand(Round(2), missing);
+    let data = vec![5; 6 * PAGE_BYTES];
+    let raw = |first, pages: usize| {
+        let data = &data[..pages * PAGE_BYTES];
+        batch(&[PageFrame::Raw { round: Round(2), first: PageIndex(first), data }])
+    };
+    applier.apply(&memory, 7, &raw(2, 1)).unwrap();
+    assert!(!applier.has_filled());
+    applier.apply(&memory, 0, &raw(0, 6)).unwrap();
+    applier.apply(&memory, 0, &raw(0, 6)).unwrap();
+    assert_eq!(*memory.1.lock().unwrap(), [2..3, 1..2, 4..5]);
+    assert!(applier.has_filled() && !applier.has_filled());
 }
 
 fn delta(round: u32, page: u64, base: u32, block: &[u8]) -> PageFrame<'_> {
