@@ -49,10 +49,23 @@ pub enum CliCommand {
         /// Serve Prometheus metrics and /healthz there [default: `metrics` of poold.toml].
         #[arg(long, value_name = "IP:PORT")]
         metrics: Option<SocketAddr>,
+        /// How the memory of VMs that move away from this host is proved.
+        #[arg(long, value_enum, default_value_t)]
+        prove_memory: MemoryProof,
         /// Logs as JSON, one object per line.
         #[arg(long)]
         log_json: bool,
     },
+}
+
+/// How it is proved that a VM's memory has arrived as it was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum MemoryProof {
+    /// Hashes of everything sent and received, and a sample of the memory read again
+    #[default]
+    Sampled,
+    /// All memory read again while the VM stands still: finds every lost write, and takes its time
+    Full,
 }
 
 /// Where and as whom a host comes to be.

@@ -15,6 +15,7 @@ use crate::{
         Principal, consoles::ConsoleApi, events::EventApi, groups::GroupApi, images::ImageApi,
         migrations::MigrationApi, status, tasks::TaskApi, users::UserApi, vms::VmApi, volumes::VolumeApi,
     },
+    cli::MemoryProof,
     consensus::{Consensus, HostClients, ProposeError, ProposeMeta, ReadError},
     images::{self, ImageError, ImageStore},
     lease::{self, LeaderHandle, LeaseApi, LeaseClient},
@@ -69,6 +70,8 @@ pub struct NodeContext {
     pub address: SocketAddr,
     /// Memory that VMs may use at this host.
     pub vm_memory_bytes: u64,
+    /// How the memory of VMs that move away is proved.
+    pub memory_proof: MemoryProof,
     /// The pool's state.
     pub consensus: Consensus,
     /// Channels to the other hosts.

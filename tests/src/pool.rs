@@ -271,6 +271,8 @@ impl Pool {
         }
         let mut serve = self.fabric.at_host(index, &self.binaries.poold);
         serve.arg("serve").arg("--data").arg(&data_dir);
+        // A lost write must be found whichever page it hit.
+        serve.args(["--prove-memory", "full"]);
         let words = std::iter::once(serve.get_program()).chain(serve.get_args());
         self.hosts.push(Host {
             index,

@@ -59,6 +59,8 @@ pub async fn run(command: CliCommand) -> Result<(), Failure> {
         CliCommand::Init { host, name, timing } => init::run(host, name, timing).await,
         CliCommand::Join { host, token } => join::run(host, token).await,
         CliCommand::Recover(args) => recover::run(args).await,
-        CliCommand::Serve { data, metrics, .. } => serve::run(&data, metrics).await,
+        CliCommand::Serve { data, metrics, prove_memory, .. } => {
+            serve::run(&data, metrics, prove_memory).await
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! `poold serve`: the daemon.
 
 use super::{Failure, chain};
+use crate::cli::MemoryProof;
 use crate::config::HostConfig;
 use crate::consensus::{Consensus, MembershipTask, StartOptions};
 use crate::identity::IdentityDir;
@@ -18,7 +19,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 /// Runs the daemon until a signal or a fatal error.
-pub async fn run(data: &Path, metrics: Option<SocketAddr>) -> Result<(), Failure> {
+pub async fn run(data: &Path, metrics: Option<SocketAddr>, memory_proof: MemoryProof) -> Result<(), Failure> {
     let failed = |error: &dyn std::error::Error| Failure::failed(chain(error));
     let config = HostConfig::load(data).map_err(|error| failed(&error))?.ok_or_else(|| {
         let data = data.display();
@@ -47,6 +48,7 @@ pub async fn run(data: &Path, metrics: Option<SocketAddr>) -> Result<(), Failure
         data_dir: data.to_owned(),
         address: config.listen,
         vm_memory_bytes: config.vm_memory_bytes,
+        memory_proof,
         consensus: consensus.clone(),
         clients: consensus.clients(),
         shutdown: shutdown.clone(),

@@ -9,6 +9,7 @@ use super::{
     schedule::source_key,
 };
 use crate::{
+    cli::MemoryProof,
     consensus::{ProposeError, ReadError},
     images::{ImageError, ImageStore},
     lease::LeaseClient,
@@ -295,6 +296,7 @@ impl Executor {
             bandwidth_bytes_per_s: migration.options.bandwidth_bytes_per_s,
             downtime_ms: migration.options.downtime_ms,
             prove_memory: true,
+            prove_all_memory: self.context.memory_proof == MemoryProof::Full,
         };
         let started = machine.start_outgoing(request).await;
         if let Err(error @ (MachineError::Refused { .. } | MachineError::Failed { .. })) = &started {

@@ -151,7 +151,11 @@ fn source_config(request: &v1::StartOutgoingRequest, vm: proto::VmId) -> Result<
         0 => DOWNTIME_LIMIT_DEFAULT,
         ms => Duration::from_millis(ms.into()),
     };
-    config.proof = if request.prove_memory { Proof::Sampled } else { Proof::Skip };
+    config.proof = match (request.prove_memory, request.prove_all_memory) {
+        (_, true) => Proof::Full,
+        (true, false) => Proof::Sampled,
+        (false, false) => Proof::Skip,
+    };
     Ok(config)
 }
 
@@ -180,6 +184,10 @@ mod tests {
         assert_eq!(config.bandwidth_bytes_per_s, None);
         assert!(matches!(config.policy, Policy::MustFinish));
         assert!(matches!(config.proof, Proof::Skip));
+        let sampled = v1::StartOutgoingRequest { prove_memory: true, ..request() };
+        assert!(matches!(source_config(&sampled, proto::VmId(7)).unwrap().proof, Proof::Sampled));
+        let full = v1::StartOutgoingRequest { prove_all_memory: true, ..sampled };
+        assert!(matches!(source_config(&full, proto::VmId(7)).unwrap().proof, Proof::Full));
     }
 
     #[test]

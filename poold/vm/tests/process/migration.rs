@@ -47,6 +47,7 @@ impl Pair {
             bandwidth_bytes_per_s: 0,
             downtime_ms: 300,
             prove_memory: true,
+            prove_all_memory: true,
         };
         (Self { host, source, target }, outgoing)
     }
