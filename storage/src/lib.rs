@@ -8,6 +8,8 @@ pub mod owner;
 pub mod replica;
 mod safety;
 pub mod server;
+#[cfg(test)]
+mod simulation;
 pub mod types;
 pub mod wire;
 

@@ -39,8 +39,8 @@ pub enum Rule {
     SourceHoldsAll,
     /// A member goes on where it stopped only if it has everything acknowledged.
     ResumeHoldsAll,
-    /// A read sees the writes that are in flight when it begins.
-    ReadsSeeWritesInFlight,
+    /// A read is answered when the writes in flight to its blocks are acknowledged.
+    ReadsAwaitWrites,
     /// A flush is over when every member has reported it durable.
     FlushIsDurable,
 }

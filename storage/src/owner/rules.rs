@@ -4,8 +4,8 @@ use crate::safety::Rule;
 use crate::types::{EpochStart, IsrMember, Tail};
 use proto::{Epoch, HostId, Incarnation, Sequence};
 
-/// The position up to which a replica surely has what everybody has: its own tail, or the end of the tail's epoch as the pool
-/// recorded it, whichever is earlier. What it holds beyond that is divergent.
+/// The position up to which a replica surely has what everybody has: its own tail, or what is before the start of every later
+/// epoch, whichever is earlier. What it holds beyond that is divergent.
 ///
 /// `None`: nothing is sure, copy everything.
 #[must_use]
@@ -14,9 +14,10 @@ pub fn common_prefix(tail: Tail, history: &[EpochStart]) -> Option<Tail> {
     if tail.epoch < known_from {
         return None;
     }
-    // Epochs without a start never wrote.
-    let next = history.iter().filter(|entry| entry.epoch > tail.epoch).find_map(|entry| entry.start);
-    let end = next.map_or(tail.sequence, |start| Sequence(start.0.saturating_sub(1)));
+    // Epochs without a start never wrote. Not the next epoch alone decides: after a loss of power of all members a later one may
+    // have started before it.
+    let starts = history.iter().filter(|entry| entry.epoch > tail.epoch).filter_map(|entry| entry.start);
+    let end = starts.min().map_or(tail.sequence, |start| Sequence(start.0.saturating_sub(1)));
     Some(Tail { epoch: tail.epoch, sequence: tail.sequence.min(end) })
 }
 
@@ -133,6 +134,13 @@ mod tests {
             "an epoch that never wrote is passed over"
         );
         assert_eq!(common_prefix(tail(4, 170), &history), Some(tail(4, 170)));
+    }
+
+    #[test]
+    fn a_later_epoch_that_started_before_the_next_one_decides() {
+        // All members lost power in epoch 2, and with it what epoch 1 had written last.
+        let history = [start(1, Some(1)), start(2, Some(101)), start(3, Some(91))];
+        assert_eq!(common_prefix(tail(1, 100), &history), Some(tail(1, 90)));
     }
 
     #[test]

@@ -172,6 +172,10 @@ impl Owner {
 
     fn gather(&mut self) {
         let State::Activating(activation) = &self.state else { return };
+        // Of a plan before: a member is further than it has said, as long as these are not answered.
+        if self.peers.values().any(Peer::is_being_extended) {
+            return;
+        }
         let Some(recovery) = plan_recovery(&activation.view.isr, &self.candidates(activation)) else {
             return;
         };

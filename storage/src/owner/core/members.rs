@@ -39,6 +39,9 @@ const PROPOSE_TIMEOUT: Duration = Duration::from_secs(6);
 /// How long a proposal may still be on its way to the pool after its answer was given up.
 const PROPOSAL_LIFE: Duration = Duration::from_secs(30);
 
+/// Pause before the view is read again after a proposal without an answer; it doubles until no attempt can be on its way.
+const SETTLE_PAUSE: Duration = Duration::from_secs(1);
+
 /// Cost in bytes of writes that a replica which is not required may lag; then its resync begins anew.
 pub const LAG_BYTES_MAX: usize = 2 * crate::limits::WINDOW_BYTES;
 
@@ -51,6 +54,14 @@ pub struct Proposal {
     tried: BTreeSet<HostId>,
     /// An attempt may still be committed.
     is_unknown: bool,
+}
+
+/// A proposal had no answer: the view may be older than what is committed.
+#[derive(Debug, Clone, Copy)]
+pub struct Unsettled {
+    pause: Duration,
+    /// When the view is read again.
+    at: Duration,
 }
 
 impl Owner {
@@ -126,7 +137,11 @@ impl Owner {
             may.then(|| (*host, joining.incarnation.clone()))
         });
         if let Some((host, incarnation)) = joined {
-            self.propose(VolumeProposal::AddToIsr { volume, epoch, isr_version, host, incarnation });
+            return self.propose(VolumeProposal::AddToIsr { volume, epoch, isr_version, host, incarnation });
+        }
+        if self.unsettled.is_some_and(|unsettled| unsettled.at <= self.now) {
+            // Recorded already: it changes nothing, and is answered with the view.
+            self.propose(VolumeProposal::RecordStart { volume, epoch, start: active.start });
         }
     }
 
@@ -168,9 +183,20 @@ impl Owner {
         self.ask(host, Purpose::Propose, PROPOSE_TIMEOUT, request, Bytes::new());
     }
 
+    /// Ends a proposal whose outcome is not known, or that was refused.
     fn end_proposal(&mut self) {
-        self.proposal = None;
         self.propose_from = self.now + PROPOSE_RETRY;
+        let is_unknown = self.proposal.take().is_some_and(|proposal| proposal.is_unknown);
+        if is_unknown {
+            self.unsettled = Some(Unsettled { pause: SETTLE_PAUSE, at: self.now + SETTLE_PAUSE });
+        }
+    }
+
+    /// The view was read after a proposal without an answer.
+    fn view_was_read(&mut self) {
+        let Some(Unsettled { pause, .. }) = self.unsettled else { return };
+        let pause = pause * 2;
+        self.unsettled = (pause <= PROPOSAL_LIFE).then_some(Unsettled { pause, at: self.now + pause });
     }
 
     /// The replica that was asked is gone, or doesn't answer.
@@ -182,41 +208,43 @@ impl Owner {
     }
 
     pub(super) fn proposed(&mut self, answer: Answer) {
-        let Some(proposal) = self.proposal.take() else { return };
+        let Some(proposal) = &self.proposal else { return };
+        let is_start = matches!(proposal.change, VolumeProposal::RecordStart { .. });
         let result = match answer {
             Answer::Proposed(result) => result,
             other => Err(ProposalError::Unavailable { cause: format!("{other:?}") }),
         };
         match result {
-            Ok(view) => {
-                let is_start = matches!(proposal.change, VolumeProposal::RecordStart { .. });
+            // The version has moved on, and with it earlier attempts of this proposal are void.
+            Ok(view) | Err(ProposalError::Conflict { view }) => {
+                self.proposal = None;
                 self.adopt(view);
                 if is_start {
+                    self.view_was_read();
                     self.start_recorded();
                 }
             }
-            Err(ProposalError::Conflict { view }) => self.adopt(view),
             Err(ProposalError::Fenced { current }) => self.fence(current),
-            Err(ProposalError::Refused { cause }) => self.refused(&proposal, cause),
-            Err(ProposalError::Unavailable { .. }) => {
-                self.proposal = Some(Proposal { via: None, is_unknown: true, ..proposal });
-            }
+            Err(ProposalError::Refused { cause }) => self.refused(cause),
+            Err(ProposalError::Unavailable { .. }) => self.proposal_unanswered(),
         }
     }
 
-    fn refused(&mut self, proposal: &Proposal, cause: String) {
+    fn refused(&mut self, cause: String) {
         tracing::warn!(cause, volume = %self.config.volume, "the pool refuses a change of the volume");
+        let Some(proposal) = &self.proposal else { return };
+        let (change, is_unknown) = (proposal.change.clone(), proposal.is_unknown);
         self.end_proposal();
         if let State::Activating(_) = self.state {
             return self.fail_activation(ActivateError::Refused { cause });
         }
-        let VolumeProposal::AddToIsr { host, .. } = &proposal.change else { return };
+        let VolumeProposal::AddToIsr { host, .. } = change else { return };
         let now = self.now;
-        let Some(peer) = self.peers.get_mut(host) else { return };
+        let Some(peer) = self.peers.get_mut(&host) else { return };
         let Some(joining) = &mut peer.joining else { return };
         // An earlier attempt may still come to the pool; but not for ever.
         let is_void = joining.proposed_at.is_none_or(|at| now >= at + PROPOSAL_LIFE);
-        if !proposal.is_unknown || is_void {
+        if !is_unknown || is_void {
             joining.proposed_at = None;
             if !peer.is_streaming() {
                 peer.joining = None;

@@ -30,7 +30,7 @@ mod status;
 mod syncing;
 #[cfg(test)]
 mod tests;
-mod writes;
+pub(crate) mod writes;
 
 pub use io::{Command, CommandId, Generation, Input, Output, Reply};
 
@@ -40,7 +40,7 @@ use crate::types::VolumeView;
 use crate::wire::{Answer, Request, RequestId};
 use activation::Activation;
 use bytes::Bytes;
-use members::Proposal;
+use members::{Proposal, Unsettled};
 use peer::{Ask, Peer, Purpose};
 use proto::{Epoch, HostId, Sequence};
 use reads::PendingRead;
@@ -61,6 +61,7 @@ pub struct Owner {
     proposal: Option<Proposal>,
     /// No change is proposed before.
     propose_from: Duration,
+    unsettled: Option<Unsettled>,
     next_request: u64,
     /// The last write issued, and what was acknowledged; still known when it is over.
     reached: (Sequence, Progress),
@@ -88,6 +89,7 @@ impl Owner {
             reads: BTreeMap::new(),
             proposal: None,
             propose_from: Duration::ZERO,
+            unsettled: None,
             next_request: 0,
             reached: (Sequence(0), Progress::default()),
             now: Duration::ZERO,

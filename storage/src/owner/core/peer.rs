@@ -131,6 +131,12 @@ impl Peer {
         matches!(self.part, Part::Attached(_) | Part::Syncing(_) | Part::Streaming)
     }
 
+    /// Whether it has been sent writes that it lacked, and has not answered.
+    pub fn is_being_extended(&self) -> bool {
+        let mut asks = self.connection.iter().flat_map(|connection| connection.asks.values());
+        asks.any(|ask| matches!(ask.purpose, Purpose::Extend { .. }))
+    }
+
     /// Takes another part.
     ///
     /// # Panics

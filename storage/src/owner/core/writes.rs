@@ -47,6 +47,8 @@ impl Write {
 #[derive(Debug)]
 pub struct Active {
     pub view: VolumeView,
+    /// The first sequence of this owner.
+    pub start: Sequence,
     pub issued: Sequence,
     pub acknowledged: Progress,
     pub in_flight: VecDeque<(Sequence, Write)>,
@@ -77,6 +79,7 @@ impl Active {
     pub fn new(view: VolumeView, last: Sequence) -> Self {
         Self {
             view,
+            start: last.next(),
             issued: last,
             acknowledged: Owner::nothing_new(last),
             in_flight: VecDeque::new(),

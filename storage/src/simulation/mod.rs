@@ -1,0 +1,22 @@
+//! One volume under faults, from a seed: the real owner, the real replica and log, everything else simulated.
+//!
+//! ```text
+//!  Process: guest ⇄ core::Owner ──frames──▶ World: delays, cuts, partitions ──▶ Host: server::work, Engine ──▶ SimDisk
+//!                      ▲ epochs                                                   │ proposals
+//!                      └──────────────────────────── Pool ◀────────────────────────┘            Oracle watches all
+//! ```
+//! Faults: owners killed, paused and going on beside a newer one, hand-overs that are broken off; daemons restarted and paused;
+//! power cuts of one or all (what was not synced is lost, reordered or torn); disks replaced and full; connections cut,
+//! with frames that still arrive afterwards; partitions; proposals that are lost, late, or committed without an answer.
+//!
+//! A failing seed is printed; `SIM_SEED` runs it alone, `SIM_SEEDS` sets how many are run.
+
+mod disk;
+mod faults;
+mod host;
+mod oracle;
+mod pool;
+mod process;
+mod random;
+mod tests;
+mod world;

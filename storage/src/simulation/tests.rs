@@ -1,0 +1,71 @@
+use super::faults::run;
+use super::world::Stats;
+use crate::safety::Rule;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Seeds of a normal test run.
+const SEEDS: u64 = 2_000;
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name)
+        .ok()
+        .map(|text| text.parse().unwrap_or_else(|_| panic!("{name} is no number: {text}")))
+}
+
+/// Runs one seed; a broken assertion is a violation too.
+fn run_caught(seed: u64) -> Result<Stats, String> {
+    catch_unwind(AssertUnwindSafe(|| run(seed))).unwrap_or_else(|_| Err("an assertion is broken".to_owned()))
+}
+
+/// Runs seeds on all processors until one goes red; the red one, or what has happened in all.
+fn run_all(seeds: std::ops::Range<u64>, rule: Option<Rule>) -> Result<Stats, (u64, String)> {
+    let next = AtomicU64::new(seeds.start);
+    let found = Mutex::new(None);
+    let total = Mutex::new(Stats::default());
+    let worker = || {
+        while found.lock().unwrap().is_none() {
+            let seed = next.fetch_add(1, Ordering::Relaxed);
+            if seed >= seeds.end {
+                return;
+            }
+            let result = match rule {
+                Some(rule) => rule.taken_out(|| run_caught(seed)),
+                None => run_caught(seed),
+            };
+            match result {
+                Ok(stats) => {
+                    let mut total = total.lock().unwrap();
+                    for (what, count) in stats.counts {
+                        *total.counts.entry(what).or_default() += count;
+                    }
+                }
+                Err(violation) => {
+                    found.lock().unwrap().get_or_insert((seed, violation));
+                }
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
+            scope.spawn(worker);
+        }
+    });
+    match found.into_inner().unwrap() {
+        Some(red) => Err(red),
+        None => Ok(total.into_inner().unwrap()),
+    }
+}
+
+#[test]
+fn a_volume_keeps_its_promises_under_faults() {
+    let seeds = match number("SIM_SEED") {
+        Some(seed) => seed..seed + 1,
+        None => 0..number("SIM_SEEDS").unwrap_or(SEEDS),
+    };
+    match run_all(seeds, None) {
+        Ok(stats) => eprintln!("{:#?}", stats.counts),
+        Err((seed, violation)) => panic!("SIM_SEED={seed}: {violation}"),
+    }
+}
