@@ -17,8 +17,6 @@ pub enum Rule {
     PromiseIsABarrier,
     /// Writes are taken in order, without a gap.
     NoGap,
-    /// A copied block does not count as a write in order.
-    CopyIsNoWrite,
     /// A divergent tail is voided before a resync.
     DivergentTailIsCut,
     /// A voided block is remembered until it is overwritten, also by a replica that restarts.
@@ -37,8 +35,6 @@ pub enum Rule {
     MissingAreRemoved,
     /// The source of a resync holds everything up to the point from which the target gets the live writes.
     SourceHoldsAll,
-    /// A member goes on where it stopped only if it has everything acknowledged.
-    ResumeHoldsAll,
     /// A read is answered when the writes in flight to its blocks are acknowledged.
     ReadsAwaitWrites,
     /// A flush is over when every member has reported it durable.

@@ -99,8 +99,7 @@ pub struct Standing {
 #[must_use]
 pub fn can_resume(standing: Standing, epoch: Epoch, acknowledged: Sequence, issued: Sequence) -> bool {
     let Standing { tail, incomplete } = standing;
-    let holds_all = tail.sequence >= acknowledged || !Rule::ResumeHoldsAll.holds();
-    !incomplete && tail.epoch <= epoch && holds_all && tail.sequence <= issued
+    !incomplete && tail.epoch <= epoch && tail.sequence >= acknowledged && tail.sequence <= issued
 }
 
 #[cfg(test)]

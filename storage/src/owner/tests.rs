@@ -11,7 +11,7 @@ use proto::limits::BLOCK_BYTES;
 use proto::{AttachmentSecret, BlockIndex, ByteCount, Epoch, HostId, IsrVersion, Sequence, VolumeId};
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tempfile::TempDir;
 
 const VOLUME: VolumeId = VolumeId(7);
@@ -183,11 +183,8 @@ impl Cluster {
     }
 
     async fn wait_isr(&self, members: usize) {
-        let deadline = Instant::now() + PATIENCE;
-        while self.pool.view().isr.len() != members {
-            assert!(Instant::now() < deadline, "the in-sync set stays {:?}", self.pool.view().isr);
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
+        let is_of_size = || async { (self.pool.view().isr.len() == members).then_some(()) };
+        ::tests::wait::until(PATIENCE, &format!("{members} in-sync members"), is_of_size).await;
     }
 
     /// What a replica holds, block by block.
@@ -303,11 +300,8 @@ async fn a_divergent_tail_is_overwritten() {
         let old = old.clone();
         async move { old.write(at(2), block(9)).await }
     });
-    let deadline = Instant::now() + PATIENCE;
-    while cluster.content(0)[2].is_none() {
-        assert!(Instant::now() < deadline);
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
+    let arrived = || async { cluster.content(0)[2].is_some().then_some(()) };
+    ::tests::wait::until(PATIENCE, "the write is at the first replica", arrived).await;
     cluster.pool.take_over();
     cluster.down(0).await;
     // With all of its replicas gone the old owner learns nothing; it dies.

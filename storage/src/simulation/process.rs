@@ -55,6 +55,8 @@ pub struct Process {
     pending: BTreeMap<CommandId, Pending>,
     commands: BTreeMap<CommandId, Version>,
     last_issued: Sequence,
+    /// The last write of the owner that has handed over to it.
+    handed: Option<Sequence>,
 }
 
 impl Process {
@@ -134,6 +136,7 @@ impl World {
             pending: BTreeMap::new(),
             commands: BTreeMap::new(),
             last_issued: Sequence(0),
+            handed: None,
         };
         self.processes.insert(id, process);
         self.command(id, Command::Update { config }, None);
@@ -147,14 +150,11 @@ impl World {
             self.stats.add("power lost by all members");
             self.oracle.power_lost(self.pool.epoch);
         }
-        if let Some(last) = handed {
-            let started = self.oracle.started(self.pool.epoch, last.next());
-            self.check(started);
-        }
         self.trace(|| format!("{id:?} takes over: {:?}", self.pool));
         let Some(process) = self.processes.get_mut(&id) else { return };
         let home = process.home;
         process.epoch = self.pool.epoch;
+        process.handed = handed;
         let config = self.config(home);
         let start = handed.map_or(ActivationStart::Recover, |last| ActivationStart::Handover { last });
         self.command(id, Command::Activate { config, start }, Some(Pending::Activate));
@@ -301,6 +301,12 @@ impl World {
             return self.stats.add("activation failed");
         }
         self.stats.add("activated");
+        // The start that a hand-over records is void if nobody takes it: what an owner before has written is found then.
+        if let Some(last) = process.handed {
+            let started = self.oracle.started(process.epoch, last.next());
+            self.check(started);
+        }
+        let Some(process) = self.processes.get_mut(&id) else { return };
         process.role = Role::Running;
         process.last_issued = process.owner.status().issued;
         // Everything is looked at before anything is written.

@@ -41,6 +41,8 @@ pub struct Conn {
     pub server_open: bool,
     /// Nothing more can be sent; what is on its way may still arrive.
     severed: bool,
+    /// What is on its way to the replica is held up until then.
+    held_until: Duration,
     last_to_server: Duration,
     last_to_client: Duration,
 }
@@ -219,6 +221,7 @@ impl World {
             client_open: true,
             server_open: true,
             severed: false,
+            held_until: Duration::ZERO,
             last_to_server: self.now,
             last_to_client: self.now,
         };
@@ -245,12 +248,17 @@ impl World {
         let at = (self.now + latency).max(conn.last_to_server);
         let host = conn.host;
         conn.last_to_server = at;
-        self.after(at - self.now, move |world| {
-            if world.conns.get(&id).is_some_and(|conn| conn.server_open) {
-                world.trace(|| format!("{id:?} {host} <- {request:?}"));
-                world.serve(id, request, data);
-            }
-        });
+        self.after(at - self.now, move |world| world.arrive(id, host, request, data));
+    }
+
+    fn arrive(&mut self, id: ConnId, host: HostId, request: Request, data: Bytes) {
+        let Some(conn) = self.conns.get(&id).filter(|conn| conn.server_open) else { return };
+        if conn.held_until > self.now {
+            let wait = conn.held_until - self.now;
+            return self.after(wait, move |world| world.arrive(id, host, request, data));
+        }
+        self.trace(|| format!("{id:?} {host} <- {request:?}"));
+        self.serve(id, request, data);
     }
 
     /// A frame from a replica.
@@ -281,8 +289,13 @@ impl World {
                 self.random.millis(100, 2_000)
             }
         });
+        // Some of it comes when the owner has long connected anew.
+        let held = if !self.is_calm && self.random.percent(30) { self.random.millis(200, 2_000) } else { Duration::ZERO };
+        if let Some(conn) = self.conns.get_mut(&id) {
+            conn.held_until = self.now + held;
+        }
         self.after(notices[0], move |world| world.close_client(id));
-        self.after(notices[1], move |world| world.close_server(id));
+        self.after(notices[1] + held, move |world| world.close_server(id));
     }
 
     /// The owner's side notices that the connection is gone; it connects anew.

@@ -126,12 +126,6 @@ impl Resync {
         self.copied
     }
 
-    /// Blocks that are remembered: bounded by a page of each list.
-    #[cfg(test)]
-    pub fn remembered(&self) -> usize {
-        self.queue.len() + self.under_way.len()
-    }
-
     /// Starts the live writes behind `issued`, once the target is ready. They must follow on the same stream.
     pub fn begin(&mut self, issued: Tail) -> Option<SyncRequest> {
         let Stage::Ready = self.stage else { return None };
