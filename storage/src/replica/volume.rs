@@ -5,7 +5,6 @@ use super::map::{BlockMap, BlockVersion, Content, Entry};
 use super::recent::{RecentWrite, RecentWrites};
 use super::state::Replica;
 use crate::log::{Location, Record, RecordKind, ReplayedRecord, SegmentId};
-use crate::safety::Rule;
 use crate::types::Tail;
 use proto::limits::BLOCK_BYTES;
 use proto::{BlockIndex, Sequence, VolumeId};
@@ -46,12 +45,8 @@ impl Volume {
                     self.recent.moved(tail, data, live);
                 }
             }
-            RecordKind::Copy { .. } | RecordKind::CopyZero => {
-                self.put(&record, data, live);
-                if !Rule::CopyIsNoWrite.holds() && tail > self.replica.last_write() {
-                    self.replica.wrote(tail);
-                }
-            }
+            // A block that another replica has is no write in order: the position stays.
+            RecordKind::Copy { .. } | RecordKind::CopyZero => self.put(&record, data, live),
             RecordKind::Truncate => {
                 self.recent.clear(live);
                 self.map.truncate(tail.sequence, live);

@@ -9,8 +9,7 @@
 //! power cuts of one or all (what was not synced is lost, reordered or torn); disks replaced and full; connections cut,
 //! with frames that still arrive afterwards; partitions; proposals that are lost, late, or committed without an answer.
 //!
-//! A failing seed is printed; `SIM_SEED` runs it alone, and with `SIM_TRACE` shows every frame; `SIM_SEEDS` sets how many are
-//! run; `SIM_WITHOUT` takes a [rule](crate::safety::Rule) out.
+//! A failing seed is printed; `SIM_SEED` runs it alone, `SIM_SEEDS` sets how many are run.
 
 mod disk;
 mod faults;

@@ -290,7 +290,11 @@ impl World {
             }
         });
         // Some of it comes when the owner has long connected anew.
-        let held = if !self.is_calm && self.random.percent(30) { self.random.millis(200, 2_000) } else { Duration::ZERO };
+        let held = if !self.is_calm && self.random.percent(30) {
+            self.random.millis(200, 2_000)
+        } else {
+            Duration::ZERO
+        };
         if let Some(conn) = self.conns.get_mut(&id) {
             conn.held_until = self.now + held;
         }
