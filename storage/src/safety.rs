@@ -68,6 +68,29 @@ impl Rule {
 }
 
 #[cfg(test)]
+impl Rule {
+    /// All of them.
+    pub const ALL: [Self; 16] = [
+        Self::PromiseIsDurable,
+        Self::EpochIsChecked,
+        Self::SessionIsChecked,
+        Self::PromiseIsABarrier,
+        Self::NoGap,
+        Self::DivergentTailIsCut,
+        Self::VoidIsRemembered,
+        Self::BatchIsWhole,
+        Self::AllMembersAcknowledge,
+        Self::JoiningCounts,
+        Self::LeavesByCommit,
+        Self::TailIsExtended,
+        Self::MissingAreRemoved,
+        Self::SourceHoldsAll,
+        Self::ReadsAwaitWrites,
+        Self::FlushIsDurable,
+    ];
+}
+
+#[cfg(test)]
 thread_local! {
     static TAKEN_OUT: std::cell::Cell<Option<Rule>> = const { std::cell::Cell::new(None) };
 }

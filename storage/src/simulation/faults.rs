@@ -145,6 +145,34 @@ impl World {
         }
     }
 
+    /// Something was just promised or told: the worst moment for a fault.
+    pub fn worst_moment(&mut self, percent: u64) {
+        if self.is_calm || !self.random.percent(percent) {
+            return;
+        }
+        self.stats.add("fault at the worst moment");
+        let Some((id, home)) = self.current().and_then(|id| Some((id, self.processes.get(&id)?.home))) else {
+            return;
+        };
+        // After whatever is being done just now.
+        match self.random.below(4) {
+            0 => self.after(Duration::ZERO, move |world| world.kill(id)),
+            1 => self.after(Duration::ZERO, move |world| world.partition(home)),
+            2 => self.after(Duration::ZERO, move |world| {
+                world.cut_power(home);
+                let down = world.random.millis(50, 3_000);
+                world.after(down, move |world| world.start_host(home));
+            }),
+            _ => {
+                let host = self.any_host();
+                self.after(Duration::ZERO, move |world| {
+                    world.kill(id);
+                    world.partition(host);
+                });
+            }
+        }
+    }
+
     fn fault_of_owner(&mut self) {
         let ids: Vec<ProcessId> = self.processes.keys().copied().collect();
         if ids.is_empty() {

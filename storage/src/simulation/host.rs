@@ -359,8 +359,14 @@ impl World {
                 let started = self.oracle.started(*epoch, *start);
                 self.check(started);
             }
-            (Ok(_), VolumeProposal::RemoveFromIsr { .. }) => self.stats.add("left the set"),
-            (Ok(_), VolumeProposal::AddToIsr { .. }) => self.stats.add("entered the set"),
+            (Ok(_), VolumeProposal::RemoveFromIsr { .. }) => {
+                self.stats.add("left the set");
+                self.worst_moment(5);
+            }
+            (Ok(_), VolumeProposal::AddToIsr { .. }) => {
+                self.stats.add("entered the set");
+                self.worst_moment(20);
+            }
             (Err(_), _) => self.stats.add("proposal refused"),
         }
         result

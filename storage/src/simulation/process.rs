@@ -255,6 +255,8 @@ impl World {
     fn replied(&mut self, id: ProcessId, command: CommandId, reply: Reply) {
         let Some(process) = self.processes.get_mut(&id) else { return };
         let Some(pending) = process.pending.remove(&command) else { return };
+        self.worst_moment(1);
+        let Some(process) = self.processes.get_mut(&id) else { return };
         match (pending, reply) {
             (Pending::Write, Reply::Done(Ok(()))) => {
                 let version = process.commands.remove(&command).expect("what is acknowledged was issued");
@@ -355,6 +357,10 @@ impl World {
         let blocks = (first.0..first.0 + u64::from(count)).flat_map(|block| block_of(content, block));
         let data = Some(blocks.collect::<Vec<u8>>().into());
         self.command(id, Command::Write { first, count, data }, Some(Pending::Write));
+        if self.random.percent(20) {
+            // While the write is in flight.
+            self.read(id, first, count);
+        }
     }
 
     fn read(&mut self, id: ProcessId, first: BlockIndex, count: u32) {

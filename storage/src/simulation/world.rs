@@ -248,6 +248,11 @@ impl World {
         let at = (self.now + latency).max(conn.last_to_server);
         let host = conn.host;
         conn.last_to_server = at;
+        let is_step_of_resync =
+            matches!(request, Request::Truncate { .. } | Request::Begin { .. } | Request::Complete { .. });
+        if is_step_of_resync && !self.is_calm && self.random.percent(10) {
+            self.after(Duration::ZERO, move |world| world.sever(id));
+        }
         self.after(at - self.now, move |world| world.arrive(id, host, request, data));
     }
 
@@ -290,7 +295,7 @@ impl World {
             }
         });
         // Some of it comes when the owner has long connected anew.
-        let held = if !self.is_calm && self.random.percent(30) {
+        let held = if !self.is_calm && self.random.percent(40) {
             self.random.millis(200, 2_000)
         } else {
             Duration::ZERO
