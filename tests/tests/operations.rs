@@ -1,6 +1,8 @@
 //! What an operator does with hosts, users and VMs of a running pool.
 
 use anyhow::{Context, Result};
+use std::io::Write;
+use std::process::Stdio;
 use std::time::Duration;
 use tests::vms::PROBE_LIGHT;
 use tests::wait::wait_for;
@@ -142,5 +144,32 @@ fn groups_keep_vms_apart_and_plans_say_what_would_happen() -> Result<()> {
     let why = pool.json(&["vm", "explain", "one"])?;
     let text = why.to_string();
     assert!(text.contains("it is here") && text.contains("spread"), "{text}");
+    Ok(())
+}
+
+#[test]
+fn what_is_typed_reaches_the_guest_also_after_it_has_moved() -> Result<()> {
+    let _turn = serial();
+    let pool = Pool::builder().hosts(2).timing(Timing::Fast).start()?;
+    pool.start_probe("web", "64MiB", PROBE_LIGHT, Some("h2"))?;
+    let heard = |words: &str| -> Result<()> {
+        let mut typing = pool.poolctl_command(&["console", "serial", "web"]);
+        let mut typing = typing.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+        typing.stdin.take().context("its input")?.write_all(words.as_bytes())?;
+        let answer = typing.wait_with_output()?;
+        assert!(answer.status.success(), "{answer:?}");
+        wait_for(Duration::from_secs(20), "the guest says what it heard", || {
+            let log = pool.poolctl(&["console", "log", "web"])?.ok()?.stdout;
+            let heard: String = log.lines().filter_map(|line| line.strip_prefix("PROBE typed ")).collect();
+            Ok(heard.contains(words))
+        })
+    };
+    // More than the port's FIFO holds.
+    heard("the quick brown fox jumps over the lazy dog")?;
+    pool.poolctl(&["vm", "migrate", "web", "--to", "h1"])?.ok()?;
+    heard("and over the next one")?;
+    pool.poolctl(&["vm", "stop", "web"])?.ok()?;
+    let refused = pool.poolctl(&["console", "serial", "web"])?.expect_code(4)?;
+    assert!(refused.stderr.contains("stopped"), "{}", refused.stderr);
     Ok(())
 }

@@ -123,12 +123,13 @@ impl Bus {
         Ok(())
     }
 
-    /// Types bytes into the serial console; what the guest is far from reading is dropped.
-    pub fn serial_input(&self, bytes: &[u8]) {
+    /// Types bytes into the serial console; returns how many, as there is room for.
+    pub fn serial_input(&self, bytes: &[u8]) -> usize {
         let mut serial = self.serial();
-        let room = TYPED_BYTES_MAX - serial.typed.len();
-        serial.typed.extend(&bytes[..bytes.len().min(room)]);
+        let taken = bytes.len().min(TYPED_BYTES_MAX - serial.typed.len());
+        serial.typed.extend(&bytes[..taken]);
         serial.refill();
+        taken
     }
 
     fn serial(&self) -> MutexGuard<'_, SerialPort> {

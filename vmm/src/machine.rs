@@ -210,9 +210,9 @@ impl Machine {
         &self.memory
     }
 
-    /// Types into the serial console.
-    pub fn serial_input(&self, bytes: &[u8]) {
-        self.bus.serial_input(bytes);
+    /// Types into the serial console; returns how many bytes, as there is room for.
+    pub fn serial_input(&self, bytes: &[u8]) -> usize {
+        self.bus.serial_input(bytes)
     }
 
     /// Presses the power button: a guest that listens shuts itself down.

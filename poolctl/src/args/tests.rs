@@ -95,6 +95,7 @@ const MANUAL: &[&str] = &[
     "migration cancel 21",
     "migration plan a --to h2",
     "console log a --follow",
+    "console serial a",
     "task list",
     "task show task-20",
     "task cancel 20",

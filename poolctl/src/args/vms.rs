@@ -158,4 +158,9 @@ pub enum ConsoleCommand {
         #[arg(long, short)]
         follow: bool,
     },
+    /// Types into a VM's serial console and shows what it answers; Ctrl-] ends it
+    Serial {
+        /// The VM
+        vm: String,
+    },
 }

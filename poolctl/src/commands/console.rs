@@ -1,23 +1,46 @@
 //! `poolctl console`.
 
+mod keyboard;
+
 use super::Session;
 use crate::{
     args::ConsoleCommand,
-    client::call,
+    client::{Client, call},
     failure::{Exit, Failure},
-    output::Format,
+    output::{Format, Output},
     view::ConsoleView,
 };
+use futures::future::Either;
+use keyboard::Keyboard;
 use proto::v1::{ConsoleLogResponse, VmRef, console_service_client::ConsoleServiceClient};
-use std::ops::ControlFlow;
+use std::{io, ops::ControlFlow, pin::pin};
 
 /// Runs a command of consoles.
 ///
 /// # Errors
 /// As the pool answers.
 pub async fn run(command: ConsoleCommand, session: &mut Session) -> Result<(), Failure> {
-    let ConsoleCommand::Log { vm, follow } = command;
-    if follow { follow_log(vm, session).await } else { show_log(vm, session).await }
+    match command {
+        ConsoleCommand::Log { vm, follow: false } => show_log(vm, session).await,
+        ConsoleCommand::Log { vm, follow: true } => follow_log(vm, session, Cursor::default()).await,
+        ConsoleCommand::Serial { vm } => serial(vm, session).await,
+    }
+}
+
+/// A sitting at the console: what is typed goes to the guest, what it answers comes from now on.
+async fn serial(vm: String, session: &mut Session) -> Result<(), Failure> {
+    let request = VmRef { r#ref: vm.clone() };
+    let log = call!(session.client, ConsoleServiceClient, log, request).await?;
+    let seen = Cursor { end: log.offset + log.data.len() as u64, overlaps: false };
+    let keyboard = Keyboard::open(&vm)?;
+    // The client serves both at once; only the output needs the session to itself.
+    let Session { client, output } = session;
+    let typing = pin!(keyboard.type_into(&vm, client));
+    let following = pin!(follow(vm.clone(), client, output, seen));
+    match futures::future::select(typing, following).await {
+        Either::Left((typed, _)) => typed,
+        Either::Right((followed, _)) => followed,
+    }
 }
 
 async fn show_log(vm: String, session: &mut Session) -> Result<(), Failure> {
@@ -28,10 +51,19 @@ async fn show_log(vm: String, session: &mut Session) -> Result<(), Failure> {
     }
 }
 
-/// The log, and then what comes. When the stream breaks, the log fills the gap.
-async fn follow_log(vm: String, session: &mut Session) -> Result<(), Failure> {
+/// What of the log is not seen yet, and then what comes.
+async fn follow_log(vm: String, session: &mut Session, seen: Cursor) -> Result<(), Failure> {
     let Session { client, output } = session;
-    let mut cursor = Cursor::default();
+    follow(vm, client, output, seen).await
+}
+
+/// When the stream breaks, the log fills the gap.
+async fn follow(
+    vm: String,
+    client: &Client,
+    output: &mut Output<io::Stdout>,
+    mut cursor: Cursor,
+) -> Result<(), Failure> {
     let mut print = |piece: ConsoleLogResponse| match output.format() {
         _ if piece.data.is_empty() => Ok(()),
         Format::Table | Format::Wide | Format::Name => output.raw(&piece.data),

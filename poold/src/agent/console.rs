@@ -2,7 +2,11 @@
 
 use super::ConsoleStream;
 use crate::supervisor::{Machine, ProcessView, Supervisor};
-use proto::{VmId, limits::CONSOLE_RING_BYTES, v1::AgentConsole};
+use proto::{
+    VmId,
+    limits::CONSOLE_RING_BYTES,
+    v1::{AgentConsole, AgentConsoleType, MachineTypeRequest},
+};
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -61,6 +65,18 @@ pub async fn follow(supervisor: &Supervisor, vm: VmId) -> Result<ConsoleStream, 
         }
     });
     Ok(Box::pin(ReceiverStream::new(receiver)))
+}
+
+/// Types into the console; the offset of the first byte that is still to be typed.
+///
+/// # Errors
+/// No process of the VM here, or it is not at a point where it takes input.
+pub async fn type_in(supervisor: &Supervisor, request: AgentConsoleType) -> Result<u64, Status> {
+    let AgentConsoleType { vm_id, session, offset, data } = request;
+    let machine = machine_of(supervisor, VmId(vm_id))?;
+    let typed = machine.console_type(MachineTypeRequest { session, offset, data }).await;
+    // A process that is just coming up or moving away takes input in a moment, here or elsewhere.
+    typed.map_err(|error| Status::unavailable(error.to_string()))
 }
 
 async fn read(machine: &Machine, offset: u64) -> Result<AgentConsole, Status> {

@@ -14,7 +14,7 @@ use crate::{consensus::HostClients, supervisor::Supervisor};
 use futures::{Stream, StreamExt as _};
 use proto::{
     HostId, VmId,
-    v1::{AgentConsole, AgentVmRequest, MigrationRecord, agent_service_client::AgentServiceClient},
+    v1::{AgentConsole, AgentConsoleType, AgentVmRequest, MigrationRecord, agent_service_client::AgentServiceClient},
 };
 use std::{pin::Pin, time::Duration};
 use tonic::{Status, transport::Channel};
@@ -62,6 +62,18 @@ impl Agents {
         let mut client = self.client(host)?;
         let stream = answer(host, client.console_follow(AgentVmRequest { vm_id: vm.0 })).await?;
         Ok(stream.boxed())
+    }
+
+    /// Types into the console of the VM's process at `host`; the offset of the first byte that is still to be typed.
+    ///
+    /// # Errors
+    /// No such process there, it takes no input now, or the host does not answer.
+    pub async fn console_type(&self, host: HostId, request: AgentConsoleType) -> Result<u64, Status> {
+        if host == self.me {
+            return console::type_in(&self.supervisor, request).await;
+        }
+        let mut client = self.client(host)?;
+        Ok(answer(host, client.console_type(request)).await?.next_offset)
     }
 
     /// Live record of the migration that the VM's process at `host` is the source of.

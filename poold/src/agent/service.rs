@@ -11,7 +11,7 @@ use pool_state::state::ContentHash;
 use proto::{
     HostId, VmId,
     v1::{
-        AgentConsole, AgentImageAck, AgentImageChunk, AgentImageRequest, AgentMigrationProgress,
+        AgentConsole, AgentConsoleType, AgentConsoleTyped, AgentImageAck, AgentImageChunk, AgentImageRequest, AgentMigrationProgress,
         AgentVmRequest, AgentVmStatus, MigrationRecord, agent_service_server::AgentService,
     },
 };
@@ -66,6 +66,15 @@ impl AgentService for AgentApi {
     ) -> Result<Response<ConsoleStream>, Status> {
         let vm = vm_of(&request)?;
         Ok(Response::new(console::follow(&self.supervisor, vm).await?))
+    }
+
+    async fn console_type(
+        &self,
+        request: Request<AgentConsoleType>,
+    ) -> Result<Response<AgentConsoleTyped>, Status> {
+        require_host(&request)?;
+        let next_offset = console::type_in(&self.supervisor, request.into_inner()).await?;
+        Ok(Response::new(AgentConsoleTyped { next_offset }))
     }
 
     async fn migration_progress(

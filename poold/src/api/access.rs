@@ -112,7 +112,7 @@ const PUBLIC: &[(&str, Methods)] = &[
     ("pool.v1.TaskService", &[("List", VIEW), ("Show", VIEW), ("Cancel", OPERATE), ("Watch", VIEW)]),
     ("pool.v1.EventService", &[("Watch", VIEW), ("Audit", ADMIN)]),
     // What a guest prints may be secret.
-    ("pool.v1.ConsoleService", &[("Log", OPERATE), ("Follow", OPERATE)]),
+    ("pool.v1.ConsoleService", &[("Log", OPERATE), ("Follow", OPERATE), ("Type", OPERATE)]),
     (
         "pool.v1.GroupService",
         &[("Create", OPERATE), ("List", VIEW), ("Show", VIEW), ("Change", OPERATE), ("Delete", OPERATE)],

@@ -6,7 +6,10 @@ use futures::{Stream, StreamExt as _};
 use pool_state::PoolState;
 use proto::{
     Epoch, HostId, VmId,
-    v1::{ConsoleLogResponse, VmRef, console_service_server::ConsoleService},
+    v1::{
+        AgentConsoleType, ConsoleLogResponse, ConsoleTypeRequest, ConsoleTypeResponse, VmRef,
+        console_service_server::ConsoleService,
+    },
 };
 use std::{pin::Pin, time::Duration};
 use tokio::sync::mpsc;
@@ -18,6 +21,12 @@ const PIECES_AHEAD: usize = 16;
 
 /// Between two attempts to find the process of a VM that has just moved or is starting again.
 const REOPEN_INTERVAL: Duration = Duration::from_millis(200);
+
+/// Name of a sitting at a keyboard in bytes: room for a UUID in any notation.
+const SESSION_BYTES_MAX: usize = 64;
+
+/// Bytes typed at once: a pasted page.
+const TYPED_BYTES_MAX: usize = 4 << 10;
 
 /// gRPC service `ConsoleService`.
 pub struct ConsoleApi {
@@ -88,5 +97,24 @@ impl ConsoleService for ConsoleApi {
         let (sender, receiver) = mpsc::channel(PIECES_AHEAD);
         tokio::spawn(follow(self.context.clone(), self.agents.clone(), vm, sender));
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    async fn r#type(
+        &self,
+        request: Request<ConsoleTypeRequest>,
+    ) -> Result<Response<ConsoleTypeResponse>, Status> {
+        require_user(&request)?;
+        let ConsoleTypeRequest { r#ref, session, offset, data } = request.into_inner();
+        if session.is_empty() || session.len() > SESSION_BYTES_MAX || data.len() > TYPED_BYTES_MAX {
+            return Err(Status::invalid_argument(format!(
+                "a session of 1 to {SESSION_BYTES_MAX} bytes and at most {TYPED_BYTES_MAX} bytes of input at once"
+            )));
+        }
+        let state = self.context.consensus.local();
+        let vm = views::found(state.resolve_vm(&r#ref))?.id;
+        let (host, _) = place_of(&state, vm)?;
+        let request = AgentConsoleType { vm_id: vm.0, session, offset, data };
+        let next_offset = self.agents.console_type(host, request).await?;
+        Ok(Response::new(ConsoleTypeResponse { next_offset }))
     }
 }

@@ -194,6 +194,13 @@ impl Machine {
         self.call("ConsoleRead", STATUS_TIMEOUT, client.console_read(v1::ConsoleReadRequest { offset })).await
     }
 
+    /// Types into the serial console; the offset of the first byte that is still to be typed.
+    pub async fn console_type(&self, request: v1::MachineTypeRequest) -> Result<u64, MachineError> {
+        let mut client = self.client.clone();
+        let typed = self.call("ConsoleType", STATUS_TIMEOUT, client.console_type(request)).await?;
+        Ok(typed.next_offset)
+    }
+
     async fn call<T>(
         &self,
         call: &'static str,

@@ -32,6 +32,8 @@ pub enum Request {
     StartOutgoing(v1::StartOutgoingRequest, Reply),
     /// The daemon is about to propose the commit.
     CommitProposed(u64, Reply),
+    /// Types into the console. → the offset of the first byte that is still to be typed
+    Type(v1::MachineTypeRequest, oneshot::Sender<Result<v1::MachineTypeResponse, Refusal>>),
     /// The committed outcome.
     Outcome(v1::MigrationOutcomeRequest, Reply),
 }

@@ -174,6 +174,13 @@ impl machine_server::Machine for MachineService {
         let (data, offset) = self.console.read_from(request.get_ref().offset);
         Ok(Response::new(v1::ConsoleReadResponse { data, offset }))
     }
+
+    async fn console_type(
+        &self,
+        request: tonic::Request<v1::MachineTypeRequest>,
+    ) -> Result<Response<v1::MachineTypeResponse>, Status> {
+        self.ask(|reply| Request::Type(request.into_inner(), reply)).await
+    }
 }
 
 /// Whether nothing more will happen to this migration here.

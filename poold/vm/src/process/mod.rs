@@ -21,6 +21,7 @@ mod status;
 mod stop;
 
 use crate::clock::boot_time;
+use crate::console::Keyboard;
 use crate::lease::{BootTime, Placement};
 use crate::request::{Refusal, Reply, Request};
 use crate::spec::MachineSpec;
@@ -68,6 +69,7 @@ pub struct Process {
     vm: Option<Vm>,
     part: Option<Part>,
     console: ConsoleRing,
+    keyboard: Keyboard,
     status: watch::Sender<v1::MachineStatus>,
     events: mpsc::Sender<Event>,
     inbox: mpsc::Receiver<Event>,
@@ -88,6 +90,7 @@ impl Process {
             vm: None,
             part: None,
             console,
+            keyboard: Keyboard::default(),
             status,
             events,
             inbox,
@@ -154,6 +157,10 @@ impl Process {
             }
             Request::CommitProposed(migration, reply) => self.commit_proposed(migration, reply),
             Request::Outcome(request, reply) => self.outcome(request, reply).await,
+            Request::Type(request, reply) => {
+                // A caller that has gone asks again.
+                let _ = reply.send(self.type_in(&request));
+            }
         }
     }
 
@@ -198,6 +205,18 @@ impl Process {
         }
         vm.fence.extend(deadline, placement);
         Ok(())
+    }
+
+    fn type_in(&mut self, request: &v1::MachineTypeRequest) -> Result<v1::MachineTypeResponse, Refusal> {
+        // While a migration comes in, the keyboard is still at the source.
+        let machine = match (&self.phase, &self.vm) {
+            (Phase::Live, Some(vm)) => vm.machine.as_ref(),
+            _ => None,
+        };
+        let machine = machine.ok_or_else(|| self.wrong_state("ConsoleType"))?;
+        let type_in = |bytes: &[u8]| machine.serial_input(bytes);
+        let next_offset = self.keyboard.take(&request.session, request.offset, &request.data, type_in);
+        Ok(v1::MachineTypeResponse { next_offset })
     }
 
     fn update_volumes(

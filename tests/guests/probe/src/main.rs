@@ -7,6 +7,7 @@
 //! PROBE boot disk_counter=41 verified=41 errors=0      what it found on its disk
 //! PROBE disk acked=49                                   everything up to this counter was flushed
 //! PROBE beat=1 pass=0 acked=49 errors=0                 a sign of life, after every turn
+//! PROBE typed …                                         what came in on the serial port
 //! PROBE ERROR memory page=7 …                           an inconsistency; also counted in `errors`
 //! ```
 //! Parameters on the command line: `wss=64M` (working set), `rate=20M` (bytes of it per second, judged by a TSC of 2 GHz;
@@ -72,6 +73,7 @@ extern "C" fn guest_main(start_info: u64) -> ! {
         let acked = journal.as_ref().map_or(0, disk::Journal::counter);
         let pass = walker.pass();
         say!("PROBE beat=", beat, " pass=", pass, " acked=", acked, " errors=", errors);
+        serial::echo();
         if params.turns != 0 && beat >= params.turns {
             serial::out(EXIT_PORT, u8::from(errors > 0));
         }

@@ -3,6 +3,9 @@
 use core::arch::asm;
 
 const COM1: u16 = 0x3f8;
+/// Register of the line's status, and the bit that says that a byte has come in.
+const LINE_STATUS: u16 = 5;
+const DATA_READY: u8 = 1;
 /// Decimal digits of the largest number.
 const DIGITS: usize = 20;
 
@@ -10,6 +13,27 @@ const DIGITS: usize = 20;
 pub fn out(port: u16, value: u8) {
     // SAFETY: the machine's ports can't harm this program's memory.
     unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags)) };
+}
+
+/// Reads a byte from a port.
+fn input(port: u16) -> u8 {
+    let value: u8;
+    // SAFETY: the machine's ports can't harm this program's memory.
+    unsafe { asm!("in al, dx", in("dx") port, out("al") value, options(nomem, nostack, preserves_flags)) };
+    value
+}
+
+/// Says what was typed, a line for each look: `PROBE typed …`.
+pub fn echo() {
+    let is_typed = || input(COM1 + LINE_STATUS) & DATA_READY != 0;
+    if !is_typed() {
+        return;
+    }
+    "PROBE typed ".say();
+    while is_typed() {
+        out(COM1, input(COM1));
+    }
+    "\n".say();
 }
 
 /// Something that can be written on the console.
