@@ -31,7 +31,8 @@ impl Binaries {
                 return Ok(());
             }
             // Cargo's own lock on the target directory makes concurrent builds wait for each other.
-            cargo(&["build", "-p", "poold", "-p", "poold-vm", "-p", "poolctl"]).map_err(|e| format!("{e:#}"))
+            // As `cargo xtask` builds them, so that what it has built is not built again with other features.
+            cargo(&["build", "--workspace", "--exclude", "xtask", "--bins"]).map_err(|e| format!("{e:#}"))
         });
         if let Err(error) = built {
             bail!("{error}");

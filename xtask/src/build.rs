@@ -4,8 +4,9 @@ use anyhow::{Context, Result, bail};
 use std::path::PathBuf;
 use std::process::Command;
 
-/// Packages whose programs a pool consists of, and the campaign program.
-const PROGRAMS: [&str; 4] = ["poold", "poold-vm", "poolctl", "chaos"];
+/// What is built together: always the same packages, since another choice has other features of shared dependencies and builds
+/// them once more. Without this program, which runs while it builds.
+const ALL_PACKAGES: [&str; 3] = ["--workspace", "--exclude", "xtask"];
 
 /// How to compile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,10 +45,17 @@ pub fn run(command: &mut Command) -> Result<()> {
 
 /// Builds all programs and the probe guest; returns the folder of the programs.
 pub fn programs(profile: Profile) -> Result<PathBuf> {
+    build(profile, &["--bins"])
+}
+
+/// Builds all programs, tests and examples, and the probe guest; returns the folder of the programs.
+pub fn everything(profile: Profile) -> Result<PathBuf> {
+    build(profile, &["--all-targets"])
+}
+
+fn build(profile: Profile, targets: &[&str]) -> Result<PathBuf> {
     let mut command = cargo(&["build"]);
-    for name in PROGRAMS {
-        command.args(["-p", name]);
-    }
+    command.args(ALL_PACKAGES).args(targets);
     if profile == Profile::Release {
         command.arg("--release");
     }
@@ -55,6 +63,12 @@ pub fn programs(profile: Profile) -> Result<PathBuf> {
     tests::build_probe()?;
     let folder = if profile == Profile::Release { "release" } else { "debug" };
     Ok(tests::binaries::target_root().join(folder))
+}
+
+/// Runs tests of what [`everything`] has built; `targets` chooses among them.
+pub fn run_tests(targets: &[String]) -> Result<()> {
+    let mut command = cargo(&["test", "--quiet", "--no-fail-fast"]);
+    run(prebuilt(command.args(ALL_PACKAGES).args(targets)))
 }
 
 /// Tells the harness in a child that everything is built.

@@ -1,9 +1,11 @@
 //! `cargo xtask test`: everything that must hold before a change lands.
 
-use crate::build::{self, Profile, cargo, prebuilt, programs};
+use crate::build::{self, Profile, cargo, prebuilt};
 use crate::{machine, tidy};
-use anyhow::{Context, Result, bail};
+use ::tests::binaries::workspace_dir;
+use anyhow::{Context, Result, bail, ensure};
 use nix::unistd::Uid;
+use std::fs;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -20,17 +22,31 @@ fn check(steps: &mut Steps) -> Result<()> {
     steps.step("lints", || {
         build::run(&mut cargo(&["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"]))
     })?;
-    let folder = steps.step("build", || programs(Profile::Dev))?;
+    let folder = steps.step("build", || build::everything(Profile::Dev))?;
     steps.step("unit tests", || {
-        build::run(prebuilt(&mut cargo(&["test", "--quiet", "--workspace", "--exclude", "tests"])))
+        build::run(&mut cargo(&["test", "--quiet", "-p", "xtask"]))?;
+        build::run_tests(&["--exclude".to_owned(), "tests".to_owned()])
     })?;
-    steps.step("end-to-end tests", || {
-        build::run(prebuilt(&mut cargo(&["test", "--quiet", "-p", "tests", "--no-fail-fast"])))
-    })?;
+    steps.step("end-to-end tests", || build::run_tests(&end_to_end()?))?;
     steps.step("chaos", || {
         let mut campaign = Command::new(folder.join("chaos"));
         build::run(prebuilt(campaign.args(["--seed", CHAOS_SEED, "--minutes", CHAOS_MINUTES])))
     })
+}
+
+/// Chooses the tests with real daemons. By name: `-p tests` would build everything that they use once more.
+fn end_to_end() -> Result<Vec<String>> {
+    let dir = workspace_dir().join("tests/tests");
+    let mut targets = Vec::new();
+    for entry in fs::read_dir(&dir).with_context(|| format!("read {}", dir.display()))? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "rs") {
+            let name = path.file_stem().map(|name| name.to_string_lossy().into_owned());
+            targets.extend(["--test".to_owned(), name.context("a file has a name")?]);
+        }
+    }
+    ensure!(!targets.is_empty(), "no tests in {}", dir.display());
+    Ok(targets)
 }
 
 /// Prepares the machine, then checks.

@@ -14,7 +14,10 @@ use crate::{consensus::HostClients, supervisor::Supervisor};
 use futures::{Stream, StreamExt as _};
 use proto::{
     HostId, VmId,
-    v1::{AgentConsole, AgentConsoleType, AgentVmRequest, MigrationRecord, agent_service_client::AgentServiceClient},
+    v1::{
+        AgentConsole, AgentConsoleType, AgentVmRequest, MigrationRecord,
+        agent_service_client::AgentServiceClient,
+    },
 };
 use std::{pin::Pin, time::Duration};
 use tonic::{Status, transport::Channel};

@@ -11,8 +11,9 @@ use pool_state::state::ContentHash;
 use proto::{
     HostId, VmId,
     v1::{
-        AgentConsole, AgentConsoleType, AgentConsoleTyped, AgentImageAck, AgentImageChunk, AgentImageRequest, AgentMigrationProgress,
-        AgentVmRequest, AgentVmStatus, MigrationRecord, agent_service_server::AgentService,
+        AgentConsole, AgentConsoleType, AgentConsoleTyped, AgentImageAck, AgentImageChunk, AgentImageRequest,
+        AgentMigrationProgress, AgentVmRequest, AgentVmStatus, MigrationRecord,
+        agent_service_server::AgentService,
     },
 };
 use std::{pin::Pin, sync::Arc};
