@@ -2,6 +2,7 @@
 
 mod migrate;
 mod qemu;
+mod storage;
 
 use anyhow::Result;
 use clap::Subcommand;
@@ -11,6 +12,8 @@ use clap::Subcommand;
 pub enum Bench {
     /// Live migration, beside Debian's qemu with the same guest
     Migrate(migrate::Options),
+    /// The block store through NBD, beside the bare disk and nbdkit
+    Storage(storage::Options),
 }
 
 impl Bench {
@@ -18,6 +21,7 @@ impl Bench {
     pub fn run(&self) -> Result<()> {
         match self {
             Self::Migrate(options) => migrate::run(options),
+            Self::Storage(options) => storage::run(options),
         }
     }
 }
