@@ -1,6 +1,7 @@
 //! The command line as types. Everything that can be checked without the pool is checked here.
 
 mod hosts;
+mod networks;
 mod rules;
 mod storage;
 mod vms;
@@ -10,6 +11,7 @@ mod work;
 mod tests;
 
 pub use hosts::{BalanceCommand, HaCommand, HostCommand, PoolCommand, TokenCommand};
+pub use networks::{NetArguments, NetCommand};
 pub use rules::{GroupCommand, Members, Rule, SupportCommand, UserCommand};
 pub use storage::{ImageCommand, VolumeCommand};
 pub use vms::{ConsoleCommand, CreateArguments, HaPolicy, MigrateArguments, Policy, VmCommand};
@@ -83,6 +85,9 @@ pub enum Noun {
     /// Rules about where VMs run
     #[command(subcommand)]
     Group(GroupCommand),
+    /// Networks of VMs
+    #[command(subcommand)]
+    Net(NetCommand),
     /// An even use of all hosts
     #[command(subcommand)]
     Balance(BalanceCommand),

@@ -5,6 +5,7 @@
 
 mod hosts;
 mod migration;
+mod networks;
 mod rules;
 mod storage;
 mod vm;
@@ -15,6 +16,7 @@ mod tests;
 
 pub use hosts::{HostView, PoolView, TokenView};
 pub use migration::{MigrationView, PlanView};
+pub use networks::{NetworkView, NicView};
 pub use rules::{AuditView, GroupView, HaPlanView, PlannedMoveView, UserView};
 pub use storage::{ImageView, VolumeView};
 pub use vm::{ConsoleView, ExplanationView, VmView};

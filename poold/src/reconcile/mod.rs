@@ -23,7 +23,7 @@ mod follow;
 mod observe;
 mod schedule;
 
-pub use attach::replica_socket;
+pub use attach::{replica_dir, replica_socket};
 pub use execute::Executor;
 
 use crate::node::unix_ms;

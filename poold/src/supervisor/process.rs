@@ -7,6 +7,7 @@
 //! A pid is only ever used through a pidfd, and a pidfd is taken only while the lock is seen held: it can't mean a
 //! stranger that got the same number later.
 
+use super::Launch;
 use proto::{Epoch, VmId};
 use std::{
     fmt, fs, io,
@@ -134,11 +135,16 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts `binary --dir VMS/KEY` in a session of its own.
+    /// Starts a process in `VMS/KEY` and in a session of its own. It alone has the taps then: they end with it.
     ///
     /// # Errors
     /// [`ProcessError`]; then no new directory is left.
-    pub fn spawn(vms: &Path, binary: &Path, key: ProcessKey) -> Result<Self, ProcessError> {
+    pub fn spawn(
+        vms: &Path,
+        launch: &Launch,
+        key: ProcessKey,
+        taps: Vec<OwnedFd>,
+    ) -> Result<Self, ProcessError> {
         let directory = vms.join(key.to_string());
         let at = |source| ProcessError::Directory { path: directory.clone(), source };
         match fs::create_dir(&directory) {
@@ -147,28 +153,34 @@ impl Process {
             }
             made => made.map_err(at)?,
         }
-        let spawned = Self::spawn_in(&directory, binary, key);
+        let spawned = Self::spawn_in(&directory, launch, key, &taps);
         if spawned.is_err() {
             let _ = fs::remove_dir_all(&directory);
         }
         spawned
     }
 
-    fn spawn_in(directory: &Path, binary: &Path, key: ProcessKey) -> Result<Self, ProcessError> {
+    fn spawn_in(
+        directory: &Path,
+        launch: &Launch,
+        key: ProcessKey,
+        taps: &[OwnedFd],
+    ) -> Result<Self, ProcessError> {
         let at = |source| ProcessError::Directory { path: directory.to_owned(), source };
         let lock = fs::File::create_new(directory.join("lock")).map_err(at)?;
         lock.lock().map_err(at)?;
         let log = fs::File::create_new(directory.join("log")).map_err(at)?;
         let log_too = log.try_clone().map_err(at)?;
         let lock_fd = lock.as_raw_fd();
-        let mut command = Command::new(binary);
-        command.arg("--dir").arg(directory).current_dir("/");
+        let tap_fds: Vec<RawFd> = taps.iter().map(AsRawFd::as_raw_fd).collect();
+        let mut command = Command::new(&launch.binary);
+        command.args(launch.arguments(key, directory, taps)).current_dir("/");
         command.stdin(Stdio::null()).stdout(log).stderr(log_too);
         // SAFETY: `prepare_child` makes only async-signal-safe calls and allocates nothing.
-        unsafe { command.pre_exec(move || prepare_child(lock_fd)) };
+        unsafe { command.pre_exec(move || prepare_child(lock_fd, &tap_fds)) };
         let child = command.spawn().map_err(|source| ProcessError::Spawn {
             key,
-            binary: binary.to_owned(),
+            binary: launch.binary.clone(),
             source,
         })?;
         let pid = child.id().cast_signed();
@@ -213,11 +225,15 @@ impl Process {
         while unsafe { libc::poll(&raw mut poll, 1, -1) } < 1 {}
     }
 
-    /// Takes the exit status if the process is a child of this daemon, so that no zombie stays.
-    pub fn reap(&self) {
-        use nix::sys::wait::{Id, WaitPidFlag, waitid};
+    /// Takes the exit status if the process is a child of this daemon, so that no zombie stays. Tells the signal that ended it:
+    /// SIGSYS means a forbidden system call, made where even its handler was shut off.
+    pub fn reap(&self) -> Option<nix::sys::signal::Signal> {
+        use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
         // A process found again has another parent; the error then says just that.
-        let _ = waitid(Id::PIDFd(self.pidfd.as_fd()), WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG);
+        match waitid(Id::PIDFd(self.pidfd.as_fd()), WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG) {
+            Ok(WaitStatus::Signaled(_, signal, _)) => Some(signal),
+            _ => None,
+        }
     }
 
     /// The end of its log as one line.
@@ -250,13 +266,16 @@ impl AsFd for Process {
 }
 
 /// Runs in the child between fork and exec.
-fn prepare_child(lock: RawFd) -> io::Result<()> {
+fn prepare_child(lock: RawFd, taps: &[RawFd]) -> io::Result<()> {
     let check = |result: i32| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
     let mut text = [0u8; 12];
     // SAFETY: system calls on plain numbers and on a buffer of this stack frame.
     unsafe {
         check(libc::setsid())?;
         check(libc::fcntl(lock, libc::F_SETFD, 0))?;
+        for tap in taps {
+            check(libc::fcntl(*tap, libc::F_SETFD, 0))?;
+        }
         let digits = decimal(libc::getpid().unsigned_abs(), &mut text);
         let written = libc::pwrite(lock, digits.as_ptr().cast(), digits.len(), 0);
         if written != digits.len().cast_signed() {

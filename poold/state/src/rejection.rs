@@ -4,8 +4,10 @@
 //! what to do next.
 
 mod guidance;
+mod network;
 
 pub use guidance::RejectionClass;
+pub use network::NetworkRejection;
 
 use crate::{
     state::{HostState, MigrationPhase},
@@ -35,6 +37,8 @@ pub enum ObjectKind {
     Group,
     /// A user.
     User,
+    /// A network.
+    Network,
 }
 
 impl ObjectKind {
@@ -51,6 +55,7 @@ impl ObjectKind {
             Self::Token => "token",
             Self::Group => "group",
             Self::User => "user",
+            Self::Network => "network",
         }
     }
 }
@@ -141,6 +146,9 @@ impl std::fmt::Display for Field {
 /// Why an entry or a reference was refused. Fields named after a kind (`vm`, `host`, …) hold the object's name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 pub enum Rejection {
+    /// About networks or cards.
+    #[error(transparent)]
+    Network(#[from] NetworkRejection),
     /// There is no pool yet.
     #[error("the pool is not initialised")]
     PoolNotInitialised,

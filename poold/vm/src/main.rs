@@ -6,11 +6,14 @@
 //!                                   └── status, console ────────┼─ machine   KVM
 //!                                                               └─ outgoing, incoming   both ends of a migration
 //! ```
+//! Before any of this runs, it gives up what it does not need of the host: [`confine`].
+//!
 //! Invariants: it outlives the daemon and needs it only for leases and decisions; a directory is used once, so an epoch
 //! never runs twice; the process ends with its machine.
 
 mod attachment;
 mod clock;
+mod confine;
 mod console;
 mod directory;
 mod disk;
@@ -18,6 +21,7 @@ mod fence;
 mod gate;
 mod incoming;
 mod lease;
+mod nics;
 mod outgoing;
 mod process;
 mod request;
@@ -28,11 +32,13 @@ mod volumes;
 
 use anyhow::Context as _;
 use clap::Parser;
+use confine::{ConfineArguments, Views};
 use console::ConsoleSource;
 use directory::Directory;
 use process::Process;
 use proto::v1::machine_server::MachineServer;
 use service::{MachineService, REQUESTS_MAX};
+use std::os::fd::{OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -54,6 +60,12 @@ struct Arguments {
     /// Directory of this process: a fresh one for each.
     #[arg(long)]
     dir: PathBuf,
+    /// What is left to it of the host's rights.
+    #[command(flatten)]
+    confine: ConfineArguments,
+    /// An open tap, for the next network card; may be repeated.
+    #[arg(long = "tap", value_name = "FD")]
+    taps: Vec<RawFd>,
 }
 
 fn main() -> ExitCode {
@@ -69,20 +81,23 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> anyhow::Result<()> {
-    let directory = Directory::claim(&arguments.dir)?;
+    vmm::host::open_early();
+    let views = confine::enter(&arguments.dir, &arguments.confine).context("confine this process")?;
+    let directory = Directory::claim(views.own())?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKER_THREADS)
         .enable_all()
         .build()
         .context("start the runtime")?;
-    runtime.block_on(serve(&directory))
+    let taps = nics::inherited(&arguments.taps)?;
+    runtime.block_on(serve(&directory, views, taps))
 }
 
 /// Serves until the process is over, and ends it.
-async fn serve(directory: &Directory) -> anyhow::Result<()> {
+async fn serve(directory: &Directory, views: Views, taps: Vec<OwnedFd>) -> anyhow::Result<()> {
     let console = ConsoleRing::default();
     let (requests, inbox) = mpsc::channel(REQUESTS_MAX);
-    let (mut process, status) = Process::new(console.clone());
+    let (mut process, status) = Process::new(console.clone(), views, taps);
     let service = MachineService::new(requests, status, ConsoleSource::new(console));
     let socket = directory.listen()?;
     let (over, is_over) = oneshot::channel::<()>();

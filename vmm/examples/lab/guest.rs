@@ -59,6 +59,7 @@ impl Guest {
             vcpus: shape.vcpus,
             memory: proto::ByteCount(shape.memory_mib << 20),
             disks: shape.disks.clone(),
+            nics: Vec::new(),
             console: console.clone(),
             lease_deadline_ns: Arc::new(AtomicU64::new(u64::MAX)),
             exits: sender,

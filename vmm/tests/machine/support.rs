@@ -109,6 +109,7 @@ impl Rig {
             vcpus: 1,
             memory: proto::ByteCount(memory),
             disks,
+            nics: Vec::new(),
             console: console.clone(),
             lease_deadline_ns: lease.clone(),
             exits: sender,

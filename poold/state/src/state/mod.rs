@@ -10,6 +10,7 @@ pub mod group;
 pub mod host;
 pub mod image;
 pub mod migration;
+pub mod network;
 pub mod record;
 pub mod request;
 pub mod resolve;
@@ -28,6 +29,7 @@ pub use image::{ContentHash, Image, ParseContentHashError};
 pub use migration::{
     Migration, MigrationOptions, MigrationOutcome, MigrationPhase, MigrationPolicy, MoveCause, TargetEndpoint,
 };
+pub use network::{Network, NetworkAddressing, NetworkLink, Nic};
 pub use proto::{AttachmentSecret, CertificateFingerprint};
 pub use record::{BlackoutParts, MigrationRecord, PageCounts, RoundRecord};
 pub use request::{Answer, RequestTable};
@@ -38,7 +40,7 @@ pub use vm::{Desired, HaPolicy, Intent, StartCause, StopMode, Vm, VmSpec, VmStat
 pub use volume::{EpochStart, IsrMember, Volume, VolumeOwner};
 
 use crate::timing::Timing;
-use proto::{GroupId, HostId, ImageId, MigrationId, TaskId, TokenId, VmId, VolumeId};
+use proto::{GroupId, HostId, ImageId, MigrationId, NetworkId, TaskId, TokenId, VmId, VolumeId};
 use serde::{Deserialize, Serialize};
 
 /// Everything that the hosts of a pool agree on. Cloning costs a few reference counts.
@@ -66,6 +68,8 @@ pub struct PoolState {
     pub migrations: Table<MigrationId, Migration>,
     /// Rules about where VMs run.
     pub groups: Table<GroupId, Group>,
+    /// Networks.
+    pub networks: Table<NetworkId, Network>,
     /// Users by name, deleted ones included.
     pub users: Table<String, User>,
     /// What users changed lately.
