@@ -4,8 +4,10 @@
 //! what to do next.
 
 mod guidance;
+mod volumes;
 
 pub use guidance::RejectionClass;
+pub use volumes::VolumeRejection;
 
 use crate::{
     state::{HostState, MigrationPhase},
@@ -76,6 +78,10 @@ pub enum Field {
     Disks,
     /// Number of replicas.
     Replicas,
+    /// Operations per second.
+    Operations,
+    /// Bytes per second.
+    Bandwidth,
     /// Bytes of a host's address.
     Address,
     /// Bytes of a public key.
@@ -103,7 +109,7 @@ impl Field {
     #[must_use]
     pub fn show(self, value: u64) -> String {
         match self {
-            Self::Memory | Self::VolumeSize => proto::ByteCount(value).to_string(),
+            Self::Memory | Self::VolumeSize | Self::Bandwidth => proto::ByteCount(value).to_string(),
             _ => value.to_string(),
         }
     }
@@ -118,6 +124,8 @@ impl Field {
             Self::Cmdline => "cmdline",
             Self::Disks => "disks",
             Self::Replicas => "replicas",
+            Self::Operations => "operations per second",
+            Self::Bandwidth => "bytes per second",
             Self::Address => "address",
             Self::PublicKey => "public key",
             Self::Pem => "PEM text",
@@ -585,4 +593,7 @@ pub enum Rejection {
         /// The task.
         task: TaskId,
     },
+    /// About volumes.
+    #[error(transparent)]
+    Volume(#[from] VolumeRejection),
 }
