@@ -28,7 +28,7 @@ mod process;
 mod tests;
 
 pub use machine::{Machine, MachineError};
-pub use process::{ProcessError, ProcessKey};
+pub use process::{ProcessError, ProcessKey, Subject};
 
 use process::{Found, Process};
 use proto::v1::MachineStatus;
