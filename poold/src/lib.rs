@@ -25,6 +25,7 @@ pub mod identity;
 pub mod images;
 pub mod join;
 pub mod lease;
+pub mod loans;
 pub mod metrics;
 pub mod network;
 pub mod node;

@@ -4,6 +4,7 @@
 //! - [`ids`]: newtypes for identifiers and positions, so that an epoch is never passed for a sequence.
 //! - [`units`]: byte counts, parsed and printed as operators write them.
 //! - [`net`]: hardware addresses and subnets.
+//! - [`listen`]: addresses of NBD servers.
 //! - [`limits`]: bounds that both ends of a connection rely on.
 //!
 //! Absent on purpose: conversions between generated messages and the state of a crate. They belong to the crate
@@ -11,6 +12,7 @@
 
 pub mod ids;
 pub mod limits;
+pub mod listen;
 pub mod net;
 pub mod units;
 
@@ -23,5 +25,6 @@ pub mod v1 {
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 
 pub use ids::*;
+pub use listen::ListenAddress;
 pub use net::{Ipv4Subnet, MacAddress};
 pub use units::ByteCount;

@@ -22,6 +22,7 @@ pub mod leftovers;
 pub mod links;
 #[cfg(feature = "machine")]
 pub mod machine;
+pub mod nbd;
 pub mod output;
 pub mod pool;
 pub mod probe;

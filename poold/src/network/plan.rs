@@ -1,7 +1,7 @@
 //! What is to be done about this host's links, from what the pool wants and what is there. No I/O.
 
 use super::tap;
-use crate::supervisor::ProcessKey;
+use crate::supervisor::{ProcessKey, Subject};
 use pool_state::{PoolState, state::NetworkLink};
 use proto::{HostId, Ipv4Subnet, NetworkId};
 use std::{
@@ -109,7 +109,8 @@ impl Wanted {
             wanted.bridges.insert(network.id, Bridge { name, made_by });
         }
         for key in keys {
-            let nics = state.vms.get(&key.vm).map(|vm| vm.spec.nics.as_slice()).unwrap_or_default();
+            let Subject::Vm(vm) = key.subject else { continue };
+            let nics = state.vms.get(&vm).map(|vm| vm.spec.nics.as_slice()).unwrap_or_default();
             for (index, nic) in nics.iter().enumerate() {
                 if let Ok(name) = tap::name(*key, index) {
                     wanted.taps.insert(name, nic.network);

@@ -1,6 +1,6 @@
 //! Taps: opened by the daemon, held by the VM process.
 
-use crate::supervisor::ProcessKey;
+use crate::supervisor::{ProcessKey, Subject};
 use nix::errno::Errno;
 use std::{
     fs::File,
@@ -45,7 +45,9 @@ pub enum TapError {
 /// # Errors
 /// It would be too long.
 pub fn name(key: ProcessKey, card: usize) -> Result<String, TapError> {
-    let name = format!("pv{}-{}-{card}", base36(key.vm.0), base36(key.epoch.0));
+    // A volume has no cards.
+    let Subject::Vm(vm) = key.subject else { return Err(TapError::NoName { key }) };
+    let name = format!("pv{}-{}-{card}", base36(vm.0), base36(key.epoch.0));
     if name.len() < NAME_BYTES { Ok(name) } else { Err(TapError::NoName { key }) }
 }
 
@@ -85,7 +87,7 @@ mod tests {
 
     #[test]
     fn names_fit_and_differ() {
-        let key = |vm, epoch| ProcessKey { vm: VmId(vm), epoch: Epoch(epoch) };
+        let key = |vm, epoch| ProcessKey::vm(VmId(vm), Epoch(epoch));
         assert_eq!(name(key(35, 36), 1).unwrap(), "pvz-10-1");
         assert_ne!(name(key(1, 11), 0).unwrap(), name(key(11, 1), 0).unwrap());
         assert!(name(key(2_000_000_000, 1_000_000), 7).unwrap().len() < NAME_BYTES);

@@ -1,6 +1,7 @@
 //! With what VM processes are started: program, rights and descriptors.
 
-use super::ProcessKey;
+use super::{ProcessKey, Subject};
+use proto::VmId;
 use std::{
     ffi::OsString,
     io,
@@ -46,9 +47,13 @@ impl Launch {
     /// The arguments of the process of `key` in `directory`, which inherits these taps.
     pub fn arguments(&self, key: ProcessKey, directory: &Path, taps: &[OwnedFd]) -> Vec<OsString> {
         let mut arguments: Vec<OsString> = vec!["--dir".into(), directory.into()];
+        let Subject::Vm(vm) = key.subject else {
+            arguments.push("--volume".into());
+            return arguments;
+        };
         arguments.extend(["--replica-dir".into(), self.replica_dir.clone().into()]);
         if self.privilege == Privilege::Root {
-            arguments.extend(["--uid".into(), uid_of(key).to_string().into()]);
+            arguments.extend(["--uid".into(), uid_of(vm).to_string().into()]);
         }
         for tap in taps {
             arguments.extend(["--tap".into(), tap.as_raw_fd().to_string().into()]);
@@ -58,8 +63,8 @@ impl Launch {
 }
 
 /// The user of a VM's processes.
-fn uid_of(key: ProcessKey) -> u32 {
-    let number = u32::try_from(key.vm.0 % u64::from(UID_COUNT)).expect("below the count");
+fn uid_of(vm: VmId) -> u32 {
+    let number = u32::try_from(vm.0 % u64::from(UID_COUNT)).expect("below the count");
     UID_FIRST + number
 }
 
@@ -85,14 +90,11 @@ pub fn give_file(directory: &Path, name: &str, file: &Path) -> io::Result<PathBu
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proto::{Epoch, VmId};
 
     #[test]
     fn each_vm_has_a_user_and_its_epochs_share_it() {
-        let key = |vm, epoch| ProcessKey { vm: VmId(vm), epoch: Epoch(epoch) };
-        assert_eq!(uid_of(key(7, 1)), uid_of(key(7, 2)));
-        assert_ne!(uid_of(key(7, 1)), uid_of(key(8, 1)));
-        assert!(uid_of(key(u64::MAX, 1)) < UID_FIRST + UID_COUNT);
+        assert_ne!(uid_of(VmId(7)), uid_of(VmId(8)));
+        assert!(uid_of(VmId(u64::MAX)) < UID_FIRST + UID_COUNT);
     }
 
     #[test]

@@ -30,7 +30,7 @@ mod tests;
 
 pub use launch::{Launch, Privilege};
 pub use machine::{Machine, MachineError};
-pub use process::{ProcessError, ProcessKey};
+pub use process::{ProcessError, ProcessKey, Subject};
 
 use process::{Found, Process};
 use proto::v1::MachineStatus;

@@ -3,6 +3,10 @@
 //! Commands carry ids, not names: whoever proposes resolves references first. Reports (`VmRunning`, `VmStopped`, the steps
 //! of a migration) name the epoch or migration that they are about, so that a late one is rejected.
 
+mod volumes;
+
+pub use volumes::{LoanEnd, ServiceEnd, VolumeCommand};
+
 use crate::{
     state::{
         CertificateFingerprint, ContentHash, EpochStart, GroupRule, GroupStrength, HaPolicy,
@@ -355,6 +359,8 @@ pub enum Command {
         /// Name.
         name: String,
     },
+    /// About volumes.
+    Volume(VolumeCommand),
 }
 
 /// Content of [`Command::CreateGroup`].

@@ -5,9 +5,11 @@
 
 mod guidance;
 mod network;
+mod volumes;
 
 pub use guidance::RejectionClass;
 pub use network::NetworkRejection;
+pub use volumes::VolumeRejection;
 
 use crate::{
     state::{HostState, MigrationPhase},
@@ -81,6 +83,10 @@ pub enum Field {
     Disks,
     /// Number of replicas.
     Replicas,
+    /// Operations per second.
+    Operations,
+    /// Bytes per second.
+    Bandwidth,
     /// Bytes of a host's address.
     Address,
     /// Bytes of a public key.
@@ -108,7 +114,7 @@ impl Field {
     #[must_use]
     pub fn show(self, value: u64) -> String {
         match self {
-            Self::Memory | Self::VolumeSize => proto::ByteCount(value).to_string(),
+            Self::Memory | Self::VolumeSize | Self::Bandwidth => proto::ByteCount(value).to_string(),
             _ => value.to_string(),
         }
     }
@@ -123,6 +129,8 @@ impl Field {
             Self::Cmdline => "cmdline",
             Self::Disks => "disks",
             Self::Replicas => "replicas",
+            Self::Operations => "operations per second",
+            Self::Bandwidth => "bytes per second",
             Self::Address => "address",
             Self::PublicKey => "public key",
             Self::Pem => "PEM text",
@@ -593,4 +601,7 @@ pub enum Rejection {
         /// The task.
         task: TaskId,
     },
+    /// About volumes.
+    #[error(transparent)]
+    Volume(#[from] VolumeRejection),
 }

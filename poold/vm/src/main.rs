@@ -1,4 +1,4 @@
-//! The process of one virtual machine.
+//! The process of one virtual machine, or of one volume without one ([`volume`]).
 //!
 //! ```text
 //!  daemon ──gRPC, unix socket──▶ service ──requests──▶ process ─┬─ volumes   owner side of the replicated store
@@ -15,12 +15,14 @@ mod attachment;
 mod clock;
 mod confine;
 mod console;
+mod content;
 mod directory;
 mod disk;
 mod fence;
 mod gate;
 mod incoming;
 mod lease;
+mod limit;
 mod nics;
 mod outgoing;
 mod process;
@@ -28,6 +30,7 @@ mod request;
 mod service;
 mod spec;
 mod throttle;
+mod volume;
 mod volumes;
 
 use anyhow::Context as _;
@@ -36,16 +39,20 @@ use confine::{ConfineArguments, Views};
 use console::ConsoleSource;
 use directory::Directory;
 use process::Process;
+use proto::limits::GRPC_MESSAGE_BYTES_MAX;
+use proto::v1::MachineStatus;
 use proto::v1::machine_server::MachineServer;
+use request::Request;
 use service::{MachineService, REQUESTS_MAX};
 use std::os::fd::{OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_stream::wrappers::UnixListenerStream;
 use tracing_subscriber::EnvFilter;
 use vmm::ConsoleRing;
+use volume::VolumeProcess;
 
 /// Threads of the runtime: requests, volumes and the device's completions. vCPUs and migrations have their own.
 const WORKER_THREADS: usize = 2;
@@ -66,6 +73,9 @@ struct Arguments {
     /// An open tap, for the next network card; may be repeated.
     #[arg(long = "tap", value_name = "FD")]
     taps: Vec<RawFd>,
+    /// Serve a volume instead of a VM.
+    #[arg(long)]
+    volume: bool,
 }
 
 fn main() -> ExitCode {
@@ -81,8 +91,13 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> anyhow::Result<()> {
-    vmm::host::open_early();
-    let views = confine::enter(&arguments.dir, &arguments.confine).context("confine this process")?;
+    let views = if arguments.volume {
+        // It listens where an operator says, and serves no guest.
+        Views::of_the_host(&arguments.dir)
+    } else {
+        vmm::host::open_early();
+        confine::enter(&arguments.dir, &arguments.confine).context("confine this process")?
+    };
     let directory = Directory::claim(views.own())?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKER_THREADS)
@@ -90,19 +105,52 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         .build()
         .context("start the runtime")?;
     let taps = nics::inherited(&arguments.taps)?;
-    runtime.block_on(serve(&directory, views, taps))
+    let console = ConsoleRing::default();
+    let kind = Kind::new(arguments, &console, views, taps);
+    runtime.block_on(serve(&directory, console, kind))
+}
+
+/// What the process is for, and where its status appears.
+enum Kind {
+    Vm(Box<Process>),
+    Volume(Box<VolumeProcess>),
+}
+
+impl Kind {
+    fn new(
+        arguments: &Arguments,
+        console: &ConsoleRing,
+        views: Views,
+        taps: Vec<OwnedFd>,
+    ) -> (Self, watch::Receiver<MachineStatus>) {
+        if arguments.volume {
+            let (process, status) = VolumeProcess::new(arguments.dir.clone());
+            return (Self::Volume(Box::new(process)), status);
+        }
+        let (process, status) = Process::new(console.clone(), views, taps);
+        (Self::Vm(Box::new(process)), status)
+    }
+
+    async fn run(&mut self, inbox: mpsc::Receiver<Request>) {
+        match self {
+            Self::Vm(process) => process.run(inbox).await,
+            Self::Volume(process) => process.run(inbox).await,
+        }
+    }
 }
 
 /// Serves until the process is over, and ends it.
-async fn serve(directory: &Directory, views: Views, taps: Vec<OwnedFd>) -> anyhow::Result<()> {
-    let console = ConsoleRing::default();
+async fn serve(
+    directory: &Directory,
+    console: ConsoleRing,
+    (mut process, status): (Kind, watch::Receiver<MachineStatus>),
+) -> anyhow::Result<()> {
     let (requests, inbox) = mpsc::channel(REQUESTS_MAX);
-    let (mut process, status) = Process::new(console.clone(), views, taps);
     let service = MachineService::new(requests, status, ConsoleSource::new(console));
     let socket = directory.listen()?;
     let (over, is_over) = oneshot::channel::<()>();
     let server = tonic::transport::Server::builder()
-        .add_service(MachineServer::new(service))
+        .add_service(MachineServer::new(service).max_decoding_message_size(GRPC_MESSAGE_BYTES_MAX))
         .serve_with_incoming_shutdown(UnixListenerStream::new(socket), async {
             // Sent or dropped: the process is over.
             let _ = is_over.await;

@@ -22,6 +22,7 @@ impl Rejection {
     #[must_use]
     pub fn reason_code(&self) -> &'static str {
         match self {
+            Self::Volume(inner) => inner.reason_code(),
             Self::PoolNotInitialised => "POOL_NOT_INITIALISED",
             Self::PoolAlreadyInitialised => "POOL_ALREADY_INITIALISED",
             Self::BadTiming(_) => "BAD_TIMING",
@@ -131,6 +132,7 @@ impl Rejection {
     #[must_use]
     pub fn object(&self) -> String {
         match self {
+            Self::Volume(inner) => inner.object(),
             Self::NotFound { kind, text } | Self::Ambiguous { kind, text, .. } => format!("{kind} {text}"),
             Self::NameTaken { kind, name } => format!("{kind} {name}"),
             Self::Network(rejection) => rejection.object(),
@@ -203,6 +205,7 @@ impl Rejection {
     #[must_use]
     pub fn remedy(&self) -> String {
         match self {
+            Self::Volume(inner) => inner.remedy(),
             Self::PoolNotInitialised => "found the pool with `poold init`".into(),
             Self::PoolAlreadyInitialised => "use `poold join` with a token of the pool".into(),
             Self::BadTiming(_) => "choose a consistent profile of timings".into(),

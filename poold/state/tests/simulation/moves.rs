@@ -49,6 +49,11 @@ impl World {
                 self.set_source(host, &state, migration, SourcePhase::Aborted);
             }
             HostAction::ActivateIncoming { migration } => self.activate(host, &state, migration),
+            // The world has VMs only; a VM's start takes the place of what a volume's process works on.
+            HostAction::OpenService { .. }
+            | HostAction::CloseService { .. }
+            | HostAction::DestroyService { .. }
+            | HostAction::UpdateService { .. } => {}
         }
     }
 

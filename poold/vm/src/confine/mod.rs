@@ -82,6 +82,12 @@ impl Views {
         Self { mapped, own: PathBuf::from("/") }
     }
 
+    /// Of a process that is not confined and needs no file but those of its own directory.
+    #[must_use]
+    pub fn of_the_host(dir: &Path) -> Self {
+        Self { mapped: vec![(dir.to_owned(), dir.to_owned())], own: dir.to_owned() }
+    }
+
     /// The process's own directory.
     #[must_use]
     pub fn own(&self) -> &Path {
