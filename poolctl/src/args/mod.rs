@@ -1,5 +1,6 @@
 //! The command line as types. Everything that can be checked without the pool is checked here.
 
+mod govern;
 mod hosts;
 mod rules;
 mod storage;
@@ -9,6 +10,7 @@ mod work;
 #[cfg(test)]
 mod tests;
 
+pub use govern::{CaCommand, UpgradeCommand, UserTokenCommand};
 pub use hosts::{BalanceCommand, HaCommand, HostCommand, PoolCommand, TokenCommand};
 pub use rules::{GroupCommand, Members, Rule, SupportCommand, UserCommand};
 pub use storage::{ImageCommand, VolumeCommand};
@@ -89,6 +91,9 @@ pub enum Noun {
     /// Who may use the pool
     #[command(subcommand)]
     User(UserCommand),
+    /// Versions of the hosts' daemons
+    #[command(subcommand)]
+    Upgrade(UpgradeCommand),
     /// What helps to help
     #[command(subcommand)]
     Support(SupportCommand),

@@ -305,6 +305,7 @@ pub fn task(state: &PoolState, task: &Task) -> v1::Task {
         created_ms: task.created_ms,
         ended_ms: task.ended_ms.unwrap_or(0),
         principal: task.principal.clone(),
+        request_id: task.request_id.clone(),
         deadline_ms: task.deadline_ms,
         executor: task.executor.map(|host| state.host_name(host)).unwrap_or_default(),
     }

@@ -22,6 +22,7 @@ mod execute;
 mod follow;
 mod observe;
 mod schedule;
+mod trace;
 
 pub use attach::replica_socket;
 pub use execute::Executor;
@@ -35,6 +36,7 @@ use std::{
     time::Duration,
 };
 use tokio::{sync::Notify, time::Instant};
+use tracing::Instrument as _;
 
 /// The longest time between two passes: what is wanted may change by the clock alone (back-off of a restart).
 const PASS_INTERVAL: Duration = Duration::from_secs(1);
@@ -90,9 +92,18 @@ fn pass(
             Verdict::Go(ticket) => {
                 let (executor, finished) = (executor.clone(), finished.clone());
                 let mut done = Done { schedule: schedule.clone(), ticket, result: Finish::Failed };
-                let work = tokio::spawn(async move {
+                let span = trace::span_of(state, &action);
+                let work = async move {
                     match executor.execute(&action).await {
-                        Ok(()) => done.result = Finish::Succeeded,
+                        Ok(()) => {
+                            match action {
+                                HostAction::Report(_) | HostAction::UpdateVolumes { .. } => {
+                                    tracing::debug!(?action, "carried out");
+                                }
+                                _ => tracing::info!(?action, "carried out"),
+                            }
+                            done.result = Finish::Succeeded;
+                        }
                         Err(error) if error.is_overtaken() => {
                             tracing::debug!(?action, %error, "an action came too late");
                         }
@@ -102,7 +113,8 @@ fn pass(
                     }
                     drop(done);
                     finished.notify_one();
-                });
+                };
+                let work = tokio::spawn(work.instrument(span));
                 lock(schedule).attach(ticket, work.abort_handle());
             }
         }

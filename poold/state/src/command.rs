@@ -3,6 +3,10 @@
 //! Commands carry ids, not names: whoever proposes resolves references first. Reports (`VmRunning`, `VmStopped`, the steps
 //! of a migration) name the epoch or migration that they are about, so that a late one is rejected.
 
+mod govern;
+
+pub use govern::{Govern, NewCa, PoolChange};
+
 use crate::{
     state::{
         CertificateFingerprint, ContentHash, EpochStart, GroupRule, GroupStrength, HaPolicy,
@@ -347,6 +351,8 @@ pub enum Command {
         /// Name.
         name: String,
     },
+    /// Changes what governs the pool.
+    Govern(Govern),
 }
 
 /// Content of [`Command::CreateGroup`].

@@ -11,7 +11,7 @@ pub mod voters;
 mod tests;
 
 use crate::{
-    command::Command,
+    command::{Command, Govern},
     entry::{Entry, Seed},
     limits::PLAN_COMMANDS_MAX,
     state::{Desired, HaPolicy, HostState, PoolState, TaskKind, Vm},
@@ -33,6 +33,7 @@ pub fn plan(state: &PoolState, view: &LeaderView) -> Vec<Command> {
     draft.end_late_work();
     draft.recover_vms();
     draft.carry_tasks_on();
+    draft.raise_level();
     draft.commands
 }
 
@@ -83,6 +84,14 @@ impl Draft {
                 reason: format!("not over in time, in phase {}", migration.phase),
             },
             None => Command::ExpireTask { task },
+        }
+    }
+
+    /// What every daemon of the pool supports comes into force, lost hosts included: they may return.
+    fn raise_level(&mut self) {
+        let present = self.state.settings.feature_level;
+        if let Some(level) = self.state.level_supported().filter(|level| *level > present) {
+            self.propose(Command::Govern(Govern::RaiseFeatureLevel { level }));
         }
     }
 

@@ -105,6 +105,8 @@ impl Change<'_> {
             public_key: facts.public_key.clone(),
             cpu_vendor: facts.cpu_vendor.clone(),
             feature_level: facts.feature_level,
+            version: String::new(),
+            shows_ca: None,
             incarnation: None,
             replica_fingerprint: None,
             boot_id: String::new(),

@@ -3,7 +3,7 @@
 //! One list of obstacles serves all: what `apply` refuses, what the planner avoids, and what `explain` tells an operator.
 
 use crate::{
-    limits::{CPU_OVERCOMMIT, MOVES_PER_HOST_MAX},
+    limits::MOVES_PER_HOST_MAX,
     rejection::Rejection,
     state::{Desired, GroupRule, GroupStrength, Host, HostDuty, PoolState, Vm},
 };
@@ -155,7 +155,7 @@ impl PoolState {
         let taken = reserved.get(&host.id).copied().unwrap_or_default();
         let free = host.vm_memory.0.saturating_sub(taken.memory.0.saturating_add(vm.spec.memory.0));
         let memory = permille(free, host.vm_memory.0);
-        let cpus = u64::from(host.cpus).saturating_mul(CPU_OVERCOMMIT);
+        let cpus = u64::from(host.cpus).saturating_mul(self.settings.cpu_overcommit.into());
         let idle = cpus.saturating_sub(taken.vcpus.saturating_add(u64::from(vm.spec.vcpus)));
         // A host that has not told its CPUs yet counts by its memory alone.
         let cpu = if cpus == 0 { 1000 } else { permille(idle, cpus) };

@@ -87,7 +87,7 @@ impl Change<'_> {
     pub(super) fn delete_vm(&mut self, id: VmId) -> Applied {
         let vm = self.state.vm(id)?;
         if vm.placement.is_some() {
-            return Err(Rejection::VmAlreadyPlaced { vm: vm.name.clone() });
+            return Err(Rejection::VmNotStopped { vm: vm.name.clone() });
         }
         for disk in vm.spec.disks.clone() {
             self.volume_mut(disk)?.attached_to = None;

@@ -22,6 +22,7 @@ impl Rejection {
     #[must_use]
     pub fn reason_code(&self) -> &'static str {
         match self {
+            Self::Govern(inner) => inner.reason_code(),
             Self::PoolNotInitialised => "POOL_NOT_INITIALISED",
             Self::PoolAlreadyInitialised => "POOL_ALREADY_INITIALISED",
             Self::BadTiming(_) => "BAD_TIMING",
@@ -65,6 +66,7 @@ impl Rejection {
             Self::NotAReplica { .. } => "NOT_A_REPLICA",
             Self::StaleIncarnation { .. } => "STALE_INCARNATION",
             Self::VmAlreadyPlaced { .. } => "VM_ALREADY_PLACED",
+            Self::VmNotStopped { .. } => "VM_NOT_STOPPED",
             Self::VmIsStopped { .. } => "VM_IS_STOPPED",
             Self::VmIsStopping { .. } => "VM_IS_STOPPING",
             Self::VmNotRunning { .. } => "VM_NOT_RUNNING",
@@ -101,6 +103,7 @@ impl Rejection {
     #[must_use]
     pub fn class(&self) -> RejectionClass {
         match self {
+            Self::Govern(inner) => inner.class(),
             Self::NotFound { .. } => RejectionClass::NotFound,
             Self::BadTiming(_)
             | Self::Ambiguous { .. }
@@ -129,6 +132,7 @@ impl Rejection {
     #[must_use]
     pub fn object(&self) -> String {
         match self {
+            Self::Govern(inner) => inner.object(),
             Self::NotFound { kind, text } | Self::Ambiguous { kind, text, .. } => format!("{kind} {text}"),
             Self::NameTaken { kind, name } => format!("{kind} {name}"),
             Self::RequestIdReused { request_id } => format!("request {request_id}"),
@@ -156,6 +160,7 @@ impl Rejection {
             | Self::NotInIsr { volume, .. }
             | Self::NotAReplica { volume, .. } => format!("volume {volume}"),
             Self::VmAlreadyPlaced { vm }
+            | Self::VmNotStopped { vm }
             | Self::VmIsStopped { vm }
             | Self::VmIsStopping { vm }
             | Self::VmNotRunning { vm }
@@ -200,6 +205,7 @@ impl Rejection {
     #[must_use]
     pub fn remedy(&self) -> String {
         match self {
+            Self::Govern(inner) => inner.remedy(),
             Self::PoolNotInitialised => "found the pool with `poold init`".into(),
             Self::PoolAlreadyInitialised => "use `poold join` with a token of the pool".into(),
             Self::BadTiming(_) => "choose a consistent profile of timings".into(),
@@ -253,6 +259,9 @@ impl Rejection {
     fn remedy_of_run(&self) -> String {
         match self {
             Self::VmAlreadyPlaced { vm } => format!("see `poolctl vm show {vm}`"),
+            Self::VmNotStopped { vm } => {
+                format!("stop it first: `poolctl vm stop {vm}`, at once with --force")
+            }
             Self::VmIsStopped { vm } => format!("start it with `poolctl vm start {vm}`"),
             Self::VmIsStopping { vm } => {
                 format!("wait until it has stopped, or `poolctl vm stop {vm} --force`")
@@ -310,6 +319,7 @@ fn not_found_code(kind: ObjectKind) -> &'static str {
         ObjectKind::Token => "TOKEN_NOT_FOUND",
         ObjectKind::Group => "GROUP_NOT_FOUND",
         ObjectKind::User => "USER_NOT_FOUND",
+        ObjectKind::Pool => "POOL_NOT_FOUND",
     }
 }
 

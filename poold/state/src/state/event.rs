@@ -72,6 +72,8 @@ pub enum EventKind {
     Group,
     /// A user was created, changed or deleted.
     User,
+    /// The pool's settings, feature level or certificate authority changed.
+    PoolChanged,
 }
 
 impl EventKind {
@@ -103,6 +105,7 @@ impl EventKind {
             Self::HostDuty => "host.duty",
             Self::Group => "group.changed",
             Self::User => "user.changed",
+            Self::PoolChanged => "pool.changed",
         }
     }
 }

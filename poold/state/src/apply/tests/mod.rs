@@ -2,6 +2,7 @@
 //! entry changes nothing.
 
 mod duty;
+mod govern;
 mod groups;
 mod hosts;
 mod membership;
