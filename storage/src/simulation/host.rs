@@ -2,7 +2,7 @@
 
 use super::disk::SimDisk;
 use super::world::{ConnId, VOLUME, World};
-use crate::replica::{Attached, Checkpoints, Engine, Op, OpError, OpKind, Promises, Told, WriteRefused};
+use crate::replica::{Attached, Engine, Op, OpError, OpKind, Promises, Told, WriteRefused};
 use crate::server::work::{Owner as Attachment, Reading, Work, of_mark, of_result};
 use crate::types::{AttachRefused, ProposalError, VolumeProposal, VolumeView};
 use crate::wire::{Answer, Request, RequestId, Response};
@@ -51,8 +51,6 @@ pub struct Host {
     is_scheduled: bool,
     /// The daemon does nothing before.
     pub stalled_until: Duration,
-    /// Its disk takes its time until then.
-    pub slow_until: Duration,
     /// The highest epoch that it has promised to anybody.
     promised: Epoch,
     /// Counts the runs of the daemon.
@@ -69,7 +67,6 @@ impl Host {
             jobs: VecDeque::new(),
             is_scheduled: false,
             stalled_until: Duration::ZERO,
-            slow_until: Duration::ZERO,
             promised: Epoch(0),
             run: 0,
         }
@@ -89,7 +86,7 @@ impl World {
     pub fn start_host(&mut self, id: HostId) {
         let Some(host) = self.hosts.get_mut(&id).filter(|host| !host.is_up()) else { return };
         let disk = host.disk.clone();
-        match Engine::open(Arc::new(disk.clone()), Promises::new(disk.clone()), Checkpoints::new(disk)) {
+        match Engine::open(Arc::new(disk.clone()), Promises::new(disk)) {
             Ok(engine) => host.engine = Some(engine),
             Err(error) => {
                 self.violation = Some(format!("{id} can't open its store: {error}"));
@@ -233,8 +230,7 @@ impl World {
     }
 
     fn schedule_engine(&mut self, id: HostId) {
-        let is_slow = self.hosts.get(&id).is_some_and(|host| host.slow_until > self.now);
-        let work = if is_slow { self.random.millis(5, 150) } else { self.random.micros(20, 300) };
+        let work = self.random.micros(20, 300);
         let Some(host) = self.hosts.get_mut(&id) else { return };
         if std::mem::replace(&mut host.is_scheduled, true) {
             return;
@@ -252,7 +248,7 @@ impl World {
         result: Result<Attached, OpError>,
     ) -> Answer {
         match result {
-            Ok(Attached { session, tail, incomplete, full, lineage }) => {
+            Ok(Attached { session, tail, incomplete, full }) => {
                 let promised = self.hosts[&host].promised;
                 if epoch < promised {
                     let what = format!("{host} promises epoch {epoch} after {promised}");
@@ -267,7 +263,7 @@ impl World {
                 if incomplete {
                     self.stats.add("attached while incomplete");
                 }
-                Answer::Attached { tail, incomplete, full, lineage }
+                Answer::Attached { tail, incomplete, full }
             }
             Err(OpError::Refused(WriteRefused::Fenced { promised })) => {
                 Answer::AttachRefused(AttachRefused::StaleEpoch { current: promised })

@@ -16,7 +16,7 @@ use super::{Owner, State};
 use crate::owner::config::{ActivateError, ActivationStart, VolumeConfig, VolumeState};
 use crate::owner::rules::{Candidate, Recovery, Standing, plan_recovery};
 use crate::safety::Rule;
-use crate::types::{IsrMember, Lineage, Tail, VolumeProposal, VolumeView};
+use crate::types::{IsrMember, Tail, VolumeProposal, VolumeView};
 use crate::wire::{Answer, Request, RequestId};
 use bytes::Bytes;
 use proto::{HostId, Sequence};
@@ -42,8 +42,6 @@ pub struct Activation {
     phase: Phase,
     /// Members that could not be used: out of the set with them.
     unusable: BTreeSet<HostId>,
-    /// The snapshots of the member with the longest tail: of all, when they are equal.
-    lineage: Lineage,
 }
 
 #[derive(Debug)]
@@ -113,7 +111,6 @@ impl Owner {
             begun: self.now,
             phase: Phase::Gathering,
             unusable: BTreeSet::new(),
-            lineage: Lineage::default(),
         }));
     }
 
@@ -197,12 +194,7 @@ impl Owner {
         if !has_waited && !recovery.missing.is_empty() {
             return;
         }
-        let lineage = self.peers.get(&recovery.source).map(|peer| peer.lineage.clone());
-        let start = activation.start;
-        if let State::Activating(activation) = &mut self.state {
-            activation.lineage = lineage.unwrap_or_default();
-        }
-        if let ActivationStart::Handover { last } = start {
+        if let ActivationStart::Handover { last } = activation.start {
             return self.take_over(&recovery, last);
         }
         let last = recovery.longest.sequence;
@@ -294,23 +286,17 @@ impl Owner {
         let State::Activating(activation) = &mut self.state else { return };
         let Phase::Extending { source, behind, .. } = &mut activation.phase else { return };
         let Some(extension) = behind.get_mut(&target).filter(|_| source.0 == host) else { return };
-        let (tail, request) = match answer {
-            Answer::Write { tail, first, count, zero } => {
-                (tail, Request::Extend { id: RequestId(0), tail, first, count, zero })
-            }
-            Answer::Op { tail, op } => (tail, Request::ExtendOp { id: RequestId(0), tail, op }),
-            answer => {
-                // Without what it lacks the member can't stay; or the source is damaged, and what it alone has is not
-                // acknowledged.
-                let unusable = if matches!(answer, Answer::Damaged) { host } else { target };
-                activation.unusable.insert(unusable);
-                activation.phase = Phase::Gathering;
-                return;
-            }
+        let Answer::Write { tail, first, count, zero } = answer else {
+            // Without what it lacks the member can't stay; or the source is damaged, and what it alone has is not acknowledged.
+            let unusable = if matches!(answer, Answer::Damaged) { host } else { target };
+            activation.unusable.insert(unusable);
+            activation.phase = Phase::Gathering;
+            return;
         };
         if tail.sequence <= extension.sent {
             return;
         }
+        let request = Request::Extend { id: RequestId(0), tail, first, count, zero };
         extension.waiting.insert(after.next(), (tail, request, data));
         let mut ready = Vec::new();
         while let Some(write) = extension.waiting.remove(&extension.sent.next()) {
@@ -354,7 +340,6 @@ impl Owner {
         let State::Activating(activation) = std::mem::replace(&mut self.state, State::Inactive) else {
             return;
         };
-        let lineage = activation.lineage;
         for (host, peer) in &mut self.peers {
             peer.away_since = self.now;
             peer.joining = None;
@@ -372,6 +357,6 @@ impl Owner {
             }
         }
         self.reply(activation.id, Reply::Activated(Ok(last)));
-        self.state = State::Active(Box::new(Active::new(activation.view, last, lineage)));
+        self.state = State::Active(Box::new(Active::new(activation.view, last)));
     }
 }

@@ -50,9 +50,7 @@ impl Owner {
         match purpose {
             Purpose::Propose => self.proposal_unanswered(),
             Purpose::Read(id) => self.read_failed(id, host),
-            Purpose::Look(id) => self.look_failed(id, host),
             // Whoever needs these looks at the connection.
-            Purpose::Repair(id) => self.repair_failed(host, id),
             Purpose::Attach | Purpose::FetchWrite { .. } | Purpose::Extend { .. } | Purpose::Sync { .. } => {}
         }
     }
@@ -91,8 +89,6 @@ impl Owner {
             Purpose::Attach => self.attached(host, answer),
             Purpose::Propose => self.proposed(answer),
             Purpose::Read(id) => self.read_answered(id, host, answer, data),
-            Purpose::Look(id) => self.looked(id, host, answer),
-            Purpose::Repair(id) => self.repaired(host, id, &answer),
             Purpose::FetchWrite { target, after } => self.write_fetched(host, target, after, answer, data),
             Purpose::Extend { tail } => self.extended(host, tail, &answer),
             Purpose::Sync { target, generation: of, ask } => {
@@ -147,9 +143,8 @@ impl Owner {
         let retry_at = self.now + RETRY;
         let Some(peer) = self.peers.get_mut(&host) else { return };
         match answer {
-            Answer::Attached { tail, incomplete, full, lineage } => {
+            Answer::Attached { tail, incomplete, full } => {
                 peer.full = full;
-                peer.lineage = lineage;
                 peer.become_part(Part::Attached(Standing { tail, incomplete }));
             }
             Answer::AttachRefused(AttachRefused::StaleEpoch { current }) if current > self.config.epoch => {
@@ -173,9 +168,7 @@ impl Owner {
         }
         for (host, purpose) in expired {
             match purpose {
-                Purpose::Propose | Purpose::Read(_) | Purpose::Look(_) | Purpose::Repair(_) => {
-                    self.lost(host, purpose);
-                }
+                Purpose::Propose | Purpose::Read(_) => self.lost(host, purpose),
                 _ => self.drop_connection(host),
             }
         }
