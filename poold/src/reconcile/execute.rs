@@ -14,7 +14,9 @@ use crate::{
     images::{ImageError, ImageStore},
     lease::LeaseClient,
     node::{NodeContext, ReportError},
-    supervisor::{Machine, MachineError, ProcessError, ProcessKey, StopMode, Supervisor},
+    supervisor::{
+        KeptImages, Machine, MachineError, ProcessError, ProcessKey, StopMode, Supervisor, kept_budget,
+    },
 };
 use pool_state::{
     Command, PoolState, Rejection,
@@ -24,7 +26,7 @@ use pool_state::{
 };
 use proto::{
     ImageId, MigrationId, VmId,
-    v1::{MachineStatus, MigrationOutcomeRequest, StartOutgoingRequest},
+    v1::{MachineStatus, MigrationOutcomeRequest, StartOutgoingRequest, TakeBackRequest},
 };
 use std::{
     collections::BTreeMap,
@@ -94,12 +96,14 @@ pub struct Executor {
     lease: LeaseClient,
     /// What each process was last given as its volumes.
     digests: Mutex<BTreeMap<ProcessKey, VolumesDigest>>,
+    /// Memory of VMs that have moved away.
+    kept: KeptImages,
 }
 
 impl Executor {
     /// An executor for this host.
     pub fn new(context: NodeContext, supervisor: Supervisor, images: ImageStore, lease: LeaseClient) -> Self {
-        Self { context, supervisor, images, lease, digests: Mutex::default() }
+        Self { context, supervisor, images, lease, digests: Mutex::default(), kept: KeptImages::default() }
     }
 
     /// This host.
@@ -136,6 +140,7 @@ impl Executor {
             HostAction::Destroy { vm, epoch, reason } => {
                 let key = ProcessKey { vm: *vm, epoch: *epoch };
                 tracing::info!(process = %key, ?reason, "destroying a VM process");
+                self.keep_memory(key).await;
                 self.supervisor.destroy(key, StopMode::Forced).await;
                 Ok(())
             }
@@ -162,6 +167,7 @@ impl Executor {
             HostAction::ResumeAfterAbort { migration } => {
                 self.outcome_at_source(&state, *migration, Outcome::Aborted).await
             }
+            HostAction::TakeBack { migration } => self.take_back(&state, state.migration(*migration)?).await,
             HostAction::ActivateIncoming { migration } => {
                 self.activate_incoming(&state, state.migration(*migration)?).await
             }
@@ -208,10 +214,36 @@ impl Executor {
         let state = state.as_ref();
         let vm = state.vm(key.vm)?;
         let files = self.boot_files(state, vm).await?;
-        let machine = self.supervisor.spawn(key).await?;
+        let machine = self.supervisor.spawn(key, None).await?;
         self.configure(state, vm, key, &machine, files).await?;
         self.lease.pass_on(&self.supervisor, key).await;
         self.note(key, machine.start().await)
+    }
+
+    /// Keeps what is left of a VM that has moved away; it is destroyed in any case.
+    async fn keep_memory(&self, key: ProcessKey) {
+        let process = self.supervisor.process(key).zip(self.supervisor.machine(key));
+        let Some((view, machine)) = process.filter(|(view, _)| view.responsive) else { return };
+        let migration = view.status.as_ref().and_then(|status| status.migration.as_ref());
+        let Some(migration) = migration.filter(|it| it.role == "source" && it.phase == "done") else {
+            return;
+        };
+        let migration = MigrationId(migration.migration_id);
+        if let Err(error) = self.kept.keep(key.vm, &machine, view.pid, migration).await {
+            tracing::debug!(process = %key, %error, "its memory is not kept: it will come back whole");
+        }
+        self.trim_kept(&self.context.consensus.local());
+    }
+
+    /// Gives memory back that machines of this host need, or that is of VMs which are no more.
+    pub fn trim_kept(&self, state: &PoolState) {
+        if self.kept.is_empty() {
+            return;
+        }
+        let host = state.hosts.get(&self.context.host);
+        let budget =
+            host.map(|host| kept_budget(host.vm_memory, state.free_memory(host))).unwrap_or_default();
+        self.kept.trim(budget, |vm| state.vms.contains(&vm));
     }
 
     /// Gives the process its machine unless it has one.
@@ -272,7 +304,7 @@ impl Executor {
         let key = ProcessKey { vm: vm.id, epoch: migration.to_epoch() };
         let not_ready = |what| ActionError::NotReady { migration: migration.id, what };
         let source = migration.source_fingerprint.ok_or_else(|| not_ready("certificate of the source"))?;
-        let machine = self.supervisor.spawn(key).await?;
+        let machine = self.supervisor.spawn(key, self.kept.take(vm.id)).await?;
         // The guest's memory comes from the source: nothing is booted from a file.
         self.configure(state, vm, key, &machine, BootFiles::default()).await?;
         self.lease.pass_on(&self.supervisor, key).await;
@@ -341,6 +373,26 @@ impl Executor {
         self.note(key, machine.migration_outcome(request).await)
     }
 
+    /// Source, after a target that died with the VM: it is this host's again.
+    async fn take_back(&self, state: &PoolState, migration: &Migration) -> Result<(), ActionError> {
+        let vm = state.vm(migration.vm)?;
+        let (key, machine) = self.source(state, migration.id)?;
+        let request = TakeBackRequest {
+            migration_id: migration.id.0,
+            volumes: attachments(state, vm, self.context.host),
+            epoch: vm.epoch.0,
+        };
+        let digest = VolumesDigest::of(state, vm);
+        let taken = machine.take_back(request).await;
+        if taken.is_err() {
+            // Its status says that it has failed, from which the next pass draws the conclusion.
+            self.supervisor.poke(key);
+        }
+        self.note(key, taken)?;
+        self.digests().insert(key, digest);
+        Ok(())
+    }
+
     /// Target, inside the blackout: the commit is applied here, so the process may take the volumes and run.
     async fn activate_incoming(&self, state: &PoolState, migration: &Migration) -> Result<(), ActionError> {
         let vm = state.vm(migration.vm)?;
@@ -382,7 +434,7 @@ impl Executor {
 
     fn current(&self, state: &PoolState, vm: VmId) -> Result<(ProcessKey, Machine), ActionError> {
         let vm = state.vm(vm)?;
-        let key = ProcessKey { vm: vm.id, epoch: vm.epoch };
+        let key = ProcessKey { vm: vm.id, epoch: vm.process_epoch() };
         let machine = self.supervisor.machine(key).ok_or(ActionError::NoProcess { key })?;
         Ok((key, machine))
     }

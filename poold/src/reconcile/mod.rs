@@ -75,6 +75,7 @@ fn pass(
     schedule: &Arc<Mutex<Schedule>>,
     finished: &Arc<Notify>,
 ) -> Option<Instant> {
+    executor.trim_kept(state);
     let observed = executor.observe();
     let mut actions = pool_state::reconcile::reconcile(state, executor.context().host, unix_ms(), &observed);
     // A guest stands still meanwhile; everything else can wait.
@@ -147,5 +148,6 @@ fn is_in_blackout(action: &HostAction) -> bool {
         HostAction::ProposeCommit { .. }
             | HostAction::ActivateIncoming { .. }
             | HostAction::ResumeAfterAbort { .. }
+            | HostAction::TakeBack { .. }
     )
 }

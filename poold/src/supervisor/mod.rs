@@ -9,6 +9,7 @@
 //! ```
 //!
 //! - [`process`]: one operating-system process: spawn, lock, pidfd, signals.
+//! - [`kept`]: memory of machines that have moved away.
 //! - [`machine`]: its gRPC service `Machine` on a unix socket.
 //! - [`monitor`]: the task that watches one process.
 //!
@@ -21,12 +22,14 @@
 //!
 //! Absent on purpose: any decision. What should run is for `reconcile` to say.
 
+mod kept;
 mod machine;
 mod monitor;
 mod process;
 #[cfg(test)]
 mod tests;
 
+pub use kept::{KeptImage, KeptImages, budget as kept_budget};
 pub use machine::{Machine, MachineError};
 pub use process::{ProcessError, ProcessKey};
 
@@ -191,11 +194,12 @@ impl Supervisor {
         Ok(supervisor)
     }
 
-    /// Starts the process of `key` and waits until its socket answers. An existing one is left as it is.
+    /// Starts the process of `key`, with memory that was kept for it, and waits until its socket answers. An existing one is left
+    /// as it is.
     ///
     /// # Errors
     /// It can't be started, or ends or stays silent during [`READY_TIMEOUT`]; then nothing of it is left.
-    pub async fn spawn(&self, key: ProcessKey) -> Result<Machine, ProcessError> {
+    pub async fn spawn(&self, key: ProcessKey, kept: Option<KeptImage>) -> Result<Machine, ProcessError> {
         if let Some(machine) = self.machine(key) {
             return Ok(machine);
         }
@@ -204,7 +208,7 @@ impl Supervisor {
         let supervisor = self.clone();
         // Taken over on the same thread: a caller that gives up in between must not leave a process that nobody watches.
         let spawned = tokio::task::spawn_blocking(move || {
-            Process::spawn(&vms, &binary, key).map(|process| supervisor.adopt(process))
+            Process::spawn(&vms, &binary, key, kept.as_ref()).map(|process| supervisor.adopt(process))
         });
         let machine = spawned.await.map_err(|source| ProcessError::Join { key, source })??;
         match self.wait_ready(key, &machine).await {

@@ -7,6 +7,7 @@
 //! A pid is only ever used through a pidfd, and a pidfd is taken only while the lock is seen held: it can't mean a
 //! stranger that got the same number later.
 
+use super::KeptImage;
 use proto::{Epoch, VmId};
 use std::{
     fmt, fs, io,
@@ -138,7 +139,12 @@ impl Process {
     ///
     /// # Errors
     /// [`ProcessError`]; then no new directory is left.
-    pub fn spawn(vms: &Path, binary: &Path, key: ProcessKey) -> Result<Self, ProcessError> {
+    pub fn spawn(
+        vms: &Path,
+        binary: &Path,
+        key: ProcessKey,
+        kept: Option<&KeptImage>,
+    ) -> Result<Self, ProcessError> {
         let directory = vms.join(key.to_string());
         let at = |source| ProcessError::Directory { path: directory.clone(), source };
         match fs::create_dir(&directory) {
@@ -147,14 +153,19 @@ impl Process {
             }
             made => made.map_err(at)?,
         }
-        let spawned = Self::spawn_in(&directory, binary, key);
+        let spawned = Self::spawn_in(&directory, binary, key, kept);
         if spawned.is_err() {
             let _ = fs::remove_dir_all(&directory);
         }
         spawned
     }
 
-    fn spawn_in(directory: &Path, binary: &Path, key: ProcessKey) -> Result<Self, ProcessError> {
+    fn spawn_in(
+        directory: &Path,
+        binary: &Path,
+        key: ProcessKey,
+        kept: Option<&KeptImage>,
+    ) -> Result<Self, ProcessError> {
         let at = |source| ProcessError::Directory { path: directory.to_owned(), source };
         let lock = fs::File::create_new(directory.join("lock")).map_err(at)?;
         lock.lock().map_err(at)?;
@@ -164,8 +175,13 @@ impl Process {
         let mut command = Command::new(binary);
         command.arg("--dir").arg(directory).current_dir("/");
         command.stdin(Stdio::null()).stdout(log).stderr(log_too);
+        let kept_fds = kept.map(|kept| [kept.memory.as_raw_fd(), kept.index.as_raw_fd()]);
+        if let Some([memory, index]) = kept_fds {
+            command.arg("--kept-memory-fd").arg(memory.to_string());
+            command.arg("--kept-index-fd").arg(index.to_string());
+        }
         // SAFETY: `prepare_child` makes only async-signal-safe calls and allocates nothing.
-        unsafe { command.pre_exec(move || prepare_child(lock_fd)) };
+        unsafe { command.pre_exec(move || prepare_child(lock_fd, kept_fds)) };
         let child = command.spawn().map_err(|source| ProcessError::Spawn {
             key,
             binary: binary.to_owned(),
@@ -250,13 +266,16 @@ impl AsFd for Process {
 }
 
 /// Runs in the child between fork and exec.
-fn prepare_child(lock: RawFd) -> io::Result<()> {
+fn prepare_child(lock: RawFd, kept: Option<[RawFd; 2]>) -> io::Result<()> {
     let check = |result: i32| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
     let mut text = [0u8; 12];
     // SAFETY: system calls on plain numbers and on a buffer of this stack frame.
     unsafe {
         check(libc::setsid())?;
         check(libc::fcntl(lock, libc::F_SETFD, 0))?;
+        for fd in kept.iter().flatten() {
+            check(libc::fcntl(*fd, libc::F_SETFD, 0))?;
+        }
         let digits = decimal(libc::getpid().unsigned_abs(), &mut text);
         let written = libc::pwrite(lock, digits.as_ptr().cast(), digits.len(), 0);
         if written != digits.len().cast_signed() {

@@ -222,6 +222,11 @@ pub enum Command {
         /// For each disk of the VM the last sequence that the source wrote.
         last_sequences: Vec<LastSequence>,
     },
+    /// Gives a VM back to the source of a committed migration whose target died before the VM ran there.
+    MigrationReclaim {
+        /// The migration.
+        migration: MigrationId,
+    },
     /// Gives up a migration that has not committed.
     MigrationAbort {
         /// The migration.

@@ -84,10 +84,13 @@ pub const RESTART_BACKOFF_MS: u64 = 1_000;
 /// A VM that ran this long in milliseconds counts as up, and its restarts count from zero again.
 pub const RESTART_STABLE_MS: u64 = 60_000;
 
-/// Moves that a host takes part in at a time, whoever asked for them: each needs memory, a link and two processes.
-pub const MOVES_PER_HOST_MAX: usize = 8;
-/// Moves of a host that the pool begins by itself at a time, which leaves room for an operator's.
-pub const PLANNED_MOVES_PER_HOST: usize = 2;
+/// VMs that move away from a host at a time, whoever asked for it: they share its link, and each keeps a core busy. One after the
+/// other is faster for each; a second one fills the time in which the first waits for the pool.
+pub const MOVES_OUT_MAX: usize = 2;
+/// VMs that move to a host at a time, for the same reason.
+pub const MOVES_IN_MAX: usize = 2;
+/// VMs of the pool that move at a time: what a switch between 64 hosts carries while it also carries their disks.
+pub const MOVES_OF_POOL_MAX: usize = 32;
 /// Wait in milliseconds after a planned move that failed before the same VM is tried again.
 pub const PLANNED_MOVE_RETRY_MS: u64 = 10_000;
 /// Time of a drain, restore or balance in milliseconds: a host full of large VMs over a slow link.

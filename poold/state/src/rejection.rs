@@ -12,7 +12,7 @@ pub use guidance::RejectionClass;
 pub use words::{Field, ObjectKind};
 
 use crate::{
-    state::{HostState, MigrationPhase},
+    state::{HostState, MigrationPhase, MoveDirection},
     timing::TimingError,
 };
 use proto::{ByteCount, Epoch, IsrVersion, MigrationId, TaskId, VolumeId};
@@ -364,11 +364,19 @@ pub enum Rejection {
         /// The group.
         group: String,
     },
-    /// The host takes part in as many moves as it may.
-    #[error("host {host} already takes part in {max} moves")]
+    /// The host sends or takes in as many VMs as it may.
+    #[error("host {host} already {direction} {max} VMs")]
     TooManyMoves {
         /// The host.
         host: String,
+        /// Which way they move.
+        direction: MoveDirection,
+        /// The limit.
+        max: u64,
+    },
+    /// The pool moves as many VMs as it may.
+    #[error("{max} VMs of the pool are moving already")]
+    PoolMovesTooMany {
         /// The limit.
         max: u64,
     },
@@ -441,6 +449,14 @@ pub enum Rejection {
     MigrationEnded {
         /// The migration.
         migration: MigrationId,
+    },
+    /// The VM may have run at the target.
+    #[error("vm {vm} may have arrived by {migration}")]
+    MayHaveArrived {
+        /// The migration.
+        migration: MigrationId,
+        /// The VM.
+        vm: String,
     },
     /// The VM belongs to the target.
     #[error("{migration} is already committed")]

@@ -17,6 +17,7 @@ mod disk;
 mod fence;
 mod gate;
 mod incoming;
+mod kept;
 mod lease;
 mod outgoing;
 mod process;
@@ -30,9 +31,11 @@ use anyhow::Context as _;
 use clap::Parser;
 use console::ConsoleSource;
 use directory::Directory;
+use kept::KeptMemory;
 use process::Process;
 use proto::v1::machine_server::MachineServer;
 use service::{MachineService, REQUESTS_MAX};
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -54,6 +57,12 @@ struct Arguments {
     /// Directory of this process: a fresh one for each.
     #[arg(long)]
     dir: PathBuf,
+    /// Open file with memory of the machine that was kept at this host.
+    #[arg(long, requires = "kept_index_fd")]
+    kept_memory_fd: Option<RawFd>,
+    /// Open file with the hashes of its pages.
+    #[arg(long, requires = "kept_memory_fd")]
+    kept_index_fd: Option<RawFd>,
 }
 
 fn main() -> ExitCode {
@@ -70,19 +79,21 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let directory = Directory::claim(&arguments.dir)?;
+    let kept = arguments.kept_memory_fd.zip(arguments.kept_index_fd);
+    let kept = kept.map(|(memory, index)| KeptMemory::inherit(memory, index)).transpose()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKER_THREADS)
         .enable_all()
         .build()
         .context("start the runtime")?;
-    runtime.block_on(serve(&directory))
+    runtime.block_on(serve(&directory, kept))
 }
 
 /// Serves until the process is over, and ends it.
-async fn serve(directory: &Directory) -> anyhow::Result<()> {
+async fn serve(directory: &Directory, kept: Option<KeptMemory>) -> anyhow::Result<()> {
     let console = ConsoleRing::default();
     let (requests, inbox) = mpsc::channel(REQUESTS_MAX);
-    let (mut process, status) = Process::new(console.clone());
+    let (mut process, status) = Process::new(console.clone(), kept);
     let service = MachineService::new(requests, status, ConsoleSource::new(console));
     let socket = directory.listen()?;
     let (over, is_over) = oneshot::channel::<()>();

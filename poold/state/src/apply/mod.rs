@@ -21,6 +21,7 @@ mod moves;
 mod ownership;
 mod placement;
 mod pool;
+mod reclaim;
 mod run;
 mod tasks;
 mod tokens;
@@ -199,6 +200,7 @@ impl Change<'_> {
             Command::MigrationCommit { migration, last_sequences } => {
                 self.migration_commit(*migration, last_sequences)
             }
+            Command::MigrationReclaim { migration } => self.reclaim(*migration),
             Command::MigrationAbort { migration, reason } => self.migration_abort(*migration, reason),
             Command::MigrationDone { migration, record } => {
                 self.migration_done(*migration, record.as_deref())

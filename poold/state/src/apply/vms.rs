@@ -58,6 +58,7 @@ impl Change<'_> {
             running_epoch: None,
             running_since_ms: 0,
             start_cause: StartCause::Operator,
+            older_process: None,
             failures: 0,
             not_before_ms: 0,
             problem: None,

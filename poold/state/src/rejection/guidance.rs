@@ -92,6 +92,8 @@ impl Rejection {
             Self::HostOutOfService { .. } => "HOST_OUT_OF_SERVICE",
             Self::GroupForbids { .. } => "GROUP_FORBIDS",
             Self::TooManyMoves { .. } => "TOO_MANY_MOVES",
+            Self::PoolMovesTooMany { .. } => "POOL_TOO_MANY_MOVES",
+            Self::MayHaveArrived { .. } => "MAY_HAVE_ARRIVED",
             Self::MoveNotWanted { .. } => "MOVE_NOT_WANTED",
             Self::TaskNotFinished { .. } => "TASK_NOT_FINISHED",
             Self::LastAdmin { .. } => "LAST_ADMIN",
@@ -173,6 +175,7 @@ impl Rejection {
             | Self::NoHostFits { vm, .. }
             | Self::GroupForbids { vm, .. }
             | Self::MoveNotWanted { vm }
+            | Self::MayHaveArrived { vm, .. }
             | Self::TargetIsSource { vm, .. } => format!("vm {vm}"),
             Self::WrongPhase { migration, .. }
             | Self::MigrationEnded { migration }
@@ -197,6 +200,7 @@ impl Rejection {
             | Self::FeatureLevelTooLow { .. }
             | Self::NotEnoughHosts { .. }
             | Self::Disarmed
+            | Self::PoolMovesTooMany { .. }
             | Self::Braked => String::new(),
         }
     }
@@ -286,7 +290,9 @@ impl Rejection {
             Self::GroupForbids { group, .. } => {
                 format!("choose another host, or change the group: `poolctl group show {group}`")
             }
-            Self::TooManyMoves { .. } => "wait until one has ended: `poolctl migration list`".into(),
+            Self::TooManyMoves { .. } | Self::PoolMovesTooMany { .. } => {
+                "wait until one has ended: `poolctl migration list`".into()
+            }
             Self::LastAdmin { .. } => "make another user an admin first: `poolctl user create`".into(),
             Self::NotEnoughMemory { .. } | Self::NoHostFits { .. } => {
                 "stop or move other VMs, or add a host: `poolctl host list` shows free memory".into()

@@ -26,7 +26,8 @@ pub use group::{Group, GroupRule, GroupStrength};
 pub use host::{FIRST_HOST, Host, HostDuty, HostState, Token, TokenState, ZONE_LABEL};
 pub use image::{ContentHash, Image, ParseContentHashError};
 pub use migration::{
-    Migration, MigrationOptions, MigrationOutcome, MigrationPhase, MigrationPolicy, MoveCause, TargetEndpoint,
+    HandedVolume, Migration, MigrationOptions, MigrationOutcome, MigrationPhase, MigrationPolicy, MoveCause,
+    MoveDirection, TargetEndpoint,
 };
 pub use proto::{AttachmentSecret, CertificateFingerprint};
 pub use record::{BlackoutParts, MigrationRecord, PageCounts, RoundRecord};

@@ -69,6 +69,7 @@ impl Vm {
         MachineConfig {
             vcpus: self.spec.vcpus,
             memory: self.spec.memory,
+            memory_file: None,
             disks: self.volumes.backends(),
             console,
             lease_deadline_ns: self.fence.deadline(),

@@ -19,9 +19,11 @@ mod phase;
 mod start;
 mod status;
 mod stop;
+mod take_back;
 
 use crate::clock::boot_time;
 use crate::console::Keyboard;
+use crate::kept::{GivenIndex, KeptMemory};
 use crate::lease::{BootTime, Placement};
 use crate::request::{Refusal, Reply, Request};
 use crate::spec::MachineSpec;
@@ -29,7 +31,7 @@ use machine::{ConfigureError, Vm};
 use migrate::Identity;
 use migration::Part;
 use phase::Phase;
-use proto::v1;
+use proto::{Epoch, v1};
 use start::StartError;
 use std::future::Future;
 use std::sync::Arc;
@@ -57,6 +59,8 @@ enum Event {
     MigrationMoved,
     /// The volumes are taken over and the machine runs, or not.
     Activated(Result<(), String>),
+    /// The volumes are taken back and the machine runs, or not.
+    TakenBack(Result<Epoch, Refusal>),
     /// Everything is at rest: the process may exit.
     Rested,
     /// The lease has changed.
@@ -68,6 +72,9 @@ pub struct Process {
     phase: Phase,
     vm: Option<Vm>,
     part: Option<Part>,
+    /// Memory of the machine from before, until it comes in.
+    kept: Option<KeptMemory>,
+    given: GivenIndex,
     console: ConsoleRing,
     keyboard: Keyboard,
     status: watch::Sender<v1::MachineStatus>,
@@ -81,14 +88,16 @@ pub struct Process {
 }
 
 impl Process {
-    /// An empty process, and where its status appears.
-    pub fn new(console: ConsoleRing) -> (Self, watch::Receiver<v1::MachineStatus>) {
+    /// An empty process, with memory that was kept for it, and where its status appears.
+    pub fn new(console: ConsoleRing, kept: Option<KeptMemory>) -> (Self, watch::Receiver<v1::MachineStatus>) {
         let (events, inbox) = mpsc::channel(EVENTS_MAX);
         let (status, published) = watch::channel(v1::MachineStatus::default());
         let process = Self {
             phase: Phase::Empty,
             vm: None,
             part: None,
+            kept,
+            given: GivenIndex::default(),
             console,
             keyboard: Keyboard::default(),
             status,
@@ -156,6 +165,8 @@ impl Process {
                 self.answer(reply, done);
             }
             Request::CommitProposed(migration, reply) => self.commit_proposed(migration, reply),
+            Request::TakeBack(request, reply) => self.take_back(&request, reply),
+            Request::KeepMemory(migration, reply) => self.keep_memory(migration, reply),
             Request::Outcome(request, reply) => self.outcome(request, reply).await,
             Request::Type(request, reply) => {
                 // A caller that has gone asks again.
@@ -172,6 +183,7 @@ impl Process {
             Event::GuestRested(exit) => self.guest_rested(exit),
             Event::MigrationMoved => self.migration_moved(),
             Event::Activated(activated) => self.activated(activated),
+            Event::TakenBack(taken) => self.taken_back(taken),
             Event::Rested => self.rested(),
             Event::LeaseMoved => {}
         }

@@ -3,8 +3,11 @@
 use hyper_util::rt::TokioIo;
 use proto::v1::machine_client::MachineClient;
 use proto::{AttachmentSecret, ByteCount, Epoch, HostId, IsrVersion, VolumeId, v1};
+use std::fs::File;
 use std::future::Future;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::os::fd::AsRawFd;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -175,10 +178,31 @@ impl Host {
 
     /// Starts the real program in a directory of its own.
     pub async fn spawn(&self, name: &str) -> VmProcess {
+        self.spawn_with(name, None).await
+    }
+
+    /// The same, with memory that was kept and its index.
+    pub async fn spawn_with(&self, name: &str, kept: Option<[File; 2]>) -> VmProcess {
         let directory = self.root.path().join(name);
         std::fs::create_dir(&directory).unwrap();
-        let child =
-            Command::new(env!("CARGO_BIN_EXE_poold-vm")).arg("--dir").arg(&directory).spawn().unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_poold-vm"));
+        command.arg("--dir").arg(&directory);
+        if let Some(files) = &kept {
+            let [memory, index] = files.each_ref().map(File::as_raw_fd);
+            command.args(["--kept-memory-fd", &memory.to_string(), "--kept-index-fd", &index.to_string()]);
+            let pass_on = move || {
+                for fd in [memory, index] {
+                    // SAFETY: a system call on a number; open, because the files live until the spawn is over.
+                    if unsafe { libc::fcntl(fd, libc::F_SETFD, 0) } < 0 {
+                        return Err(std::io::Error::last_os_error());
+                    }
+                }
+                Ok(())
+            };
+            // SAFETY: only system calls on numbers.
+            unsafe { command.pre_exec(pass_on) };
+        }
+        let child = command.spawn().unwrap();
         let socket = directory.join("machine.sock");
         let shown = socket.clone();
         until("the control socket", || std::future::ready(shown.exists().then_some(()))).await;
@@ -200,6 +224,17 @@ pub struct VmProcess {
 }
 
 impl VmProcess {
+    /// As when the host dies.
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// An open file of the process.
+    pub fn file(&self, fd: u32) -> File {
+        File::options().read(true).write(true).open(format!("/proc/{}/fd/{fd}", self.pid())).unwrap()
+    }
+
     pub fn pid(&self) -> u32 {
         self.child.id()
     }

@@ -9,6 +9,7 @@ mod membership;
 mod migrations;
 mod pool;
 mod random;
+mod reclaim;
 mod run;
 mod size;
 mod users;
