@@ -184,6 +184,13 @@ fn migration() -> v1::Migration {
             pages_remaining: 0,
             bytes_per_s: 5,
             dirty_bytes_per_s: 6,
+            source_cpu_ms: 7.5,
+            target_cpu_ms: 8.5,
+            blackout_expected_ms: 11.5,
+            throttle_percent: 20,
+            eta_ms: Some(250.0),
+            eta_error_percent: 15,
+            fault_mean_ms: 0.25,
         }),
         revision: 30,
     }
@@ -203,7 +210,9 @@ fn a_migration_is_one_flat_record() {
             "rounds": 2, "bytes_sent": 1 << 20, "pages": pages, "memory_bytes": 512 << 20, "memory_proved": true,
             "memory_hash": "ef",
             "per_round": [{"round": 0, "bytes": 10, "pages": pages, "ms": 1.5, "dirty_pages_after": 7}],
-            "pages_remaining": 0, "bytes_per_s": 5, "dirty_bytes_per_s": 6})
+            "pages_remaining": 0, "bytes_per_s": 5, "dirty_bytes_per_s": 6, "source_cpu_ms": 7.5, "target_cpu_ms": 8.5,
+            "blackout_expected_ms": 11.5, "throttle_percent": 20, "eta_ms": 250.0, "eta_error_percent": 15,
+            "fault_mean_ms": 0.25})
     );
 }
 
