@@ -3,6 +3,7 @@
 mod control;
 mod migrate;
 mod qemu;
+mod report;
 
 use anyhow::Result;
 use clap::Subcommand;
