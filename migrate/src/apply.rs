@@ -9,7 +9,7 @@
 use crate::{
     bitmap::PageBitmap,
     machine::{PAGE_BYTES, TargetVm, VmError},
-    proof::{HashedMemory, MemoryHash, MemoryProof, PageHashes},
+    proof::{HashedMemory, MemoryHash, MemoryProof, PageHashes, ZERO_MARK},
     wire::{
         BatchReader, PageFrame, WireError,
         batch::{RUN_PAGES_MAX, Round},
@@ -52,6 +52,12 @@ pub enum ApplyError {
         base: Round,
         /// Round of the copy that is here.
         held: Round,
+    },
+    /// A page that was not kept, or is not as it was kept any more.
+    #[error("page {page} is said to be as it was kept here, and is not")]
+    NotKept {
+        /// The page.
+        page: PageIndex,
     },
     /// A page on demand that is not there whole.
     #[error("page {page} is wanted on demand and came as a change")]
@@ -152,6 +158,17 @@ impl PageApplier {
         }
     }
 
+    /// The machine's memory is an image that was kept, with these hashes.
+    ///
+    /// # Panics
+    /// They are of another memory, or pages have come already: the caller mixes machines up.
+    pub fn begin_with(&mut self, kept: PageHashes) {
+        assert!(kept.page_count() == self.written.page_count() && self.completed == Round(0));
+        let is_full = |page: &PageIndex| kept.get(*page) != &ZERO_MARK;
+        (0..kept.page_count()).map(PageIndex).filter(is_full).for_each(|page| self.written.insert(page));
+        self.hashes = Some(kept);
+    }
+
     /// From now on only the `missing` pages are taken, as copies of `round`, each of them once, and placed. Everything that
     /// was sent before has been applied.
     pub fn begin_on_demand(&mut self, round: Round, missing: PageBitmap) {
@@ -235,12 +252,20 @@ impl PageApplier {
                 self.admit(stream, round, page, 1)?;
                 self.reference(vm, round, page, source, hash)?;
             }
+            PageFrame::Kept { round, first, count } => {
+                self.admit(stream, round, first, u64::from(count))?;
+                self.keep(round, first.0..first.0 + u64::from(count))?;
+            }
             PageFrame::RoundEnd { round, pages } => return self.round_end(stream, round, pages),
         }
         Ok(None)
     }
 
     fn place_frame<V: TargetVm>(&mut self, vm: &V, frame: PageFrame<'_>) -> Result<(), ApplyError> {
+        // A straggler of the rounds before: what it brings is out of date.
+        if self.on_demand.as_ref().is_some_and(|on_demand| frame.round() < on_demand.round) {
+            return Ok(());
+        }
         match frame {
             PageFrame::Zero { round, first, count } => {
                 let zeros = [0; PAGE_BYTES];
@@ -259,9 +284,9 @@ impl PageApplier {
                 Ok(())
             }
             // The machine may have changed what they rest on.
-            PageFrame::Delta { page, .. } | PageFrame::Reference { page, .. } => {
-                Err(ApplyError::NotWhole { page })
-            }
+            PageFrame::Delta { page, .. }
+            | PageFrame::Reference { page, .. }
+            | PageFrame::Kept { first: page, .. } => Err(ApplyError::NotWhole { page }),
             // What is missing is counted page by page.
             PageFrame::RoundEnd { .. } => Ok(()),
         }
@@ -352,6 +377,18 @@ impl PageApplier {
         self.written.insert(page);
         if let Some(hashes) = &mut self.hashes {
             hashes.set_hash(page, hash);
+        }
+        Ok(())
+    }
+
+    /// These pages are as they were kept: nothing has been written to them yet.
+    fn keep(&mut self, round: Round, pages: Range<u64>) -> Result<(), ApplyError> {
+        for page in pages {
+            let is_first = self.rounds[page as usize] == 0;
+            if !is_first || self.hashes.is_none() || !self.written.contains(PageIndex(page)) {
+                return Err(ApplyError::NotKept { page: PageIndex(page) });
+            }
+            self.accept(page, round);
         }
         Ok(())
     }

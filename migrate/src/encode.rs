@@ -147,6 +147,20 @@ struct Lane {
     page_bytes: u64,
 }
 
+/// Pages in a row that go the same way.
+struct Stretch {
+    kind: Kind,
+    pages: Range<u64>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Zero,
+    Data,
+    /// As the target has kept them.
+    Kept,
+}
+
 struct Encoder<'a, S> {
     round: Round,
     lanes: Vec<Lane>,
@@ -199,31 +213,61 @@ impl<S: BatchSink> Encoder<'_, S> {
         let deltas = if self.sink.codec() == Codec::Compact { Deltas::Try } else { Deltas::Skip };
         let lanes = self.lanes.len() as u64;
         let same_stream = |page: PageIndex| page.0 / CHUNK_PAGES % lanes == lane as u64;
-        let (mut zero, mut data) = (first..first, first..first);
-        let slice = |pages: &Range<u64>| {
-            &bytes[(pages.start - first) as usize * PAGE_BYTES..(pages.end - first) as usize * PAGE_BYTES]
-        };
+        let mut open: Option<Stretch> = None;
         for (at, content) in (first..).zip(bytes.chunks_exact(PAGE_BYTES)) {
-            let index = PageIndex(at);
-            if is_zero(content) {
-                self.data(lane, data.start, slice(&data))?;
-                (zero.end, data) = (at + 1, at + 1..at + 1);
-                continue;
-            }
-            self.zero(lane, zero)?;
-            zero = at + 1..at + 1;
-            match self.held.data(index, self.round, content, deltas, same_stream) {
-                None => data.end = at + 1,
-                // In the order that `held` was told of: what came before goes before.
-                Some(shortcut) => {
-                    self.data(lane, data.start, slice(&data))?;
-                    data = at + 1..at + 1;
-                    self.shortcut(lane, index, &shortcut)?;
+            let kind = if is_zero(content) {
+                Kind::Zero
+            } else {
+                // `held` learns of zero pages when they are sent, and has to know of those before this one.
+                if open.as_ref().is_some_and(|stretch| stretch.kind == Kind::Zero) {
+                    self.stretch(lane, open.take(), first, bytes)?;
+                }
+                match self.held.data(PageIndex(at), self.round, content, deltas, same_stream) {
+                    None => Kind::Data,
+                    Some(Shortcut::Kept) => Kind::Kept,
+                    // In the order that `held` was told of: what came before goes before.
+                    Some(shortcut) => {
+                        self.stretch(lane, open.take(), first, bytes)?;
+                        self.shortcut(lane, PageIndex(at), &shortcut)?;
+                        continue;
+                    }
+                }
+            };
+            match &mut open {
+                Some(stretch) if stretch.kind == kind => stretch.pages.end = at + 1,
+                _ => {
+                    self.stretch(lane, open.take(), first, bytes)?;
+                    open = Some(Stretch { kind, pages: at..at + 1 });
                 }
             }
         }
-        self.zero(lane, zero)?;
-        self.data(lane, data.start, slice(&data))
+        self.stretch(lane, open, first, bytes)
+    }
+
+    /// Sends a stretch; `bytes` are the pages from `first` on.
+    fn stretch(
+        &mut self,
+        lane: usize,
+        stretch: Option<Stretch>,
+        first: u64,
+        bytes: &[u8],
+    ) -> Result<(), EncodeError> {
+        let Some(Stretch { kind, pages }) = stretch else { return Ok(()) };
+        match kind {
+            Kind::Zero => self.zero(lane, pages),
+            Kind::Kept => self.kept(lane, pages),
+            Kind::Data => {
+                let at = |page: u64| (page - first) as usize * PAGE_BYTES;
+                self.data(lane, pages.start, &bytes[at(pages.start)..at(pages.end)])
+            }
+        }
+    }
+
+    fn kept(&mut self, lane: usize, pages: Range<u64>) -> Result<(), EncodeError> {
+        let count = u32::try_from(pages.end - pages.start).expect("a run lies within one chunk");
+        self.totals.pages.reference += u64::from(count);
+        let frame = PageFrame::Kept { round: self.round, first: PageIndex(pages.start), count };
+        self.push(lane, &frame, u64::from(count), 0)
     }
 
     fn zero(&mut self, lane: usize, pages: Range<u64>) -> Result<(), EncodeError> {
@@ -244,6 +288,7 @@ impl<S: BatchSink> Encoder<'_, S> {
                 self.totals.pages.reference += 1;
                 PageFrame::Reference { round, page, source: *source, hash: *hash }
             }
+            Shortcut::Kept => return self.kept(lane, page.0..page.0 + 1),
             Shortcut::Delta { base, block } => {
                 self.totals.pages.delta += 1;
                 PageFrame::Delta { round, page, base: *base, block }
@@ -253,9 +298,6 @@ impl<S: BatchSink> Encoder<'_, S> {
     }
 
     fn data(&mut self, lane: usize, first: u64, data: &[u8]) -> Result<(), EncodeError> {
-        if data.is_empty() {
-            return Ok(());
-        }
         let (round, first, pages) = (self.round, PageIndex(first), (data.len() / PAGE_BYTES) as u64);
         let page_bytes = data.len() as u64;
         if self.sink.codec() == Codec::Compact {

@@ -1,7 +1,8 @@
 //! What the target holds, as the source knows it by what it has sent.
 //!
 //! ```text
-//!  page content ── hash known? ── an earlier page of the same stream has it ──▶ copy of that page (reference)
+//!  page content ── as the target has kept it from an earlier stay? ─────────────▶ kept
+//!               ── hash known? ── an earlier page of the same stream has it ──▶ copy of that page (reference)
 //!               ── last version kept? ── the difference is small ─────────────▶ delta
 //!               ── otherwise ─────────────────────────────────────────────────▶ data
 //! ```
@@ -79,6 +80,8 @@ impl Versions {
 /// How the content of a page can be named instead of sent.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Shortcut {
+    /// The target has kept it there.
+    Kept,
     /// The target has it at another place.
     Reference {
         /// Where.
@@ -107,6 +110,8 @@ pub(crate) enum Deltas {
 /// What the target holds.
 pub struct Held {
     hashes: Option<PageHashes>,
+    /// What the target has from before.
+    kept: Option<PageHashes>,
     versions: Versions,
     twins: Vec<Option<PageIndex>>,
     changed: Box<[u8; PAGE_BYTES]>,
@@ -125,10 +130,21 @@ impl Held {
         let twins = if hashes.is_some() { TWINS } else { 0 };
         Self {
             hashes,
+            kept: None,
             versions: Versions::new(versions_bytes),
             twins: vec![None; twins],
             changed: Box::new([0; PAGE_BYTES]),
         }
+    }
+
+    /// The target has kept an image with these hashes, and nothing has been sent yet.
+    pub fn begin_with(&mut self, kept: PageHashes) {
+        self.kept = Some(kept);
+    }
+
+    /// The hashes of all that the target holds when everything sent has arrived; gone from here.
+    pub fn take_hashes(&mut self) -> Option<PageHashes> {
+        self.hashes.take()
     }
 
     /// The kept hashes.
@@ -159,6 +175,11 @@ impl Held {
         let mut shortcut = None;
         if let Some(hashes) = &mut self.hashes {
             let hash = *blake3::hash(content).as_bytes();
+            if round == Round(1) && self.kept.as_ref().is_some_and(|kept| kept.get(page) == &hash) {
+                hashes.set_hash(page, hash);
+                self.versions.forget(page);
+                return Some(Shortcut::Kept);
+            }
             let known = &mut self.twins[place(&hash)];
             let twin = known.filter(|&twin| twin != page && same_stream(twin) && hashes.get(twin) == &hash);
             shortcut = twin.map(|source| Shortcut::Reference { source, hash });

@@ -8,7 +8,8 @@
 //! - [`machine`]: what a virtual machine must offer at either side.
 //! - [`source`], [`target`]: the state machines, with their diagrams.
 //! - [`wire`]: streams, batches and messages.
-//! - [`encode`], [`apply`], [`held`], `unsent`, [`codec`], [`rate`], [`bitmap`]: page data.
+//! - [`encode`], [`apply`], [`held`], `unsent`, [`codec`], [`rate`], [`bitmap`]: page data; [`index`]: what a host has kept
+//!   of a machine that comes back.
 //! - [`converge`]: when to stop the machine, and how hard to try.
 //! - [`proof`]: both sides hold the same memory.
 //! - [`stats`]: what a migration did.
@@ -23,6 +24,7 @@ pub mod codec;
 pub mod converge;
 pub mod encode;
 pub mod held;
+pub mod index;
 pub mod machine;
 pub mod moment;
 pub mod proof;
@@ -40,12 +42,13 @@ pub use machine::{FaultSink, PAGE_BYTES, PausedVm, SourceVm, Supply, TargetVm, V
 pub use shell::{
     SpawnError,
     identity::{Identity, IdentityError},
-    source::{SourceConfig, SourceHandle, SourceTask},
+    source::SourceTask,
+    source_handle::{SourceConfig, SourceHandle},
     target::{Rehash, TargetConfig, TargetHandle, TargetTask},
 };
 pub use source::{
-    AbortCause, CancelRefused, CommitRefused, Outcome, OutcomeConflict, Proof, ResumedParts, SourcePhase,
-    SourceProgress,
+    AbortCause, CancelRefused, CommitRefused, Outcome, OutcomeConflict, Proof, ReclaimRefused, ResumedParts,
+    SourcePhase, SourceProgress,
 };
 pub use stats::MigrationStats;
 pub use target::{TargetFailure, TargetPhase};

@@ -123,7 +123,7 @@ impl GroupHasher {
 }
 
 /// Hashes of pages, kept as they come and go, with the groups above them.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct PageHashes {
     /// All zero bytes stand for a zero page; no page hashes to that.
     hashes: Vec<MemoryHash>,
@@ -138,7 +138,8 @@ struct Group {
     is_stale: bool,
 }
 
-const ZERO_MARK: MemoryHash = [0; 32];
+/// Stands for a page that is all zero.
+pub const ZERO_MARK: MemoryHash = [0; 32];
 
 impl PageHashes {
     /// Of a memory that is all zero.
@@ -147,6 +148,12 @@ impl PageHashes {
         let groups = vec![Group { hash: None, is_stale: false }; group_count(page_count) as usize];
         let hashes = vec![ZERO_MARK; usize::try_from(page_count).expect("guest memory fits in memory")];
         Self { hashes, groups, group_pages: group_pages(page_count) }
+    }
+
+    /// Pages of the memory.
+    #[must_use]
+    pub fn page_count(&self) -> u64 {
+        self.hashes.len() as u64
     }
 
     /// The hash of a page; all zero for a zero page.

@@ -45,6 +45,24 @@ impl PageCounts {
     }
 }
 
+/// Waits for pages on demand, as the target measures them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct FaultStats {
+    /// How often somebody waited.
+    pub waits: u64,
+    /// Sum of the waits, from the kernel's word that somebody waits to the page in its place.
+    pub waited: Duration,
+}
+
+impl FaultStats {
+    /// Mean of a wait; zero without one.
+    #[must_use]
+    pub fn mean(&self) -> Duration {
+        let waits = u32::try_from(self.waits).unwrap_or(u32::MAX);
+        self.waited.checked_div(waits).unwrap_or_default()
+    }
+}
+
 /// One round.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct RoundStats {
@@ -126,6 +144,12 @@ pub struct MigrationStats {
     pub eta: Option<Duration>,
     /// How wrong that may be, in percent.
     pub eta_error_percent: u8,
+    /// Processor time of the engine at the source, without the vCPUs.
+    pub source_cpu: Duration,
+    /// The same at the target; known when the machine runs there.
+    pub target_cpu: Duration,
+    /// Waits for pages on demand.
+    pub faults: FaultStats,
 }
 
 fn ms(duration: Duration) -> f64 {
@@ -182,6 +206,13 @@ impl From<&MigrationStats> for v1::MigrationRecord {
             pages_remaining: stats.pages_remaining,
             bytes_per_s: stats.bytes_per_s,
             dirty_bytes_per_s: stats.dirty_bytes_per_s,
+            source_cpu_ms: ms(stats.source_cpu),
+            target_cpu_ms: ms(stats.target_cpu),
+            blackout_expected_ms: ms(stats.blackout_expected),
+            throttle_percent: u32::from(stats.throttle_percent),
+            eta_ms: stats.eta.map(ms),
+            eta_error_percent: u32::from(stats.eta_error_percent),
+            fault_mean_ms: ms(stats.faults.mean()),
         }
     }
 }

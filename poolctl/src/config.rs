@@ -1,6 +1,7 @@
 //! The operator's configuration: where the pool is and who asks.
 //!
-//! Found as `--config FILE`, else `$POOLCTL_CONFIG`, else `~/.config/poolctl/config.toml`. It is never written to. Addresses
+//! Found as `--config FILE`, else `$POOLCTL_CONFIG`, else `~/.config/poolctl/config.toml`. It is written to by `poolctl user renew`
+//! only. Addresses
 //! learned from the pool are kept beside it in a file of their own ([`HostsFile`]): any of its hosts may be dead the next time.
 
 use serde::{Deserialize, Serialize};
@@ -29,10 +30,15 @@ pub struct Config {
     pub addresses: Vec<SocketAddr>,
     /// Certificate of the pool's CA.
     pub ca_pem: String,
-    /// The operator's certificate.
+    /// The operator's certificate; empty when a token takes its place.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub cert_pem: String,
     /// Its key.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub key_pem: String,
+    /// An access token instead of a certificate.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub token: String,
 }
 
 impl std::fmt::Debug for Config {
@@ -77,6 +83,19 @@ impl Config {
         file.sync_all()
     }
 
+    /// Takes the place of the file, whole or not at all.
+    ///
+    /// # Errors
+    /// It can't be written.
+    pub fn replace(&self, path: &Path) -> io::Result<()> {
+        let new = path.with_extension(format!("new.{}", std::process::id()));
+        let written = self.write_new(&new).and_then(|()| std::fs::rename(&new, path));
+        if written.is_err() {
+            std::fs::remove_file(&new).ok();
+        }
+        written
+    }
+
     /// Reads the file.
     ///
     /// # Errors
@@ -93,6 +112,9 @@ impl Config {
         let config: Self = toml::from_str(&text).map_err(|e| refuse(e.message().to_owned()))?;
         if config.addresses.is_empty() {
             return Err(refuse("`addresses` is empty".to_owned()));
+        }
+        if config.token.is_empty() && (config.cert_pem.is_empty() || config.key_pem.is_empty()) {
+            return Err(refuse("it has neither `cert_pem` and `key_pem` nor `token`".to_owned()));
         }
         Ok(config)
     }
@@ -182,9 +204,13 @@ mod tests {
 
     #[test]
     fn a_bad_file_is_a_usage_error_that_names_the_file() {
-        for bad in
-            ["", "addresses = []", &GOOD.replace("127.0.0.1:7443", "nowhere"), &format!("{GOOD}x = 1\n")]
-        {
+        for bad in [
+            "",
+            "addresses = []",
+            &GOOD.replace("127.0.0.1:7443", "nowhere"),
+            &format!("{GOOD}x = 1\n"),
+            &GOOD.replace("key_pem", "token")[..60],
+        ] {
             let failure = read(bad).unwrap_err();
             assert_eq!(failure.exit, Exit::Usage, "{bad}");
             assert!(failure.object.contains("admin.toml"), "{failure}");

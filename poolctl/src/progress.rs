@@ -99,23 +99,21 @@ impl Drop for MigrationBar {
 fn line(migration: &v1::Migration) -> String {
     let Some(record) = &migration.record else { return migration.phase.clone() };
     let remaining_bytes = record.pages_remaining * BLOCK_BYTES as u64;
-    let eta = match estimate(remaining_bytes, record.bytes_per_s, record.dirty_bytes_per_s) {
-        Some(eta) => format!("{:.1} s", eta.as_secs_f64()),
+    let eta = match record.eta_ms {
+        Some(ms) => format!("{:.1} s ±{}%", ms / 1e3, record.eta_error_percent),
         None => "–".to_owned(),
     };
+    let slowed = match record.throttle_percent {
+        0 => String::new(),
+        percent => format!(" (slowed by {percent}%)"),
+    };
     format!(
-        "{} · {} left · {}/s · guest writes {}/s · ETA {eta}",
+        "{} · {} left · {}/s · guest writes {}/s{slowed} · ETA {eta}",
         migration.phase,
         ByteCount(remaining_bytes),
         ByteCount(record.bytes_per_s),
         ByteCount(record.dirty_bytes_per_s),
     )
-}
-
-/// Time until the remainder is sent while the guest goes on writing; none when it writes faster than the link carries.
-fn estimate(remaining_bytes: u64, rate_bytes_per_s: u64, dirty_bytes_per_s: u64) -> Option<Duration> {
-    let net_bytes_per_s = rate_bytes_per_s.checked_sub(dirty_bytes_per_s).filter(|net| *net > 0)?;
-    Some(Duration::from_secs_f64(remaining_bytes as f64 / net_bytes_per_s as f64))
 }
 
 fn style(template: &str) -> ProgressStyle {
@@ -126,13 +124,6 @@ fn style(template: &str) -> ProgressStyle {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn an_estimate_counts_what_the_guest_writes_meanwhile() {
-        assert_eq!(estimate(100, 60, 10), Some(Duration::from_secs(2)));
-        assert_eq!(estimate(100, 10, 10), None);
-        assert_eq!(estimate(0, 10, 0), Some(Duration::ZERO));
-    }
 
     #[test]
     fn the_templates_are_templates() {
@@ -146,13 +137,24 @@ mod tests {
 
     #[test]
     fn the_line_of_a_migration_tells_what_is_left() {
-        let record = v1::MigrationRecord {
+        let mut record = v1::MigrationRecord {
             pages_remaining: 256,
             bytes_per_s: 2 << 20,
             dirty_bytes_per_s: 1 << 20,
+            eta_ms: Some(1250.0),
+            eta_error_percent: 20,
             ..Default::default()
         };
-        let migration = v1::Migration { phase: "copying".into(), record: Some(record), ..Default::default() };
-        assert_eq!(line(&migration), "copying · 1 MiB left · 2 MiB/s · guest writes 1 MiB/s · ETA 1.0 s");
+        let migration = |record: &v1::MigrationRecord| v1::Migration {
+            phase: "copying".into(),
+            record: Some(record.clone()),
+            ..Default::default()
+        };
+        let told = "copying · 1 MiB left · 2 MiB/s · guest writes 1 MiB/s · ETA 1.2 s ±20%";
+        assert_eq!(line(&migration(&record)), told);
+        record.throttle_percent = 40;
+        record.eta_ms = None;
+        let told = "copying · 1 MiB left · 2 MiB/s · guest writes 1 MiB/s (slowed by 40%) · ETA –";
+        assert_eq!(line(&migration(&record)), told);
     }
 }

@@ -26,6 +26,12 @@ pub enum ValueError {
         /// What was given.
         text: String,
     },
+    /// No setting of the pool.
+    #[error("`{text}` is no setting; write name=NAME, replicas-default=N or cpu-overcommit=N")]
+    Setting {
+        /// What was given.
+        text: String,
+    },
     /// Neither an id of the kind nor a number.
     #[error("`{text}` is not an id; write {prefix}NUMBER or the number alone")]
     Id {
@@ -112,6 +118,34 @@ pub fn label(text: &str) -> Result<Label, ValueError> {
             Err(ValueError::Label { text: text.to_owned() })
         }
         _ => Ok(label),
+    }
+}
+
+/// A setting of the pool.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Setting {
+    /// `name=NAME`
+    Name(String),
+    /// `replicas-default=N`
+    ReplicasDefault(u32),
+    /// `cpu-overcommit=N`
+    CpuOvercommit(u32),
+}
+
+/// `KEY=VALUE` of a setting of the pool.
+///
+/// # Errors
+/// When there is no such setting, or the value is none for it.
+pub fn setting(text: &str) -> Result<Setting, ValueError> {
+    let error = || ValueError::Setting { text: text.to_owned() };
+    let (key, value) = text.split_once('=').filter(|(_, value)| !value.is_empty()).ok_or_else(error)?;
+    // Zero would mean "as it is" on the wire.
+    let number = || value.parse().ok().filter(|number| *number > 0).ok_or_else(error);
+    match key {
+        "name" => Ok(Setting::Name(value.to_owned())),
+        "replicas-default" => number().map(Setting::ReplicasDefault),
+        "cpu-overcommit" => number().map(Setting::CpuOvercommit),
+        _ => Err(error()),
     }
 }
 

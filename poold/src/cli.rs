@@ -3,6 +3,7 @@
 use crate::commands::recover::RecoverArgs;
 use crate::config::TimingName;
 use clap::{Parser, Subcommand};
+use pool_state::features;
 use proto::ByteCount;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -80,9 +81,16 @@ pub struct HostArgs {
     /// Address that the other hosts reach: TCP for gRPC, UDP for the block store.
     #[arg(long, value_name = "IP:PORT")]
     pub listen: SocketAddr,
+    /// Takes part in no higher feature level, so that an older version can still come back [default: the newest]
+    #[arg(long, value_name = "LEVEL", value_parser = level())]
+    pub feature_level: Option<u32>,
     /// Memory that VMs may use, e.g. 64GiB [default: 80 % of the machine's].
     #[arg(long, alias = "memory", value_name = "SIZE")]
     pub vm_memory: Option<ByteCount>,
+}
+
+fn level() -> clap::builder::RangedI64ValueParser<u32> {
+    clap::value_parser!(u32).range(i64::from(features::OLDEST)..=i64::from(features::NEWEST))
 }
 
 /// The processes of VMs have other working directories: a relative path would mean something else there.

@@ -1,15 +1,13 @@
 //! `poold.toml`: the few things that a host must know before it has read the pool's state.
 
 use crate::identity::write_private;
+use pool_state::features;
 use proto::HostId;
 use serde::{Deserialize, Serialize};
 use std::fs;
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-
-/// Feature level of this daemon; raised with each incompatible change of the replicated state or the wire.
-pub const FEATURE_LEVEL: u32 = 1;
 
 /// The host's configuration, written by `init` and `join`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -27,6 +25,10 @@ pub struct HostConfig {
     pub vm_memory_bytes: u64,
     /// Intervals of elections and heartbeats, as in the pool's timing profile.
     pub timing: TimingName,
+    /// The highest feature level that this host takes part in, so that the pool waits with a new one; none: the newest that
+    /// this version knows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub feature_level_max: Option<u32>,
     /// Address of the metrics port; none: there is no such port.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub metrics: Option<SocketAddr>,
@@ -100,6 +102,14 @@ impl HostConfig {
         if self.vm_memory_bytes == 0 {
             return Err("`vm_memory_bytes` is 0: no VM could run here".to_owned());
         }
+        if let Some(level) = self.feature_level_max
+            && !(features::OLDEST..=features::NEWEST).contains(&level)
+        {
+            let (oldest, newest) = (features::OLDEST, features::NEWEST);
+            return Err(format!(
+                "`feature_level_max` {level} is not {oldest} to {newest}, which this version knows"
+            ));
+        }
         if self.metrics == Some(self.listen) {
             return Err("`metrics` needs another port than `listen`".to_owned());
         }
@@ -115,6 +125,12 @@ impl HostConfig {
         let text = toml::to_string(self)
             .map_err(|error| ConfigError::Invalid { path: path.clone(), cause: error.to_string() })?;
         write_private(&path, text.as_bytes()).map_err(|source| ConfigError::Io { path, source })
+    }
+
+    /// The highest feature level that this host supports.
+    #[must_use]
+    pub fn feature_level(&self) -> u32 {
+        self.feature_level_max.unwrap_or(features::NEWEST)
     }
 
     /// This host.
@@ -136,6 +152,7 @@ mod tests {
             listen: "10.0.0.3:7400".parse().unwrap(),
             vm_memory_bytes: 1 << 30,
             timing: TimingName::Default,
+            feature_level_max: None,
             metrics: Some("10.0.0.3:7401".parse().unwrap()),
         }
     }
@@ -153,11 +170,12 @@ mod tests {
     #[test]
     fn each_mistake_is_named() {
         type Spoil = fn(&mut HostConfig);
-        let cases: [(&str, Spoil); 5] = [
+        let cases: [(&str, Spoil); 6] = [
             ("pool_id", |config| config.pool_id.clear()),
             ("host_name", |config| config.host_name = "h 3".to_owned()),
             ("listen", |config| config.listen.set_port(0)),
             ("vm_memory_bytes", |config| config.vm_memory_bytes = 0),
+            ("feature_level_max", |config| config.feature_level_max = Some(features::NEWEST + 1)),
             ("metrics", |config| config.metrics = Some(config.listen)),
         ];
         let dir = tempfile::tempdir().unwrap();

@@ -1,7 +1,8 @@
-//! What this host tells the pool of itself besides what its replica server announces: its logical CPUs.
+//! What this host tells the pool of itself besides what its replica server announces: its logical CPUs, and the version of its
+//! daemon with the feature level that it supports.
 
 use crate::node::NodeContext;
-use pool_state::Command;
+use pool_state::{Command, command::Govern, state::Host};
 
 /// Proposes the facts once they differ from the state; ends when the state has them.
 pub async fn run(context: NodeContext) {
@@ -10,10 +11,10 @@ pub async fn run(context: NodeContext) {
     let me = context.host;
     let mut states = context.consensus.watch();
     loop {
-        let known = states.borrow_and_update().hosts.get(&me).map(|host| host.cpus);
-        match known {
-            Some(known) if known == cpus => return,
-            Some(_) => context.report(Command::SetHostCpus { host: me, cpus }).await,
+        let due = states.borrow_and_update().hosts.get(&me).map(|host| due(&context, host, cpus));
+        match due {
+            Some(None) => return,
+            Some(Some(fact)) => context.report(fact).await,
             None => {}
         }
         tokio::select! {
@@ -21,4 +22,15 @@ pub async fn run(context: NodeContext) {
             () = context.shutdown.cancelled() => return,
         }
     }
+}
+
+/// The first fact that the state lacks.
+fn due(context: &NodeContext, known: &Host, cpus: u32) -> Option<Command> {
+    let (host, version, feature_level) = (context.host, env!("CARGO_PKG_VERSION"), context.feature_level);
+    if known.cpus != cpus {
+        return Some(Command::SetHostCpus { host, cpus });
+    }
+    let differs = (known.version.as_str(), known.feature_level) != (version, feature_level);
+    let version = version.to_owned();
+    differs.then_some(Command::Govern(Govern::SetHostVersion { host, version, feature_level }))
 }

@@ -73,6 +73,8 @@ pub struct NodeContext {
     pub address: SocketAddr,
     /// Memory that VMs may use at this host.
     pub vm_memory_bytes: u64,
+    /// The highest feature level that this host supports.
+    pub feature_level: u32,
     /// How the memory of VMs that move away is proved.
     pub memory_proof: MemoryProof,
     /// The pool's state.

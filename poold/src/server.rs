@@ -5,6 +5,7 @@
 //! counts no more. Garbage on the port ends its own connection and nothing else.
 
 mod incoming;
+mod tls;
 
 #[cfg(test)]
 mod tests;
@@ -14,7 +15,7 @@ use crate::api::hosts::HostApi;
 use crate::api::pool::PoolApi;
 use crate::api::principal::refuse_removed_hosts;
 use crate::consensus::{Consensus, RaftApi};
-use crate::identity::HostIdentity;
+use crate::identity::SharedIdentity;
 use crate::lease::LeaderHandle;
 use incoming::{CONNECTIONS_MAX, incoming};
 use proto::limits::GRPC_MESSAGE_BYTES_MAX;
@@ -26,14 +27,11 @@ use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tonic::service::{InterceptorLayer, Routes};
-use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
+use tonic::transport::Server;
 
 /// A peer that is silent this long is gone.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// A handshake that takes longer is no client of ours.
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Streams of one connection; a daemon has a handful of calls and watches open at a time.
 const STREAMS_MAX: u32 = 256;
@@ -46,7 +44,7 @@ const DRAIN: Duration = Duration::from_millis(500);
 pub enum ServerError {
     /// TLS refuses the identity.
     #[error("TLS can't be set up with the certificates in identity/")]
-    Tls(#[source] tonic::transport::Error),
+    Tls(#[from] tls::TlsError),
     /// The descriptors can't be served.
     #[error("the reflection service can't be set up")]
     Reflection(#[source] tonic_reflection::server::Error),
@@ -63,7 +61,7 @@ pub struct ServerOptions {
     /// The bound port.
     pub listener: TcpListener,
     /// What it shows of itself.
-    pub identity: HostIdentity,
+    pub identity: SharedIdentity,
     /// Consensus, for its own service and the ones of pool and hosts.
     pub consensus: Consensus,
     /// What the leader knows of the hosts' leases.
@@ -76,6 +74,8 @@ pub struct ServerOptions {
 pub struct RunningServer {
     /// None once it has ended.
     task: Option<JoinHandle<Result<(), tonic::transport::Error>>>,
+    /// Holds the port.
+    doorman: JoinHandle<()>,
 }
 
 impl RunningServer {
@@ -95,7 +95,10 @@ impl RunningServer {
         let Some(mut task) = self.task else { return };
         if tokio::time::timeout(DRAIN, &mut task).await.is_err() {
             task.abort();
+            let _ = task.await;
         }
+        // It has nobody to hand connections to any more.
+        let _ = self.doorman.await;
     }
 }
 
@@ -104,14 +107,6 @@ impl RunningServer {
 /// # Errors
 /// The identity or the descriptors are unusable.
 pub fn spawn(options: ServerOptions, shutdown: CancellationToken) -> Result<RunningServer, ServerError> {
-    let identity = &options.identity;
-    // The CA goes along, so that a joining host can compare it with its token.
-    let chain = format!("{}\n{}", identity.cert_pem, identity.ca_pem);
-    let tls = ServerTlsConfig::new()
-        .identity(Identity::from_pem(chain, &identity.key_pem))
-        .client_ca_root(Certificate::from_pem(&identity.ca_pem))
-        .client_auth_optional(true)
-        .timeout(HANDSHAKE_TIMEOUT);
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
@@ -134,18 +129,16 @@ pub fn spawn(options: ServerOptions, shutdown: CancellationToken) -> Result<Runn
     let server = Server::builder()
         .layer(InterceptorLayer::new(move |request| refuse_removed_hosts(&consensus, request)))
         .layer(access)
-        .tls_config(tls)
-        .map_err(ServerError::Tls)?
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .max_concurrent_streams(STREAMS_MAX)
         .tcp_nodelay(true)
         .add_routes(routes);
-    let incoming = incoming(options.listener, CONNECTIONS_MAX);
+    let (incoming, doorman) = tls::secured(incoming(options.listener, CONNECTIONS_MAX), &options.identity)?;
     let task = tokio::spawn(async move {
         // An empty name stands for the whole server.
         health.set_service_status("", tonic_health::ServingStatus::Serving).await;
         server.serve_with_incoming_shutdown(incoming, shutdown.cancelled_owned()).await
     });
-    Ok(RunningServer { task: Some(task) })
+    Ok(RunningServer { task: Some(task), doorman })
 }

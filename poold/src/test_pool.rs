@@ -2,13 +2,15 @@
 //! left out.
 
 use crate::consensus::{Consensus, MembershipTask, ProposeMeta, StartOptions};
-use crate::identity::{CertificateAuthority, HostIdentity, IdentityDir, generate_key};
+use crate::identity::{
+    CertificateAuthority, HostIdentity, IdentityDir, IdentityTask, SharedIdentity, generate_key,
+};
 use crate::join::{JoinError, JoinOptions, JoinToken, join};
 use crate::lease::LeaderHandle;
 use crate::server::{self, RunningServer, ServerOptions};
 use pool_state::command::{HostFacts, InitPool, UpdateHost};
 use pool_state::state::FIRST_HOST;
-use pool_state::{Command, Outcome, Timing};
+use pool_state::{Command, Outcome, Timing, features};
 use proto::v1::CreateJoinTokenRequest;
 use proto::v1::host_service_client::HostServiceClient;
 use proto::{ByteCount, CertificateFingerprint, HostId, Incarnation};
@@ -69,7 +71,7 @@ impl TestHost {
 
     /// Starts it.
     pub async fn start(&mut self) {
-        let identity = self.identity();
+        let identity = SharedIdentity::new(self.identity());
         let options = StartOptions {
             data_dir: &self.data_dir,
             pool_id: POOL_ID,
@@ -81,7 +83,7 @@ impl TestHost {
         let shutdown = CancellationToken::new();
         let options = ServerOptions {
             listener: TcpListener::bind(self.address).await.unwrap(),
-            identity,
+            identity: identity.clone(),
             consensus: consensus.clone(),
             leader: LeaderHandle::new().0,
             routes: Routes::default(),
@@ -89,7 +91,9 @@ impl TestHost {
         let server = server::spawn(options, shutdown.clone()).unwrap();
         let membership = MembershipTask::new(consensus.clone()).run(shutdown.clone());
         let announce = announce(consensus.clone(), self.id, self.address);
-        let tasks = vec![tokio::spawn(membership), tokio::spawn(announce)];
+        let dir = IdentityDir::open(&self.data_dir).unwrap();
+        let keeper = IdentityTask { consensus: consensus.clone(), dir, identity }.run(shutdown.clone());
+        let tasks = vec![tokio::spawn(membership), tokio::spawn(announce), tokio::spawn(keeper)];
         self.running = Some(Running { consensus, server, tasks, shutdown });
     }
 
@@ -164,7 +168,8 @@ impl TestPool {
         let ca = CertificateAuthority::create("test").unwrap();
         let data_dir = dir.path().join("h1");
         let (key_pem, public_key) = generate_key().unwrap();
-        let cert_pem = ca.sign_host(FIRST_HOST, &public_key).unwrap();
+        let leaf = ca.sign_host(FIRST_HOST, &public_key).unwrap();
+        let cert_pem = format!("{}\n{}", leaf.trim(), ca.cert_pem());
         let identity = IdentityDir::open(&data_dir).unwrap();
         crate::identity::write_private(&data_dir.join("identity/key.pem"), key_pem.as_bytes()).unwrap();
         identity.save_certificates(ca.cert_pem(), &cert_pem).unwrap();
@@ -178,14 +183,14 @@ impl TestPool {
             timing: Timing::fast(),
             ca_cert_pem: ca.cert_pem().to_owned(),
             ca_key_pem: ca.key_pem().to_owned(),
-            feature_level: crate::config::FEATURE_LEVEL,
+            feature_level: features::NEWEST,
             first_host: HostFacts {
                 name: "h1".to_owned(),
                 address: host.address.to_string(),
                 public_key,
                 cpu_vendor: crate::join::local_facts().cpu_vendor,
                 vm_memory: ByteCount(1 << 30),
-                feature_level: crate::config::FEATURE_LEVEL,
+                feature_level: features::NEWEST,
             },
         }));
         host.consensus().propose(founding, by_admin()).await.unwrap();
@@ -227,6 +232,7 @@ impl TestPool {
             host_name: name.to_owned(),
             listen: free_address(),
             vm_memory_bytes: Some(1 << 30),
+            feature_level_max: None,
             token: token.to_owned(),
         }
     }

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 /// Version of the protocol; both sides must speak the same. Version 1: the first. Version 2: the longest tail is brought to
 /// other members write by write; void blocks are listed; an attachment tells whether the disk is full.
-pub const WIRE_VERSION: u32 = 2;
+pub const WIRE_VERSION: u32 = 3;
 
 /// Longest header in bytes: a list of changed blocks is the longest.
 pub const HEADER_BYTES_MAX: usize = 64 << 10;
@@ -117,7 +117,13 @@ pub enum Response {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum Answer {
     /// Attached; where the replica stands.
-    Attached { tail: Tail, incomplete: bool, full: bool },
+    Attached {
+        tail: Tail,
+        incomplete: bool,
+        full: bool,
+        /// The highest epoch that was promised before; the asker's own after an attempt whose answer was lost.
+        before: Epoch,
+    },
     /// Not attached.
     AttachRefused(AttachRefused),
     /// Done.

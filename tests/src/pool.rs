@@ -46,6 +46,7 @@ pub struct PoolBuilder {
     network: Network,
     timing: Timing,
     vm_memory_bytes: Option<u64>,
+    feature_level: Option<u32>,
     disk_bytes: Option<u64>,
     root: PathBuf,
     binaries: Option<Binaries>,
@@ -85,6 +86,13 @@ impl PoolBuilder {
     #[must_use]
     pub fn vm_memory_bytes(mut self, bytes: u64) -> Self {
         self.vm_memory_bytes = Some(bytes);
+        self
+    }
+
+    /// The highest feature level that its daemons take part in (the newest).
+    #[must_use]
+    pub fn feature_level(mut self, level: u32) -> Self {
+        self.feature_level = Some(level);
         self
     }
 
@@ -158,6 +166,7 @@ impl Pool {
             network: Network::Loopback,
             timing: Timing::Default,
             vm_memory_bytes: None,
+            feature_level: None,
             disk_bytes: None,
             root: PathBuf::from(RUNS_DIR),
             binaries: None,
@@ -325,7 +334,7 @@ impl Pool {
     pub fn join(&self, index: usize, token: &str) -> Result<Output> {
         let host = &self.hosts[index];
         let (data, listen) = (host.data_dir.to_string_lossy().into_owned(), host.address.to_string());
-        let memory = self.memory_arguments();
+        let memory = self.host_arguments();
         let mut arguments = vec!["join", "--data", &data, "--host-name", &host.name, "--listen", &listen];
         arguments.extend(memory.iter().map(String::as_str));
         arguments.push(token);
@@ -419,7 +428,7 @@ impl Pool {
     fn init_first(&self) -> Result<()> {
         let host = &self.hosts[0];
         let (data, listen) = (host.data_dir.to_string_lossy().into_owned(), host.address.to_string());
-        let memory = self.memory_arguments();
+        let memory = self.host_arguments();
         let mut arguments =
             vec!["init", "--data", &data, "--name", &self.settings.name, "--host-name", &host.name];
         arguments.extend(["--listen", &listen, "--timing", self.settings.timing.name()]);
@@ -428,9 +437,11 @@ impl Pool {
         Ok(())
     }
 
-    fn memory_arguments(&self) -> Vec<String> {
-        let bytes = self.settings.vm_memory_bytes.map(|bytes| bytes.to_string());
-        bytes.map_or(Vec::new(), |bytes| vec!["--vm-memory".to_owned(), bytes])
+    fn host_arguments(&self) -> Vec<String> {
+        let bytes = self.settings.vm_memory_bytes.map(|bytes| ["--vm-memory".to_owned(), bytes.to_string()]);
+        let level =
+            self.settings.feature_level.map(|level| ["--feature-level".to_owned(), level.to_string()]);
+        bytes.into_iter().chain(level).flatten().collect()
     }
 
     /// Bytes that VMs may use at a host, if it was set.

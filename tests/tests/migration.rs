@@ -44,6 +44,14 @@ fn a_vm_of_512_mib_moves_with_a_blackout_under_100_ms() -> Result<()> {
     assert!(after.beat > before.beat && after.acked > before.acked, "{before:?} → {after:?}");
     wait_one_process(&pool)?;
 
+    // Its first host has kept what it left behind, and is not sent that again.
+    let back = pool.json(&["vm", "migrate", "web", "--to", "h1"])?;
+    assert_eq!(back["outcome"], "done", "{back}");
+    let kept = |record: &serde_json::Value| record["pages"]["reference"].as_u64().unwrap_or(0);
+    assert!(kept(&back) > kept(&record), "there: {record}, and back: {back}");
+    let after = pool.wait_beats("web", 5, Duration::from_secs(20))?;
+    wait_one_process(&pool)?;
+
     // A boot reads the whole disk back.
     pool.json(&["vm", "stop", "web"])?;
     pool.start_vm("web", None)?;

@@ -33,11 +33,17 @@ fn a_drained_host_is_empty_and_gets_its_vms_back_without_a_reboot() -> Result<()
         let now = pool.wait_beats(name, 3, MOVE_DEADLINE)?;
         assert_eq!(now.boots, 1, "{name} was started anew: {now:?}");
     }
-    // Who asked for it is on record.
+    // Who asked for it is on record, and every host's log has what it was called.
     let audit = pool.items(&["event", "audit", "--from", &revision.to_string()])?;
     let actions: Vec<&str> = audit.iter().filter_map(|record| record["action"].as_str()).collect();
     assert_eq!(actions, ["host.drain", "host.restore"]);
     assert!(audit.iter().all(|record| record["principal"] == "user-admin"), "{audit:?}");
+    for request in audit.iter().filter_map(|record| record["request_id"].as_str()) {
+        for host in pool.hosts() {
+            let log = std::fs::read_to_string(host.log_path())?;
+            assert!(log.contains(request), "{request} is not in the log of {}", host.name());
+        }
+    }
     Ok(())
 }
 

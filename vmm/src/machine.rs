@@ -25,6 +25,7 @@ use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_PI
 use kvm_bindings::{kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, VmFd};
 use proto::{ByteCount, PageIndex};
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -47,6 +48,8 @@ pub struct MachineConfig {
     pub vcpus: u32,
     /// Guest memory.
     pub memory: ByteCount,
+    /// A file that was kept of the machine's memory; none: memory is empty.
+    pub memory_file: Option<File>,
     /// Disks in the order of their names, with the id that the guest may ask for.
     pub disks: Vec<(String, Arc<dyn BlockBackend>)>,
     /// Network cards, each with its tap.
@@ -122,7 +125,7 @@ impl Machine {
     ///
     /// # Errors
     /// KVM or the system refuses.
-    pub fn new(config: MachineConfig) -> Result<Self, MachineError> {
+    pub fn new(mut config: MachineConfig) -> Result<Self, MachineError> {
         install_kick().map_err(|error| MachineError::System {
             action: "install the kick signal",
             source: io::Error::from_raw_os_error(error.errno()),
@@ -135,7 +138,10 @@ impl Machine {
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         vm.create_pit2(pit).map_err(kvm("create the timer"))?;
         dirty::enable_manual_protect(&vm).map_err(system("enable manual dirty log protection"))?;
-        let memory = Arc::new(Memory::new(config.memory)?);
+        let memory = Arc::new(match config.memory_file.take() {
+            Some(file) => Memory::adopt(file, config.memory)?,
+            None => Memory::new(config.memory)?,
+        });
         let cpuid = kvm_fd.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm("tell its CPUID"))?;
         let msr_indices = kvm_fd.get_msr_index_list().map_err(kvm("list its MSRs"))?.as_slice().to_vec();
         let has_deadline_timer = kvm_fd.check_extension(Cap::TscDeadlineTimer);

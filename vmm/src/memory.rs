@@ -18,6 +18,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{Bytes, GuestRegionMmap};
 use vm_memory::{
@@ -39,7 +40,7 @@ const PAGE: u64 = BLOCK_BYTES as u64;
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
     /// The size is not a positive multiple of a page.
-    #[error("guest memory of {size} is not a whole number of 4 KiB pages")]
+    #[error("guest memory of {size} is not a whole number of 4 KiB pages, or not what its file holds")]
     BadSize { size: ByteCount },
     /// The kernel refuses the memory.
     #[error("{size} of guest memory can't be allocated")]
@@ -57,6 +58,9 @@ pub enum MemoryError {
     /// Missing pages can't be waited for.
     #[error("pages of guest memory can't be brought on demand")]
     Demand(#[source] io::Error),
+    /// The memory file takes no content.
+    #[error("guest memory can't be filled")]
+    Fill(#[source] io::Error),
     /// The memory file can't be examined.
     #[error("the memory file can't be examined")]
     Examine(#[source] io::Error),
@@ -75,13 +79,23 @@ impl Memory {
     /// # Errors
     /// The size is odd or the kernel refuses.
     pub fn new(size: ByteCount) -> Result<Self, MemoryError> {
-        if size.0 == 0 || !size.0.is_multiple_of(PAGE) {
-            return Err(MemoryError::BadSize { size });
-        }
         let allocate = |source: io::Error| MemoryError::Allocate { size, source };
         let fd = memfd_create("guest", MFdFlags::MFD_CLOEXEC).map_err(|errno| allocate(errno.into()))?;
         let file = File::from(fd);
         file.set_len(size.0).map_err(allocate)?;
+        Self::adopt(file, size)
+    }
+
+    /// Memory in a file that was made by [`Self::new`], perhaps in another process; its content stays.
+    ///
+    /// # Errors
+    /// The size is odd or not the file's, or the kernel refuses.
+    pub fn adopt(file: File, size: ByteCount) -> Result<Self, MemoryError> {
+        let allocate = |source: io::Error| MemoryError::Allocate { size, source };
+        let length = file.metadata().map_err(allocate)?.len();
+        if size.0 == 0 || !size.0.is_multiple_of(PAGE) || length != size.0 {
+            return Err(MemoryError::BadSize { size });
+        }
         let map = |cause: String| MemoryError::Map { cause };
         let mut ranges = Vec::new();
         for (start, offset, len) in layout(size) {
@@ -97,6 +111,12 @@ impl Memory {
     #[must_use]
     pub fn ram(&self) -> &GuestRam {
         &self.ram
+    }
+
+    /// The file that it lies in.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.file
     }
 
     /// Its size.
@@ -175,6 +195,16 @@ impl Memory {
                 .write_slice(&data[part], address)
                 .map_err(|error| MemoryError::Map { cause: error.to_string() })
         })
+    }
+
+    /// Brings pages into memory that nobody works with yet: through the file, so that the kernel takes a page for each without
+    /// clearing it first and without a fault. No dirty log sees it.
+    ///
+    /// # Errors
+    /// The range is outside of guest memory, or the kernel refuses.
+    pub fn fill_pages(&self, first: PageIndex, data: &[u8]) -> Result<(), MemoryError> {
+        self.check(first, (data.len() as u64).div_ceil(PAGE))?;
+        self.file.write_all_at(data, first.0 * PAGE).map_err(MemoryError::Fill)
     }
 
     /// Gives pages back to the kernel: they read as zero again.
@@ -256,6 +286,11 @@ mod tests {
         assert!(memory.resident(all.clone()).unwrap().is_empty());
         memory.write_pages(PageIndex(5), &[7; 2 * BLOCK_BYTES]).unwrap();
         assert_eq!(memory.resident(all.clone()).unwrap(), [PageIndex(5)..PageIndex(7)]);
+        memory.fill_pages(PageIndex(9), &[4; 2 * BLOCK_BYTES]).unwrap();
+        let mut filled = [0; 2 * BLOCK_BYTES];
+        memory.read_pages(PageIndex(9), &mut filled).unwrap();
+        assert_eq!(filled, [4; 2 * BLOCK_BYTES]);
+        memory.zero_pages(PageIndex(9)..PageIndex(11)).unwrap();
         memory.zero_pages(PageIndex(5)..PageIndex(6)).unwrap();
         assert_eq!(memory.resident(all).unwrap(), [PageIndex(6)..PageIndex(7)]);
         let mut page = [1; BLOCK_BYTES];
@@ -264,11 +299,27 @@ mod tests {
     }
 
     #[test]
+    fn memory_that_was_kept_is_taken_over_with_its_content() {
+        let memory = Memory::new(ByteCount(1 << 20)).unwrap();
+        memory.write_pages(PageIndex(7), &[3; BLOCK_BYTES]).unwrap();
+        let file = memory.file().try_clone().unwrap();
+        drop(memory);
+        let another = file.try_clone().unwrap();
+        assert!(matches!(Memory::adopt(another, ByteCount(2 << 20)), Err(MemoryError::BadSize { .. })));
+        let memory = Memory::adopt(file, ByteCount(1 << 20)).unwrap();
+        let mut page = [0; BLOCK_BYTES];
+        memory.read_pages(PageIndex(7), &mut page).unwrap();
+        assert_eq!(page, [3; BLOCK_BYTES]);
+    }
+
+    #[test]
     fn ranges_outside_are_refused() {
         let memory = Memory::new(ByteCount(1 << 20)).unwrap();
         let mut two = [0; 2 * BLOCK_BYTES];
         assert!(memory.read_pages(PageIndex(255), &mut two).is_err());
         assert!(memory.write_pages(PageIndex(u64::MAX), &two).is_err());
+        assert!(memory.fill_pages(PageIndex(255), &two).is_err());
+        assert!(memory.fill_pages(PageIndex(u64::MAX), &two).is_err());
         assert!(memory.zero_pages(PageIndex(256)..PageIndex(257)).is_err());
         assert!(Memory::new(ByteCount(0)).is_err());
         assert!(Memory::new(ByteCount(4097)).is_err());

@@ -117,6 +117,13 @@ fn on_demand_only_missing_pages_are_placed_and_each_of_them_once() {
     };
     applier.apply(&memory, 7, &raw(2, 1)).unwrap();
     assert!(!applier.has_filled());
+    // Stragglers of the rounds before are out of date, whatever they are.
+    let old = PageFrame::Raw { round: Round(1), first: PageIndex(1), data: &data[..PAGE_BYTES] };
+    let kept = PageFrame::Kept { round: Round(1), first: PageIndex(4), count: 1 };
+    applier.apply(&memory, 0, &batch(&[old, kept, delta(1, 1, 1, &[0; 9])])).unwrap();
+    assert_eq!(memory.first_byte(1), 0);
+    let change = applier.apply(&memory, 0, &batch(&[delta(2, 1, 1, &[0; 9])]));
+    assert!(matches!(change, Err(ApplyError::NotWhole { .. })), "{change:?}");
     applier.apply(&memory, 0, &raw(0, 6)).unwrap();
     applier.apply(&memory, 0, &raw(0, 6)).unwrap();
     assert_eq!(*memory.1.lock().unwrap(), [2..3, 1..2, 4..5]);
@@ -125,6 +132,36 @@ fn on_demand_only_missing_pages_are_placed_and_each_of_them_once() {
 
 fn delta(round: u32, page: u64, base: u32, block: &[u8]) -> PageFrame<'_> {
     PageFrame::Delta { round: Round(round), page: PageIndex(page), base: Round(base), block }
+}
+
+/// What was kept counts as brought, as long as nothing else was written there.
+#[test]
+fn kept_pages_stay_and_others_can_not_be_called_kept() {
+    let (data, kept_page) = (vec![5; PAGE_BYTES], vec![8; PAGE_BYTES]);
+    let memory = Memory::new(4);
+    memory.write_pages(PageIndex(1), &[&kept_page[..], &kept_page].concat()).unwrap();
+    let begin = || {
+        let mut hashes = PageHashes::new(4);
+        [1, 2].into_iter().for_each(|page| hashes.set(PageIndex(page), &kept_page));
+        let mut applier = PageApplier::new(4, 1, KeepHashes::Yes);
+        applier.begin_with(hashes);
+        applier
+    };
+    let kept = |first, count| PageFrame::Kept { round: Round(1), first: PageIndex(first), count };
+    let raw = PageFrame::Raw { round: Round(1), first: PageIndex(3), data: &data };
+    let mut applier = begin();
+    let frames = [zero(1, 0, 1), kept(1, 1), zero(1, 2, 1), raw, end(1, 4)];
+    assert_eq!(applier.apply(&memory, 0, &batch(&frames)).unwrap(), [Round(1)]);
+    assert_eq!([0, 1, 2, 3].map(|page| memory.first_byte(page)), [0, 8, 0, 5]);
+    let fresh = crate::proof::hash_memory(&OfTarget(&memory), 1, &std::sync::atomic::AtomicBool::new(false));
+    assert_eq!(applier.proof(), fresh.unwrap());
+    let refused = |frames: &[PageFrame<'_>]| begin().apply(&memory, 0, &batch(frames)).unwrap_err();
+    let refusals = [&[kept(0, 1)][..], &[kept(2, 2)], &[raw, kept(3, 1)], &[kept(1, 1), kept(1, 1)]];
+    for frames in refusals {
+        assert!(matches!(refused(frames), ApplyError::NotKept { .. }), "{frames:?}");
+    }
+    let empty = PageApplier::new(4, 1, KeepHashes::Yes).apply(&memory, 0, &batch(&[kept(1, 1)]));
+    assert!(matches!(empty, Err(ApplyError::NotKept { .. })));
 }
 
 #[test]

@@ -10,16 +10,20 @@
 //!                └──────▶ Source ──────────┘                       └─────▶ Target ◀─────────┘
 //! ```
 
+mod cpu;
 pub(crate) mod endpoint;
 pub(crate) mod identity;
 pub(crate) mod source;
+pub(crate) mod source_handle;
 mod source_link;
 mod source_worker;
 pub(crate) mod target;
 mod target_link;
 mod tls;
+mod waits;
 
-use std::io;
+use cpu::CpuMeter;
+use std::{io, sync::Arc};
 use tokio::sync::mpsc;
 
 /// Batches waiting between two threads, for each stream: 1 MiB, enough to hide a wake-up and little to throw away on cancel.
@@ -95,15 +99,19 @@ impl<E> LinkEvents<E> {
 #[derive(Debug)]
 struct DriverEnded;
 
-/// Starts the thread of one side and its runtime.
-fn spawn_driver<F, D>(name: &str, driver: D) -> Result<(), SpawnError>
+/// Starts a thread of one side with its runtime.
+fn spawn_driver<F, D>(name: &str, meter: &Arc<CpuMeter>, driver: D) -> Result<(), SpawnError>
 where
     D: FnOnce() -> F + Send + 'static,
     F: Future<Output = ()>,
 {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(SpawnError::Thread)?;
-    let body = move || runtime.block_on(async { driver().await });
+    let meter = meter.clone();
+    let body = move || {
+        let _counted = meter.count();
+        runtime.block_on(async { driver().await });
+    };
     std::thread::Builder::new().name(name.to_owned()).spawn(body).map_err(SpawnError::Thread)?;
     Ok(())
 }

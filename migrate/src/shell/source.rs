@@ -2,159 +2,38 @@
 
 use super::{
     CLOSE_TIMEOUT, LinkEvents, LinkNumber, OF_NO_LINK, QUEUE_BATCHES, QUEUE_EVENTS, SpawnError,
+    cpu::CpuMeter,
     identity::Identity,
+    source_handle::{Request, SourceConfig, SourceHandle},
     source_link::{self, Dial, Link},
     source_worker::{Done, Job, Shared, Worker, urgent_batch},
     spawn_driver,
 };
 use crate::{
     bitmap::PageBitmap,
-    converge::{DOWNTIME_LIMIT_DEFAULT, Policy},
     machine::SourceVm,
     moment::Moment,
     proof::{OfSource, hash_memory},
     source::{
-        AbortCause, CancelRefused, CommitRefused, Outcome, OutcomeConflict, Proof, Source, SourceCommand,
+        CancelRefused, CommitRefused, OutcomeConflict, Proof, ReclaimRefused, Source, SourceCommand,
         SourceEvent, SourcePhase, SourceProgress, SourceSettings,
     },
     unsent::Unsent,
-    wire::{STATE_BYTES_MAX, batch::Round, control},
+    wire::{Kept, STATE_BYTES_MAX, batch::Round, control},
 };
-use proto::{CertificateFingerprint, MigrationId, PageIndex, VmId};
+use proto::PageIndex;
 use std::{
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    num::NonZeroU64,
+    net::SocketAddr,
     sync::{Arc, atomic::Ordering, mpsc as std_mpsc},
     time::{Duration, Instant},
 };
 use tokio::sync::{mpsc, oneshot, watch};
-
-/// Bulk streams: two, so that a lost packet holds up half of the pages only.
-const STREAMS_DEFAULT: u8 = 2;
 
 /// Time between two updates of the live numbers.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Requests of handles that wait; each handle waits for its answer.
 const QUEUE_REQUESTS: usize = 16;
-
-/// What to move, where to, and how.
-#[derive(Debug, Clone)]
-pub struct SourceConfig {
-    /// The attempt.
-    pub migration: MigrationId,
-    /// The machine.
-    pub vm: VmId,
-    /// Address to send from.
-    pub local_ip: IpAddr,
-    /// Where the target listens.
-    pub target: SocketAddr,
-    /// The only certificate that is accepted there.
-    pub target_fingerprint: CertificateFingerprint,
-    /// How hard to try.
-    pub policy: Policy,
-    /// Blackout to aim at; zero means the default.
-    pub downtime_limit: Duration,
-    /// Limit of page data on the network; `None` for as fast as it goes.
-    pub bandwidth_bytes_per_s: Option<NonZeroU64>,
-    /// How memory is proved.
-    pub proof: Proof,
-    /// Bulk streams, 1 to [`crate::wire::BULK_STREAMS_MAX`].
-    pub streams: u8,
-    /// Connections that they are spread over, 1 to [`crate::wire::CONNECTIONS_MAX`]. Each keeps a thread at both sides
-    /// busy: more than one is faster only where cores are spare.
-    pub connections: u8,
-}
-
-impl SourceConfig {
-    /// A migration with default policy and limits.
-    #[must_use]
-    pub fn new(
-        migration: MigrationId,
-        vm: VmId,
-        target: SocketAddr,
-        target_fingerprint: CertificateFingerprint,
-    ) -> Self {
-        let local_ip =
-            if target.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { IpAddr::from(Ipv6Addr::UNSPECIFIED) };
-        Self {
-            migration,
-            vm,
-            local_ip,
-            target,
-            target_fingerprint,
-            policy: Policy::Default,
-            downtime_limit: DOWNTIME_LIMIT_DEFAULT,
-            bandwidth_bytes_per_s: None,
-            proof: Proof::default(),
-            streams: STREAMS_DEFAULT,
-            connections: 1,
-        }
-    }
-}
-
-enum Request {
-    CommitProposed(oneshot::Sender<Result<(), CommitRefused>>),
-    Outcome(Outcome, oneshot::Sender<Result<(), OutcomeConflict>>),
-    Cancel(oneshot::Sender<Result<(), CancelRefused>>),
-}
-
-/// Controls a source. Clones control the same one; dropping all of them does not stop it.
-#[derive(Debug, Clone)]
-pub struct SourceHandle {
-    requests: mpsc::Sender<Request>,
-    progress: watch::Receiver<SourceProgress>,
-}
-
-impl SourceHandle {
-    /// Phase and live numbers.
-    #[must_use]
-    pub fn progress(&self) -> watch::Receiver<SourceProgress> {
-        self.progress.clone()
-    }
-
-    /// Comes right before the commit is proposed. After `Ok` the source does not resume before [`Self::outcome`].
-    ///
-    /// # Errors
-    /// The source has aborted, or is not paused yet.
-    pub async fn commit_proposed(&self) -> Result<(), CommitRefused> {
-        let gone = CommitRefused::Aborted { cause: self.gone() };
-        self.ask(Request::CommitProposed).await.unwrap_or(Err(gone))
-    }
-
-    /// Tells what the pool has decided; harmless when told again.
-    ///
-    /// # Errors
-    /// The decision contradicts what the source has done: a machine that runs here must be stopped.
-    pub async fn outcome(&self, outcome: Outcome) -> Result<(), OutcomeConflict> {
-        let phase = self.progress.borrow().phase.name();
-        self.ask(|answer| Request::Outcome(outcome, answer))
-            .await
-            .unwrap_or(Err(OutcomeConflict { outcome, phase }))
-    }
-
-    /// Gives the migration up. The machine runs again when the phase is `Aborted`.
-    ///
-    /// # Errors
-    /// The commit has been proposed.
-    pub async fn cancel(&self) -> Result<(), CancelRefused> {
-        self.ask(Request::Cancel).await.unwrap_or(Ok(()))
-    }
-
-    async fn ask<T>(&self, request: impl FnOnce(oneshot::Sender<T>) -> Request) -> Option<T> {
-        let (answer, answered) = oneshot::channel();
-        self.requests.send(request(answer)).await.ok()?;
-        answered.await.ok()
-    }
-
-    /// The cause to name when the thread is gone, which only a panic can do.
-    fn gone(&self) -> AbortCause {
-        match &self.progress.borrow().phase {
-            SourcePhase::Aborted { cause } | SourcePhase::Lost { cause, .. } => cause.clone(),
-            _ => AbortCause::Vm { error: "the migration thread has ended".to_owned() },
-        }
-    }
-}
 
 /// Moves a machine away.
 #[derive(Debug)]
@@ -172,9 +51,9 @@ impl SourceTask {
     ) -> Result<SourceHandle, SpawnError> {
         let (requests, requested) = mpsc::channel(QUEUE_REQUESTS);
         let (work_done, work) = mpsc::channel(QUEUE_EVENTS);
-        let shared = Arc::new(Shared::default());
-        let jobs =
-            Worker::spawn(vm.clone(), shared.clone(), &config, work_done).map_err(SpawnError::Thread)?;
+        let (shared, meter) = (Arc::new(Shared::default()), Arc::new(CpuMeter::default()));
+        let jobs = Worker::spawn(vm.clone(), shared.clone(), meter.clone(), &config, work_done)
+            .map_err(SpawnError::Thread)?;
         let settings = SourceSettings {
             migration: config.migration,
             vm: config.vm,
@@ -194,6 +73,7 @@ impl SourceTask {
             config,
             vm,
             shared,
+            meter: meter.clone(),
             source,
             origin: Instant::now(),
             events,
@@ -206,7 +86,8 @@ impl SourceTask {
             state: None,
             answer: Answer::None,
         };
-        spawn_driver("migrate-out", move || driver.run(commands, requested, events_in, work))?;
+        let run = move || driver.run(commands, requested, events_in, work);
+        spawn_driver("migrate-out", &meter, run)?;
         Ok(SourceHandle { requests, progress })
     }
 }
@@ -217,6 +98,7 @@ enum Answer {
     CommitProposed(oneshot::Sender<Result<(), CommitRefused>>),
     Outcome(oneshot::Sender<Result<(), OutcomeConflict>>),
     Cancel(oneshot::Sender<Result<(), CancelRefused>>),
+    Reclaimed(oneshot::Sender<Result<(), ReclaimRefused>>),
 }
 
 struct Driver<V> {
@@ -224,6 +106,7 @@ struct Driver<V> {
     config: SourceConfig,
     vm: Arc<V>,
     shared: Arc<Shared>,
+    meter: Arc<CpuMeter>,
     source: Source,
     origin: Instant,
     events: LinkEvents<SourceEvent>,
@@ -253,10 +136,25 @@ impl<V: SourceVm> Driver<V> {
         }
         let mut ticker = tokio::time::interval(PROGRESS_INTERVAL);
         ticker.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        while !self.source.phase().is_final() {
+        let (mut has_handles, mut is_closed) = (true, false);
+        // After the end late requests still get their answer: a daemon that comes back asks how it ended, or has it back.
+        while has_handles || !self.source.phase().is_final() {
+            let is_final = self.source.phase().is_final();
+            if is_final && !std::mem::replace(&mut is_closed, true) {
+                self.close().await;
+            }
             let deadline = self.source.next_deadline().unwrap_or(Moment(Duration::from_secs(1 << 30)));
             let event = tokio::select! {
-                Some(request) = requests.recv() => self.request(request),
+                request = requests.recv(), if has_handles => match request {
+                    Some(request) => match self.request(request) {
+                        Some(event) => event,
+                        None => continue,
+                    },
+                    None => {
+                        has_handles = false;
+                        continue;
+                    }
+                },
                 Some((link, event)) = events.recv() => {
                     if link != OF_NO_LINK && link != self.link_number {
                         continue;
@@ -264,17 +162,20 @@ impl<V: SourceVm> Driver<V> {
                     event
                 }
                 Some(done) = work.recv() => self.done(done),
-                Some(link) = links.recv() => self.linked(link),
-                _ = ticker.tick() => SourceEvent::Tick,
-                () = tokio::time::sleep_until((self.origin + deadline.0).into()) => SourceEvent::Tick,
+                Some(link) = links.recv() => {
+                    if is_final {
+                        link.close();
+                        continue;
+                    }
+                    self.linked(link)
+                }
+                _ = ticker.tick(), if !is_final => SourceEvent::Tick,
+                () = tokio::time::sleep_until((self.origin + deadline.0).into()), if !is_final => SourceEvent::Tick,
             };
             self.handle(event, &linked);
         }
-        self.close().await;
-        // Late requests still get their answer: a daemon that comes back asks how it ended.
-        while let Some(request) = requests.recv().await {
-            let event = self.request(request);
-            self.handle(event, &linked);
+        if !is_closed {
+            self.close().await;
         }
     }
 
@@ -283,7 +184,8 @@ impl<V: SourceVm> Driver<V> {
         if let Some(link) = &self.link {
             let link_bytes = self.bytes_before + link.bytes_sent();
             let pages_remaining = self.shared.pages_remaining.load(Ordering::Relaxed);
-            self.source.handle(now, SourceEvent::Progress { link_bytes, pages_remaining });
+            let cpu = self.meter.total();
+            self.source.handle(now, SourceEvent::Progress { link_bytes, pages_remaining, cpu });
         }
         for command in self.source.handle(now, event) {
             self.execute(command, linked);
@@ -295,14 +197,21 @@ impl<V: SourceVm> Driver<V> {
         self.published.send_replace(progress);
     }
 
-    fn request(&mut self, request: Request) -> SourceEvent {
+    fn request(&mut self, request: Request) -> Option<SourceEvent> {
         let (event, answer) = match request {
+            Request::TakeIndex(answer) => {
+                if matches!(self.source.phase(), SourcePhase::Done { .. }) {
+                    self.job(Job::TakeIndex(answer));
+                }
+                return None;
+            }
             Request::CommitProposed(answer) => (SourceEvent::CommitProposed, Answer::CommitProposed(answer)),
             Request::Outcome(outcome, answer) => (SourceEvent::Outcome(outcome), Answer::Outcome(answer)),
             Request::Cancel(answer) => (SourceEvent::Cancel, Answer::Cancel(answer)),
+            Request::Reclaimed(answer) => (SourceEvent::Reclaimed, Answer::Reclaimed(answer)),
         };
         self.answer = answer;
-        event
+        Some(event)
     }
 
     fn done(&mut self, done: Done) -> SourceEvent {
@@ -339,7 +248,7 @@ impl<V: SourceVm> Driver<V> {
         match command {
             SourceCommand::Connect => self.connect(linked.clone()),
             SourceCommand::Send(message) => self.send(control::encode(&message)),
-            SourceCommand::OpenBulk { ports } => self.open_bulk(ports),
+            SourceCommand::OpenBulk { ports, kept } => self.open_bulk(ports, kept),
             SourceCommand::StartTracking => self.job(Job::StartTracking),
             SourceCommand::SendRound { round, scope } => self.job(Job::SendRound { round, scope }),
             SourceCommand::FetchDirty => self.job(Job::FetchDirty),
@@ -367,6 +276,11 @@ impl<V: SourceVm> Driver<V> {
             }
             SourceCommand::AnswerOutcome(result) => {
                 if let Answer::Outcome(answer) = std::mem::replace(&mut self.answer, Answer::None) {
+                    let _ = answer.send(result);
+                }
+            }
+            SourceCommand::AnswerReclaimed(result) => {
+                if let Answer::Reclaimed(answer) = std::mem::replace(&mut self.answer, Answer::None) {
                     let _ = answer.send(result);
                 }
             }
@@ -412,8 +326,9 @@ impl<V: SourceVm> Driver<V> {
             }
         });
         let (urgent, wanted) = std_mpsc::channel();
-        let (vm, events) = (self.vm.clone(), self.events.clone());
+        let (vm, events, meter) = (self.vm.clone(), self.events.clone(), self.meter.clone());
         let send = move || {
+            let _counted = meter.count();
             for page in wanted {
                 if !unsent.take(page) {
                     continue;
@@ -446,10 +361,10 @@ impl<V: SourceVm> Driver<V> {
     }
 
     /// Runs in a task, but the further connections have threads of their own: one core is what limits a connection.
-    fn open_bulk(&self, ports: Vec<u16>) {
+    fn open_bulk(&self, ports: Vec<u16>, kept: Kept) {
         let Some(link) = &self.link else { return };
         let (connection, more, events) = (link.connection.clone(), link.more.clone(), self.of_link());
-        let (jobs, streams) = (self.jobs.clone(), self.config.streams);
+        let (jobs, streams, meter) = (self.jobs.clone(), self.config.streams, self.meter.clone());
         let dials = ports.into_iter().map(|port| Dial {
             identity: self.identity.clone(),
             local_ip: self.config.local_ip,
@@ -457,10 +372,18 @@ impl<V: SourceVm> Driver<V> {
             pinned: self.config.target_fingerprint,
         });
         let dials: Vec<_> = dials.collect();
+        let page_count = self.vm.page_count();
         tokio::spawn(async move {
-            let event = match source_link::open_bulk(connection, dials, streams, &more, &events).await {
-                Ok(queues) => {
+            let opened = async {
+                if kept == Kept::Image {
+                    let index = source_link::read_index(&connection, page_count).await?;
                     // The worker ends only after the driver.
+                    let _ = jobs.send(Job::BeginWith(Box::new(index)));
+                }
+                source_link::open_bulk(connection, dials, streams, (&more, &meter), &events).await
+            };
+            let event = match opened.await {
+                Ok(queues) => {
                     let _ = jobs.send(Job::Streams(queues));
                     SourceEvent::BulkOpened
                 }
@@ -511,7 +434,9 @@ impl<V: SourceVm> Driver<V> {
 
     fn hash_memory(&self) {
         let (vm, events, shared) = (self.vm.clone(), self.events.clone(), self.shared.clone());
+        let meter = self.meter.clone();
         tokio::task::spawn_blocking(move || {
+            let _counted = meter.count();
             let threads = std::thread::available_parallelism().map_or(1, usize::from);
             let event = match hash_memory(&OfSource(&*vm), threads, &shared.is_called_off) {
                 Ok(Some(proof)) => SourceEvent::MemoryHashed(proof),

@@ -1,9 +1,13 @@
 //! The source's end of the connection.
 
-use super::{CLOSE_TIMEOUT, LinkEvents, QUEUE_BATCHES, QUEUE_MESSAGES, endpoint, identity::Identity};
+use super::{
+    CLOSE_TIMEOUT, LinkEvents, QUEUE_BATCHES, QUEUE_MESSAGES, cpu::CpuMeter, endpoint, identity::Identity,
+};
 use crate::{
+    index::{self, INDEX_BYTES_MAX},
+    proof::PageHashes,
     source::SourceEvent,
-    wire::{CONTROL_BYTES_MAX, StreamKind, ToSource, check_length, control},
+    wire::{CONTROL_BYTES_MAX, StreamKind, ToSource, WireError, check_length, control},
 };
 use bytes::Bytes;
 use proto::CertificateFingerprint;
@@ -70,6 +74,10 @@ pub(super) enum DialError {
     Connection(#[from] quinn::ConnectionError),
     #[error(transparent)]
     Write(#[from] quinn::WriteError),
+    #[error(transparent)]
+    Read(#[from] quinn::ReadExactError),
+    #[error(transparent)]
+    Wire(#[from] WireError),
     #[error("the thread of a connection has ended")]
     Ended,
 }
@@ -91,7 +99,7 @@ pub(super) async fn open_bulk(
     first: Connection,
     dials: Vec<Dial>,
     streams: u8,
-    more: &More,
+    (more, meter): (&More, &Arc<CpuMeter>),
     events: &LinkEvents<SourceEvent>,
 ) -> Result<Vec<mpsc::Sender<Bytes>>, DialError> {
     let connections = dials.len() + 1;
@@ -100,7 +108,7 @@ pub(super) async fn open_bulk(
     for (index, dial) in (1..).zip(dials) {
         let (ready, is_ready) = oneshot::channel();
         let (indexes, events) = (of_connection(index), events.clone());
-        super::spawn_driver("migrate-bulk", move || drive_bulk(dial, indexes, ready, events))?;
+        super::spawn_driver("migrate-bulk", meter, move || drive_bulk(dial, indexes, ready, events))?;
         let ended = || DialError::Ended;
         let (connection, queues) = is_ready.await.map_err(|_| ended())??;
         more.lock().unwrap_or_else(PoisonError::into_inner).push(connection);
@@ -212,6 +220,17 @@ pub(super) async fn send_urgent(
     stream.write_all(&[StreamKind::Urgent.to_byte()]).await?;
     write_batches(stream, batches).await;
     Ok(())
+}
+
+/// Reads the index of what the target has kept.
+pub(super) async fn read_index(connection: &Connection, page_count: u64) -> Result<PageHashes, DialError> {
+    let mut stream = connection.accept_uni().await?;
+    let mut length = [0; 8];
+    stream.read_exact(&mut length).await?;
+    let length = check_length("index", u64::from_le_bytes(length), INDEX_BYTES_MAX)?;
+    let mut bytes = vec![0; length];
+    stream.read_exact(&mut bytes).await?;
+    Ok(index::decode(&bytes, page_count)?)
 }
 
 /// Sends the machine state on a stream of its own.

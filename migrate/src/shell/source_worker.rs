@@ -1,11 +1,12 @@
 //! The source's blocking thread: everything that reads pages or asks the kernel about them, in order.
 
-use super::source::SourceConfig;
+use super::{cpu::CpuMeter, source_handle::SourceConfig};
 use crate::{
     bitmap::PageBitmap,
     codec::{BatchTiming, Codec, CodecChoice},
     encode::{BatchSink, EncodeError, RoundPlan, RoundScope, RoundTotals, Stopped, send_round},
     held::{Held, VERSIONS_BYTES},
+    index,
     machine::{PAGE_BYTES, SourceVm, VmError},
     moment::Moment,
     proof::{OfSource, PageHashes, is_zero},
@@ -24,7 +25,7 @@ use std::{
     },
     time::{Duration, Instant},
 };
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 /// Longest nap under a bandwidth limit, so that a cancel is seen soon.
 const NAP_MAX: Duration = Duration::from_millis(20);
@@ -33,6 +34,10 @@ const NAP_MAX: Duration = Duration::from_millis(20);
 pub(super) enum Job {
     /// The link is there: batches of stream `i` go to the `i`-th queue.
     Streams(Vec<mpsc::Sender<Bytes>>),
+    /// The target has kept an image with these hashes.
+    BeginWith(Box<PageHashes>),
+    /// Give the index of what the target holds away.
+    TakeIndex(oneshot::Sender<Option<Vec<u8>>>),
     StartTracking,
     FetchDirty,
     ListMissing,
@@ -73,6 +78,8 @@ pub(super) struct Worker<V> {
     out: mpsc::Sender<Done>,
     dirty: PageBitmap,
     held: Held,
+    /// What was sent on demand is not in `held`.
+    was_on_demand: bool,
     /// Picks the sample of the proof.
     seed: u64,
     sink: QueueSink,
@@ -83,6 +90,7 @@ impl<V: SourceVm> Worker<V> {
     pub(super) fn spawn(
         vm: Arc<V>,
         shared: Arc<Shared>,
+        meter: Arc<CpuMeter>,
         config: &SourceConfig,
         out: mpsc::Sender<Done>,
     ) -> std::io::Result<std_mpsc::Sender<Job>> {
@@ -98,11 +106,13 @@ impl<V: SourceVm> Worker<V> {
             last_batch: origin,
         };
         let dirty = PageBitmap::new(vm.page_count());
-        let hashes = (config.proof == Proof::Sampled).then(|| PageHashes::new(vm.page_count()));
+        // Also where they prove nothing: a machine that comes back is compared with them.
+        let hashes = (config.proof != Proof::Skip).then(|| PageHashes::new(vm.page_count()));
         let held = Held::new(hashes, VERSIONS_BYTES);
         let seed = config.migration.0.wrapping_mul(SEED_FACTOR);
-        let mut worker = Self { vm, shared, out, dirty, held, seed, sink };
+        let mut worker = Self { vm, shared, out, dirty, held, was_on_demand: false, seed, sink };
         std::thread::Builder::new().name("migrate-read".to_owned()).spawn(move || {
+            let _counted = meter.count();
             for job in jobs {
                 if let Some(done) = worker.job(job)
                     && worker.out.blocking_send(done).is_err()
@@ -120,6 +130,16 @@ impl<V: SourceVm> Worker<V> {
         let done = match job {
             Job::Streams(queues) => {
                 self.sink.queues = queues;
+                return None;
+            }
+            Job::BeginWith(kept) => {
+                self.held.begin_with(*kept);
+                return None;
+            }
+            Job::TakeIndex(answer) => {
+                let hashes = self.held.take_hashes().filter(|_| !self.was_on_demand);
+                // Whoever asked may be gone; then nobody keeps the image.
+                let _ = answer.send(hashes.and_then(|hashes| index::encode(&hashes)));
                 return None;
             }
             Job::Throttle(percent) => {
@@ -142,7 +162,7 @@ impl<V: SourceVm> Worker<V> {
                 Ok(()) => Done::Event(SourceEvent::DirtyFetched { pages: self.dirty.count() }),
                 Err(error) => failed(&error),
             },
-            Job::ListMissing => match self.fetch_dirty() {
+            Job::ListMissing => match self.list_missing() {
                 Ok(()) => Done::Event(SourceEvent::MissingListed(self.dirty.clone())),
                 Err(error) => failed(&error),
             },
@@ -172,6 +192,11 @@ impl<V: SourceVm> Worker<V> {
     fn fetch_dirty(&mut self) -> Result<(), VmError> {
         self.dirty.clear();
         self.vm.fetch_dirty(&mut self.dirty)
+    }
+
+    fn list_missing(&mut self) -> Result<(), VmError> {
+        self.was_on_demand = true;
+        self.fetch_dirty()
     }
 
     /// Comes after the last round, so what is dirty has just been sent.

@@ -1,20 +1,24 @@
 //! Runs a [`Target`] against a real machine and a real link.
 
 use super::{
-    LinkEvents, LinkNumber, OF_NO_LINK, QUEUE_BATCHES, QUEUE_EVENTS, SpawnError, endpoint,
+    LinkEvents, LinkNumber, OF_NO_LINK, QUEUE_BATCHES, QUEUE_EVENTS, SpawnError,
+    cpu::CpuMeter,
+    endpoint,
     identity::Identity,
     spawn_driver,
     target_link::{self, ApplyJob, Link},
+    waits::Waits,
 };
 use crate::{
-    apply::{KeepHashes, OfTarget, PageApplier},
+    apply::{ApplyError, KeepHashes, OfTarget, PageApplier},
     bitmap::PageBitmap,
+    index,
     machine::{TargetVm, VmError},
     moment::Moment,
-    proof::hash_memory,
+    proof::{PageHashes, hash_memory},
     source::ResumedParts,
     target::{Target, TargetCommand, TargetEvent, TargetFailure, TargetPhase, TargetSettings},
-    wire::{BULK_STREAMS_MAX, control},
+    wire::{BULK_STREAMS_MAX, Kept, ToSource, batch::Round, control},
 };
 use proto::{CertificateFingerprint, MigrationId, VmId};
 use std::{
@@ -53,6 +57,8 @@ pub struct TargetConfig {
     pub source_fingerprint: CertificateFingerprint,
     /// How memory is proved.
     pub rehash: Rehash,
+    /// What the machine's memory holds already: the hashes of an image that was kept of it.
+    pub kept: Option<PageHashes>,
 }
 
 enum Request {
@@ -121,8 +127,9 @@ impl TargetTask {
         vm: Arc<V>,
     ) -> Result<TargetHandle, SpawnError> {
         let (requests, requested) = mpsc::channel(QUEUE_REQUESTS);
+        let kept = if config.kept.is_some() { Kept::Image } else { Kept::Nothing };
         let settings =
-            TargetSettings { migration: config.migration, vm: config.vm, page_count: vm.page_count() };
+            TargetSettings { migration: config.migration, vm: config.vm, page_count: vm.page_count(), kept };
         let target = Target::new(settings);
         let (published, phase) = watch::channel(target.phase());
         let (bound, is_bound) = std::sync::mpsc::channel();
@@ -130,6 +137,7 @@ impl TargetTask {
         let (sender, events_in) = mpsc::channel(QUEUE_EVENTS);
         let events = LinkEvents { events: sender, link: OF_NO_LINK };
         let (jobs, queued) = mpsc::channel(QUEUE_BATCHES * usize::from(BULK_STREAMS_MAX));
+        let meter = Arc::new(CpuMeter::default());
         let driver = Driver {
             vm,
             identity: identity.clone(),
@@ -137,7 +145,10 @@ impl TargetTask {
             source_fingerprint: config.source_fingerprint,
             target,
             rehash: config.rehash,
+            kept: config.kept,
             migration: config.migration,
+            meter: meter.clone(),
+            waits: Arc::default(),
             origin: Instant::now(),
             events,
             jobs,
@@ -147,7 +158,7 @@ impl TargetTask {
             link_number: OF_NO_LINK,
             may_rejoin: false,
         };
-        spawn_driver("migrate-in", move || async move {
+        spawn_driver("migrate-in", &meter, move || async move {
             match endpoint::server(&identity, config.listen_ip, config.source_fingerprint) {
                 Ok(endpoint) => {
                     let _ = bound.send(endpoint.local_addr().map_err(SpawnError::Thread));
@@ -169,7 +180,11 @@ struct Driver<V> {
     source_fingerprint: CertificateFingerprint,
     target: Target,
     rehash: Rehash,
+    /// Until the thread that owns the received memory takes it.
+    kept: Option<PageHashes>,
     migration: MigrationId,
+    meter: Arc<CpuMeter>,
+    waits: Arc<Waits>,
     origin: Instant,
     events: LinkEvents<TargetEvent>,
     jobs: mpsc::Sender<ApplyJob>,
@@ -259,11 +274,10 @@ impl<V: TargetVm> Driver<V> {
                 self.listen_more(connections - 1);
             }
             TargetCommand::Send(message) => {
-                if let Some(link) = &self.link
-                    && link.messages.try_send(control::encode(&message)).is_err()
-                {
-                    link.connection.close(1_u8.into(), b"the source does not read");
+                if matches!(message, ToSource::Resumed { .. } | ToSource::Complete) {
+                    self.send(&self.spent());
                 }
+                self.send(&message);
             }
             TargetCommand::LoadState(bytes) => self.load_state(bytes),
             TargetCommand::HashMemory => self.job(ApplyJob::Prove(self.rehash)),
@@ -281,6 +295,20 @@ impl<V: TargetVm> Driver<V> {
         }
     }
 
+    fn send(&self, message: &ToSource) {
+        if let Some(link) = &self.link
+            && link.messages.try_send(control::encode(message)).is_err()
+        {
+            link.connection.close(1_u8.into(), b"the source does not read");
+        }
+    }
+
+    fn spent(&self) -> ToSource {
+        let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        let (waits, waited) = self.waits.total();
+        ToSource::Spent { cpu_us: micros(self.meter.total()), waits, waited_us: micros(waited) }
+    }
+
     /// In the order of the calls: tasks of this runtime begin in the order in which they were made, and the queue is fair.
     fn job(&self, job: ApplyJob) {
         let jobs = self.jobs.clone();
@@ -291,8 +319,18 @@ impl<V: TargetVm> Driver<V> {
     fn receive(&mut self, streams: u8, hashes: KeepHashes) {
         let Some(queued) = self.queued.take() else { return };
         let (vm, events) = (self.vm.clone(), self.events.clone());
-        let applier = PageApplier::new(vm.page_count(), streams, hashes);
-        tokio::task::spawn_blocking(move || apply_jobs(&*vm, applier, queued, &events));
+        let (meter, waits) = (self.meter.clone(), self.waits.clone());
+        let mut applier = PageApplier::new(vm.page_count(), streams, hashes);
+        if let Some(kept) = self.kept.take() {
+            if let (Some(link), Some(index)) = (&self.link, index::encode(&kept)) {
+                tokio::spawn(target_link::send_index(link.connection.clone(), index));
+            }
+            applier.begin_with(kept);
+        }
+        tokio::task::spawn_blocking(move || {
+            let _counted = meter.count();
+            apply_jobs(&*vm, applier, queued, (&events, &waits));
+        });
     }
 
     /// Sockets with threads of their own for the further connections.
@@ -301,8 +339,9 @@ impl<V: TargetVm> Driver<V> {
         let Some(link) = &self.link else { return };
         let bulk = link.bulk(jobs);
         let (identity, ip, pinned) = (self.identity.clone(), self.listen_ip, self.source_fingerprint);
+        let meter = self.meter.clone();
         tokio::task::spawn_blocking(move || {
-            let listen = |_| target_link::listen_bulk(&identity, ip, pinned, &bulk);
+            let listen = |_| target_link::listen_bulk(&identity, ip, pinned, &bulk, &meter);
             let event = match (0..count).map(listen).collect() {
                 Ok(ports) => TargetEvent::Listening { ports },
                 Err(error) => TargetEvent::Failed(TargetFailure::Link { error }),
@@ -338,14 +377,14 @@ fn apply_jobs<V: TargetVm>(
     vm: &V,
     mut applier: PageApplier,
     mut jobs: mpsc::Receiver<ApplyJob>,
-    events: &LinkEvents<TargetEvent>,
+    (events, waits): (&LinkEvents<TargetEvent>, &Arc<Waits>),
 ) {
     let failed = |error: &dyn std::fmt::Display| {
         vec![TargetEvent::Failed(TargetFailure::Pages { error: error.to_string() })]
     };
     while let Some(job) = jobs.blocking_recv() {
         let done = match job {
-            ApplyJob::Batch { stream, bytes } => match applier.apply(vm, stream, &bytes) {
+            ApplyJob::Batch { stream, bytes } => match apply_batch(vm, &mut applier, stream, &bytes, waits) {
                 Ok(_) if applier.has_filled() => {
                     vm.end_on_demand();
                     vec![TargetEvent::Filled]
@@ -353,14 +392,16 @@ fn apply_jobs<V: TargetVm>(
                 Ok(rounds) => rounds.into_iter().map(|round| TargetEvent::RoundApplied { round }).collect(),
                 Err(error) => failed(&error),
             },
-            ApplyJob::BeginOnDemand { round, missing } => match begin_on_demand(vm, &missing, events) {
-                Ok(()) => {
-                    applier.begin_on_demand(round, missing);
-                    let filled = applier.has_filled().then_some(TargetEvent::Filled);
-                    [TargetEvent::OnDemandBegun].into_iter().chain(filled).collect()
+            ApplyJob::BeginOnDemand { round, missing } => {
+                match begin_on_demand(vm, &missing, events, waits) {
+                    Ok(()) => {
+                        applier.begin_on_demand(round, missing);
+                        let filled = applier.has_filled().then_some(TargetEvent::Filled);
+                        [TargetEvent::OnDemandBegun].into_iter().chain(filled).collect()
+                    }
+                    Err(error) => failed(&error),
                 }
-                Err(error) => failed(&error),
-            },
+            }
             ApplyJob::ListMissing => {
                 applier.missing().cloned().map(TargetEvent::MissingListed).into_iter().collect()
             }
@@ -384,14 +425,32 @@ fn apply_jobs<V: TargetVm>(
     }
 }
 
+fn apply_batch<V: TargetVm>(
+    vm: &V,
+    applier: &mut PageApplier,
+    stream: u8,
+    bytes: &[u8],
+    waits: &Waits,
+) -> Result<Vec<Round>, ApplyError> {
+    let completed = applier.apply(vm, stream, bytes);
+    if let Some(missing) = applier.missing() {
+        waits.end(|page| !missing.contains(page));
+    }
+    completed
+}
+
 fn begin_on_demand<V: TargetVm>(
     vm: &V,
     missing: &PageBitmap,
     events: &LinkEvents<TargetEvent>,
+    waits: &Arc<Waits>,
 ) -> Result<(), VmError> {
-    let events = events.clone();
-    // A driver that has ended has nobody left to ask.
-    let faults = move |page| drop(events.blocking_send(TargetEvent::Fault { page }));
+    let (events, waits) = (events.clone(), waits.clone());
+    let faults = move |page| {
+        waits.begin(page);
+        // A driver that has ended has nobody left to ask.
+        let _ = events.blocking_send(TargetEvent::Fault { page });
+    };
     vm.begin_on_demand(missing, Box::new(faults))
 }
 

@@ -1,7 +1,9 @@
 //! The target's end of the connection.
 
 use super::{
-    CLOSE_TIMEOUT, LinkEvents, QUEUE_MESSAGES, endpoint,
+    CLOSE_TIMEOUT, LinkEvents, QUEUE_MESSAGES,
+    cpu::CpuMeter,
+    endpoint,
     identity::Identity,
     source_link::{read_message, write_messages},
     target::Rehash,
@@ -120,12 +122,22 @@ pub(super) struct Bulk {
     taken: Arc<AtomicU32>,
 }
 
+/// Tells the source what was kept. A link that breaks meanwhile is reported by the control reader.
+pub(super) async fn send_index(connection: Connection, index: Vec<u8>) {
+    let Ok(mut stream) = connection.open_uni().await else { return };
+    if stream.write_all(&(index.len() as u64).to_le_bytes()).await.is_ok() {
+        let _ = stream.write_chunk(index.into()).await;
+        let _ = stream.finish();
+    }
+}
+
 /// A socket and a thread for one further connection, which carries bulk streams only; its port.
 pub(super) fn listen_bulk(
     identity: &Identity,
     ip: IpAddr,
     pinned: CertificateFingerprint,
     bulk: &Bulk,
+    meter: &Arc<CpuMeter>,
 ) -> Result<u16, String> {
     let (bound, is_bound) = std::sync::mpsc::channel();
     let (identity, bulk) = (identity.clone(), bulk.clone());
@@ -154,7 +166,7 @@ pub(super) fn listen_bulk(
         }
         let _ = tokio::time::timeout(CLOSE_TIMEOUT, endpoint.wait_idle()).await;
     };
-    super::spawn_driver("migrate-bulk", drive).map_err(|error| error.to_string())?;
+    super::spawn_driver("migrate-bulk", meter, drive).map_err(|error| error.to_string())?;
     let address = is_bound.recv().map_err(|error| error.to_string())??;
     Ok(address.port())
 }
@@ -266,8 +278,14 @@ async fn read_batches(
         let mut length = [0; BATCH_PREFIX_BYTES];
         stream.read_exact(&mut length).await?;
         let length = check_length("batch", u64::from(u32::from_le_bytes(length)), BATCH_BYTES_MAX)?;
-        let mut bytes = vec![0; length];
-        stream.read_exact(&mut bytes).await?;
+        let mut bytes = Vec::with_capacity(length);
+        while bytes.len() < length {
+            // Nothing is cleared only to be overwritten.
+            match stream.read_chunk(length - bytes.len(), true).await {
+                Ok(Some(chunk)) => bytes.extend_from_slice(&chunk.bytes),
+                Ok(None) | Err(_) => return Err(StreamError::Link),
+            }
+        }
         if batches.send(ApplyJob::Batch { stream: index, bytes }).await.is_err() {
             return Ok(());
         }

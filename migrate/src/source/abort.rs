@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! from Pausing ─▶ WaitingForPause ─▶ Resuming ─▶ StoppingTracking ─▶ Aborted
-//! from Saving … Proposed ──────────────┘  │            ▲
+//! from Saving … Proposed, Committed, Done ┘  │         ▲
 //! from Copying, Greeting ─────────────────│────────────┘
 //!                                         └─ resume failed ─▶ Lost
 //! ```
@@ -34,7 +34,17 @@ impl Source {
         }
     }
 
-    /// Aborts. From `Proposed` only the outcome may ask for it.
+    /// It has come back, or is about to.
+    pub(super) fn is_reclaimed(&self) -> bool {
+        match &self.state {
+            State::Aborting(Aborting { cause, .. }) | State::Aborted { cause } => {
+                *cause == AbortCause::Reclaimed
+            }
+            _ => false,
+        }
+    }
+
+    /// Aborts. From `Proposed` only the outcome may ask for it, and from later states only that the machine was given back.
     pub(super) fn abort(&mut self, cause: AbortCause) -> Vec<SourceCommand> {
         let (step, mut commands) = match &self.state {
             State::Pausing { .. } => (Step::WaitingForPause, Vec::new()),

@@ -22,8 +22,11 @@ pub(super) struct Timeline {
 }
 
 impl Timeline {
-    pub(super) fn paused(begun: Moment, now: Moment, facts: &PausedVm) -> Self {
-        let vcpus_stopped_after = facts.pause.min(now.since(begun));
+    /// The machine stands still at `now`. It was asked to at `asked`, and prepared itself before it stopped.
+    pub(super) fn paused(asked: Moment, now: Moment, facts: &PausedVm) -> Self {
+        let stood = (facts.pause + facts.drain).min(now.since(asked));
+        let begun = Moment(now.0.saturating_sub(stood));
+        let vcpus_stopped_after = facts.pause.min(stood);
         Self {
             begun,
             paused: now,

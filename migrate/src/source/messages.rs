@@ -2,19 +2,20 @@
 
 use super::{
     AbortCause, CONNECT_TIMEOUT, CancelRefused, CommitRefused, Outcome, OutcomeConflict, Proof,
-    RESUMED_TIMEOUT, ResumedParts, STALL_TIMEOUT, Source, SourceCommand, Stage, State, Stop,
+    RESUMED_TIMEOUT, ReclaimRefused, ResumedParts, STALL_TIMEOUT, Source, SourceCommand, Stage, State, Stop,
 };
 use crate::{
     moment::Moment,
     proof::MemoryProof,
-    wire::{Rest, ToSource, ToTarget, batch::Round},
+    stats::FaultStats,
+    wire::{Kept, Rest, ToSource, ToTarget, batch::Round},
 };
 use std::time::Duration;
 
 impl Source {
     pub(super) fn on_message(&mut self, now: Moment, message: ToSource) -> Vec<SourceCommand> {
         match message {
-            ToSource::Welcome { ports } => self.on_welcome(ports),
+            ToSource::Welcome { ports, kept } => self.on_welcome(ports, kept),
             ToSource::Refused(refusal) => {
                 self.abort_unless_proposed(AbortCause::Target { reason: refusal.to_string() })
             }
@@ -24,6 +25,11 @@ impl Source {
             ToSource::Complete => self.on_complete(),
             ToSource::StateLoaded => self.on_state_loaded(now),
             ToSource::Ready => self.on_ready(now),
+            ToSource::Spent { cpu_us, waits, waited_us } => {
+                self.stats.target_cpu = Duration::from_micros(cpu_us);
+                self.stats.faults = FaultStats { waits, waited: Duration::from_micros(waited_us) };
+                Vec::new()
+            }
             ToSource::Failed { reason } => self.abort_unless_proposed(AbortCause::Target { reason }),
             ToSource::Resumed { activate_us, resume_us } => {
                 let (activate, resume) =
@@ -33,12 +39,12 @@ impl Source {
         }
     }
 
-    fn on_welcome(&mut self, ports: Vec<u16>) -> Vec<SourceCommand> {
+    fn on_welcome(&mut self, ports: Vec<u16>, kept: Kept) -> Vec<SourceCommand> {
         let is_asked_for = ports.len() + 1 == usize::from(self.settings.connections);
         match self.state {
             State::Greeting { deadline, is_welcome: false } if is_asked_for => {
                 self.enter(State::Greeting { deadline, is_welcome: true });
-                vec![SourceCommand::OpenBulk { ports }]
+                vec![SourceCommand::OpenBulk { ports, kept }]
             }
             _ => self.out_of_turn("welcome"),
         }
@@ -185,6 +191,25 @@ impl Source {
             _ => (self.abort(AbortCause::Cancelled), Ok(())),
         };
         commands.push(SourceCommand::AnswerCancel(answer));
+        commands
+    }
+
+    /// The machine comes back, unless the target has said that it ran there.
+    pub(super) fn on_reclaimed(&mut self) -> Vec<SourceCommand> {
+        let (mut commands, answer) = match &self.state {
+            State::Ready { stop } | State::Proposed { stop } | State::Committed { stop, .. }
+                if stop.resumed.is_some() =>
+            {
+                (Vec::new(), Err(ReclaimRefused::HasRun))
+            }
+            State::Done { resumed: true } => (Vec::new(), Err(ReclaimRefused::HasRun)),
+            State::Ready { .. } | State::Proposed { .. } | State::Committed { .. } | State::Done { .. } => {
+                (self.abort(AbortCause::Reclaimed), Ok(()))
+            }
+            State::Aborting(_) | State::Aborted { .. } if self.is_reclaimed() => (Vec::new(), Ok(())),
+            _ => (Vec::new(), Err(ReclaimRefused::NotCommitted { phase: self.phase().name() })),
+        };
+        commands.push(SourceCommand::AnswerReclaimed(answer));
         commands
     }
 

@@ -12,8 +12,10 @@
 //!                                         Aborted   (Lost, if the machine would not resume)
 //! ```
 //! Invariants:
-//! - `Resume` is commanded in `Aborting` only, and `Aborting` is never entered from `Proposed` but by the outcome `Aborted`,
-//!   and never from `Committed`. So once the commit may be in the log, the machine stays paused until the outcome is known.
+//! - `Resume` is commanded in `Aborting` only, and `Aborting` is never entered from `Proposed` but by the outcome `Aborted`.
+//!   So once the commit may be in the log, the machine stays paused until the outcome is known.
+//! - From `Committed` and `Done` the only way back is `Reclaimed`: the pool has given the machine back, and whoever says so
+//!   has made sure at the volumes that it never ran at the target. A target that said itself that it runs it rules that out.
 //! - Before `Ready` and in it, the blackout deadline runs; it ends with `CommitProposed`.
 //! - `Ready` is reached only by the target's word that pages, state and proof are in.
 //!
@@ -30,13 +32,13 @@ mod tests;
 mod types;
 
 pub use types::{
-    AbortCause, CancelRefused, CommitRefused, Outcome, OutcomeConflict, Proof, ResumedParts, SourceCommand,
-    SourceEvent, SourcePhase, SourceProgress, SourceSettings,
+    AbortCause, CancelRefused, CommitRefused, Outcome, OutcomeConflict, Proof, ReclaimRefused, ResumedParts,
+    SourceCommand, SourceEvent, SourcePhase, SourceProgress, SourceSettings,
 };
 
 use crate::{
     bitmap::PageBitmap,
-    converge::{Convergence, Decision, RoundFacts},
+    converge::{Convergence, Decision, Forecast, RoundFacts},
     encode::{RoundScope, RoundTotals},
     machine::PausedVm,
     moment::Moment,
@@ -160,9 +162,10 @@ fn is_legal(from: Stage, to: Stage) -> bool {
         Finishing => matches!(to, Ready | Aborting),
         Ready => matches!(to, Proposed | Committed | Aborting),
         Proposed => matches!(to, Committed | Aborting),
-        Committed => matches!(to, Done),
+        Committed => matches!(to, Done | Aborting),
         Aborting => matches!(to, Aborting | Aborted | Lost),
-        Done | Aborted | Lost => false,
+        Done => matches!(to, Aborting),
+        Aborted | Lost => false,
     }
 }
 
@@ -199,6 +202,8 @@ pub struct Source {
     has_link: bool,
     /// Pages that held data in the first round: what a proof has to hash.
     filled_pages: u64,
+    /// Made at the end of the last round.
+    forecast: Option<(Moment, Forecast)>,
 }
 
 impl Source {
@@ -216,6 +221,7 @@ impl Source {
             is_tracking: false,
             has_link: true,
             filled_pages: 0,
+            forecast: None,
         };
         (source, vec![SourceCommand::Connect])
     }
@@ -268,6 +274,7 @@ impl Source {
             SourceEvent::CommitProposed => self.on_commit_proposed(),
             SourceEvent::Outcome(outcome) => self.on_outcome(now, outcome),
             SourceEvent::Cancel => self.on_cancel(),
+            SourceEvent::Reclaimed => self.on_reclaimed(),
             _ if is_over => Vec::new(),
             SourceEvent::Connected => self.on_connected(),
             SourceEvent::BulkOpened => self.on_bulk_opened(),
@@ -285,7 +292,8 @@ impl Source {
             SourceEvent::VmResumed => self.on_vm_resumed(),
             SourceEvent::ResumeFailed { error } => self.on_resume_failed(error),
             SourceEvent::TrackingStopped => self.on_tracking_stopped(),
-            SourceEvent::Progress { link_bytes, pages_remaining } => {
+            SourceEvent::Progress { link_bytes, pages_remaining, cpu } => {
+                self.stats.source_cpu = cpu;
                 self.on_progress(now, link_bytes, pages_remaining)
             }
             SourceEvent::Tick => self.on_tick(now),
@@ -381,9 +389,8 @@ impl Source {
         self.stats.bytes_per_s = self.convergence.bytes_per_s();
         self.stats.dirty_bytes_per_s = self.convergence.dirty_bytes_per_s();
         self.stats.pages_remaining = pages;
-        let forecast = self.convergence.forecast(now);
-        self.stats.eta = forecast.map(|forecast| forecast.eta);
-        self.stats.eta_error_percent = forecast.map_or(100, |forecast| (forecast.error * 100.0) as u8);
+        self.forecast = self.convergence.forecast(now).map(|forecast| (now, forecast));
+        self.estimate(now);
         match decision {
             Decision::Stop { blackout_expected } => self.stop(now, blackout_expected, Rest::Now),
             Decision::PostCopy { blackout_expected } => self.stop(now, blackout_expected, Rest::OnDemand),
@@ -416,7 +423,31 @@ impl Source {
         {
             copying.moved = (now, self.stats.bytes_sent);
         }
+        self.estimate(now);
         Vec::new()
+    }
+
+    /// Time to the end as it looks now: by the last forecast, or before there is one by how fast the first round gets on.
+    fn estimate(&mut self, now: Moment) {
+        let State::Copying(Copying { round, since, .. }) = &self.state else {
+            self.stats.eta = None;
+            return;
+        };
+        if *round > Round(1) || self.forecast.is_some() {
+            self.stats.eta =
+                self.forecast.map(|(made, forecast)| forecast.eta.saturating_sub(now.since(made)));
+            self.stats.eta_error_percent =
+                self.forecast.map_or(100, |(_, forecast)| (forecast.error * 100.0) as u8);
+            return;
+        }
+        // Nothing is known of the guest's writes yet.
+        self.stats.eta_error_percent = 100;
+        let (elapsed, left) = (now.since(*since).as_secs_f64(), self.stats.pages_remaining);
+        let done = self.settings.page_count.saturating_sub(left);
+        if elapsed > 0.0 && left > 0 && done > 0 {
+            self.stats.bytes_per_s = (self.stats.bytes_sent as f64 / elapsed) as u64;
+            self.stats.eta = Duration::try_from_secs_f64(left as f64 * elapsed / done as f64).ok();
+        }
     }
 
     fn record_round(&mut self, round: Round, totals: RoundTotals, took: Duration, dirty_pages_after: u64) {

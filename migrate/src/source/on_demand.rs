@@ -13,7 +13,7 @@ use super::{CONNECT_TIMEOUT, Serving, Source, SourceCommand, State, Stop};
 use crate::{
     bitmap::PageBitmap,
     moment::Moment,
-    wire::{PageWords, Rest, ToTarget, batch::Round},
+    wire::{Kept, PageWords, Rest, ToTarget, batch::Round},
 };
 use proto::PageIndex;
 use std::{sync::Arc, time::Duration};
@@ -137,7 +137,7 @@ impl Source {
             return Vec::new();
         }
         stop.serving.missing = stop.serving.named.take().map(Arc::new);
-        vec![SourceCommand::OpenBulk { ports: Vec::new() }]
+        vec![SourceCommand::OpenBulk { ports: Vec::new(), kept: Kept::Nothing }]
     }
 
     pub(super) fn serve_again(&mut self) -> Vec<SourceCommand> {

@@ -3,7 +3,7 @@ use crate::{
     converge::Policy,
     proof::MemoryProof,
     stats::PageCounts,
-    wire::{Refusal, ToSource},
+    wire::{Kept, Refusal, ToSource},
 };
 use proto::{MigrationId, VmId};
 
@@ -35,19 +35,23 @@ fn totals(raw: u64) -> RoundTotals {
     RoundTotals { pages: PageCounts { raw, ..PageCounts::default() }, bytes: raw * 4096 }
 }
 
-/// Everything up to the last round, which begins at 30 ms: paused at 21 (vCPUs after 1), state saved at 30.
+/// Everything up to the last round, which begins at 30 ms: asked to pause at 15, stopped from 16 on, paused at 21, state saved at 30.
 fn finishing() -> Source {
     let mut source = new();
     source.handle(at(1), SourceEvent::Connected);
-    let welcome = ToSource::Welcome { ports: Vec::new() };
-    assert_eq!(message(&mut source, 2, welcome), [SourceCommand::OpenBulk { ports: Vec::new() }]);
+    let welcome = ToSource::Welcome { ports: Vec::new(), kept: Kept::Nothing };
+    assert_eq!(
+        message(&mut source, 2, welcome),
+        [SourceCommand::OpenBulk { ports: Vec::new(), kept: Kept::Nothing }]
+    );
     assert_eq!(source.handle(at(2), SourceEvent::BulkOpened), [SourceCommand::StartTracking]);
     source.handle(at(3), SourceEvent::TrackingStarted);
     source.handle(at(10), SourceEvent::RoundSent(totals(100)));
     let fetch = message(&mut source, 13, ToSource::RoundReceived { round: Round(1) });
     assert_eq!(fetch, [SourceCommand::FetchDirty]);
     assert_eq!(source.handle(at(15), SourceEvent::DirtyFetched { pages: 3 }), [SourceCommand::Pause]);
-    let facts = PausedVm { pause: Duration::from_millis(1), ..PausedVm::default() };
+    let (pause, drain) = (Duration::from_millis(1), Duration::from_millis(4));
+    let facts = PausedVm { pause, drain, ..PausedVm::default() };
     source.handle(at(21), SourceEvent::Paused(facts));
     let commands = source.handle(at(30), SourceEvent::StateSaved { bytes: 5 });
     assert!(commands.contains(&SourceCommand::SendRound { round: Round(2), scope: RoundScope::Last }));
@@ -78,10 +82,14 @@ fn the_blackout_is_split_at_its_points_and_adds_up() {
     assert_eq!(progress.phase, SourcePhase::Done { resumed: true });
     let ms = Duration::from_millis;
     let parts = progress.stats.blackout;
-    assert_eq!((parts.pause, parts.drain, parts.last_pages), (ms(1), ms(5), ms(10)));
+    assert_eq!(
+        (parts.pause, parts.drain, parts.last_pages),
+        (ms(1), ms(4), ms(10)),
+        "what comes before the stop is none"
+    );
     assert_eq!((parts.state, parts.proof), (ms(9 + 2), ms(5)));
     assert_eq!((parts.commit, parts.activate, parts.resume), (ms(18), ms(4), ms(1)));
-    assert_eq!(parts.total(), ms(70 - 15));
+    assert_eq!(parts.total(), ms(70 - 16));
     assert_eq!(progress.stats.memory_hash, Some([7; 32]));
     assert_eq!((progress.stats.rounds, progress.stats.pages.raw), (2, 103));
 }
@@ -157,7 +165,7 @@ fn a_committed_source_does_not_wait_for_ever_to_hear_of_the_resume() {
 fn a_cancel_during_the_pause_waits_for_it() {
     let mut source = new();
     source.handle(at(1), SourceEvent::Connected);
-    message(&mut source, 2, ToSource::Welcome { ports: Vec::new() });
+    message(&mut source, 2, ToSource::Welcome { ports: Vec::new(), kept: Kept::Nothing });
     source.handle(at(2), SourceEvent::BulkOpened);
     source.handle(at(3), SourceEvent::TrackingStarted);
     source.handle(at(10), SourceEvent::RoundSent(totals(100)));
@@ -195,11 +203,11 @@ fn a_refusal_and_silence_abort_before_a_page_has_moved() {
 fn a_welcome_that_was_not_asked_for_is_out_of_turn() {
     let mut more_ports = new();
     more_ports.handle(at(1), SourceEvent::Connected);
-    message(&mut more_ports, 2, ToSource::Welcome { ports: vec![9] });
+    message(&mut more_ports, 2, ToSource::Welcome { ports: vec![9], kept: Kept::Nothing });
     let mut twice = new();
     twice.handle(at(1), SourceEvent::Connected);
-    message(&mut twice, 2, ToSource::Welcome { ports: Vec::new() });
-    message(&mut twice, 2, ToSource::Welcome { ports: Vec::new() });
+    message(&mut twice, 2, ToSource::Welcome { ports: Vec::new(), kept: Kept::Nothing });
+    message(&mut twice, 2, ToSource::Welcome { ports: Vec::new(), kept: Kept::Nothing });
     for mut source in [more_ports, twice] {
         source.handle(at(3), SourceEvent::TrackingStopped);
         let cause = AbortCause::Protocol { message: "welcome" };
@@ -211,10 +219,10 @@ fn a_welcome_that_was_not_asked_for_is_out_of_turn() {
 fn a_copy_that_does_not_get_on_is_given_up() {
     let mut source = new();
     source.handle(at(1), SourceEvent::Connected);
-    message(&mut source, 2, ToSource::Welcome { ports: Vec::new() });
+    message(&mut source, 2, ToSource::Welcome { ports: Vec::new(), kept: Kept::Nothing });
     source.handle(at(2), SourceEvent::BulkOpened);
     source.handle(at(3), SourceEvent::TrackingStarted);
-    let progress = |link_bytes| SourceEvent::Progress { link_bytes, pages_remaining: 9 };
+    let progress = |link_bytes| SourceEvent::Progress { link_bytes, pages_remaining: 9, cpu: Duration::ZERO };
     source.handle(at(30_000), progress(1 << 20));
     assert!(source.handle(at(60_003), SourceEvent::Tick).is_empty());
     source.handle(at(89_000), progress((1 << 20) + 2000));
@@ -225,21 +233,92 @@ fn a_copy_that_does_not_get_on_is_given_up() {
 }
 
 #[test]
+fn an_estimate_runs_down_from_the_first_pages_on() {
+    let mut source = new();
+    source.handle(at(1), SourceEvent::Connected);
+    message(&mut source, 2, ToSource::Welcome { ports: Vec::new(), kept: Kept::Nothing });
+    source.handle(at(2), SourceEvent::BulkOpened);
+    source.handle(at(1000), SourceEvent::TrackingStarted);
+    let progress = |link_bytes, pages_remaining| SourceEvent::Progress {
+        link_bytes,
+        pages_remaining,
+        cpu: Duration::from_millis(7),
+    };
+    let pages = source.settings.page_count;
+    source.handle(at(1000), progress(0, 0));
+    assert_eq!(source.stats.eta, None, "nothing has gone out");
+    source.handle(at(2000), progress(1 << 20, pages / 2));
+    assert_eq!((source.stats.eta, source.stats.bytes_per_s), (Some(Duration::from_secs(1)), 1 << 20));
+    assert_eq!((source.stats.eta_error_percent, source.stats.source_cpu), (100, Duration::from_millis(7)));
+    let forecast = Forecast { eta: Duration::from_secs(3), blackout: Duration::ZERO, error: 0.25 };
+    source.forecast = Some((at(2000), forecast));
+    source.handle(at(2500), progress(2 << 20, pages / 4));
+    assert_eq!((source.stats.eta, source.stats.eta_error_percent), (Some(Duration::from_millis(2500)), 25));
+}
+
+#[test]
 fn a_blackout_that_is_known_to_be_long_gets_a_later_deadline() {
     let mut source = ready();
     source.stats.blackout_expected = Duration::from_secs(3);
     assert_eq!(source.blackout_deadline(), Duration::from_secs(12));
 }
 
+/// Committed, and the target has not said that the machine runs there.
+fn committed() -> Source {
+    let mut source = ready();
+    source.handle(at(50), SourceEvent::CommitProposed);
+    source.handle(at(60), SourceEvent::Outcome(Outcome::Committed));
+    source
+}
+
 #[test]
-fn the_end_has_no_way_out_and_the_commit_none_back() {
+fn a_machine_that_is_given_back_resumes_unless_it_has_run_at_the_target() {
+    let lost = || SourceEvent::LinkLost { error: "gone".to_owned() };
+    let mut unheard = ready();
+    unheard.handle(at(50), SourceEvent::CommitProposed);
+    let mut done = committed();
+    done.handle(at(61), lost());
+    assert_eq!(done.phase(), SourcePhase::Done { resumed: false });
+    for mut source in [unheard, committed(), done] {
+        let commands = source.handle(at(70), SourceEvent::Reclaimed);
+        assert!(commands.contains(&SourceCommand::Resume), "{commands:?}");
+        assert_eq!(commands.last(), Some(&SourceCommand::AnswerReclaimed(Ok(()))));
+        assert_eq!(source.handle(at(71), SourceEvent::VmResumed), [SourceCommand::StopTracking]);
+        source.handle(at(72), SourceEvent::TrackingStopped);
+        assert_eq!(source.phase(), SourcePhase::Aborted { cause: AbortCause::Reclaimed });
+        let again = source.handle(at(73), SourceEvent::Reclaimed);
+        assert_eq!(again, [SourceCommand::AnswerReclaimed(Ok(()))]);
+    }
+    let resumed = ToSource::Resumed { activate_us: 1, resume_us: 2 };
+    let mut has_run = committed();
+    message(&mut has_run, 65, resumed.clone());
+    let mut overtaken = ready();
+    overtaken.handle(at(50), SourceEvent::CommitProposed);
+    message(&mut overtaken, 65, resumed);
+    let refused = [SourceCommand::AnswerReclaimed(Err(ReclaimRefused::HasRun))];
+    for mut source in [has_run, overtaken] {
+        assert_eq!(source.handle(at(70), SourceEvent::Reclaimed), refused);
+    }
+    let answer = finishing().handle(at(70), SourceEvent::Reclaimed);
+    let refused = ReclaimRefused::NotCommitted { phase: "copying" };
+    assert_eq!(answer, [SourceCommand::AnswerReclaimed(Err(refused))]);
+}
+
+#[test]
+fn after_the_commit_there_is_one_way_back_and_from_the_end_none() {
     use Stage::*;
     let all = [
         Connecting, Greeting, Copying, Pausing, Saving, Finishing, Ready, Proposed, Committed, Done,
         Aborting, Aborted, Lost,
     ];
     for to in all {
-        assert!(!is_legal(Done, to) && !is_legal(Aborted, to) && !is_legal(Lost, to));
-        assert_eq!(is_legal(Committed, to), to == Done);
+        assert!(!is_legal(Aborted, to) && !is_legal(Lost, to));
+        assert_eq!(is_legal(Committed, to), to == Done || to == Aborting);
+        assert_eq!(is_legal(Done, to), to == Aborting);
+    }
+    for event in [SourceEvent::Cancel, SourceEvent::Outcome(Outcome::Aborted), SourceEvent::Tick] {
+        let mut source = committed();
+        let commands = source.handle(at(61), event);
+        assert!(!commands.contains(&SourceCommand::Resume), "{commands:?}");
     }
 }

@@ -7,7 +7,7 @@ use crate::{
     machine::PausedVm,
     proof::MemoryProof,
     stats::MigrationStats,
-    wire::{ToSource, ToTarget, batch::Round},
+    wire::{Kept, ToSource, ToTarget, batch::Round},
 };
 use proto::{MigrationId, PageIndex, Sequence, VmId, VolumeId};
 use std::{sync::Arc, time::Duration};
@@ -105,6 +105,8 @@ pub enum SourceEvent {
         link_bytes: u64,
         /// Left of the current round.
         pages_remaining: u64,
+        /// Processor time of the engine at this side.
+        cpu: Duration,
     },
     /// The daemon is about to propose the commit.
     CommitProposed,
@@ -112,6 +114,8 @@ pub enum SourceEvent {
     Outcome(Outcome),
     /// The operator does not want it any more.
     Cancel,
+    /// The pool has given the machine back to this side, its volumes are taken back, and it never ran at the target.
+    Reclaimed,
     /// Time has passed.
     Tick,
 }
@@ -123,10 +127,12 @@ pub enum SourceCommand {
     Connect,
     /// Send a message on the control stream.
     Send(ToTarget),
-    /// Open the bulk streams, with a further connection to each of these ports of the target.
+    /// Open the bulk streams, with a further connection to each of these ports of the target, and read its index.
     OpenBulk {
         /// The ports.
         ports: Vec<u16>,
+        /// Whether there is an index.
+        kept: Kept,
     },
     /// Let every write set a dirty bit.
     StartTracking,
@@ -177,6 +183,8 @@ pub enum SourceCommand {
     AnswerOutcome(Result<(), OutcomeConflict>),
     /// Answer to [`SourceEvent::Cancel`].
     AnswerCancel(Result<(), CancelRefused>),
+    /// Answer to [`SourceEvent::Reclaimed`].
+    AnswerReclaimed(Result<(), ReclaimRefused>),
 }
 
 /// Decision of the pool about a migration.
@@ -225,6 +233,20 @@ pub enum CancelRefused {
     Committed,
 }
 
+/// This side must not run the machine again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum ReclaimRefused {
+    /// What is here is out of date.
+    #[error("the target has said that the machine runs there")]
+    HasRun,
+    /// It was never given away.
+    #[error("the source is {phase}: there is nothing to take back")]
+    NotCommitted {
+        /// Where it is.
+        phase: &'static str,
+    },
+}
+
 /// The pool's decision contradicts what this source has done. The caller must stop a machine that runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
@@ -246,6 +268,9 @@ pub enum AbortCause {
     /// The pool aborted it.
     #[error("aborted by the pool")]
     OutcomeAborted,
+    /// It was committed, and the target died before the machine ran there.
+    #[error("the target died before the machine ran there, and the pool gave it back")]
+    Reclaimed,
     /// No link, or no longer.
     #[error("no link to the target: {error}")]
     Link {

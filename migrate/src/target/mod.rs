@@ -231,7 +231,11 @@ impl Target {
         }
     }
 
+    /// A message that has no place here ends the migration, but never a machine that may be running.
     fn out_of_turn(&mut self, message: &'static str) -> Vec<TargetCommand> {
+        if matches!(self.state, State::Ready(_) | State::Filling(_)) {
+            return Vec::new();
+        }
         self.fail(TargetFailure::Protocol { message })
     }
 
@@ -286,7 +290,10 @@ impl Target {
 
     fn on_listening(&mut self, ports: Vec<u16>) -> Vec<TargetCommand> {
         match self.state {
-            State::Receiving(_) => vec![TargetCommand::Send(ToSource::Welcome { ports })],
+            State::Receiving(_) => {
+                let kept = self.settings.kept;
+                vec![TargetCommand::Send(ToSource::Welcome { ports, kept })]
+            }
             _ => Vec::new(),
         }
     }

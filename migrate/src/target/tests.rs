@@ -1,5 +1,5 @@
 use super::*;
-use crate::ResumedParts;
+use crate::{ResumedParts, wire::Kept};
 use proto::{MigrationId, PageIndex, VmId};
 
 fn handle(target: &mut Target, event: TargetEvent) -> Vec<TargetCommand> {
@@ -19,7 +19,12 @@ fn hello() -> ToTarget {
 }
 
 fn new() -> Target {
-    Target::new(TargetSettings { migration: MigrationId(1), vm: VmId(2), page_count: 1024 })
+    Target::new(TargetSettings {
+        migration: MigrationId(1),
+        vm: VmId(2),
+        page_count: 1024,
+        kept: Kept::Nothing,
+    })
 }
 
 fn proof(byte: u8) -> MemoryProof {

@@ -6,7 +6,7 @@ use crate::{
     machine::Supply,
     proof::{MemoryHash, MemoryProof},
     source::ResumedParts,
-    wire::{Refusal, ToSource, ToTarget, batch::Round},
+    wire::{Kept, Refusal, ToSource, ToTarget, batch::Round},
 };
 use proto::{MigrationId, PageIndex, Sequence, VmId, VolumeId};
 
@@ -19,6 +19,8 @@ pub struct TargetSettings {
     pub vm: VmId,
     /// Pages of guest memory.
     pub page_count: u64,
+    /// What its memory holds of the machine already.
+    pub kept: Kept,
 }
 
 /// What has happened.

@@ -8,6 +8,7 @@
 //! kind 4 round end  no payload, `first page` holds how many pages this stream carried in the round
 //! kind 5 delta      1 page: u32 round of its base │ lz4 block of new XOR base, 4096 bytes unpacked
 //! kind 6 reference  1 page: u64 page that holds the same content │ its blake3 hash
+//! kind 7 kept       no payload, `pages` pages are what the target's index says; in the first round only
 //! ```
 //! A frame names its round, so that the target can tell an older copy of a page from a newer one.
 
@@ -39,6 +40,7 @@ const KIND_LZ4: u8 = 3;
 const KIND_ROUND_END: u8 = 4;
 const KIND_DELTA: u8 = 5;
 const KIND_REFERENCE: u8 = 6;
+const KIND_KEPT: u8 = 7;
 
 /// Bytes before the block of a delta.
 const DELTA_HEAD_BYTES: usize = 4;
@@ -104,6 +106,15 @@ pub enum PageFrame<'a> {
         /// Its hash.
         hash: MemoryHash,
     },
+    /// `count` pages from `first` are what the target has kept there.
+    Kept {
+        /// Round of the copy.
+        round: Round,
+        /// First page.
+        first: PageIndex,
+        /// Pages, at least 1.
+        count: u32,
+    },
     /// Nothing more of this round follows on this stream.
     RoundEnd {
         /// The round.
@@ -146,6 +157,20 @@ struct Split<'a> {
 }
 
 impl<'a> PageFrame<'a> {
+    /// Round of the copy.
+    #[must_use]
+    pub fn round(&self) -> Round {
+        match self {
+            Self::Zero { round, .. }
+            | Self::Raw { round, .. }
+            | Self::Lz4 { round, .. }
+            | Self::Delta { round, .. }
+            | Self::Reference { round, .. }
+            | Self::Kept { round, .. }
+            | Self::RoundEnd { round, .. } => *round,
+        }
+    }
+
     fn split(&self) -> Split<'a> {
         let mut head = [0; REFERENCE_BYTES];
         let (header, payload) = self.header_and_payload();
@@ -169,6 +194,9 @@ impl<'a> PageFrame<'a> {
         match *self {
             Self::Zero { round, first, count } => {
                 (Header { kind: KIND_ZERO, payload: 0, round, count, first: first.0 }, &[])
+            }
+            Self::Kept { round, first, count } => {
+                (Header { kind: KIND_KEPT, payload: 0, round, count, first: first.0 }, &[])
             }
             Self::Raw { round, first, data } => {
                 let count = length(data) / PAGE_BYTES as u32;
@@ -275,6 +303,7 @@ impl<'a> BatchReader<'a> {
         let is_run = (1..=RUN_PAGES_MAX).contains(&(count as usize));
         match kind {
             KIND_ZERO if length == 0 && count > 0 => Ok(PageFrame::Zero { round, first, count }),
+            KIND_KEPT if length == 0 && count > 0 => Ok(PageFrame::Kept { round, first, count }),
             KIND_RAW if is_run && length == count as usize * PAGE_BYTES => {
                 Ok(PageFrame::Raw { round, first, data: self.take(length)? })
             }
@@ -329,6 +358,7 @@ mod tests {
             PageFrame::Lz4 { round: Round(2), first: PageIndex(1 << 40), count: 16, block: &[1, 2, 3] },
             PageFrame::Delta { round: Round(3), page: PageIndex(4), base: Round(2), block: &[7; 30] },
             PageFrame::Reference { round: Round(3), page: PageIndex(5), source: PageIndex(9), hash: [8; 32] },
+            PageFrame::Kept { round: Round(1), first: PageIndex(7), count: 300 },
             PageFrame::RoundEnd { round: Round(2), pages: u64::MAX },
         ];
         let mut writer = BatchWriter::default();
@@ -357,7 +387,7 @@ mod tests {
     proptest! {
         /// Arbitrary bytes are refused or read, never a panic, and a frame never claims more than it brought.
         #[test]
-        fn any_bytes_are_read_without_a_panic(kind in 0u8..8, count in 0u32..40, bytes in prop::collection::vec(any::<u8>(), 0..400)) {
+        fn any_bytes_are_read_without_a_panic(kind in 0u8..9, count in 0u32..40, bytes in prop::collection::vec(any::<u8>(), 0..400)) {
             let _ = BatchReader::new(&bytes).count();
             let mut shaped = vec![kind, 0, 0, 0];
             shaped.extend_from_slice(&(bytes.len() as u32).to_le_bytes());

@@ -17,6 +17,15 @@ pub enum Rest {
     OnDemand,
 }
 
+/// What a target has of the machine from before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Kept {
+    /// Nothing.
+    Nothing,
+    /// An image, and its index follows.
+    Image,
+}
+
 /// Words of one [`PageWords`]: at most ten bytes each, so that the message keeps within its limit.
 pub const PAGE_WORDS_MAX: usize = 16 << 10;
 
@@ -104,6 +113,8 @@ pub enum ToSource {
     Welcome {
         /// UDP ports for the further connections.
         ports: Vec<u16>,
+        /// Whether an index of pages follows that it has kept of this machine.
+        kept: Kept,
     },
     /// Answer to `Hello`: this can't work.
     Refused(Refusal),
@@ -130,6 +141,15 @@ pub enum ToSource {
     Missing(PageWords),
     /// Every page has arrived: the source is not needed any more.
     Complete,
+    /// What the target has spent so far; for the record only.
+    Spent {
+        /// Processor time of its engine, in microseconds.
+        cpu_us: u64,
+        /// How often somebody has waited for a page.
+        waits: u64,
+        /// Sum of these waits, from the kernel's word to the page in its place, in microseconds.
+        waited_us: u64,
+    },
     /// The machine runs at the target.
     Resumed {
         /// Time to activate its volumes, in microseconds.
@@ -217,7 +237,7 @@ impl Bounded for ToSource {
     fn is_bounded(&self) -> bool {
         match self {
             Self::Missing(pages) => pages.words.len() <= PAGE_WORDS_MAX,
-            Self::Welcome { ports } => ports.len() < usize::from(CONNECTIONS_MAX),
+            Self::Welcome { ports, .. } => ports.len() < usize::from(CONNECTIONS_MAX),
             _ => true,
         }
     }

@@ -6,6 +6,7 @@
 //! bulk × n (uni)                         u8 1 │ u8 stream │ batch … batch        batch = u32 length │ frame … frame
 //! state    (uni)                         u8 2 │ u64 length │ bytes
 //! urgent   (uni)                         u8 3 │ batch … batch        pages that the machine waits for
+//! index    (uni, opened by the target)   u64 length │ the index of what it has kept, if it says so in its welcome
 //! ```
 //! All numbers are little-endian. Every length is checked against its limit before memory is taken for it.
 //!
@@ -19,11 +20,11 @@ pub mod batch;
 pub mod control;
 
 pub use batch::{BatchReader, BatchWriter, PageFrame};
-pub use control::{PageWords, Refusal, Rest, ToSource, ToTarget};
+pub use control::{Kept, PageWords, Refusal, Rest, ToSource, ToTarget};
 
 /// Version of everything in this module. 1: the first. 2: deltas, references, several connections, pages on
-/// demand.
-pub const WIRE_VERSION: u16 = 2;
+/// demand. 3: what the target has spent; pages that it has kept.
+pub const WIRE_VERSION: u16 = 3;
 
 /// Largest machine state in bytes. State of 64 vCPUs and 32 devices is below 2 MiB; the rest is room.
 pub const STATE_BYTES_MAX: usize = 16 << 20;
@@ -113,6 +114,9 @@ pub enum WireError {
         /// The byte.
         byte: u8,
     },
+    /// No index of a kept image, or of another memory.
+    #[error("malformed index of kept pages")]
+    Index,
     /// A control message does not decode.
     #[error("malformed control message")]
     Control,

@@ -7,11 +7,14 @@
 mod support;
 
 mod demand;
+mod fuzz;
+mod mishaps;
 mod plan;
+mod pool;
 mod world;
 
 use migrate::{Outcome, Policy, Proof, SourcePhase, Supply, TargetPhase};
-use plan::{Decision, Fault, FirstToHear, Plan};
+use plan::{Decision, Fault, FirstToHear, Mishap, MishapKind, Plan};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use std::{
     sync::{Arc, atomic::Ordering},
@@ -41,6 +44,10 @@ fn check(world: &World, plan: &Plan) {
         }
     };
     match world.decided {
+        Some(Outcome::Committed) if world.is_reclaimed => {
+            assert!(world.target.is_none() && !world.has_arrived, "{plan:?}");
+            stays();
+        }
         Some(Outcome::Committed) => {
             assert!(matches!(source, Some(SourcePhase::Done { .. }) | None), "{source:?}: {plan:?}");
             assert!(!world.source_vm.is_running() || source.is_none());
@@ -149,6 +156,43 @@ fn a_link_that_breaks_twice_while_pages_come_on_demand_is_made_again() {
     assert!(twice > 10, "the machine was held twice in {twice} runs");
 }
 
+/// Each single message is lost, doubled or overtaken.
+fn mishap_with_every_message(base: &Plan) -> usize {
+    let mut calm = World::new(base, guest(base));
+    calm.run();
+    for message in 1..=calm.messages {
+        for kind in [MishapKind::Lost, MishapKind::Doubled, MishapKind::Overtaken] {
+            run(&Plan { mishap: Some(Mishap { kind, message }), ..base.clone() });
+        }
+    }
+    calm.messages
+}
+
+#[test]
+fn a_mishap_with_every_message_leaves_the_machine_at_one_place() {
+    assert!(mishap_with_every_message(&Plan::calm()) > 10);
+    assert!(mishap_with_every_message(&Plan::on_demand()) > 10);
+}
+
+/// A target that dies after the commit and before the machine ran there gives it back, and the next try succeeds.
+#[test]
+fn a_machine_that_never_arrived_goes_on_at_its_source() {
+    let mut reclaimed = 0;
+    for base in [Plan { first_to_hear: FirstToHear::Source, ..Plan::calm() }, Plan::on_demand()] {
+        for fault_step in 1..=run(&base) {
+            let plan = Plan { fault: Fault::TargetDies, fault_step, ..base.clone() };
+            let mut world = World::new(&plan, guest(&plan));
+            world.run();
+            check(&world, &plan);
+            if world.is_reclaimed {
+                assert!(world.source_vm.is_running(), "{plan:?}");
+                reclaimed += 1;
+            }
+        }
+    }
+    assert!(reclaimed > 3, "the machine went back in {reclaimed} runs");
+}
+
 fn fault_at_every_step(base: &Plan) -> usize {
     let decisions = [
         Decision::Commit,
@@ -156,7 +200,8 @@ fn fault_at_every_step(base: &Plan) -> usize {
         Decision::Unknown { at_last_committed: true },
         Decision::Unknown { at_last_committed: false },
     ];
-    let faults = [Fault::None, Fault::LinkCut, Fault::SourceDies, Fault::TargetDies, Fault::Cancel];
+    let faults =
+        [Fault::None, Fault::LinkCut, Fault::SourceDies, Fault::TargetDies, Fault::Cancel, Fault::LeaderDies];
     let mut runs = 0;
     for decision in decisions {
         for first_to_hear in [FirstToHear::Source, FirstToHear::Target] {
@@ -204,7 +249,16 @@ fn random_faults_delays_and_guests() {
     let base: u64 = std::env::var("POOL_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(20_260);
     for seed in base..base + 400 {
         let mut rng = StdRng::seed_from_u64(seed);
-        let faults = [Fault::LinkCut, Fault::SourceDies, Fault::TargetDies, Fault::Cancel, Fault::None];
+        let faults = [
+            Fault::LinkCut,
+            Fault::SourceDies,
+            Fault::TargetDies,
+            Fault::Cancel,
+            Fault::LeaderDies,
+            Fault::None,
+        ];
+        let kinds = [MishapKind::Lost, MishapKind::Doubled, MishapKind::Overtaken];
+        let mishap = Mishap { kind: kinds[rng.random_range(0..3)], message: rng.random_range(1..150) };
         let decisions = [
             Decision::Commit,
             Decision::Abort,
@@ -216,6 +270,7 @@ fn random_faults_delays_and_guests() {
             fault: faults[rng.random_range(0..faults.len())],
             fault_step: rng.random_range(1..300),
             second_cut_after: rng.random::<bool>().then(|| rng.random_range(1..100)),
+            mishap: rng.random_bool(0.3).then_some(mishap),
             outage: Duration::from_millis(rng.random_range(0..3000)),
             decision: decisions[rng.random_range(0..decisions.len())],
             first_to_hear: if rng.random() { FirstToHear::Source } else { FirstToHear::Target },

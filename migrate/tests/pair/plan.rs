@@ -15,6 +15,27 @@ pub enum Fault {
     TargetDies,
     /// The operator cancels.
     Cancel,
+    /// The pool has no leader for a while.
+    LeaderDies,
+}
+
+/// What happens to a message on its way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MishapKind {
+    /// It never arrives; the link ends later.
+    Lost,
+    /// It arrives twice.
+    Doubled,
+    /// What was sent after it arrives before it.
+    Overtaken,
+}
+
+/// One message that fares badly.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mishap {
+    pub kind: MishapKind,
+    /// The how manieth, counted from 1.
+    pub message: usize,
 }
 
 /// What the pool makes of a proposal.
@@ -44,6 +65,8 @@ pub struct Plan {
     pub fault_step: usize,
     /// With [`Fault::LinkCut`]: events from the first cut to a second one.
     pub second_cut_after: Option<usize>,
+    /// What happens to one message.
+    pub mishap: Option<Mishap>,
     /// How long a cut link can't be made again.
     pub outage: Duration,
     pub decision: Decision,
@@ -68,6 +91,7 @@ impl Plan {
             fault: Fault::None,
             fault_step: usize::MAX,
             second_cut_after: None,
+            mishap: None,
             outage: Duration::from_millis(700),
             decision: Decision::Commit,
             first_to_hear: FirstToHear::Source,

@@ -1,12 +1,12 @@
 //! Both sides, a link, a pool and a clock, all in one thread and in virtual time.
 
 use crate::{
-    plan::{Decision, Fault, FirstToHear, Plan},
+    plan::{Fault, Plan},
     support::ModelGuest,
 };
 use bytes::Bytes;
 use migrate::{
-    Outcome, PageBitmap, Proof, ResumedParts, SourcePhase, SourceVm, TargetPhase, TargetVm,
+    Outcome, PageBitmap, Proof, SourcePhase, SourceVm, TargetPhase, TargetVm,
     apply::PageApplier,
     codec::Codec,
     encode::{BatchSink, RoundPlan, RoundScope, Stopped, send_round},
@@ -16,7 +16,7 @@ use migrate::{
     source::{Source, SourceCommand, SourceEvent, SourceSettings},
     target::{Target, TargetCommand, TargetEvent, TargetFailure, TargetSettings},
     wire::{
-        ToSource, ToTarget,
+        Kept, ToSource, ToTarget,
         batch::{BATCH_PREFIX_BYTES, Round},
         control,
     },
@@ -25,7 +25,7 @@ use proto::{MigrationId, VmId};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    sync::{Arc, atomic::AtomicBool, atomic::Ordering},
+    sync::{Arc, atomic::AtomicBool},
     time::Duration,
 };
 
@@ -63,6 +63,10 @@ pub enum Happening {
     Decide(Outcome),
     OutcomeAtSource(Outcome),
     OutcomeAtTarget(Outcome),
+    /// The pool has found that the target died before the machine ran there.
+    Reclaim,
+    /// The link was silent for too long.
+    IdleTimeout(u32),
 }
 
 /// Order is kept within each of these, as QUIC does.
@@ -110,6 +114,16 @@ pub struct World {
     /// The source has promised not to resume without an outcome.
     pub has_promised: bool,
     pub decided: Option<Outcome>,
+    /// An entry is on its way that decides.
+    pub is_deciding: bool,
+    /// No entry is accepted before.
+    pub leader_back_at: Moment,
+    /// The machine has run at the target.
+    pub has_arrived: bool,
+    /// The pool has given it back to the source.
+    pub is_reclaimed: bool,
+    /// Messages that were put on their way.
+    pub messages: usize,
 }
 
 impl World {
@@ -125,8 +139,12 @@ impl World {
             proof: plan.proof,
         };
         let (source, commands) = Source::start(settings, Moment::default());
-        let target_settings =
-            TargetSettings { migration: MigrationId(9), vm: VmId(8), page_count: plan.pages as u64 };
+        let target_settings = TargetSettings {
+            migration: MigrationId(9),
+            vm: VmId(8),
+            page_count: plan.pages as u64,
+            kept: Kept::Nothing,
+        };
         let hashes = (plan.proof == Proof::Sampled).then(|| PageHashes::new(plan.pages as u64));
         let mut world = Self {
             plan: plan.clone(),
@@ -156,6 +174,11 @@ impl World {
             is_proposing: false,
             has_promised: false,
             decided: None,
+            is_deciding: false,
+            leader_back_at: Moment::default(),
+            has_arrived: false,
+            is_reclaimed: false,
+            messages: 0,
         };
         world.source_commands(commands);
         world
@@ -193,12 +216,6 @@ impl World {
         }
     }
 
-    /// The decision that did not come is made known after all.
-    pub fn decide_at_last(&mut self, outcome: Outcome) {
-        self.later(Duration::from_secs(60), Happening::Decide(outcome));
-        self.run();
-    }
-
     fn after_step(&mut self) {
         self.steps += 1;
         assert!(self.steps < STEPS_MAX, "no end: {:?}", self.plan);
@@ -220,7 +237,8 @@ impl World {
         let (at_source, at_target) = (self.source_vm.is_running(), self.target_vm.is_running());
         assert!(!(at_source && at_target), "runs twice: {:?}", self.plan);
         let decided_against = self.decided != Some(Outcome::Aborted);
-        assert!(!(self.has_promised && at_source && decided_against), "promise broken: {:?}", self.plan);
+        let may_not_run = self.has_promised && decided_against && !self.is_reclaimed;
+        assert!(!(may_not_run && at_source), "promise broken: {:?}", self.plan);
         let is_committed = self.decided == Some(Outcome::Committed);
         assert!(!at_target || is_committed, "the target runs without a commit: {:?}", self.plan);
     }
@@ -256,12 +274,14 @@ impl World {
                 self.applier = None;
                 *self.target_vm.running.lock().unwrap() = false;
                 self.cut("the target died");
+                self.reclaim_soon();
             }
+            Fault::LeaderDies => self.leader_dies(),
             Fault::Cancel => self.tell_source(SourceEvent::Cancel),
         }
     }
 
-    fn cut(&mut self, error: &str) {
+    pub fn cut(&mut self, error: &str) {
         if !std::mem::replace(&mut self.has_link, false) {
             return;
         }
@@ -297,7 +317,7 @@ impl World {
         let delay = self.rng.random_range(Duration::from_micros(50)..=self.plan.message_delay_max);
         let earliest = self.last_on_stream.get(&stream).copied().unwrap_or_default();
         let at = self.now.after(delay).max(earliest);
-        self.last_on_stream.insert(stream, at);
+        let Some((at, happening)) = self.mishap(stream, at, happening) else { return };
         self.serial += 1;
         self.queue.insert((at, self.serial), (Some(self.link), happening));
     }
@@ -335,10 +355,17 @@ impl World {
                 self.tell_source(SourceEvent::VmResumed);
             }
             Happening::PauseEnds | Happening::ResumeEnds => {}
+            Happening::Propose | Happening::Decide(_) if self.now < self.leader_back_at => {
+                let wait = self.leader_back_at.since(self.now);
+                self.later(wait, happening);
+            }
             Happening::Propose => self.tell_source(SourceEvent::CommitProposed),
             Happening::Decide(outcome) => self.decide(outcome),
+            Happening::Reclaim => self.reclaim(),
             Happening::OutcomeAtSource(outcome) => self.tell_source(SourceEvent::Outcome(outcome)),
             Happening::OutcomeAtTarget(outcome) => self.outcome_at_target(outcome),
+            Happening::IdleTimeout(link) if link == self.link => self.cut("silent for too long"),
+            Happening::IdleTimeout(_) => {}
         }
     }
 
@@ -360,35 +387,6 @@ impl World {
             Err(error) => {
                 let failure = TargetFailure::Pages { error: error.to_string() };
                 self.tell_target(TargetEvent::Failed(failure));
-            }
-        }
-    }
-
-    fn decide(&mut self, outcome: Outcome) {
-        self.decided = Some(outcome);
-        let (soon, late) = (Duration::from_millis(1), Duration::from_millis(300));
-        let (at_source, at_target) =
-            if self.plan.first_to_hear == FirstToHear::Source { (soon, late) } else { (late, soon) };
-        self.later(at_source, Happening::OutcomeAtSource(outcome));
-        self.later(at_target, Happening::OutcomeAtTarget(outcome));
-    }
-
-    /// What the target's process does with the decision.
-    fn outcome_at_target(&mut self, outcome: Outcome) {
-        let Some(phase) = self.target_phase() else { return };
-        match outcome {
-            Outcome::Aborted => self.tell_target(TargetEvent::Discard),
-            Outcome::Committed => {
-                assert!(
-                    matches!(phase, TargetPhase::Ready { .. }),
-                    "committed with {phase:?}: {:?}",
-                    self.plan
-                );
-                assert!(self.target_vm.is_restored.load(Ordering::SeqCst));
-                let difference = self.source_vm.first_difference(&self.target_vm);
-                assert_eq!(difference, None, "memory differs: {:?}", self.plan);
-                *self.target_vm.running.lock().unwrap() = true;
-                self.tell_target(TargetEvent::Resumed(ResumedParts::default()));
             }
         }
     }
@@ -417,7 +415,7 @@ impl World {
                 SourceCommand::Send(message) => {
                     self.transmit(Stream::ControlOut, Happening::ToTarget(control::encode(&message)));
                 }
-                SourceCommand::OpenBulk { ports: _ } => {
+                SourceCommand::OpenBulk { .. } => {
                     self.transmit_at(step, Happening::Source(SourceEvent::BulkOpened))
                 }
                 SourceCommand::StartTracking => {
@@ -460,6 +458,10 @@ impl World {
                 SourceCommand::AnswerOutcome(answer) => {
                     assert!(answer.is_ok(), "{answer:?}: {:?}", self.plan);
                 }
+                SourceCommand::AnswerReclaimed(answer) => {
+                    assert!(answer.is_ok(), "{answer:?}: {:?}", self.plan);
+                    self.is_reclaimed = true;
+                }
                 SourceCommand::AnswerCommitProposed(Err(_)) | SourceCommand::AnswerCancel(_) => {}
             }
         }
@@ -474,16 +476,6 @@ impl World {
         let lost = hashes.first_changed(&memory, &self.dirty, u64::MAX, self.plan.seed).unwrap();
         assert_eq!(lost, None, "a write was lost: {:?}", self.plan);
         hashes.combine()
-    }
-
-    fn promised(&mut self) {
-        self.has_promised = true;
-        let decided_after = Duration::from_millis(10);
-        match self.plan.decision {
-            Decision::Commit => self.later(decided_after, Happening::Decide(Outcome::Committed)),
-            Decision::Abort => self.later(decided_after, Happening::Decide(Outcome::Aborted)),
-            Decision::Unknown { .. } => {}
-        }
     }
 
     fn send_round(&mut self, round: Round, scope: RoundScope) {

@@ -1,6 +1,7 @@
 //! Two guests, their handles, and what the two daemons do.
 
 use crate::support::ModelGuest;
+use migrate::proof::PageHashes;
 use migrate::{
     Identity, Outcome, Rehash, ResumedParts, SourceConfig, SourceHandle, SourcePhase, SourceProgress,
     SourceTask, TargetConfig, TargetHandle, TargetPhase, TargetTask,
@@ -28,18 +29,29 @@ pub struct Pair {
 
 impl Pair {
     pub fn new(pages: usize, rehash: Rehash) -> Self {
+        let source = Arc::new(ModelGuest::running(pages, STATE));
+        Self::of(source, Arc::new(ModelGuest::new(pages)), rehash, None)
+    }
+
+    /// Between these two; the target's memory may be one that was kept.
+    pub fn of(
+        source: Arc<ModelGuest>,
+        target: Arc<ModelGuest>,
+        rehash: Rehash,
+        kept: Option<PageHashes>,
+    ) -> Self {
         let (source_identity, target_identity) =
             (Identity::generate().unwrap(), Identity::generate().unwrap());
-        let target = Arc::new(ModelGuest::new(pages));
         let config = TargetConfig {
             migration: MigrationId(5),
             vm: VmId(4),
             listen_ip: LOOPBACK,
             source_fingerprint: source_identity.fingerprint(),
             rehash,
+            kept,
         };
         let incoming = TargetTask::listen(target_identity, config, target.clone()).unwrap();
-        Self { source: Arc::new(ModelGuest::running(pages, STATE)), target, source_identity, incoming }
+        Self { source, target, source_identity, incoming }
     }
 
     pub fn config(&self) -> SourceConfig {

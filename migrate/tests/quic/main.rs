@@ -5,6 +5,7 @@ mod support;
 
 mod harness;
 mod on_demand;
+mod way_back;
 
 use harness::{DEADLINE, LOOPBACK, Pair, STATE, Writer, source_phase, target_phase};
 use migrate::{

@@ -1,5 +1,6 @@
 //! Commands of the pool as a whole and of its hosts.
 
+use super::govern::CaCommand;
 use crate::reference;
 use clap::{Subcommand, ValueHint};
 use proto::TokenId;
@@ -12,6 +13,16 @@ pub enum PoolCommand {
     Status,
     /// Everything about the pool itself
     Show,
+    /// Changes settings: name=NAME, replicas-default=N (of volumes that are created without --replicas), cpu-overcommit=N (vCPUs
+    /// that a CPU is counted for)
+    Set {
+        /// KEY=VALUE; may be repeated
+        #[arg(required = true, value_parser = reference::setting, value_name = "KEY=VALUE")]
+        settings: Vec<reference::Setting>,
+    },
+    /// The pool's certificate authority
+    #[command(subcommand)]
+    Ca(CaCommand),
     /// Writes the pool's state to a file, from which `poold recover` can found it again; it holds the key of the pool's CA
     Backup {
         /// The file; it must not exist

@@ -1,5 +1,6 @@
 //! The command line as types. Everything that can be checked without the pool is checked here.
 
+mod govern;
 mod hosts;
 mod networks;
 mod rules;
@@ -10,6 +11,7 @@ mod work;
 #[cfg(test)]
 mod tests;
 
+pub use govern::{CaCommand, UpgradeCommand, UserTokenCommand};
 pub use hosts::{BalanceCommand, HaCommand, HostCommand, PoolCommand, TokenCommand};
 pub use networks::{NetArguments, NetCommand};
 pub use rules::{GroupCommand, Members, Rule, SupportCommand, UserCommand};
@@ -94,6 +96,9 @@ pub enum Noun {
     /// Who may use the pool
     #[command(subcommand)]
     User(UserCommand),
+    /// Versions of the hosts' daemons
+    #[command(subcommand)]
+    Upgrade(UpgradeCommand),
     /// What helps to help
     #[command(subcommand)]
     Support(SupportCommand),

@@ -1,5 +1,6 @@
 //! Commands of groups, users and support.
 
+use super::govern::UserTokenCommand;
 use clap::{Args, Subcommand, ValueEnum, ValueHint};
 use std::path::PathBuf;
 
@@ -136,6 +137,11 @@ pub enum UserCommand {
     },
     /// As whom this command calls
     Whoami,
+    /// Brings another certificate for the key of this configuration, and writes it there
+    Renew,
+    /// Access tokens, for programs without a certificate
+    #[command(subcommand)]
+    Token(UserTokenCommand),
 }
 
 /// `poolctl support …`

@@ -8,9 +8,27 @@ use crate::{
 use futures::{StreamExt as _, stream::FuturesUnordered};
 use std::{error::Error, net::SocketAddr, time::Duration};
 use tonic::{
-    Status,
-    transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity},
+    Request, Status,
+    metadata::{Ascii, MetadataValue},
+    service::{Interceptor, interceptor::InterceptedService},
+    transport::{Certificate, Channel as Connection, ClientTlsConfig, Endpoint, Identity},
 };
+
+/// A connection that carries the operator's token, if there is one.
+pub type Channel = InterceptedService<Connection, Bearer>;
+
+/// Adds an access token to each call; nothing for those who show a certificate.
+#[derive(Clone)]
+pub struct Bearer(Option<MetadataValue<Ascii>>);
+
+impl Interceptor for Bearer {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        if let Bearer(Some(token)) = self {
+            request.metadata_mut().insert("authorization", token.clone());
+        }
+        Ok(request)
+    }
+}
 
 /// Name in the certificate of every host.
 const TLS_NAME: &str = "poold.pool";
@@ -30,6 +48,7 @@ const KEEP_ALIVE_LIMIT: Duration = Duration::from_secs(3);
 /// Makes connections with the operator's certificate.
 pub struct Connector {
     tls: ClientTlsConfig,
+    bearer: Bearer,
 }
 
 impl Connector {
@@ -40,9 +59,22 @@ impl Connector {
     pub fn new(config: &Config) -> Result<Self, Failure> {
         let tls = ClientTlsConfig::new()
             .ca_certificate(Certificate::from_pem(&config.ca_pem))
-            .identity(Identity::from_pem(&config.cert_pem, &config.key_pem))
             .domain_name(TLS_NAME);
-        let connector = Self { tls };
+        let connector = if config.token.is_empty() {
+            let identity = Identity::from_pem(&config.cert_pem, &config.key_pem);
+            Self { tls: tls.identity(identity), bearer: Bearer(None) }
+        } else {
+            let header = format!("Bearer {}", config.token).parse().map_err(|_| {
+                Failure::new(
+                    Exit::Usage,
+                    "BAD_CONFIG",
+                    "`token` of the configuration",
+                    "it is no token".to_owned(),
+                )
+                .with_remedy("copy the whole line that `poolctl user token create` printed")
+            })?;
+            Self { tls, bearer: Bearer(Some(header)) }
+        };
         // Bad PEM shows only here; better now than as "unreachable".
         connector.endpoint(([127, 0, 0, 1], 1).into()).map_err(|error| {
             Failure::new(Exit::Usage, "BAD_CONFIG", "certificates of the configuration", chain(&error))
@@ -62,7 +94,7 @@ impl Connector {
     async fn connect(&self, address: SocketAddr) -> (SocketAddr, Result<Channel, Failure>) {
         let attempt = async { self.endpoint(address)?.connect().await };
         let result = match tokio::time::timeout(CONNECT_LIMIT, attempt).await {
-            Ok(Ok(channel)) => Ok(channel),
+            Ok(Ok(channel)) => Ok(InterceptedService::new(channel, self.bearer.clone())),
             Ok(Err(error)) => Err(failure_of_connection(address, &error)),
             Err(_) => Err(unreachable_host(address, format!("no answer within {CONNECT_LIMIT:?}"))),
         };

@@ -20,6 +20,7 @@ use crate::{
     config::{Config, HostsFile, merge},
     failure::{Exit, Failure},
 };
+pub use connect::Channel;
 use connect::Connector;
 use futures::future::Either;
 use proto::v1::{ListHostsRequest, RequestMeta, host_service_client::HostServiceClient};
@@ -31,7 +32,7 @@ use std::{
     time::Duration,
 };
 use tokio::{task::JoinHandle, time::Instant};
-use tonic::{Response, Status, Streaming, transport::Channel};
+use tonic::{Response, Status, Streaming};
 
 /// How long a call is repeated while no host can serve it: an election of the pool and the restart of a daemon fit in.
 const PATIENCE: Duration = Duration::from_secs(8);

@@ -77,6 +77,18 @@ impl PoolService for Host {
         Err(unused())
     }
 
+    async fn set(&self, _: Request<v1::PoolSetRequest>) -> Result<Response<Pool>, Status> {
+        Err(unused())
+    }
+
+    async fn rotate_ca(&self, _: Request<v1::RotateCaRequest>) -> Result<Response<Pool>, Status> {
+        Err(unused())
+    }
+
+    async fn finish_ca(&self, _: Request<v1::FinishCaRequest>) -> Result<Response<Pool>, Status> {
+        Err(unused())
+    }
+
     async fn backup(&self, _: Request<v1::BackupRequest>) -> Result<Response<Self::BackupStream>, Status> {
         Err(unused())
     }

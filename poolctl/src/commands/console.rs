@@ -34,7 +34,7 @@ async fn serial(vm: String, session: &mut Session) -> Result<(), Failure> {
     let seen = Cursor { end: log.offset + log.data.len() as u64, overlaps: false };
     let keyboard = Keyboard::open(&vm)?;
     // The client serves both at once; only the output needs the session to itself.
-    let Session { client, output } = session;
+    let Session { client, output, .. } = session;
     let typing = pin!(keyboard.type_into(&vm, client));
     let following = pin!(follow(vm.clone(), client, output, seen));
     match futures::future::select(typing, following).await {
@@ -53,7 +53,7 @@ async fn show_log(vm: String, session: &mut Session) -> Result<(), Failure> {
 
 /// What of the log is not seen yet, and then what comes.
 async fn follow_log(vm: String, session: &mut Session, seen: Cursor) -> Result<(), Failure> {
-    let Session { client, output } = session;
+    let Session { client, output, .. } = session;
     follow(vm, client, output, seen).await
 }
 

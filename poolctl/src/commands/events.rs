@@ -26,7 +26,7 @@ pub async fn run(command: EventCommand, session: &mut Session) -> Result<(), Fai
         Some(from) => from,
         None => call!(session.client, PoolServiceClient, show, PoolShowRequest {}).await?.revision + 1,
     };
-    let Session { client, output } = session;
+    let Session { client, output, .. } = session;
     let cursor = Cursor::new(from);
     let open = |channel| {
         let request = WatchEventsRequest { from_revision: cursor.revision.get() };

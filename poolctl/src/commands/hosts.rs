@@ -61,7 +61,7 @@ pub async fn run(command: HostCommand, session: &mut Session) -> Result<(), Fail
         HostCommand::Remove { host, force: true } => leave(host, Departure::Dead, session).await,
         HostCommand::Remove { host, force: false } => leave(host, Departure::Orderly, session).await,
         HostCommand::Watch => {
-            let Session { client, output } = session;
+            let Session { client, output, .. } = session;
             let open = |channel| async { HostServiceClient::new(channel).watch(ListHostsRequest {}).await };
             let print = |hosts: ListHostsResponse| {
                 output.stream_list(hosts.revision, &views(hosts))?;

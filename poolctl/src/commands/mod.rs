@@ -3,6 +3,7 @@
 mod console;
 mod copies;
 mod events;
+mod govern;
 mod groups;
 mod hosts;
 mod images;
@@ -29,7 +30,7 @@ use proto::{
     TaskId,
     v1::{Task, TaskRef, task_service_client::TaskServiceClient},
 };
-use std::io;
+use std::{io, path::PathBuf};
 
 /// What every command works with.
 pub struct Session {
@@ -37,6 +38,8 @@ pub struct Session {
     pub client: Client,
     /// Where results go.
     pub output: Output<io::Stdout>,
+    /// The configuration that was read.
+    pub config_path: PathBuf,
 }
 
 /// Runs a command.
@@ -60,8 +63,9 @@ pub async fn run(cli: Cli) -> Result<(), Failure> {
         }
         _ => {}
     }
-    let client = Client::new(&config::path(global.config)?, global.timeout)?;
-    let mut session = Session { client, output };
+    let config_path = config::path(global.config)?;
+    let client = Client::new(&config_path, global.timeout)?;
+    let mut session = Session { client, output, config_path };
     let result = dispatch(noun, &mut session).await;
     session.client.finish().await;
     result
@@ -103,6 +107,7 @@ async fn dispatch(noun: Noun, session: &mut Session) -> Result<(), Failure> {
         Noun::Net(command) => networks::run(command, session).await,
         Noun::Balance(command) => pools::run_balance(command, session).await,
         Noun::User(command) => users::run(command, session).await,
+        Noun::Upgrade(command) => govern::upgrade(command, session).await,
         Noun::Support(command) => support::run(command, session).await,
         // Done before there was a session.
         Noun::Completion { .. } | Noun::Man => Ok(()),

@@ -1,6 +1,6 @@
 //! `poolctl pool`, `poolctl ha` and `poolctl balance`.
 
-use super::Session;
+use super::{Session, govern};
 use crate::{
     args::{BalanceCommand, HaCommand, PoolCommand},
     client::{call, new_meta},
@@ -24,9 +24,12 @@ use std::{io::Write as _, path::Path};
 /// # Errors
 /// As the pool answers.
 pub async fn run(command: PoolCommand, session: &mut Session) -> Result<(), Failure> {
-    if let PoolCommand::Backup { file } = &command {
-        return backup(file, session).await;
-    }
+    let command = match command {
+        PoolCommand::Backup { file } => return backup(&file, session).await,
+        PoolCommand::Set { settings } => return govern::set(settings, session).await,
+        PoolCommand::Ca(command) => return govern::ca(command, session).await,
+        command => command,
+    };
     let pool = call!(session.client, PoolServiceClient, show, PoolShowRequest {}).await?;
     let (view, revision) = (PoolView::from(pool), 0);
     let for_people = matches!(session.output.format(), Format::Table | Format::Wide);
@@ -38,7 +41,7 @@ pub async fn run(command: PoolCommand, session: &mut Session) -> Result<(), Fail
             session.output.raw(b"\n")?;
             session.output.list(revision, &hosts)
         }
-        PoolCommand::Status | PoolCommand::Show | PoolCommand::Backup { .. } => session.output.show(&view),
+        _ => session.output.show(&view),
     }
 }
 

@@ -41,7 +41,7 @@ pub async fn run(command: TaskCommand, session: &mut Session) -> Result<(), Fail
             session.output.changed(&TaskView::from(task), &format!("{id} is done"))
         }
         TaskCommand::Watch { id: TaskId(id) } => {
-            let Session { client, output } = session;
+            let Session { client, output, .. } = session;
             let open = |channel| async move { TaskServiceClient::new(channel).watch(TaskRef { id }).await };
             let print = |task: Task| {
                 let ended = task.state != "running";

@@ -1,6 +1,6 @@
 //! `poolctl user`. A user's key is made on the operator's machine; the pool gets the public half only.
 
-use super::Session;
+use super::{Session, govern};
 use crate::{
     args::UserCommand,
     client::{call, new_meta},
@@ -9,8 +9,8 @@ use crate::{
     view::UserView,
 };
 use proto::v1::{
-    CreateUserRequest, DeleteUserRequest, ListUsersRequest, RotateUserRequest, SetUserRoleRequest,
-    UserCertificate, WhoAmIRequest, user_service_client::UserServiceClient,
+    CreateUserRequest, DeleteUserRequest, ListUsersRequest, RenewRequest, RotateUserRequest,
+    SetUserRoleRequest, UserCertificate, WhoAmIRequest, user_service_client::UserServiceClient,
 };
 use rcgen::{KeyPair, PublicKeyData as _};
 use std::path::Path;
@@ -53,11 +53,28 @@ pub async fn run(command: UserCommand, session: &mut Session) -> Result<(), Fail
             let sentence = format!("user {} deleted; its certificate is void", user.name);
             session.output.changed(&UserView::from(user), &sentence)
         }
+        UserCommand::Token(command) => govern::tokens(command, session).await,
+        UserCommand::Renew => renew(session).await,
         UserCommand::Whoami => {
             let user = call!(session.client, UserServiceClient, who_am_i, WhoAmIRequest {}).await?;
             session.output.show(&UserView::from(user))
         }
     }
+}
+
+/// Replaces the certificate in the configuration that this command was called with.
+async fn renew(session: &mut Session) -> Result<(), Failure> {
+    let path = session.config_path.clone();
+    let object = path.display().to_string();
+    let config = Config::read(&path)?;
+    let key = KeyPair::from_pem(&config.key_pem).map_err(|error| Failure::local(&object, error))?;
+    let request = RenewRequest { public_key: key.subject_public_key_info() };
+    let made = call!(session.client, UserServiceClient, renew, request).await?;
+    let renewed = Config { ca_pem: made.ca_pem, cert_pem: made.certificate_pem, ..config };
+    renewed.replace(&path).map_err(|error| Failure::local(&object, error))?;
+    let user = made.user.unwrap_or_default();
+    let sentence = format!("user {}: {object} has a new certificate", user.name);
+    session.output.changed(&UserView::from(user), &sentence)
 }
 
 /// A key, once it is certain that there is a place for it.
@@ -77,6 +94,7 @@ fn finish(made: UserCertificate, key: &KeyPair, out: &Path, session: &mut Sessio
         ca_pem: made.ca_pem,
         cert_pem: made.certificate_pem,
         key_pem: key.serialize_pem(),
+        token: String::new(),
     };
     config.write_new(out).map_err(|error| Failure::local(&object, error))?;
     let user = made.user.unwrap_or_default();

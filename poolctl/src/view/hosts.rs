@@ -19,6 +19,10 @@ pub struct PoolView {
     ca_fingerprint: String,
     ha_disarmed: bool,
     feature_level: u32,
+    replicas_default: u32,
+    cpu_overcommit: u32,
+    ca_rotating: bool,
+    ca_pending: Vec<String>,
 }
 
 impl From<v1::Pool> for PoolView {
@@ -34,6 +38,10 @@ impl From<v1::Pool> for PoolView {
             ca_fingerprint: pool.ca_fingerprint,
             ha_disarmed: pool.ha_disarmed,
             feature_level: pool.feature_level,
+            replicas_default: pool.replicas_default,
+            cpu_overcommit: pool.cpu_overcommit,
+            ca_rotating: pool.ca_rotating,
+            ca_pending: pool.ca_pending,
         }
     }
 }
@@ -41,7 +49,8 @@ impl From<v1::Pool> for PoolView {
 impl Object for PoolView {
     const KIND: &'static str = "Pool";
     const COLUMNS: &'static [&'static str] = &["NAME", "LEADER", "HOSTS", "VOTERS", "RECOVERY", "REVISION"];
-    const WIDE: &'static [&'static str] = &["ID", "CA", "FEATURE LEVEL"];
+    const WIDE: &'static [&'static str] =
+        &["ID", "CA", "FEATURE LEVEL", "REPLICAS", "CPU OVERCOMMIT", "OLD CERTIFICATES"];
 
     fn name(&self) -> String {
         self.name.clone()
@@ -64,6 +73,9 @@ impl Object for PoolView {
             self.id.clone(),
             self.ca_fingerprint.clone(),
             self.feature_level.to_string(),
+            self.replicas_default.to_string(),
+            self.cpu_overcommit.to_string(),
+            words(&self.ca_pending),
         ]
     }
 }
@@ -85,6 +97,8 @@ pub struct HostView {
     duty: String,
     cpus: u32,
     vcpus_reserved: u32,
+    version: String,
+    feature_level: u32,
 }
 
 impl From<v1::Host> for HostView {
@@ -103,6 +117,8 @@ impl From<v1::Host> for HostView {
             duty: host.duty,
             cpus: host.cpus,
             vcpus_reserved: host.vcpus_reserved,
+            version: host.version,
+            feature_level: host.feature_level,
         }
     }
 }
@@ -111,7 +127,7 @@ impl Object for HostView {
     const KIND: &'static str = "Host";
     const COLUMNS: &'static [&'static str] = &["NAME", "STATE", "ROLE", "ADDRESS", "VMS"];
     const WIDE: &'static [&'static str] =
-        &["ID", "VM MEMORY", "RESERVED", "CPUS", "VCPUS", "LABELS", "LEASE AGE"];
+        &["ID", "VM MEMORY", "RESERVED", "CPUS", "VCPUS", "LABELS", "LEASE AGE", "VERSION"];
 
     fn name(&self) -> String {
         self.name.clone()
@@ -131,6 +147,7 @@ impl Object for HostView {
             self.vcpus_reserved.to_string(),
             words(&self.labels.iter().map(|(label, value)| format!("{label}={value}")).collect::<Vec<_>>()),
             format!("{} ms", self.lease_age_ms),
+            self.version.clone(),
         ]
     }
 }

@@ -30,6 +30,13 @@ pub struct MigrationView {
     pages_remaining: u64,
     bytes_per_s: u64,
     dirty_bytes_per_s: u64,
+    source_cpu_ms: f64,
+    target_cpu_ms: f64,
+    blackout_expected_ms: f64,
+    throttle_percent: u32,
+    eta_ms: Option<f64>,
+    eta_error_percent: u32,
+    fault_mean_ms: f64,
 }
 
 #[derive(Debug, Serialize)]
@@ -110,6 +117,13 @@ impl From<v1::Migration> for MigrationView {
             pages_remaining: record.pages_remaining,
             bytes_per_s: record.bytes_per_s,
             dirty_bytes_per_s: record.dirty_bytes_per_s,
+            source_cpu_ms: record.source_cpu_ms,
+            target_cpu_ms: record.target_cpu_ms,
+            blackout_expected_ms: record.blackout_expected_ms,
+            throttle_percent: record.throttle_percent,
+            eta_ms: record.eta_ms,
+            eta_error_percent: record.eta_error_percent,
+            fault_mean_ms: record.fault_mean_ms,
         }
     }
 }

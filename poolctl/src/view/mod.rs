@@ -3,6 +3,7 @@
 //! Each type owns its JSON form: messages of the API are converted here and never serialised themselves, so that the contract
 //! on the wire and the one with scripts change independently. Ids are text with their kind, such as `vm-17`.
 
+mod govern;
 mod hosts;
 mod migration;
 mod networks;
@@ -14,6 +15,7 @@ mod work;
 #[cfg(test)]
 mod tests;
 
+pub use govern::{AccessTokenView, UpgradeView, VersionView};
 pub use hosts::{HostView, PoolView, TokenView};
 pub use migration::{MigrationView, PlanView};
 pub use networks::{NetworkView, NicView};

@@ -58,25 +58,26 @@ pub struct UserView {
     name: String,
     role: String,
     created_ms: u64,
+    tokens: u32,
 }
 
 impl From<v1::User> for UserView {
     fn from(user: v1::User) -> Self {
-        Self { name: user.name, role: user.role, created_ms: user.created_ms }
+        Self { name: user.name, role: user.role, created_ms: user.created_ms, tokens: user.tokens }
     }
 }
 
 impl Object for UserView {
     const KIND: &'static str = "User";
     const COLUMNS: &'static [&'static str] = &["NAME", "ROLE", "CREATED"];
-    const WIDE: &'static [&'static str] = &[];
+    const WIDE: &'static [&'static str] = &["TOKENS"];
 
     fn name(&self) -> String {
         self.name.clone()
     }
 
     fn cells(&self) -> Vec<String> {
-        vec![self.name.clone(), self.role.clone(), utc(self.created_ms)]
+        vec![self.name.clone(), self.role.clone(), utc(self.created_ms), self.tokens.to_string()]
     }
 }
 

@@ -25,11 +25,22 @@ fn pool() {
         ca_fingerprint: "ab".into(),
         ha_disarmed: false,
         feature_level: 1,
+        feature_level_supported: 2,
+        replicas_default: 3,
+        cpu_overcommit: 4,
+        ca_rotating: true,
+        ca_pending: vec!["h2".into()],
     };
+    let upgrade = UpgradeView::new(&pool, Vec::new());
+    assert_eq!(
+        shape(&upgrade),
+        json!({"pool": "lab", "feature_level": 1, "feature_level_supported": 2, "hosts": []})
+    );
     assert_eq!(
         shape(&PoolView::from(pool)),
         json!({"id": "p1", "name": "lab", "leader": "h1", "hosts": 3, "voters": ["h1", "h2"], "revision": 9,
-            "ha_braked": false, "ca_fingerprint": "ab", "ha_disarmed": false, "feature_level": 1})
+            "ha_braked": false, "ca_fingerprint": "ab", "ha_disarmed": false, "feature_level": 1,
+            "replicas_default": 3, "cpu_overcommit": 4, "ca_rotating": true, "ca_pending": ["h2"]})
     );
 }
 
@@ -49,12 +60,19 @@ fn host_and_token() {
         duty: "active".into(),
         cpus: 8,
         vcpus_reserved: 2,
+        version: "0.2.0".into(),
+        feature_level: 2,
     };
+    assert_eq!(
+        shape(&VersionView::from(host.clone())),
+        json!({"host": "h2", "version": "0.2.0", "feature_level": 2, "state": "up"})
+    );
     assert_eq!(
         shape(&HostView::from(host)),
         json!({"id": "host-7", "name": "h2", "state": "up", "role": "voter", "address": "10.0.0.2:7443",
             "vm_memory_bytes": 4096, "vm_memory_reserved_bytes": 1024, "lease_age_ms": 12, "vms": ["a"],
-            "labels": {"zone": "b"}, "duty": "active", "cpus": 8, "vcpus_reserved": 2})
+            "labels": {"zone": "b"}, "duty": "active", "cpus": 8, "vcpus_reserved": 2, "version": "0.2.0",
+            "feature_level": 2})
     );
     let token = v1::JoinToken { id: 9, token: "t".into(), expires_ms: 1, state: "valid".into() };
     assert_eq!(
@@ -182,6 +200,13 @@ fn migration() -> v1::Migration {
             pages_remaining: 0,
             bytes_per_s: 5,
             dirty_bytes_per_s: 6,
+            source_cpu_ms: 7.5,
+            target_cpu_ms: 8.5,
+            blackout_expected_ms: 11.5,
+            throttle_percent: 20,
+            eta_ms: Some(250.0),
+            eta_error_percent: 15,
+            fault_mean_ms: 0.25,
         }),
         revision: 30,
     }
@@ -201,7 +226,9 @@ fn a_migration_is_one_flat_record() {
             "rounds": 2, "bytes_sent": 1 << 20, "pages": pages, "memory_bytes": 512 << 20, "memory_proved": true,
             "memory_hash": "ef",
             "per_round": [{"round": 0, "bytes": 10, "pages": pages, "ms": 1.5, "dirty_pages_after": 7}],
-            "pages_remaining": 0, "bytes_per_s": 5, "dirty_bytes_per_s": 6})
+            "pages_remaining": 0, "bytes_per_s": 5, "dirty_bytes_per_s": 6, "source_cpu_ms": 7.5, "target_cpu_ms": 8.5,
+            "blackout_expected_ms": 11.5, "throttle_percent": 20, "eta_ms": 250.0, "eta_error_percent": 15,
+            "fault_mean_ms": 0.25})
     );
 }
 
@@ -243,12 +270,13 @@ fn plan_task_and_event() {
         principal: "user-ann".into(),
         deadline_ms: 3,
         executor: "h1".into(),
+        request_id: "r-1".into(),
     };
     assert_eq!(
         shape(&TaskView::from(task)),
         json!({"id": "task-20", "operation": "vm.start", "state": "done", "phase": "", "objects": ["vm a"],
             "error": "", "created_ms": 1, "ended_ms": 2, "principal": "user-ann", "deadline_ms": 3,
-            "executor": "h1"})
+            "executor": "h1", "request_id": "r-1"})
     );
     let event = v1::Event {
         revision: 3,
@@ -281,8 +309,23 @@ fn groups_users_audit_and_plans() {
         json!({"id": "group-5", "name": "web", "rule": "apart", "strength": "must", "vms": ["a"], "hosts": [],
             "revision": 7})
     );
-    let user = v1::User { name: "ann".into(), role: "viewer".into(), created_ms: 3 };
-    assert_eq!(shape(&UserView::from(user)), json!({"name": "ann", "role": "viewer", "created_ms": 3}));
+    let user = v1::User { name: "ann".into(), role: "viewer".into(), created_ms: 3, tokens: 1 };
+    assert_eq!(
+        shape(&UserView::from(user)),
+        json!({"name": "ann", "role": "viewer", "created_ms": 3, "tokens": 1})
+    );
+    let token = v1::AccessToken {
+        id: 7,
+        user: "ann".into(),
+        role: "viewer".into(),
+        created_ms: 1,
+        expires_ms: 2,
+        state: "valid".into(),
+        ..v1::AccessToken::default()
+    };
+    let shown = json!({"id": "token-7", "user": "ann", "role": "viewer", "created_ms": 1, "expires_ms": 2,
+        "state": "valid"});
+    assert_eq!(shape(&AccessTokenView::from(token)), shown);
     let record = v1::AuditRecord {
         revision: 9,
         time_ms: 4,

@@ -20,6 +20,7 @@ pub struct TaskView {
     principal: String,
     deadline_ms: u64,
     executor: String,
+    request_id: String,
 }
 
 impl From<v1::Task> for TaskView {
@@ -36,6 +37,7 @@ impl From<v1::Task> for TaskView {
             principal: task.principal,
             deadline_ms: task.deadline_ms,
             executor: task.executor,
+            request_id: task.request_id,
         }
     }
 }

@@ -3,9 +3,9 @@
 //! A call that is in no table is refused, so that a new one can't be forgotten. Hosts may use the whole API: they hold the
 //! pool's state and its CA's key anyhow.
 
-use super::principal::principal_in;
+use super::principal::{Bearer, bearer_in, principal_in};
 use super::status::detailed;
-use crate::consensus::Consensus;
+use crate::consensus::{Consensus, unix_ms};
 use crate::identity::CertificateName;
 use pool_state::PoolState;
 use pool_state::state::Role;
@@ -17,6 +17,22 @@ use tower::{Layer, Service};
 
 #[cfg(test)]
 mod tests;
+
+/// The paths of all calls at the port, from the descriptors that reflection serves.
+#[cfg(test)]
+pub fn paths() -> Vec<String> {
+    use prost::Message as _;
+    let set =
+        prost_types::FileDescriptorSet::decode(proto::DESCRIPTORS).expect("the descriptors are our own");
+    let services =
+        set.file.iter().flat_map(|file| file.service.iter().map(move |service| (file.package(), service)));
+    let paths = services.flat_map(|(package, service)| {
+        let methods = service.method.iter();
+        methods.map(move |method| format!("/{package}.{}/{}", service.name(), method.name()))
+    });
+    // Served on unix sockets of VM processes, not here.
+    paths.filter(|path| !path.starts_with("/pool.v1.Machine/")).collect()
+}
 
 /// What a call needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,6 +75,9 @@ const PUBLIC: &[(&str, Methods)] = &[
             ("BalancePlan", VIEW),
             ("BalanceRun", OPERATE),
             ("Backup", ADMIN),
+            ("Set", ADMIN),
+            ("RotateCa", ADMIN),
+            ("FinishCa", ADMIN),
         ],
     ),
     (
@@ -142,6 +161,10 @@ const PUBLIC: &[(&str, Methods)] = &[
             ("Rotate", ADMIN),
             ("Delete", ADMIN),
             ("WhoAmI", VIEW),
+            ("Renew", VIEW),
+            ("CreateToken", ADMIN),
+            ("ListTokens", ADMIN),
+            ("RevokeToken", ADMIN),
         ],
     ),
 ];
@@ -180,47 +203,68 @@ pub fn permits(access: Access, caller: Caller) -> bool {
     }
 }
 
-fn check(consensus: &Consensus, path: &str, extensions: &http::Extensions) -> Result<(), Status> {
+/// Lets a request pass, with who makes it if that is known by a token, or says why not.
+fn check<A>(consensus: &Consensus, request: &mut http::Request<A>) -> Result<(), Status> {
+    let path = request.uri().path();
     let Some(access) = access_of(path) else {
         return Err(Status::unimplemented(format!("there is no call {path}")));
     };
     if access == Access::Open {
         return Ok(());
     }
-    let (name, key_hash) = principal_in(extensions)?;
-    let caller = caller_of(&consensus.local(), &name, &key_hash);
-    if permits(access, caller) {
-        return Ok(());
-    }
-    let object = name.to_string();
-    Err(match (access, caller) {
+    let state = consensus.local();
+    let (object, caller) = match principal_in(request.extensions()) {
+        Ok((name, key_hash)) => (name.to_string(), caller_of(&state, &name, &key_hash)),
+        Err(unknown) => {
+            if !request.headers().contains_key(http::header::AUTHORIZATION) {
+                return Err(unknown);
+            }
+            match bearer_in(request.headers(), &state, unix_ms()) {
+                Some(bearer) => {
+                    let found = (bearer.principal.to_string(), Caller::User(bearer.role));
+                    request.extensions_mut().insert::<Bearer>(bearer);
+                    found
+                }
+                None => ("the access token".to_owned(), Caller::Void),
+            }
+        }
+    };
+    if permits(access, caller) { Ok(()) } else { Err(refusal(access, caller, &object)) }
+}
+
+fn refusal(access: Access, caller: Caller, object: &str) -> Status {
+    match (access, caller) {
         (_, Caller::Void | Caller::Nobody) => detailed(
             Code::Unauthenticated,
             "CERTIFICATE_VOID",
-            &object,
-            "ask an admin of the pool for a new certificate (`poolctl user create` or `user rotate`)",
-            "this certificate does not count here, or not any more",
+            object,
+            "ask an admin of the pool for a new one (`poolctl user create`, `user rotate` or `user token create`)",
+            "this certificate or token does not count here, or not any more",
         ),
         (Access::User(needed), _) => detailed(
             Code::PermissionDenied,
             "ROLE_TOO_LOW",
-            &object,
+            object,
             "ask an admin of the pool to do it, or for the role (`poolctl user role`)",
             &format!("this needs the role {}", needed.as_str()),
         ),
         _ => detailed(
             Code::PermissionDenied,
             "HOSTS_ONLY",
-            &object,
+            object,
             "use the public services",
             "users may not use the hosts' internal services",
         ),
-    })
+    }
 }
 
 fn caller_of(state: &PoolState, name: &CertificateName, key_hash: &[u8; 32]) -> Caller {
     match name {
-        CertificateName::Host(_) => Caller::Host,
+        // One that is not known here yet may lead a pool that this host is just joining; the CA has signed for it.
+        CertificateName::Host(host) => match state.hosts.get(host) {
+            Some(known) if *blake3::hash(&known.public_key).as_bytes() != *key_hash => Caller::Void,
+            _ => Caller::Host,
+        },
         CertificateName::User(user) => state.role_of(user, key_hash).map_or(Caller::Void, Caller::User),
     }
 }
@@ -267,9 +311,9 @@ where
         self.inner.poll_ready(context)
     }
 
-    fn call(&mut self, request: http::Request<A>) -> Self::Future {
+    fn call(&mut self, mut request: http::Request<A>) -> Self::Future {
         use futures::future::Either;
-        match check(&self.consensus, request.uri().path(), request.extensions()) {
+        match check(&self.consensus, &mut request) {
             Ok(()) => Either::Left(self.inner.call(request)),
             Err(status) => Either::Right(ready(Ok(status.into_http()))),
         }

@@ -47,7 +47,7 @@ fn place_of(state: &PoolState, vm: VmId) -> Result<(HostId, Epoch), Status> {
     let host = vm.placement.ok_or_else(|| {
         Status::failed_precondition(format!("vm {} is stopped and has no console; start it first", vm.name))
     })?;
-    Ok((host, vm.epoch))
+    Ok((host, vm.process_epoch()))
 }
 
 /// Sends live output, also across moves and restarts, until the VM stops.

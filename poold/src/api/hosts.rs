@@ -3,14 +3,13 @@
 use super::principal::{Principal, require_user};
 use super::status::{self, detailed};
 use super::views;
-use crate::config::FEATURE_LEVEL;
 use crate::consensus::{Consensus, unix_ms};
-use crate::identity::{CertificateAuthority, fingerprint_of_pem, is_public_key};
+use crate::identity::{CertificateAuthority, fingerprint_of_pem, is_public_key, shown_chain};
 use crate::join::{JoinToken, from_hex};
 use crate::lease::LeaderHandle;
 use pool_state::command::{HostFacts, JoinHost, RemoveMode};
 use pool_state::state::{Host, Token};
-use pool_state::{Command, Outcome, PoolState, RejectionClass, Timing};
+use pool_state::{Command, Outcome, PoolState, RejectionClass, Timing, features};
 use proto::v1::{self, host_service_server::HostService};
 use proto::{ByteCount, HostId, TokenId};
 use std::net::SocketAddr;
@@ -83,6 +82,8 @@ impl HostApi {
             duty: host.duty.as_str().to_owned(),
             cpus: host.cpus,
             vcpus_reserved: u32::try_from(reserved.vcpus).unwrap_or(u32::MAX),
+            version: host.version.clone(),
+            feature_level: host.feature_level,
         }
     }
 
@@ -167,9 +168,10 @@ fn problems(state: &PoolState, request: &v1::JoinRequest, join: &JoinHost) -> v1
         ));
     }
     // A level that is too low is among the state's own reasons.
-    if request.feature_level > FEATURE_LEVEL {
+    let level = state.settings.feature_level;
+    if request.feature_level > level + features::SKEW_MAX {
         problems.push(format!(
-            "its poold has feature level {}, the pool's {FEATURE_LEVEL}: upgrade the pool's hosts first",
+            "its poold has feature level {}, the pool {level}: upgrade the pool's hosts first, one version after the other",
             request.feature_level
         ));
     }
@@ -304,7 +306,7 @@ impl HostService for HostApi {
         let internal = |error: &dyn std::error::Error| Status::internal(error.to_string());
         let ca = CertificateAuthority::load(&settings.ca_cert_pem, &settings.ca_key_pem)
             .map_err(|error| internal(&error))?;
-        let certificate_pem = ca.sign_host(host_id, &request.public_key).map_err(|error| internal(&error))?;
+        let leaf = ca.sign_host(host_id, &request.public_key).map_err(|error| internal(&error))?;
         let peers = state.members().map(|host| v1::HostAddress {
             host_id: host.id.0,
             name: host.name.clone(),
@@ -315,8 +317,8 @@ impl HostService for HostApi {
             host_id: host_id.0,
             pool_id: settings.pool_id.clone(),
             pool_name: settings.name.clone(),
-            ca_pem: settings.ca_cert_pem.clone(),
-            certificate_pem,
+            ca_pem: settings.trusted_pem(),
+            certificate_pem: shown_chain(settings, &leaf),
             peers: peers.collect(),
             timing_profile: timing_profile.to_owned(),
         }))

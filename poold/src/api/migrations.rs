@@ -123,8 +123,9 @@ struct Prediction {
     bytes_sent: u64,
 }
 
-/// As the last migration of the VM, or else the last one of the pool scaled to the VM's memory; zeroes when there was none.
-fn predict(state: &PoolState, vm: &Vm) -> Prediction {
+/// As the last migration of the VM, or else the last one of the pool scaled to the VM's memory, but not faster than the link may
+/// be used; zeroes when there was none.
+fn predict(state: &PoolState, vm: &Vm, options: &MigrationOptions) -> Prediction {
     let ended = || state.migrations.values().rev().filter(|migration| migration.record.is_some());
     let like = ended().find(|migration| migration.vm == vm.id).or_else(|| ended().next());
     let Some((migration, record)) = like.and_then(|like| Some((like, like.record.as_ref()?))) else {
@@ -132,11 +133,16 @@ fn predict(state: &PoolState, vm: &Vm) -> Prediction {
     };
     let before = state.vms.get(&migration.vm).map_or(vm.spec.memory.0, |vm| vm.spec.memory.0);
     let scale = vm.spec.memory.0 as f64 / before.max(1) as f64;
+    let bytes_sent = (record.bytes_sent as f64 * scale) as u64;
+    let least_ms = match options.bandwidth_bytes_per_s {
+        0 => 0.0,
+        limit => bytes_sent as f64 * 1e3 / limit as f64,
+    };
     Prediction {
-        total_ms: record.total_ms * scale,
+        total_ms: (record.total_ms * scale).max(least_ms),
         // It depends on the link and the guest's writes, not on the size.
         blackout_ms: record.blackout_ms,
-        bytes_sent: (record.bytes_sent as f64 * scale) as u64,
+        bytes_sent,
     }
 }
 
@@ -200,7 +206,7 @@ impl MigrationService for MigrationApi {
     async fn plan(&self, request: Request<StartMigrationRequest>) -> Result<Response<MigrationPlan>, Status> {
         require_user(&request)?;
         let state = self.context.read().await?;
-        let Move { vm, target, .. } = read_move(&state, request.get_ref())?;
+        let Move { vm, target, options } = read_move(&state, request.get_ref())?;
         let mut blockers: Vec<String> = state.migration_blockers(vm, target).iter().map(blocker).collect();
         let chosen = match target {
             Some(target) => Some(target),
@@ -216,7 +222,7 @@ impl MigrationService for MigrationApi {
             },
         };
         let vm = views::found(state.vm(vm))?;
-        let prediction = predict(&state, vm);
+        let prediction = predict(&state, vm, &options);
         Ok(Response::new(MigrationPlan {
             vm: vm.name.clone(),
             source: vm.placement.map(|host| state.host_name(host)).unwrap_or_default(),

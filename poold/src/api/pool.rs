@@ -1,17 +1,19 @@
 //! `PoolService`.
 
-use super::principal::require_user;
+use super::principal::{require_user, shows_certificate_of};
+use super::status::detailed;
 use super::{status, views};
 use crate::consensus::Consensus;
 use crate::consensus::backup;
-use crate::identity::fingerprint_of_pem;
+use crate::identity::{CaError, CertificateAuthority, fingerprint_of_pem};
+use pool_state::command::{Govern, NewCa, PoolChange};
 use pool_state::{Command, Outcome, PoolState, balance, capacity};
 use proto::limits::CHUNK_BYTES;
 use proto::v1::{self, pool_service_server::PoolService};
 use std::pin::Pin;
 use std::sync::Arc;
 use tokio_stream::Stream;
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 
 /// The service of one host.
 pub struct PoolApi {
@@ -27,6 +29,7 @@ impl PoolApi {
 
     fn pool(&self, state: &PoolState) -> v1::Pool {
         let name = |host| state.host_name(host);
+        let ca_hash = state.settings.ca_hash();
         v1::Pool {
             id: state.settings.pool_id.clone(),
             name: state.settings.name.clone(),
@@ -38,6 +41,15 @@ impl PoolApi {
             ca_fingerprint: fingerprint_of_pem(&state.settings.ca_cert_pem).unwrap_or_default(),
             ha_disarmed: state.settings.ha_disarmed,
             feature_level: state.settings.feature_level,
+            feature_level_supported: state.level_supported().unwrap_or_default(),
+            replicas_default: state.settings.replicas_default,
+            cpu_overcommit: state.settings.cpu_overcommit,
+            ca_rotating: state.settings.old_ca.is_some(),
+            ca_pending: state
+                .members()
+                .filter(|host| state.settings.old_ca.is_some() && host.shows_ca != Some(ca_hash))
+                .map(|host| host.name.clone())
+                .collect(),
         }
     }
 }
@@ -130,6 +142,63 @@ impl PoolService for PoolApi {
         let pieces: Vec<_> =
             bytes.chunks(CHUNK_BYTES).map(|piece| Ok(v1::BackupChunk { data: piece.to_vec() })).collect();
         Ok(Response::new(Box::pin(tokio_stream::iter(pieces))))
+    }
+
+    async fn set(&self, request: Request<v1::PoolSetRequest>) -> Result<Response<v1::Pool>, Status> {
+        let principal = require_user(&request)?;
+        let v1::PoolSetRequest { meta, name, replicas_default, cpu_overcommit } = request.into_inner();
+        let number = |value: u32| (value != 0).then_some(value);
+        let change = PoolChange {
+            name: (!name.is_empty()).then_some(name),
+            replicas_default: number(replicas_default),
+            cpu_overcommit: number(cpu_overcommit),
+        };
+        if change == PoolChange::default() {
+            return Err(Status::invalid_argument(
+                "no setting is given: name, replicas-default or cpu-overcommit",
+            ));
+        }
+        let command = Command::Govern(Govern::SetPool(change));
+        let (_, state) = self.change(&principal, meta.as_ref(), command).await?;
+        Ok(Response::new(self.pool(&state)))
+    }
+
+    async fn rotate_ca(&self, request: Request<v1::RotateCaRequest>) -> Result<Response<v1::Pool>, Status> {
+        let principal = require_user(&request)?;
+        let meta = request.into_inner().meta;
+        let state = self.read().await?;
+        // The next authority is made here, so a repeated request would be another change than the first.
+        if views::answered(&state, meta.as_ref()).is_some() {
+            return Ok(Response::new(self.pool(&state)));
+        }
+        let settings = &state.settings;
+        let internal = |error: CaError| Status::internal(error.to_string());
+        let old =
+            CertificateAuthority::load(&settings.ca_cert_pem, &settings.ca_key_pem).map_err(internal)?;
+        let (new, cross_pem) = old.succeed(&settings.name).map_err(internal)?;
+        let (cert_pem, key_pem) = (new.cert_pem().to_owned(), new.key_pem().to_owned());
+        let command = Command::Govern(Govern::RotateCa(Box::new(NewCa { cert_pem, key_pem, cross_pem })));
+        let (_, state) = self.change(&principal, meta.as_ref(), command).await?;
+        Ok(Response::new(self.pool(&state)))
+    }
+
+    async fn finish_ca(&self, request: Request<v1::FinishCaRequest>) -> Result<Response<v1::Pool>, Status> {
+        let principal = require_user(&request)?;
+        let state = self.read().await?;
+        let rotating = state.settings.old_ca.is_some();
+        if rotating && !shows_certificate_of(request.extensions(), &state.settings.ca_cert_pem) {
+            return Err(detailed(
+                Code::FailedPrecondition,
+                "OLD_CERTIFICATE",
+                &principal.to_string(),
+                "poolctl user renew",
+                "your own certificate is of the old authority: you would lock yourself out",
+            ));
+        }
+        let meta = request.into_inner().meta;
+        let command = Command::Govern(Govern::FinishCaRotation);
+        let (_, state) = self.change(&principal, meta.as_ref(), command).await?;
+        Ok(Response::new(self.pool(&state)))
     }
 
     async fn show(&self, request: Request<v1::PoolShowRequest>) -> Result<Response<v1::Pool>, Status> {

@@ -270,9 +270,11 @@ fn record(record: &MigrationRecord) -> v1::MigrationRecord {
         per_round: record.per_round.iter().map(round).collect(),
         memory_proved: record.memory_proved,
         memory_hash: record.memory_hash.clone(),
-        pages_remaining: 0,
-        bytes_per_s: 0,
-        dirty_bytes_per_s: 0,
+        blackout_expected_ms: record.blackout_expected_ms,
+        source_cpu_ms: record.source_cpu_ms,
+        target_cpu_ms: record.target_cpu_ms,
+        fault_mean_ms: record.fault_mean_ms,
+        ..v1::MigrationRecord::default()
     }
 }
 
@@ -318,6 +320,10 @@ pub fn record_of_message(record: &v1::MigrationRecord) -> MigrationRecord {
         per_round: record.per_round.iter().skip(skipped).map(round).collect(),
         memory_proved: record.memory_proved,
         memory_hash: record.memory_hash.clone(),
+        blackout_expected_ms: record.blackout_expected_ms,
+        source_cpu_ms: record.source_cpu_ms,
+        target_cpu_ms: record.target_cpu_ms,
+        fault_mean_ms: record.fault_mean_ms,
     }
 }
 
@@ -355,6 +361,7 @@ pub fn task(state: &PoolState, task: &Task) -> v1::Task {
         created_ms: task.created_ms,
         ended_ms: task.ended_ms.unwrap_or(0),
         principal: task.principal.clone(),
+        request_id: task.request_id.clone(),
         deadline_ms: task.deadline_ms,
         executor: task.executor.map(|host| state.host_name(host)).unwrap_or_default(),
     }

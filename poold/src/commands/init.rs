@@ -2,9 +2,9 @@
 
 use super::{Failure, chain};
 use crate::cli::HostArgs;
-use crate::config::{FEATURE_LEVEL, HostConfig, TimingName};
+use crate::config::{HostConfig, TimingName};
 use crate::consensus::{Consensus, ProposeMeta, StartOptions};
-use crate::identity::{CertificateAuthority, HostIdentity, IdentityDir, write_private};
+use crate::identity::{CertificateAuthority, HostIdentity, IdentityDir, SharedIdentity, write_private};
 use crate::join::{local_facts, local_problems};
 use pool_state::Command;
 use pool_state::command::{HostFacts, InitPool};
@@ -25,7 +25,9 @@ pub async fn run(args: HostArgs, name: String, timing: TimingName) -> Result<(),
     let key = KeyPair::from_pem(&key_pem).map_err(|error| failed(&error))?;
     let public_key = key.subject_public_key_info();
     let ca = CertificateAuthority::create(&name).map_err(|error| failed(&error))?;
-    let cert_pem = ca.sign_host(FIRST_HOST, &public_key).map_err(|error| failed(&error))?;
+    let leaf = ca.sign_host(FIRST_HOST, &public_key).map_err(|error| failed(&error))?;
+    // The CA goes along, so that a joining host can compare it with its token.
+    let cert_pem = format!("{}\n{}", leaf.trim(), ca.cert_pem());
     identity_dir.save_certificates(ca.cert_pem(), &cert_pem).map_err(|error| failed(&error))?;
     let identity = HostIdentity { ca_pem: ca.cert_pem().to_owned(), cert_pem, key_pem };
     let facts = local_facts();
@@ -36,6 +38,7 @@ pub async fn run(args: HostArgs, name: String, timing: TimingName) -> Result<(),
         listen: args.listen,
         vm_memory_bytes: args.vm_memory.map_or(facts.vm_memory_bytes, |size| size.0),
         timing,
+        feature_level_max: args.feature_level,
         metrics: None,
     };
     let command = Command::InitPool(Box::new(InitPool {
@@ -44,14 +47,14 @@ pub async fn run(args: HostArgs, name: String, timing: TimingName) -> Result<(),
         timing: timing.timing(),
         ca_cert_pem: ca.cert_pem().to_owned(),
         ca_key_pem: ca.key_pem().to_owned(),
-        feature_level: FEATURE_LEVEL,
+        feature_level: config.feature_level(),
         first_host: HostFacts {
             name: args.host_name.clone(),
             address: args.listen.to_string(),
             public_key,
             cpu_vendor: facts.cpu_vendor,
             vm_memory: ByteCount(config.vm_memory_bytes),
-            feature_level: FEATURE_LEVEL,
+            feature_level: config.feature_level(),
         },
     }));
     found(data, identity, &config, command).await?;
@@ -99,7 +102,13 @@ async fn found(
     let failed = |error: &dyn std::error::Error| Failure::failed(chain(error));
     let (pool_id, host) = (config.pool_id.as_str(), config.host());
     Consensus::create_stores(data, pool_id, host).await.map_err(|error| failed(&error))?;
-    let options = StartOptions { data_dir: data, pool_id, host, timing: config.timing.timing(), identity };
+    let options = StartOptions {
+        data_dir: data,
+        pool_id,
+        host,
+        timing: config.timing.timing(),
+        identity: SharedIdentity::new(identity),
+    };
     let consensus = Consensus::start(options).await.map_err(|error| failed(&error))?;
     consensus.found(&config.listen.to_string()).await.map_err(|error| failed(&error))?;
     let meta = ProposeMeta { request_id: None, principal: "user-admin".to_owned() };

@@ -20,6 +20,7 @@ pub async fn run(args: HostArgs, token: String) -> Result<(), Failure> {
         host_name: args.host_name,
         listen: args.listen,
         vm_memory_bytes: args.vm_memory.map(|size| size.0),
+        feature_level_max: args.feature_level,
         token,
     };
     let (config, joined) =

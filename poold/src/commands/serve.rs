@@ -4,7 +4,7 @@ use super::{Failure, chain};
 use crate::cli::MemoryProof;
 use crate::config::HostConfig;
 use crate::consensus::{Consensus, MembershipTask, StartOptions};
-use crate::identity::IdentityDir;
+use crate::identity::{IdentityDir, IdentityTask, SharedIdentity};
 use crate::node::{self, NodeContext};
 use crate::server::{self, RunningServer, ServerOptions};
 use nix::fcntl::{Flock, FlockArg};
@@ -27,7 +27,8 @@ pub async fn run(data: &Path, metrics: Option<SocketAddr>, memory_proof: MemoryP
     })?;
     let _lock = lock(data)?;
     raise_file_limit();
-    let identity = IdentityDir::open(data).and_then(|dir| dir.load()).map_err(|error| failed(&error))?;
+    let identity_dir = IdentityDir::open(data).map_err(|error| failed(&error))?;
+    let identity = SharedIdentity::new(identity_dir.load().map_err(|error| failed(&error))?);
     // Bound before anything else is started: a taken port is the operator's most likely mistake.
     let listener = bind(config.listen).await?;
     let metrics_port = match metrics.or(config.metrics) {
@@ -42,12 +43,18 @@ pub async fn run(data: &Path, metrics: Option<SocketAddr>, memory_proof: MemoryP
         identity: identity.clone(),
     };
     let consensus = Consensus::start(options).await.map_err(|error| failed(&error))?;
+    let level = consensus.local().settings.feature_level;
+    if level > config.feature_level() {
+        consensus.shutdown().await;
+        return Err(too_old(level, config.feature_level()));
+    }
     let shutdown = CancellationToken::new();
     let context = NodeContext {
         host: config.host(),
         data_dir: data.to_owned(),
         address: config.listen,
         vm_memory_bytes: config.vm_memory_bytes,
+        feature_level: config.feature_level(),
         memory_proof,
         consensus: consensus.clone(),
         clients: consensus.clients(),
@@ -58,11 +65,13 @@ pub async fn run(data: &Path, metrics: Option<SocketAddr>, memory_proof: MemoryP
     let membership = tokio::spawn(MembershipTask::new(consensus.clone()).run(shutdown.clone()));
     let routes = std::mem::take(&mut node.routes);
     let leader = node.leader.clone();
+    let keeper = IdentityTask { consensus: consensus.clone(), dir: identity_dir, identity: identity.clone() };
+    tokio::spawn(keeper.run(shutdown.clone()));
     let options = ServerOptions { listener, identity, consensus: consensus.clone(), leader, routes };
     let mut server = server::spawn(options, shutdown.clone()).map_err(|error| failed(&error))?;
     tokio::spawn(tell_removal(consensus.clone(), shutdown.clone()));
     tracing::info!(host = %config.host(), address = %config.listen, "serving");
-    let outcome = wait(&consensus, &mut node, &mut server).await;
+    let outcome = wait(&consensus, &mut node, &mut server, config.feature_level()).await;
     shutdown.cancel();
     node.stopped().await;
     server.stopped().await;
@@ -78,11 +87,30 @@ async fn bind(address: SocketAddr) -> Result<TcpListener, Failure> {
     bound.map_err(|error| Failure::blocked(format!("TCP {address} can't be bound: {error}")))
 }
 
+/// Resolves with the pool's feature level if that is beyond what this host supports: it must not act on a state that it does not
+/// understand. Happens to a host that was set back to an older version while it was off.
+async fn beyond(consensus: &Consensus, supported: u32) -> u32 {
+    let mut states = consensus.watch();
+    match states.wait_for(|state| state.settings.feature_level > supported).await {
+        Ok(state) => state.settings.feature_level,
+        // The state is gone with consensus, whose failure is waited for too.
+        Err(_) => std::future::pending().await,
+    }
+}
+
+fn too_old(level: u32, supported: u32) -> Failure {
+    Failure::blocked(format!(
+        "the pool is at feature level {level}, and this host supports {supported} at most: install a newer poold, or take \
+         `feature_level_max` out of poold.toml"
+    ))
+}
+
 /// Waits for a signal (a good end) or a fatal error.
 async fn wait(
     consensus: &Consensus,
     node: &mut node::Node,
     server: &mut RunningServer,
+    supported: u32,
 ) -> Result<(), Failure> {
     let signals = |kind| signal(kind).map_err(|error| Failure::failed(format!("signals: {error}")));
     let mut terminate = signals(SignalKind::terminate())?;
@@ -90,6 +118,7 @@ async fn wait(
     tokio::select! {
         // The node and consensus know why; the server may merely follow them.
         biased;
+        level = beyond(consensus, supported) => Err(too_old(level, supported)),
         failure = &mut node.failed => Err(Failure::failed(match failure {
             Ok(failure) => chain(&failure),
             Err(_) => "the node's tasks have ended".to_owned(),

@@ -1,6 +1,6 @@
 //! Channels to the other hosts: one per host, encrypted, authenticated on both sides, made when first needed.
 
-use crate::identity::HostIdentity;
+use crate::identity::{HostIdentity, SharedIdentity};
 use pool_state::PoolState;
 use proto::HostId;
 use proto::limits::GRPC_MESSAGE_BYTES_MAX;
@@ -38,17 +38,24 @@ pub struct HostClients {
     shared: Arc<Shared>,
 }
 
+/// A channel, and what it was made with.
+struct Made {
+    address: String,
+    identity: Arc<HostIdentity>,
+    channel: Channel,
+}
+
 struct Shared {
-    identity: HostIdentity,
+    identity: SharedIdentity,
     state: watch::Receiver<Arc<PoolState>>,
-    channels: Mutex<HashMap<HostId, (String, Channel)>>,
+    channels: Mutex<HashMap<HostId, Made>>,
     silent: Mutex<HashSet<HostId>>,
 }
 
 impl HostClients {
-    /// Channels that show `identity` and take addresses from the published state.
+    /// Channels that show what `identity` holds when they are made, and take addresses from the published state.
     #[must_use]
-    pub fn new(identity: HostIdentity, state: watch::Receiver<Arc<PoolState>>) -> Self {
+    pub fn new(identity: SharedIdentity, state: watch::Receiver<Arc<PoolState>>) -> Self {
         let (channels, silent) = (Mutex::default(), Mutex::default());
         Self { shared: Arc::new(Shared { identity, state, channels, silent }) }
     }
@@ -68,20 +75,22 @@ impl HostClients {
     /// # Errors
     /// The address is unusable.
     pub fn channel_at(&self, host: HostId, address: &str) -> Result<Channel, ClientError> {
+        let identity = self.shared.identity.present();
         let mut channels = self.shared.channels.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((known, channel)) = channels.get(&host)
-            && known == address
+        if let Some(known) = channels.get(&host)
+            && known.address == address
+            && Arc::ptr_eq(&known.identity, &identity)
         {
-            return Ok(channel.clone());
+            return Ok(known.channel.clone());
         }
-        let channel = self.connect(host, address)?;
-        channels.insert(host, (address.to_owned(), channel.clone()));
+        let channel = Self::connect(host, address, &identity)?;
+        let made = Made { address: address.to_owned(), identity, channel: channel.clone() };
+        channels.insert(host, made);
         Ok(channel)
     }
 
-    fn connect(&self, host: HostId, address: &str) -> Result<Channel, ClientError> {
+    fn connect(host: HostId, address: &str, identity: &HostIdentity) -> Result<Channel, ClientError> {
         let bad = |cause: String| ClientError::BadAddress { host, address: address.to_owned(), cause };
-        let identity = &self.shared.identity;
         let tls = ClientTlsConfig::new()
             .ca_certificate(Certificate::from_pem(&identity.ca_pem))
             .identity(Identity::from_pem(&identity.cert_pem, &identity.key_pem))

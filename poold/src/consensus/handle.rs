@@ -7,7 +7,7 @@ use super::log_store::{LogOpenError, LogOwner, LogStore};
 use super::network::Network;
 use super::quorum::QuorumProof;
 use super::state_store::StateStore;
-use openraft::{BasicNode, Config, ServerState, SnapshotPolicy};
+use openraft::{BasicNode, Config, ServerState, SnapshotPolicy, StoredMembership};
 use pool_state::state::HostState;
 use pool_state::{PoolState, Timing};
 use proto::HostId;
@@ -78,7 +78,7 @@ pub struct StartOptions<'a> {
     /// Election and heartbeat intervals.
     pub timing: Timing,
     /// Identity for the channels to other hosts.
-    pub identity: crate::identity::HostIdentity,
+    pub identity: crate::identity::SharedIdentity,
 }
 
 /// Handle of this host's Raft; clones share it.
@@ -87,6 +87,7 @@ pub struct Consensus {
     raft: PoolRaft,
     host: HostId,
     state: watch::Receiver<Arc<PoolState>>,
+    members: watch::Receiver<StoredMembership<u64, BasicNode>>,
     clients: HostClients,
     quorum: QuorumProof,
     /// A leader whose last proof is older than this accepts nothing.
@@ -113,6 +114,7 @@ impl Consensus {
     /// The stores can't be opened or contradict each other.
     pub async fn start(options: StartOptions<'_>) -> Result<Self, StartError> {
         let (log, store, state) = open_stores(&options).await?;
+        let members = store.members();
         let clients = HostClients::new(options.identity, state.clone());
         let config = Config {
             heartbeat_interval: options.timing.heartbeat_ms,
@@ -133,7 +135,7 @@ impl Consensus {
         tokio::spawn(quorum.clone().run(raft.clone(), renew, stop.clone()));
         // Two elections: if a majority had followed somebody else meanwhile, it would have spoken.
         let quorum_silence_max = Duration::from_millis(options.timing.election_max_ms) * 2;
-        Ok(Self { raft, host: options.host, state, clients, quorum, quorum_silence_max, stop })
+        Ok(Self { raft, host: options.host, state, members, clients, quorum, quorum_silence_max, stop })
     }
 
     /// Founds a pool of this host alone.
@@ -196,10 +198,15 @@ impl Consensus {
         self.raft.metrics().borrow().current_term
     }
 
-    /// The voters of the last membership known here.
+    /// The voters of the last membership that is committed as far as this host knows. While a change of voters is under way,
+    /// those that vote before and after it: a host counts only once the pool can do without one of the others.
     #[must_use]
     pub fn voters(&self) -> Vec<HostId> {
-        self.raft.metrics().borrow().membership_config.membership().voter_ids().map(HostId).collect()
+        let members = self.members.borrow();
+        let configs = members.membership().get_joint_config();
+        let Some(first) = configs.first() else { return Vec::new() };
+        let votes = |id: &&u64| configs.iter().all(|config| config.contains(*id));
+        first.iter().filter(votes).copied().map(HostId).collect()
     }
 
     /// Whether a host was removed from the pool, as far as this host knows.

@@ -3,6 +3,10 @@
 //! Level-triggered: on the leader, at every change and at least once a second, it compares and makes at most one change.
 //! Every host of the pool becomes a learner at once, also before it serves (a learner that can't be reached blocks
 //! nothing); voters are chosen by `planner::voters`; removed hosts leave.
+//!
+//! A change of voters takes two entries: a joint configuration, in which the majorities of the old and of the new voters are both
+//! needed, and then the new one alone. A leader that dies between the two leaves the joint one behind, and with it a pool that
+//! can't do without the old voters; so the next leader completes it before anything else.
 
 use super::handle::{Consensus, unix_ms};
 use openraft::{BasicNode, ChangeMembers};
@@ -70,6 +74,10 @@ impl MembershipTask {
         let nodes: BTreeMap<u64, String> =
             membership.nodes().map(|(id, node)| (*id, node.addr.clone())).collect();
         let voters: BTreeSet<HostId> = membership.voter_ids().map(HostId).collect();
+        let change = match membership.get_joint_config().len() {
+            0 | 1 => VoterChange::None,
+            _ => VoterChange::HalfWay,
+        };
         let last = metrics.last_log_index.unwrap_or(0);
         let matched = metrics.replication.clone().unwrap_or_default();
         let caught_up = matched
@@ -80,7 +88,7 @@ impl MembershipTask {
             .collect();
         drop(metrics);
         let view = VoterView { now_ms: unix_ms(), voters, leader: self.consensus.host_id(), caught_up };
-        plan_step(&state, &nodes, &view)
+        plan_step(&state, &nodes, &view, change)
     }
 
     async fn take(&self, step: Step) -> Result<(), String> {
@@ -108,7 +116,24 @@ impl MembershipTask {
     }
 }
 
-fn plan_step(state: &PoolState, nodes: &BTreeMap<u64, String>, view: &VoterView) -> Option<Step> {
+/// Whether a change of voters was begun and not completed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum VoterChange {
+    None,
+    HalfWay,
+}
+
+fn plan_step(
+    state: &PoolState,
+    nodes: &BTreeMap<u64, String>,
+    view: &VoterView,
+    change: VoterChange,
+) -> Option<Step> {
+    let wanted = desired_voters(state, view);
+    let set_voters = || Step::SetVoters(wanted.iter().map(|host| host.0).collect());
+    if change == VoterChange::HalfWay && !wanted.is_empty() {
+        return Some(set_voters());
+    }
     for host in state.hosts.values().filter(|host| host.state != HostState::Removed) {
         match nodes.get(&host.id.0) {
             None => return Some(Step::AddLearner(host.id, host.address.clone())),
@@ -118,9 +143,8 @@ fn plan_step(state: &PoolState, nodes: &BTreeMap<u64, String>, view: &VoterView)
             Some(_) => {}
         }
     }
-    let wanted = desired_voters(state, view);
     if !wanted.is_empty() && wanted != view.voters {
-        return Some(Step::SetVoters(wanted.iter().map(|host| host.0).collect()));
+        return Some(set_voters());
     }
     let gone: BTreeSet<u64> = nodes
         .keys()
@@ -148,6 +172,8 @@ mod tests {
             public_key: vec![],
             cpu_vendor: String::new(),
             feature_level: 1,
+            version: String::new(),
+            shows_ca: None,
             incarnation: None,
             replica_fingerprint: None,
             boot_id: String::new(),
@@ -171,7 +197,7 @@ mod tests {
     /// The next step when Raft has these nodes at their proper addresses, all caught up, and host 1 leads.
     fn step(state: &PoolState, nodes: &[u64], voters: &[u64]) -> Option<Step> {
         let addresses = nodes.iter().map(|id| (*id, format!("10.0.0.{id}:7"))).collect();
-        plan_step(state, &addresses, &view(nodes, voters))
+        plan_step(state, &addresses, &view(nodes, voters), VoterChange::None)
     }
 
     fn view(nodes: &[u64], voters: &[u64]) -> VoterView {
@@ -204,10 +230,20 @@ mod tests {
     }
 
     #[test]
+    fn a_change_of_voters_that_was_cut_short_is_completed_first() {
+        // Its voters are those of before and after together, which may well be the wanted ones.
+        let state = pool(&[(1, HostState::Up), (2, HostState::Up), (3, HostState::Up)]);
+        let nodes = BTreeMap::from([1, 2].map(|id| (id, format!("10.0.0.{id}:7"))));
+        let view = view(&[1, 2, 3], &[1, 2, 3]);
+        let completed = plan_step(&state, &nodes, &view, VoterChange::HalfWay);
+        assert_eq!(completed, Some(Step::SetVoters(BTreeSet::from([1, 2, 3]))));
+    }
+
+    #[test]
     fn a_host_that_moved_is_found_at_its_new_address() {
         let state = pool(&[(1, HostState::Up)]);
         let old = BTreeMap::from([(1, "10.9.9.9:7".to_owned())]);
         let moved = Step::SetAddress(HostId(1), "10.0.0.1:7".to_owned());
-        assert_eq!(plan_step(&state, &old, &view(&[1], &[1])), Some(moved));
+        assert_eq!(plan_step(&state, &old, &view(&[1], &[1]), VoterChange::None), Some(moved));
     }
 }

@@ -3,7 +3,7 @@
 use super::handle::Consensus;
 use super::payload;
 use super::propose::ForwardedAnswer;
-use super::snapshot_file::SNAPSHOT_BYTES_MAX;
+use super::snapshot_file::{SNAPSHOT_BYTES_MAX, decode_announced};
 use crate::api::principal::require_host;
 use openraft::{BasicNode, Snapshot, SnapshotMeta, Vote};
 use proto::v1::{RaftMessage, ReadIndexRequest, ReadIndexResponse, raft_service_server::RaftService};
@@ -85,6 +85,12 @@ impl RaftService for RaftApi {
             }
             bytes.extend_from_slice(&piece.payload);
         }
+        // Raft takes a snapshot that can't be installed for a broken disk and ends; a broken transfer must not come so far.
+        let announced = header.meta.last_log_id;
+        let bytes = tokio::task::spawn_blocking(move || decode_announced(&bytes, announced).map(|_| bytes))
+            .await
+            .map_err(|error| Status::internal(error.to_string()))?
+            .map_err(|error| Status::invalid_argument(format!("snapshot: {error}")))?;
         let snapshot = Snapshot { meta: header.meta, snapshot: Box::new(Cursor::new(bytes)) };
         let result = self.consensus.raft().install_full_snapshot(header.vote, snapshot).await;
         Self::reply(&result.map_err(openraft::error::RaftError::<u64>::Fatal))

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 /// Largest snapshot in bytes that is received or read: the cap of the state, with room for its frame.
 pub const SNAPSHOT_BYTES_MAX: u64 = (128 << 20) + (1 << 20);
 
-/// What a snapshot holds. Version 2: hosts in and out of service, groups, users, the audit log.
+/// What a snapshot holds. Version 3: settings that change, versions of daemons, access tokens.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct SnapshotContent {
     /// The last entry that is in it.
@@ -23,7 +23,7 @@ pub struct SnapshotContent {
 }
 
 /// Tells this format from whatever else may lie in the folder; the digit is the version.
-const MAGIC: &[u8; 8] = b"poolsnp2";
+const MAGIC: &[u8; 8] = b"poolsnp3";
 
 /// Endings of a finished snapshot and of one that is being written.
 const COMPLETE: &str = ".snap";
@@ -37,6 +37,19 @@ pub fn encode(content: &SnapshotContent) -> io::Result<Vec<u8>> {
     let mut bytes = MAGIC.to_vec();
     bytes.extend(seal(content)?);
     Ok(bytes)
+}
+
+/// Reads a snapshot that must be the announced one.
+///
+/// # Errors
+/// As [`decode`], and when it is another one.
+pub fn decode_announced(bytes: &[u8], last_applied: Option<LogId<u64>>) -> io::Result<SnapshotContent> {
+    let content = decode(bytes)?;
+    if content.last_applied == last_applied {
+        Ok(content)
+    } else {
+        Err(io::Error::new(io::ErrorKind::InvalidData, "another snapshot than announced"))
+    }
 }
 
 /// Checks and reads a snapshot.

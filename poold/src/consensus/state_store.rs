@@ -1,13 +1,13 @@
 //! The pool's state in memory, changed by committed entries, published to the daemon, saved as snapshots.
 
-use super::snapshot_file::{SnapshotContent, SnapshotDir, decode, encode};
+use super::snapshot_file::{SnapshotContent, SnapshotDir, decode_announced, encode};
 use super::{Applied, TypeConfig};
 use openraft::storage::{RaftStateMachine, Snapshot};
 use openraft::{
     AnyError, BasicNode, Entry, EntryPayload, ErrorSubject, ErrorVerb, LogId, OptionalSend,
     RaftSnapshotBuilder, SnapshotMeta, StorageError, StorageIOError, StoredMembership,
 };
-use pool_state::PoolState;
+use pool_state::{Outcome, PoolState, Rejection};
 use std::io::{self, Cursor};
 use std::path::Path;
 use std::sync::Arc;
@@ -21,6 +21,8 @@ pub struct StateStore {
     content: SnapshotContent,
     snapshots: SnapshotDir,
     publish: watch::Sender<Arc<PoolState>>,
+    /// The membership as of the last applied entry: unlike openraft's own word for it, it has been committed.
+    members: watch::Sender<StoredMembership<u64, BasicNode>>,
 }
 
 impl StateStore {
@@ -32,7 +34,14 @@ impl StateStore {
         let snapshots = SnapshotDir::open(dir)?;
         let content = snapshots.newest()?.map(|(content, _)| content).unwrap_or_default();
         let (publish, published) = watch::channel(Arc::new(content.state.clone()));
-        Ok((Self { content, snapshots, publish }, published))
+        let members = watch::Sender::new(content.membership.clone());
+        Ok((Self { content, snapshots, publish, members }, published))
+    }
+
+    /// Follows the committed membership.
+    #[must_use]
+    pub fn members(&self) -> watch::Receiver<StoredMembership<u64, BasicNode>> {
+        self.members.subscribe()
     }
 
     /// The last entry that is in the state.
@@ -52,11 +61,17 @@ impl StateStore {
         self.content.last_applied = Some(log_id);
         match entry.payload {
             EntryPayload::Normal(entry) => {
-                return Applied::Entry(self.content.state.apply(log_id.index, &entry));
+                let told = self.content.state.describe(&entry.command);
+                let result = self.content.state.apply(log_id.index, &entry);
+                if let Some((action, object)) = told {
+                    log_applied(log_id.index, &entry, (action, &object), &result);
+                }
+                return Applied::Entry(result);
             }
             EntryPayload::Blank => {}
             EntryPayload::Membership(membership) => {
                 self.content.membership = StoredMembership::new(Some(log_id), membership);
+                self.members.send_replace(self.content.membership.clone());
             }
         }
         // The founding membership has index 0, which is the revision of the empty state.
@@ -64,6 +79,24 @@ impl StateStore {
             self.content.state.note_applied(log_id.index);
         }
         Applied::Nothing
+    }
+}
+
+/// Says on every host what was asked for, with the ids by which one request can be followed through all logs.
+fn log_applied(
+    index: u64,
+    entry: &pool_state::Entry,
+    (action, object): (&str, &str),
+    result: &std::result::Result<Outcome, Rejection>,
+) {
+    let request = entry.request_id.as_deref().unwrap_or_default();
+    let by = &entry.principal;
+    match result {
+        Ok(Outcome::Task(task) | Outcome::Migration { task, .. }) => {
+            tracing::info!(index, request, by, %task, action, object, "applied");
+        }
+        Ok(_) => tracing::info!(index, request, by, action, object, "applied"),
+        Err(rejection) => tracing::info!(index, request, by, action, object, %rejection, "refused"),
     }
 }
 
@@ -108,10 +141,7 @@ impl RaftStateMachine<TypeConfig> for StateStore {
         let snapshots = self.snapshots.clone();
         let last = wanted.last_log_id;
         let written = tokio::task::spawn_blocking(move || -> io::Result<SnapshotContent> {
-            let content = decode(&bytes)?;
-            if content.last_applied != last {
-                return Err(io::Error::new(io::ErrorKind::InvalidData, "another snapshot than announced"));
-            }
+            let content = decode_announced(&bytes, last)?;
             snapshots.write(last, &bytes)?;
             Ok(content)
         });
@@ -121,6 +151,7 @@ impl RaftStateMachine<TypeConfig> for StateStore {
             .and_then(|result| result)
             .map_err(|error| failed(ErrorVerb::Write, &error))?;
         self.content = content;
+        self.members.send_replace(self.content.membership.clone());
         self.publish.send_replace(Arc::new(self.content.state.clone()));
         Ok(())
     }

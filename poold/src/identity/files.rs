@@ -19,9 +19,9 @@ pub struct IdentityError {
 /// What a host shows of itself and trusts.
 #[derive(Clone)]
 pub struct HostIdentity {
-    /// The pool's CA.
+    /// Certificates of the CAs that it trusts.
     pub ca_pem: String,
-    /// The host's certificate.
+    /// The host's certificate, followed by those that prove it.
     pub cert_pem: String,
     /// The host's private key.
     pub key_pem: String,

@@ -5,9 +5,10 @@
 use super::connect::connect;
 use super::local::{local_facts, local_problems};
 use super::token::{JoinToken, TokenError};
-use crate::config::{ConfigError, FEATURE_LEVEL, HostConfig, TimingName};
+use crate::config::{ConfigError, HostConfig, TimingName};
 use crate::consensus::{Consensus, unix_ms};
 use crate::identity::{IdentityDir, IdentityError};
+use pool_state::features;
 use proto::HostId;
 use proto::v1::{HostStats, JoinRequest, JoinResponse, ListHostsRequest};
 use rcgen::{KeyPair, PublicKeyData};
@@ -33,6 +34,8 @@ pub struct JoinOptions {
     pub listen: SocketAddr,
     /// Memory for VMs in bytes; none: the default share.
     pub vm_memory_bytes: Option<u64>,
+    /// The highest feature level that it takes part in; none: the newest that this version knows.
+    pub feature_level_max: Option<u32>,
     /// The pasted token.
     pub token: String,
 }
@@ -172,7 +175,7 @@ fn request(options: &JoinOptions, token: &JoinToken, public_key: Vec<u8>) -> Joi
         host_name: options.host_name.clone(),
         address: options.listen.to_string(),
         public_key,
-        feature_level: FEATURE_LEVEL,
+        feature_level: options.feature_level_max.unwrap_or(features::NEWEST),
         clock_ms: unix_ms(),
         kvm: std::path::Path::new("/dev/kvm").exists(),
         cpu_vendor: facts.cpu_vendor,
@@ -191,6 +194,7 @@ fn config(options: &JoinOptions, answer: &JoinResponse, vm_memory_bytes: u64) ->
         listen: options.listen,
         vm_memory_bytes,
         timing,
+        feature_level_max: options.feature_level_max,
         metrics: None,
     }
 }

@@ -93,7 +93,7 @@ async fn all_problems_are_told_at_once() {
     let only_its_key_is_bad = JoinRequest {
         host_name: "h2".to_owned(),
         address: "127.0.0.1:1".to_owned(),
-        feature_level: crate::config::FEATURE_LEVEL,
+        feature_level: pool_state::features::NEWEST,
         clock_ms: crate::consensus::unix_ms(),
         cpu_vendor: super::local_facts().cpu_vendor,
         local_problems: Vec::new(),

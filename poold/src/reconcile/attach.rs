@@ -159,6 +159,8 @@ mod tests {
             public_key: Vec::new(),
             cpu_vendor: String::new(),
             feature_level: 1,
+            version: String::new(),
+            shows_ca: None,
             incarnation: Some(Incarnation(format!("life-{id}"))),
             replica_fingerprint: fingerprint,
             boot_id: String::new(),

@@ -15,7 +15,10 @@ use crate::{
     lease::LeaseClient,
     network::{NetworkError, Networks},
     node::{NodeContext, ReportError},
-    supervisor::{Machine, MachineError, ProcessError, ProcessKey, StopMode, Subject, Supervisor, launch},
+    supervisor::{
+        Inherited, KeptImage, KeptImages, Machine, MachineError, ProcessError, ProcessKey, StopMode, Subject,
+        Supervisor, kept_budget, launch,
+    },
 };
 use pool_state::{
     Command, PoolState, Rejection,
@@ -25,7 +28,7 @@ use pool_state::{
 };
 use proto::{
     Epoch, ImageId, MigrationId, VmId,
-    v1::{MachineStatus, MigrationOutcomeRequest, StartOutgoingRequest},
+    v1::{MachineStatus, MigrationOutcomeRequest, StartOutgoingRequest, TakeBackRequest},
 };
 use std::{
     collections::BTreeMap,
@@ -109,6 +112,8 @@ pub struct Executor {
     networks: Networks,
     /// What each process was last given as its volumes.
     digests: Mutex<BTreeMap<ProcessKey, VolumesDigest>>,
+    /// Memory of VMs that have moved away.
+    kept: KeptImages,
 }
 
 impl Executor {
@@ -120,7 +125,8 @@ impl Executor {
         lease: LeaseClient,
         networks: Networks,
     ) -> Self {
-        Self { context, supervisor, images, lease, networks, digests: Mutex::default() }
+        let (digests, kept) = (Mutex::default(), KeptImages::default());
+        Self { context, supervisor, images, lease, networks, digests, kept }
     }
 
     /// This host.
@@ -161,6 +167,7 @@ impl Executor {
             HostAction::Destroy { vm, epoch, reason } => {
                 let key = ProcessKey::vm(*vm, *epoch);
                 tracing::info!(process = %key, ?reason, "destroying a VM process");
+                self.keep_memory(key).await;
                 self.supervisor.destroy(key, StopMode::Forced).await;
                 Ok(())
             }
@@ -187,6 +194,7 @@ impl Executor {
             HostAction::ResumeAfterAbort { migration } => {
                 self.outcome_at_source(&state, *migration, Outcome::Aborted).await
             }
+            HostAction::TakeBack { migration } => self.take_back(&state, state.migration(*migration)?).await,
             HostAction::ActivateIncoming { migration } => {
                 self.activate_incoming(&state, state.migration(*migration)?).await
             }
@@ -241,21 +249,54 @@ impl Executor {
         let state = state.as_ref();
         let vm = state.vm(vm)?;
         let files = self.boot_files(state, vm).await?;
-        let machine = self.spawn(state, vm, key).await?;
+        let machine = self.spawn(state, vm, key, None).await?;
         let files = self.give_files(key, files).await?;
         self.configure(state, vm, key, &machine, files).await?;
         self.lease.pass_on(&self.supervisor, key).await;
         self.note(key, machine.start().await)
     }
 
-    /// Starts the process, with a tap for each card.
-    async fn spawn(&self, state: &PoolState, vm: &Vm, key: ProcessKey) -> Result<Machine, ActionError> {
+    /// Starts the process, with a tap for each card and memory that was kept for it.
+    async fn spawn(
+        &self,
+        state: &PoolState,
+        vm: &Vm,
+        key: ProcessKey,
+        kept: Option<KeptImage>,
+    ) -> Result<Machine, ActionError> {
         // One that is there has its taps.
         let taps = match self.supervisor.machine(key) {
             Some(_) => Vec::new(),
             None => self.networks.taps(state, vm, key).await?,
         };
-        Ok(self.supervisor.spawn(key, taps).await?)
+        Ok(self.supervisor.spawn(key, Inherited { taps, kept }).await?)
+    }
+
+    /// Keeps what is left of a VM that has moved away; it is destroyed in any case.
+    async fn keep_memory(&self, key: ProcessKey) {
+        let Subject::Vm(vm) = key.subject else { return };
+        let process = self.supervisor.process(key).zip(self.supervisor.machine(key));
+        let Some((view, machine)) = process.filter(|(view, _)| view.responsive) else { return };
+        let migration = view.status.as_ref().and_then(|status| status.migration.as_ref());
+        let Some(migration) = migration.filter(|it| it.role == "source" && it.phase == "done") else {
+            return;
+        };
+        let migration = MigrationId(migration.migration_id);
+        if let Err(error) = self.kept.keep(vm, &machine, view.pid, migration).await {
+            tracing::debug!(process = %key, %error, "its memory is not kept: it will come back whole");
+        }
+        self.trim_kept(&self.context.consensus.local());
+    }
+
+    /// Gives memory back that machines of this host need, or that is of VMs which are no more.
+    pub fn trim_kept(&self, state: &PoolState) {
+        if self.kept.is_empty() {
+            return;
+        }
+        let host = state.hosts.get(&self.context.host);
+        let budget =
+            host.map(|host| kept_budget(host.vm_memory, state.free_memory(host))).unwrap_or_default();
+        self.kept.trim(budget, |vm| state.vms.contains(&vm));
     }
 
     /// Gives the process its machine unless it has one.
@@ -332,7 +373,7 @@ impl Executor {
         let key = ProcessKey::vm(vm.id, migration.to_epoch());
         let not_ready = |what| ActionError::NotReady { migration: migration.id, what };
         let source = migration.source_fingerprint.ok_or_else(|| not_ready("certificate of the source"))?;
-        let machine = self.spawn(state, vm, key).await?;
+        let machine = self.spawn(state, vm, key, self.kept.take(vm.id)).await?;
         // The guest's memory comes from the source: nothing is booted from a file.
         self.configure(state, vm, key, &machine, BootFiles::default()).await?;
         self.lease.pass_on(&self.supervisor, key).await;
@@ -401,6 +442,26 @@ impl Executor {
         self.note(key, machine.migration_outcome(request).await)
     }
 
+    /// Source, after a target that died with the VM: it is this host's again.
+    async fn take_back(&self, state: &PoolState, migration: &Migration) -> Result<(), ActionError> {
+        let vm = state.vm(migration.vm)?;
+        let (key, machine) = self.source(state, migration.id)?;
+        let request = TakeBackRequest {
+            migration_id: migration.id.0,
+            volumes: attachments(state, vm, self.context.host),
+            epoch: vm.epoch.0,
+        };
+        let digest = VolumesDigest::of(state, vm);
+        let taken = machine.take_back(request).await;
+        if taken.is_err() {
+            // Its status says that it has failed, from which the next pass draws the conclusion.
+            self.supervisor.poke(key);
+        }
+        self.note(key, taken)?;
+        self.digests().insert(key, digest);
+        Ok(())
+    }
+
     /// Target, inside the blackout: the commit is applied here, so the process may take the volumes and run.
     async fn activate_incoming(&self, state: &PoolState, migration: &Migration) -> Result<(), ActionError> {
         let vm = state.vm(migration.vm)?;
@@ -442,7 +503,7 @@ impl Executor {
 
     fn current(&self, state: &PoolState, vm: VmId) -> Result<(ProcessKey, Machine), ActionError> {
         let vm = state.vm(vm)?;
-        let key = ProcessKey::vm(vm.id, vm.epoch);
+        let key = ProcessKey::vm(vm.id, vm.process_epoch());
         let machine = self.supervisor.machine(key).ok_or(ActionError::NoProcess { key })?;
         Ok((key, machine))
     }

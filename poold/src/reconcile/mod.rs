@@ -24,6 +24,7 @@ mod follow;
 mod observe;
 mod schedule;
 mod services;
+mod trace;
 
 pub use attach::{replica_dir, replica_socket};
 pub use execute::Executor;
@@ -37,6 +38,7 @@ use std::{
     time::Duration,
 };
 use tokio::{sync::Notify, time::Instant};
+use tracing::Instrument as _;
 
 /// The longest time between two passes: what is wanted may change by the clock alone (back-off of a restart).
 const PASS_INTERVAL: Duration = Duration::from_secs(1);
@@ -75,8 +77,10 @@ fn pass(
     schedule: &Arc<Mutex<Schedule>>,
     finished: &Arc<Notify>,
 ) -> Option<Instant> {
+    executor.trim_kept(state);
     let (me, now_ms) = (executor.context().host, unix_ms());
-    let mut actions = pool_state::reconcile::reconcile(state, me, now_ms, &executor.observe());
+    let observed = executor.observe();
+    let mut actions = pool_state::reconcile::reconcile(state, me, now_ms, &observed);
     let services = executor.observe_services();
     let loans = executor.context().loans.keys();
     actions.extend(pool_state::reconcile::reconcile_services(state, me, now_ms, &services, &loans));
@@ -95,9 +99,18 @@ fn pass(
             Verdict::Go(ticket) => {
                 let (executor, finished) = (executor.clone(), finished.clone());
                 let mut done = Done { schedule: schedule.clone(), ticket, result: Finish::Failed };
-                let work = tokio::spawn(async move {
+                let span = trace::span_of(state, &action);
+                let work = async move {
                     match executor.execute(&action).await {
-                        Ok(()) => done.result = Finish::Succeeded,
+                        Ok(()) => {
+                            match action {
+                                HostAction::Report(_) | HostAction::UpdateVolumes { .. } => {
+                                    tracing::debug!(?action, "carried out");
+                                }
+                                _ => tracing::info!(?action, "carried out"),
+                            }
+                            done.result = Finish::Succeeded;
+                        }
                         Err(error) if error.is_overtaken() => {
                             tracing::debug!(?action, %error, "an action came too late");
                         }
@@ -107,7 +120,8 @@ fn pass(
                     }
                     drop(done);
                     finished.notify_one();
-                });
+                };
+                let work = tokio::spawn(work.instrument(span));
                 lock(schedule).attach(ticket, work.abort_handle());
             }
         }
@@ -140,5 +154,6 @@ fn is_in_blackout(action: &HostAction) -> bool {
         HostAction::ProposeCommit { .. }
             | HostAction::ActivateIncoming { .. }
             | HostAction::ResumeAfterAbort { .. }
+            | HostAction::TakeBack { .. }
     )
 }

@@ -154,6 +154,7 @@ fn rank(action: &HostAction) -> Rank {
         | HostAction::ReportCommitted { .. }
         | HostAction::ActivateIncoming { .. }
         | HostAction::ResumeAfterAbort { .. }
+        | HostAction::TakeBack { .. }
         | HostAction::Pause { .. }
         | HostAction::Resume { .. }
         | HostAction::UpdateVolumes { .. }
@@ -182,6 +183,7 @@ pub fn slot_of(state: &PoolState, action: &HostAction) -> Option<Slot> {
         HostAction::StartOutgoing { migration }
         | HostAction::ProposeCommit { migration, .. }
         | HostAction::ReportCommitted { migration }
+        | HostAction::TakeBack { migration }
         | HostAction::ResumeAfterAbort { migration } => source_key(state, *migration)?,
         HostAction::Pause { vm } | HostAction::Resume { vm } | HostAction::UpdateVolumes { vm, .. } => {
             current_key(state, *vm)?
@@ -193,7 +195,7 @@ pub fn slot_of(state: &PoolState, action: &HostAction) -> Option<Slot> {
 /// The source's process of a migration.
 pub fn source_key(state: &PoolState, migration: MigrationId) -> Option<ProcessKey> {
     let migration = state.migrations.get(&migration)?;
-    Some(ProcessKey::vm(migration.vm, migration.from_epoch))
+    Some(ProcessKey::vm(migration.vm, migration.source_process))
 }
 
 /// The target's process of a migration.
@@ -205,7 +207,7 @@ pub fn target_key(state: &PoolState, migration: MigrationId) -> Option<ProcessKe
 /// The process of a VM's present placement.
 pub fn current_key(state: &PoolState, vm: VmId) -> Option<ProcessKey> {
     let vm = state.vms.get(&vm)?;
-    Some(ProcessKey::vm(vm.id, vm.epoch))
+    Some(ProcessKey::vm(vm.id, vm.process_epoch()))
 }
 
 #[cfg(test)]

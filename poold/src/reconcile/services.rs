@@ -5,7 +5,7 @@ use super::{
     execute::{ActionError, Executor},
     observe,
 };
-use crate::supervisor::{MachineError, ProcessError, ProcessKey, StopMode, Subject};
+use crate::supervisor::{Inherited, MachineError, ProcessError, ProcessKey, StopMode, Subject};
 use pool_state::command::VolumeCommand;
 use pool_state::{
     Command, PoolState,
@@ -88,7 +88,7 @@ impl Executor {
         let state = state.as_ref();
         let volume = state.volume(volume)?;
         let service = volume.service.as_ref().ok_or(ActionError::NotPlaced { key })?;
-        let machine = self.supervisor.spawn(key, Vec::new()).await?;
+        let machine = self.supervisor.spawn(key, Inherited::default()).await?;
         let configured = self.supervisor.process(key).and_then(|process| process.status);
         if configured.is_none_or(|status| status.volume_id == 0) {
             let config = service_config(&self.context, state, volume, service);

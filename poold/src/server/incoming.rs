@@ -10,6 +10,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_stream::Stream;
+use tokio_util::sync::CancellationToken;
 use tonic::transport::server::{Connected, TcpConnectInfo, TcpIncoming};
 
 /// Open connections: a few of each host of the largest pool, and many clients. Each costs a file descriptor and some
@@ -23,6 +24,8 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 /// A connection that counts until it is closed.
 pub struct Counted {
     stream: TcpStream,
+    /// Cancelled when it counts no more, since what it was admitted by is void.
+    admission: CancellationToken,
     _place: OwnedSemaphorePermit,
 }
 
@@ -39,7 +42,7 @@ pub fn incoming(
             match accepted {
                 Ok(stream) => {
                     let place = places.acquire_owned().await.map_err(io::Error::other)?;
-                    Ok(Counted { stream, _place: place })
+                    Ok(Counted { stream, admission: CancellationToken::new(), _place: place })
                 }
                 Err(error) => {
                     tracing::warn!(%error, "a connection could not be accepted");
@@ -49,6 +52,14 @@ pub fn incoming(
             }
         }
     }))
+}
+
+impl Counted {
+    /// The connection, as long as this is not cancelled.
+    pub fn under(mut self, admission: CancellationToken) -> Self {
+        self.admission = admission;
+        self
+    }
 }
 
 impl Connected for Counted {
@@ -65,6 +76,10 @@ impl AsyncRead for Counted {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        // Seen at the next byte that comes: nothing that is asked from now on is answered.
+        if self.admission.is_cancelled() {
+            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
+        }
         Pin::new(&mut self.stream).poll_read(cx, buf)
     }
 }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tonic::Code;
-use tonic::transport::Identity;
+use tonic::transport::{Channel, Identity};
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_client::HealthClient;
 
@@ -151,4 +151,71 @@ async fn a_watch_sends_the_list_again_when_a_host_joins() {
         list.into_inner().hosts.iter().any(|host| host.role == "learner")
     })
     .await;
+}
+
+/// What a call answers to somebody, when the guard in front of the services refuses it: the reason.
+async fn refusal(channel: Channel, token: Option<&str>, path: &str) -> Option<String> {
+    use prost::Message as _;
+    const REFUSALS: [&str; 4] = ["NO_CERTIFICATE", "CERTIFICATE_VOID", "ROLE_TOO_LOW", "HOSTS_ONLY"];
+    let mut client = tonic::client::Grpc::new(channel);
+    client.ready().await.unwrap();
+    let mut request = tonic::Request::new(());
+    if let Some(token) = token {
+        request.metadata_mut().insert("authorization", format!("Bearer {token}").parse().unwrap());
+    }
+    // Longer than any answer about access; what is allowed may wait for something else.
+    request.set_timeout(std::time::Duration::from_millis(500));
+    let path = tonic::codegen::http::uri::PathAndQuery::try_from(path).unwrap();
+    let codec = tonic_prost::ProstCodec::<(), ()>::default();
+    let status = client.server_streaming(request, path, codec).await.err()?;
+    let detail = proto::v1::ErrorDetail::decode(status.details()).unwrap_or_default();
+    REFUSALS.contains(&detail.reason.as_str()).then_some(detail.reason)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_call_is_guarded_at_the_port_for_every_kind_of_caller() {
+    use crate::api::access::{Caller, access_of, permits};
+    use crate::identity::key_hash_of;
+    use pool_state::command::Govern;
+    use pool_state::state::Role;
+    use rustls::pki_types::CertificateDer;
+    let pool = TestPool::new(1).await;
+    let consensus = pool.hosts[0].consensus();
+    let propose = async |command| consensus.propose(command, crate::test_pool::by_admin()).await.unwrap();
+    let host = pool.hosts[0].identity();
+    let as_host = Identity::from_pem(&host.cert_pem, &host.key_pem);
+    let (key, cert) = pool.ca.issue_user("nobody-knows").unwrap();
+    // With the name of the host but another key.
+    let (other_key, public) = crate::identity::generate_key().unwrap();
+    let imposter = pool.ca.sign_host(pool.hosts[0].id, &public).unwrap();
+    let mut callers = vec![
+        (Caller::Nobody, pool.channel(0, None).await, None),
+        (Caller::Void, pool.channel(0, Some(Identity::from_pem(cert, key))).await, None),
+        (Caller::Void, pool.channel(0, Some(Identity::from_pem(imposter, other_key))).await, None),
+        (Caller::Void, pool.channel(0, None).await, Some("pooltoken-00ff".to_owned())),
+        (Caller::Host, pool.channel(0, Some(as_host)).await, None),
+    ];
+    for role in Role::ALL {
+        let name = format!("a-{}", role.as_str());
+        let (key, cert) = pool.ca.issue_user(&name).unwrap();
+        let key_hash = key_hash_of(&CertificateDer::from_pem_slice(cert.as_bytes()).unwrap()).unwrap();
+        propose(pool_state::Command::CreateUser { name: name.clone(), role, key_hash }).await;
+        callers.push((Caller::User(role), pool.channel(0, Some(Identity::from_pem(cert, key))).await, None));
+        let secret_hash = *blake3::hash(&[role as u8; 32]).as_bytes();
+        let token = Govern::CreateAccessToken { user: name, role, secret_hash, ttl_ms: 3_600_000 };
+        propose(pool_state::Command::Govern(token)).await;
+        let hex: String = [role as u8; 32].iter().map(|byte| format!("{byte:02x}")).collect();
+        callers.push((Caller::User(role), pool.channel(0, None).await, Some(format!("pooltoken-{hex}"))));
+    }
+    for path in crate::api::access::paths() {
+        let access = access_of(&path).unwrap();
+        for (caller, channel, token) in &callers {
+            // It would change what everybody is known by in the middle of this.
+            if path.ends_with("/RotateCa") && permits(access, *caller) {
+                continue;
+            }
+            let refused = refusal(channel.clone(), token.as_deref(), &path).await;
+            assert_eq!(refused.is_none(), permits(access, *caller), "{path} by {caller:?}: {refused:?}");
+        }
+    }
 }

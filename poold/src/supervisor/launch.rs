@@ -1,11 +1,11 @@
 //! With what VM processes are started: program, rights and descriptors.
 
-use super::{ProcessKey, Subject};
+use super::{KeptImage, ProcessKey, Subject};
 use proto::VmId;
 use std::{
     ffi::OsString,
     io,
-    os::fd::{AsRawFd as _, OwnedFd},
+    os::fd::{AsRawFd, OwnedFd, RawFd},
     path::{Path, PathBuf},
 };
 
@@ -44,8 +44,8 @@ impl Privilege {
 }
 
 impl Launch {
-    /// The arguments of the process of `key` in `directory`, which inherits these taps.
-    pub fn arguments(&self, key: ProcessKey, directory: &Path, taps: &[OwnedFd]) -> Vec<OsString> {
+    /// The arguments of the process of `key` in `directory`.
+    pub fn arguments(&self, key: ProcessKey, directory: &Path, inherited: &Inherited) -> Vec<OsString> {
         let mut arguments: Vec<OsString> = vec!["--dir".into(), directory.into()];
         let Subject::Vm(vm) = key.subject else {
             arguments.push("--volume".into());
@@ -55,10 +55,32 @@ impl Launch {
         if self.privilege == Privilege::Root {
             arguments.extend(["--uid".into(), uid_of(vm).to_string().into()]);
         }
-        for tap in taps {
-            arguments.extend(["--tap".into(), tap.as_raw_fd().to_string().into()]);
+        let mut inherits = |option: &str, fd: RawFd| arguments.extend([option.into(), fd.to_string().into()]);
+        for tap in &inherited.taps {
+            inherits("--tap", tap.as_raw_fd());
+        }
+        if let Some(kept) = &inherited.kept {
+            inherits("--kept-memory-fd", kept.memory.as_raw_fd());
+            inherits("--kept-index-fd", kept.index.as_raw_fd());
         }
         arguments
+    }
+}
+
+/// Open files that a process is born with.
+#[derive(Debug, Default)]
+pub struct Inherited {
+    /// A tap for each card of the VM.
+    pub taps: Vec<OwnedFd>,
+    /// Memory of the VM that was kept at this host.
+    pub kept: Option<KeptImage>,
+}
+
+impl Inherited {
+    /// Their numbers.
+    pub fn descriptors(&self) -> Vec<RawFd> {
+        let kept = self.kept.iter().flat_map(|kept| [kept.memory.as_raw_fd(), kept.index.as_raw_fd()]);
+        self.taps.iter().map(AsRawFd::as_raw_fd).chain(kept).collect()
     }
 }
 

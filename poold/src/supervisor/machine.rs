@@ -207,6 +207,19 @@ impl Machine {
         self.call("VolumeRead", OPEN_TIMEOUT, client.volume_read(v1::VolumeReadRequest {})).await
     }
 
+    /// Source: the pool has given the machine back after the commit.
+    pub async fn take_back(&self, request: v1::TakeBackRequest) -> Result<MachineStatus, MachineError> {
+        let mut client = self.client.clone();
+        self.call("TakeBack", OPEN_TIMEOUT, client.take_back(request)).await
+    }
+
+    /// What stays behind of a machine that has moved, as numbers of the process's open files.
+    pub async fn keep_memory(&self, migration: MigrationId) -> Result<v1::KeepMemoryResponse, MachineError> {
+        let mut client = self.client.clone();
+        let request = v1::KeepMemoryRequest { migration_id: migration.0 };
+        self.call("KeepMemory", STATUS_TIMEOUT, client.keep_memory(request)).await
+    }
+
     /// Serial output from byte `offset` on.
     pub async fn console_read(&self, offset: u64) -> Result<v1::ConsoleReadResponse, MachineError> {
         let mut client = self.client.clone();

@@ -9,6 +9,7 @@
 //! ```
 //!
 //! - [`process`]: one operating-system process: spawn, lock, pidfd, signals. [`launch`]: with what rights.
+//! - [`kept`]: memory of machines that have moved away.
 //! - [`machine`]: its gRPC service `Machine` on a unix socket.
 //! - [`monitor`]: the task that watches one process.
 //!
@@ -21,6 +22,7 @@
 //!
 //! Absent on purpose: any decision. What should run is for `reconcile` to say.
 
+mod kept;
 pub mod launch;
 mod machine;
 mod monitor;
@@ -28,7 +30,8 @@ mod process;
 #[cfg(test)]
 mod tests;
 
-pub use launch::{Launch, Privilege};
+pub use kept::{KeptImage, KeptImages, budget as kept_budget};
+pub use launch::{Inherited, Launch, Privilege};
 pub use machine::{Machine, MachineError};
 pub use process::{ProcessError, ProcessKey, Subject};
 
@@ -37,7 +40,6 @@ use proto::v1::MachineStatus;
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
-    os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard},
     time::Duration,
@@ -194,11 +196,11 @@ impl Supervisor {
         Ok(supervisor)
     }
 
-    /// Starts the process of `key` with these taps and waits until its socket answers. An existing one is left as it is.
+    /// Starts the process of `key` with what it inherits and waits until its socket answers. An existing one is left as it is.
     ///
     /// # Errors
     /// It can't be started, or ends or stays silent during [`READY_TIMEOUT`]; then nothing of it is left.
-    pub async fn spawn(&self, key: ProcessKey, taps: Vec<OwnedFd>) -> Result<Machine, ProcessError> {
+    pub async fn spawn(&self, key: ProcessKey, inherited: Inherited) -> Result<Machine, ProcessError> {
         if let Some(machine) = self.machine(key) {
             return Ok(machine);
         }
@@ -207,7 +209,7 @@ impl Supervisor {
         let supervisor = self.clone();
         // Taken over on the same thread: a caller that gives up in between must not leave a process that nobody watches.
         let spawned = tokio::task::spawn_blocking(move || {
-            Process::spawn(&vms, &launch, key, taps).map(|process| supervisor.adopt(process))
+            Process::spawn(&vms, &launch, key, &inherited).map(|process| supervisor.adopt(process))
         });
         let machine = spawned.await.map_err(|source| ProcessError::Join { key, source })??;
         match self.wait_ready(key, &machine).await {

@@ -7,7 +7,7 @@
 //! A pid is only ever used through a pidfd, and a pidfd is taken only while the lock is seen held: it can't mean a
 //! stranger that got the same number later.
 
-use super::Launch;
+use super::{Inherited, Launch};
 use proto::{Epoch, VmId, VolumeId};
 use std::{
     fmt, fs, io,
@@ -185,7 +185,7 @@ impl Process {
         vms: &Path,
         launch: &Launch,
         key: ProcessKey,
-        taps: Vec<OwnedFd>,
+        inherited: &Inherited,
     ) -> Result<Self, ProcessError> {
         let directory = vms.join(key.to_string());
         let at = |source| ProcessError::Directory { path: directory.clone(), source };
@@ -195,7 +195,7 @@ impl Process {
             }
             made => made.map_err(at)?,
         }
-        let spawned = Self::spawn_in(&directory, launch, key, &taps);
+        let spawned = Self::spawn_in(&directory, launch, key, inherited);
         if spawned.is_err() {
             let _ = fs::remove_dir_all(&directory);
         }
@@ -206,7 +206,7 @@ impl Process {
         directory: &Path,
         launch: &Launch,
         key: ProcessKey,
-        taps: &[OwnedFd],
+        inherited: &Inherited,
     ) -> Result<Self, ProcessError> {
         let at = |source| ProcessError::Directory { path: directory.to_owned(), source };
         let lock = fs::File::create_new(directory.join("lock")).map_err(at)?;
@@ -214,12 +214,12 @@ impl Process {
         let log = fs::File::create_new(directory.join("log")).map_err(at)?;
         let log_too = log.try_clone().map_err(at)?;
         let lock_fd = lock.as_raw_fd();
-        let tap_fds: Vec<RawFd> = taps.iter().map(AsRawFd::as_raw_fd).collect();
+        let inherited_fds = inherited.descriptors();
         let mut command = Command::new(&launch.binary);
-        command.args(launch.arguments(key, directory, taps)).current_dir("/");
+        command.args(launch.arguments(key, directory, inherited)).current_dir("/");
         command.stdin(Stdio::null()).stdout(log).stderr(log_too);
         // SAFETY: `prepare_child` makes only async-signal-safe calls and allocates nothing.
-        unsafe { command.pre_exec(move || prepare_child(lock_fd, &tap_fds)) };
+        unsafe { command.pre_exec(move || prepare_child(lock_fd, &inherited_fds)) };
         let child = command.spawn().map_err(|source| ProcessError::Spawn {
             key,
             binary: launch.binary.clone(),
@@ -328,15 +328,15 @@ impl AsFd for Process {
 }
 
 /// Runs in the child between fork and exec.
-fn prepare_child(lock: RawFd, taps: &[RawFd]) -> io::Result<()> {
+fn prepare_child(lock: RawFd, inherited: &[RawFd]) -> io::Result<()> {
     let check = |result: i32| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
     let mut text = [0u8; 12];
     // SAFETY: system calls on plain numbers and on a buffer of this stack frame.
     unsafe {
         check(libc::setsid())?;
         check(libc::fcntl(lock, libc::F_SETFD, 0))?;
-        for tap in taps {
-            check(libc::fcntl(*tap, libc::F_SETFD, 0))?;
+        for fd in inherited {
+            check(libc::fcntl(*fd, libc::F_SETFD, 0))?;
         }
         let digits = decimal(libc::getpid().unsigned_abs(), &mut text);
         let written = libc::pwrite(lock, digits.as_ptr().cast(), digits.len(), 0);

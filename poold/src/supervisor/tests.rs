@@ -1,7 +1,7 @@
 //! Real processes (a shell in place of the VM program): found again, seen ending, ended, never started twice.
 
 use super::{
-    Launch, Privilege, ProcessError, ProcessKey, StopMode, Supervisor, is_overtaken,
+    Inherited, Launch, Privilege, ProcessError, ProcessKey, StopMode, Supervisor, is_overtaken,
     process::{Found, Process, scan},
 };
 use proto::{
@@ -23,6 +23,10 @@ const DEADLINE: Duration = Duration::from_secs(20);
 /// A start of a program that takes no other rights.
 fn launch(program: &Path) -> Launch {
     Launch { binary: program.to_owned(), replica_dir: PathBuf::new(), privilege: Privilege::None }
+}
+
+fn none() -> Inherited {
+    Inherited::default()
 }
 
 struct Fixture {
@@ -87,7 +91,7 @@ async fn a_new_daemon_finds_the_process_and_sees_it_die() {
     let fixture = Fixture::new();
     let program = fixture.program("exec sleep 100");
     // What an earlier daemon started: its handle is forgotten, the process lives on.
-    let pid = Process::spawn(&fixture.vms(), &launch(&program), KEY, Vec::new()).unwrap().pid();
+    let pid = Process::spawn(&fixture.vms(), &launch(&program), KEY, &none()).unwrap().pid();
     let supervisor = fixture.supervisor(&program);
     let found = supervisor.processes();
     assert_eq!(found.iter().map(|process| (process.key, process.pid)).collect::<Vec<_>>(), vec![(KEY, pid)]);
@@ -103,7 +107,7 @@ async fn a_new_daemon_finds_the_process_and_sees_it_die() {
 async fn the_process_has_a_session_of_its_own() {
     let fixture = Fixture::new();
     let process =
-        Process::spawn(&fixture.vms(), &launch(&fixture.program("exec sleep 100")), KEY, Vec::new()).unwrap();
+        Process::spawn(&fixture.vms(), &launch(&fixture.program("exec sleep 100")), KEY, &none()).unwrap();
     let session = nix::unistd::getsid(Some(nix::unistd::Pid::from_raw(process.pid()))).unwrap();
     assert_eq!(session.as_raw(), process.pid());
     process.signal(libc::SIGKILL).unwrap();
@@ -115,7 +119,7 @@ async fn the_process_has_a_session_of_its_own() {
 async fn an_end_without_a_daemon_is_reported_and_the_epoch_is_not_started_again() {
     let fixture = Fixture::new();
     let program = fixture.program("echo it broke; exit 1");
-    let process = Process::spawn(&fixture.vms(), &launch(&program), KEY, Vec::new()).unwrap();
+    let process = Process::spawn(&fixture.vms(), &launch(&program), KEY, &none()).unwrap();
     process.wait_exit();
     process.reap();
     let supervisor = fixture.supervisor(&program);
@@ -123,7 +127,7 @@ async fn an_end_without_a_daemon_is_reported_and_the_epoch_is_not_started_again(
     assert_eq!(gone.len(), 1);
     assert_eq!(gone[0].0, KEY);
     assert_eq!(gone[0].1.log_tail, "it broke");
-    let again = supervisor.spawn(KEY, Vec::new()).await;
+    let again = supervisor.spawn(KEY, none()).await;
     assert!(matches!(again.map(|_| ()), Err(ProcessError::Exists { key: KEY })));
 }
 
@@ -131,7 +135,7 @@ async fn an_end_without_a_daemon_is_reported_and_the_epoch_is_not_started_again(
 async fn a_program_that_ends_at_once_leaves_its_words_but_no_directory() {
     let fixture = Fixture::new();
     let supervisor = fixture.supervisor(&fixture.program("echo no kvm; exit 3"));
-    match supervisor.spawn(KEY, Vec::new()).await.map(|_| ()) {
+    match supervisor.spawn(KEY, none()).await.map(|_| ()) {
         Err(ProcessError::EndedAtStart { key: KEY, log_tail }) => assert_eq!(log_tail, "no kvm"),
         other => panic!("{other:?}"),
     }
@@ -143,7 +147,7 @@ async fn a_program_that_ends_at_once_leaves_its_words_but_no_directory() {
 async fn a_missing_program_leaves_no_directory() {
     let fixture = Fixture::new();
     let supervisor = fixture.supervisor(Path::new("/does/not/exist"));
-    let spawned = supervisor.spawn(KEY, Vec::new()).await.map(|_| ());
+    let spawned = supervisor.spawn(KEY, none()).await.map(|_| ());
     assert!(matches!(spawned, Err(ProcessError::Spawn { .. })), "{spawned:?}");
     assert!(!fixture.directory().exists());
 }
@@ -152,7 +156,7 @@ async fn a_missing_program_leaves_no_directory() {
 async fn a_process_that_ignores_everything_but_sigkill_is_ended() {
     let fixture = Fixture::new();
     let program = fixture.program("trap '' TERM; echo deaf; while :; do sleep 1; done");
-    let process = Process::spawn(&fixture.vms(), &launch(&program), KEY, Vec::new()).unwrap();
+    let process = Process::spawn(&fixture.vms(), &launch(&program), KEY, &none()).unwrap();
     let deadline = std::time::Instant::now() + DEADLINE;
     while process.log_tail() != "deaf" {
         assert!(std::time::Instant::now() < deadline, "the program never came to its trap");
@@ -170,7 +174,7 @@ async fn a_process_that_ignores_everything_but_sigkill_is_ended() {
 async fn a_silent_process_is_unresponsive_and_not_absent() {
     let fixture = Fixture::new();
     let program = fixture.program("exec sleep 100");
-    Process::spawn(&fixture.vms(), &launch(&program), KEY, Vec::new()).unwrap();
+    Process::spawn(&fixture.vms(), &launch(&program), KEY, &none()).unwrap();
     let supervisor = fixture.supervisor(&program);
     until(&supervisor, "unresponsive", |supervisor| {
         supervisor.processes().first().is_some_and(|process| !process.responsive)

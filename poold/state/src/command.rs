@@ -3,8 +3,10 @@
 //! Commands carry ids, not names: whoever proposes resolves references first. Reports (`VmRunning`, `VmStopped`, the steps
 //! of a migration) name the epoch or migration that they are about, so that a late one is rejected.
 
+mod govern;
 mod volumes;
 
+pub use govern::{Govern, NewCa, PoolChange};
 pub use volumes::{LoanEnd, ServiceEnd, VolumeCommand};
 
 use crate::{
@@ -223,6 +225,11 @@ pub enum Command {
         /// For each disk of the VM the last sequence that the source wrote.
         last_sequences: Vec<LastSequence>,
     },
+    /// Gives a VM back to the source of a committed migration whose target died before the VM ran there.
+    MigrationReclaim {
+        /// The migration.
+        migration: MigrationId,
+    },
     /// Gives up a migration that has not committed.
     MigrationAbort {
         /// The migration.
@@ -361,6 +368,8 @@ pub enum Command {
     },
     /// About volumes.
     Volume(VolumeCommand),
+    /// Changes what governs the pool.
+    Govern(Govern),
 }
 
 /// Content of [`Command::CreateGroup`].

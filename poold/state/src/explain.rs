@@ -50,6 +50,7 @@ fn reasons(state: &PoolState, vm: &Vm) -> Vec<String> {
             StartCause::Restart => format!("it was started again on {}, where it was", host.name),
             StartCause::Recovery => format!("it was recovered on {} when its host was lost", host.name),
             StartCause::Migration => format!("it moved to {}", host.name),
+            StartCause::Reclaim => format!("it went back to {} when the target of its move died", host.name),
         }),
     }
     if vm.failures > 0 {

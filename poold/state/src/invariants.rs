@@ -3,7 +3,7 @@
 
 use crate::{
     limits::{AUDIT_MAX, EPOCH_HISTORY_MAX, EVENTS_MAX, REQUESTS_MAX},
-    state::{Holder, HostDuty, MigrationPhase, PoolState, TaskKind, Vm, Volume},
+    state::{Holder, HostDuty, Migration, MigrationPhase, PoolState, TaskKind, Vm, Volume},
 };
 use proto::{ByteCount, Epoch, HostId, MigrationId, TaskId, VmId, VolumeId};
 use std::collections::BTreeSet;
@@ -123,7 +123,7 @@ pub enum Violation {
         /// The volume.
         volume: VolumeId,
     },
-    /// A committed migration became uncommitted.
+    /// A committed migration became uncommitted without a later epoch.
     #[error("{migration} was committed and is not any more")]
     CommitTakenBack {
         /// The migration.
@@ -253,7 +253,7 @@ fn check_migrations(state: &PoolState) -> Result<(), Violation> {
         let Some(vm) = vm.filter(|_| locked) else { continue };
         let expected = match migration.phase {
             MigrationPhase::Committed => (Some(migration.target), migration.to_epoch()),
-            MigrationPhase::Done | MigrationPhase::Aborted => {
+            MigrationPhase::Done | MigrationPhase::Aborted | MigrationPhase::Reclaimed => {
                 return Err(Violation::IntentDiffers { migration: id });
             }
             _ => (Some(migration.source), migration.from_epoch),
@@ -345,7 +345,11 @@ pub fn check_step(before: &PoolState, after: &PoolState) -> Result<(), Violation
         }
     }
     for old in before.migrations.values().filter(|migration| migration.is_committed()) {
-        if after.migrations.get(&old.id).is_some_and(|new| !new.is_committed()) {
+        let was_given_back = |new: &Migration| {
+            let vm = after.vms.get(&new.vm);
+            new.phase == MigrationPhase::Reclaimed && vm.is_some_and(|vm| vm.epoch > new.to_epoch())
+        };
+        if after.migrations.get(&old.id).is_some_and(|new| !new.is_committed() && !was_given_back(new)) {
             return Err(Violation::CommitTakenBack { migration: old.id });
         }
     }

@@ -11,6 +11,7 @@
 //! - [`state`]: the data. [`command`], [`entry`], [`outcome`], [`rejection`]: what goes in and comes out.
 //! - [`lease`], [`planner`], [`reconcile`](mod@reconcile): the decisions. [`invariants`]: what tests check after each entry.
 //! - [`recovery`]: the pool after the loss of its majority.
+//! - [`features`]: what a daemon of an older version would not know.
 //! - [`balance`], [`capacity`], [`explain`]: what operators ask about placements. [`timing`], [`limits`]: intervals and bounds.
 //!
 //! Invariants: `apply` is deterministic; a rejected entry changes nothing but the revision; a clone of the state is cheap.
@@ -25,6 +26,7 @@ pub mod capacity;
 pub mod command;
 pub mod entry;
 pub mod explain;
+pub mod features;
 pub mod invariants;
 pub mod lease;
 pub mod limits;
@@ -40,6 +42,6 @@ pub use apply::{Rank, Reserved, Search};
 pub use command::Command;
 pub use entry::{Entry, EntryError, Seed};
 pub use outcome::Outcome;
-pub use rejection::{Rejection, RejectionClass};
+pub use rejection::{GovernRejection, Rejection, RejectionClass};
 pub use state::PoolState;
 pub use timing::Timing;

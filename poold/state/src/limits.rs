@@ -26,6 +26,12 @@ pub const GROUPS_MAX: usize = 1_000;
 pub const GROUP_MEMBERS_MAX: usize = 1_000;
 /// Users, deleted ones included.
 pub const USERS_MAX: usize = 1_000;
+/// Access tokens of all users together.
+pub const ACCESS_TOKENS_MAX: usize = 1_000;
+/// Lifetime of an access token in milliseconds at most: a year; whoever finds it can use it.
+pub const ACCESS_TOKEN_TTL_MS_MAX: u64 = 366 * 24 * 3_600_000;
+/// Longest version of a daemon in bytes.
+pub const VERSION_BYTES_MAX: usize = 64;
 /// Labels of one host.
 pub const LABELS_MAX: usize = 32;
 /// Longest value of a label in bytes.
@@ -78,7 +84,7 @@ pub const BANDWIDTH_MAX: u64 = 1 << 40;
 pub const SERVICES_PER_HOST_MAX: usize = 4;
 /// Most replicas of a volume.
 pub const REPLICAS_MAX: u32 = 5;
-/// Replicas of a volume whose creator names no number, if the pool has as many hosts.
+/// Replicas of a volume whose creator names no number, if the pool has as many hosts and its settings say nothing else.
 pub const REPLICAS_DEFAULT: u32 = 3;
 /// Epoch starts kept for a volume. A replica that is behind the oldest copies everything anew.
 pub const EPOCH_HISTORY_MAX: usize = 64;
@@ -92,16 +98,21 @@ pub const RESTART_BACKOFF_MS: u64 = 1_000;
 /// A VM that ran this long in milliseconds counts as up, and its restarts count from zero again.
 pub const RESTART_STABLE_MS: u64 = 60_000;
 
-/// Moves that a host takes part in at a time, whoever asked for them: each needs memory, a link and two processes.
-pub const MOVES_PER_HOST_MAX: usize = 8;
-/// Moves of a host that the pool begins by itself at a time, which leaves room for an operator's.
-pub const PLANNED_MOVES_PER_HOST: usize = 2;
+/// VMs that move away from a host at a time, whoever asked for it: they share its link, and each keeps a core busy. One after the
+/// other is faster for each; a second one fills the time in which the first waits for the pool.
+pub const MOVES_OUT_MAX: usize = 2;
+/// VMs that move to a host at a time, for the same reason.
+pub const MOVES_IN_MAX: usize = 2;
+/// VMs of the pool that move at a time: what a switch between 64 hosts carries while it also carries their disks.
+pub const MOVES_OF_POOL_MAX: usize = 32;
 /// Wait in milliseconds after a planned move that failed before the same VM is tried again.
 pub const PLANNED_MOVE_RETRY_MS: u64 = 10_000;
 /// Time of a drain, restore or balance in milliseconds: a host full of large VMs over a slow link.
 pub const PLANNED_WORK_MS: u64 = 4 * 3_600_000;
-/// vCPUs that a logical CPU is counted for: most guests idle most of the time.
-pub const CPU_OVERCOMMIT: u64 = 4;
+/// vCPUs that a logical CPU is counted for, unless the pool's settings say otherwise: most guests idle most of the time.
+pub const CPU_OVERCOMMIT: u32 = 4;
+/// The most that the settings may say: beyond it hosts are judged by memory alone anyway.
+pub const CPU_OVERCOMMIT_MAX: u32 = 64;
 /// Difference between the fullest and the emptiest host, in permille of their memory, that a balance leaves alone: less is not
 /// worth the moves.
 pub const BALANCE_SPREAD_PERMILLE: u64 = 100;

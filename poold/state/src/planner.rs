@@ -12,10 +12,10 @@ pub mod voters;
 mod tests;
 
 use crate::{
-    command::Command,
+    command::{Command, Govern},
     entry::{Entry, Seed},
     limits::PLAN_COMMANDS_MAX,
-    state::{Desired, HaPolicy, HostState, PoolState, TaskKind, Vm},
+    state::{Desired, HaPolicy, HostState, MigrationPhase, PoolState, TaskKind, Vm},
 };
 use proto::VmId;
 use std::cmp::Reverse;
@@ -32,9 +32,11 @@ pub struct LeaderView {
 pub fn plan(state: &PoolState, view: &LeaderView) -> Vec<Command> {
     let mut draft = Draft { state: state.clone(), now_ms: view.now_ms, commands: Vec::new() };
     draft.end_late_work();
+    draft.end_stalled_moves();
     draft.recover_vms();
     draft.carry_tasks_on();
     draft.keep_replicas();
+    draft.raise_level();
     draft.commands
 }
 
@@ -86,6 +88,42 @@ impl Draft {
             },
             None => Command::ExpireTask { task },
         }
+    }
+
+    /// What every daemon of the pool supports comes into force, lost hosts included: they may return.
+    fn raise_level(&mut self) {
+        let present = self.state.settings.feature_level;
+        if let Some(level) = self.state.level_supported().filter(|level| *level > present) {
+            self.propose(Command::Govern(Govern::RaiseFeatureLevel { level }));
+        }
+    }
+
+    /// Moves that wait for a source whose daemon does nothing, although its host lives: its log may have no space. What is asked
+    /// of it here takes milliseconds, so it gets as long as a host that is silent, and not the time of a whole step.
+    fn end_stalled_moves(&mut self) {
+        let timing = self.state.settings.timing;
+        let stalled = |since_ms: u64| self.now_ms >= since_ms.saturating_add(timing.host_lost_ms);
+        let mut ends = Vec::new();
+        for migration in self.state.running_migrations() {
+            let id = migration.id;
+            let entered_ms = migration.deadline_ms.saturating_sub(timing.migration_step_ms);
+            let waits_for_source = match migration.phase {
+                MigrationPhase::Intent => migration.source_fingerprint.is_none(),
+                MigrationPhase::Prepared => true,
+                _ => false,
+            };
+            let vm = self.state.vms.get(&migration.vm);
+            let arrived = vm.filter(|vm| migration.is_committed() && vm.is_reported_running());
+            if waits_for_source && stalled(entered_ms) {
+                let host = self.state.host_name(migration.source);
+                let reason = format!("host {host} does not carry out its part; look at its disk and its log");
+                ends.push(Command::MigrationAbort { migration: id, reason });
+            } else if arrived.is_some_and(|vm| stalled(vm.running_since_ms)) {
+                // The record is the source's; it may still come.
+                ends.push(Command::MigrationDone { migration: id, record: None });
+            }
+        }
+        ends.into_iter().for_each(|command| self.propose(command));
     }
 
     fn recover_vms(&mut self) {

@@ -12,6 +12,7 @@
 //!  Committed        ReportCommitted; kept until the end ActivateIncoming, then Report(VmRunning)
 //!                   Report(MigrationDone) with record
 //!  Aborted          ResumeAfterAbort                    Destroy
+//!  Committed, and the target's process died before it ran: Report(MigrationReclaim), then at the source TakeBack
 //! ```
 //! Invariants: an epoch is started once. The shell reports a directory without a process as [`ProcessState::Gone`], and a gone
 //! process is restarted by an entry that raises the epoch, never by spawning it again.
@@ -84,6 +85,11 @@ pub enum HostAction {
     },
     /// Tell the source's process that the migration was given up: it resumes.
     ResumeAfterAbort {
+        /// The migration.
+        migration: MigrationId,
+    },
+    /// Tell the source's process that the VM was given back to it: it takes its volumes back and resumes.
+    TakeBack {
         /// The migration.
         migration: MigrationId,
     },
@@ -194,7 +200,7 @@ impl Local<'_> {
         self.state
             .vms
             .get(&process.vm)
-            .is_some_and(|vm| vm.placement == Some(self.me) && vm.epoch == process.epoch)
+            .is_some_and(|vm| vm.placement == Some(self.me) && vm.process_epoch() == process.epoch)
     }
 
     fn process(&self, vm: VmId, epoch: Epoch) -> Option<&ObservedVm> {

@@ -3,157 +3,31 @@
 //! Every variant names its objects as operators know them; [`guidance`] adds the stable code, the class for exit codes, and
 //! what to do next.
 
+mod govern;
 mod guidance;
 mod network;
 mod volumes;
+mod words;
 
+pub use govern::GovernRejection;
 pub use guidance::RejectionClass;
 pub use network::NetworkRejection;
 pub use volumes::VolumeRejection;
+pub use words::{Field, ObjectKind};
 
 use crate::{
-    state::{HostState, MigrationPhase},
+    state::{HostState, MigrationPhase, MoveDirection},
     timing::TimingError,
 };
 use proto::{ByteCount, Epoch, IsrVersion, MigrationId, TaskId, VolumeId};
 use serde::{Deserialize, Serialize};
 
-/// Kinds of objects that can be referred to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub enum ObjectKind {
-    /// A host.
-    Host,
-    /// A VM.
-    Vm,
-    /// A volume.
-    Volume,
-    /// An image.
-    Image,
-    /// A task.
-    Task,
-    /// A migration.
-    Migration,
-    /// A join token.
-    Token,
-    /// A group.
-    Group,
-    /// A user.
-    User,
-    /// A network.
-    Network,
-}
-
-impl ObjectKind {
-    /// The word that operators see.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Host => "host",
-            Self::Vm => "vm",
-            Self::Volume => "volume",
-            Self::Image => "image",
-            Self::Task => "task",
-            Self::Migration => "migration",
-            Self::Token => "token",
-            Self::Group => "group",
-            Self::User => "user",
-            Self::Network => "network",
-        }
-    }
-}
-
-impl std::fmt::Display for ObjectKind {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
-
-/// A number of a request that is out of its range.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub enum Field {
-    /// Number of vCPUs.
-    Vcpus,
-    /// Bytes of guest memory.
-    Memory,
-    /// Bytes of a volume.
-    VolumeSize,
-    /// Bytes of a kernel command line.
-    Cmdline,
-    /// Number of disks.
-    Disks,
-    /// Number of replicas.
-    Replicas,
-    /// Operations per second.
-    Operations,
-    /// Bytes per second.
-    Bandwidth,
-    /// Bytes of a host's address.
-    Address,
-    /// Bytes of a public key.
-    PublicKey,
-    /// Bytes of a PEM text.
-    Pem,
-    /// Milliseconds of a token's lifetime.
-    TokenTtl,
-    /// First sequence of an epoch.
-    StartSequence,
-    /// Bytes of a short text: CPU vendor, boot id, pool id, incarnation.
-    ShortText,
-    /// Bytes of a label's value.
-    Label,
-    /// Number of labels.
-    Labels,
-    /// Number of VMs of a group.
-    GroupVms,
-    /// Number of hosts of a group.
-    GroupHosts,
-}
-
-impl Field {
-    /// A value of the field with its unit.
-    #[must_use]
-    pub fn show(self, value: u64) -> String {
-        match self {
-            Self::Memory | Self::VolumeSize | Self::Bandwidth => proto::ByteCount(value).to_string(),
-            _ => value.to_string(),
-        }
-    }
-
-    /// The word that operators see.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Vcpus => "vcpus",
-            Self::Memory => "memory",
-            Self::VolumeSize => "size",
-            Self::Cmdline => "cmdline",
-            Self::Disks => "disks",
-            Self::Replicas => "replicas",
-            Self::Operations => "operations per second",
-            Self::Bandwidth => "bytes per second",
-            Self::Address => "address",
-            Self::PublicKey => "public key",
-            Self::Pem => "PEM text",
-            Self::TokenTtl => "ttl",
-            Self::StartSequence => "start sequence",
-            Self::ShortText => "text",
-            Self::Label => "label",
-            Self::Labels => "number of labels",
-            Self::GroupVms => "number of VMs",
-            Self::GroupHosts => "number of hosts",
-        }
-    }
-}
-
-impl std::fmt::Display for Field {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
-
 /// Why an entry or a reference was refused. Fields named after a kind (`vm`, `host`, …) hold the object's name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 pub enum Rejection {
+    /// About what governs the pool.
+    #[error(transparent)]
+    Govern(#[from] GovernRejection),
     /// About networks or cards.
     #[error(transparent)]
     Network(#[from] NetworkRejection),
@@ -405,6 +279,12 @@ pub enum Rejection {
         /// The VM.
         vm: String,
     },
+    /// Only a stopped VM can be deleted.
+    #[error("vm {vm} is not stopped")]
+    VmNotStopped {
+        /// The VM.
+        vm: String,
+    },
     /// The VM has no placement.
     #[error("vm {vm} is stopped")]
     VmIsStopped {
@@ -491,11 +371,19 @@ pub enum Rejection {
         /// The group.
         group: String,
     },
-    /// The host takes part in as many moves as it may.
-    #[error("host {host} already takes part in {max} moves")]
+    /// The host sends or takes in as many VMs as it may.
+    #[error("host {host} already {direction} {max} VMs")]
     TooManyMoves {
         /// The host.
         host: String,
+        /// Which way they move.
+        direction: MoveDirection,
+        /// The limit.
+        max: u64,
+    },
+    /// The pool moves as many VMs as it may.
+    #[error("{max} VMs of the pool are moving already")]
+    PoolMovesTooMany {
         /// The limit.
         max: u64,
     },
@@ -568,6 +456,14 @@ pub enum Rejection {
     MigrationEnded {
         /// The migration.
         migration: MigrationId,
+    },
+    /// The VM may have run at the target.
+    #[error("vm {vm} may have arrived by {migration}")]
+    MayHaveArrived {
+        /// The migration.
+        migration: MigrationId,
+        /// The VM.
+        vm: String,
     },
     /// The VM belongs to the target.
     #[error("{migration} is already committed")]

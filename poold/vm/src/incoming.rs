@@ -35,7 +35,7 @@ impl TargetVm for IncomingVm {
     }
 
     fn write_pages(&self, first: PageIndex, data: &[u8]) -> Result<(), VmError> {
-        self.machine.memory().write_pages(first, data).map_err(|error| VmError::new("fill its memory", error))
+        self.machine.memory().fill_pages(first, data).map_err(|error| VmError::new("fill its memory", error))
     }
 
     fn zero_pages(&self, range: Range<PageIndex>) -> Result<(), VmError> {

@@ -21,6 +21,7 @@ mod disk;
 mod fence;
 mod gate;
 mod incoming;
+mod kept;
 mod lease;
 mod limit;
 mod nics;
@@ -38,13 +39,14 @@ use clap::Parser;
 use confine::{ConfineArguments, Views};
 use console::ConsoleSource;
 use directory::Directory;
-use process::Process;
+use kept::KeptMemory;
+use process::{Equipment, Process};
 use proto::limits::GRPC_MESSAGE_BYTES_MAX;
 use proto::v1::MachineStatus;
 use proto::v1::machine_server::MachineServer;
 use request::Request;
 use service::{MachineService, REQUESTS_MAX};
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -76,6 +78,12 @@ struct Arguments {
     /// Serve a volume instead of a VM.
     #[arg(long)]
     volume: bool,
+    /// Open file with memory of the machine that was kept at this host.
+    #[arg(long, requires = "kept_index_fd")]
+    kept_memory_fd: Option<RawFd>,
+    /// Open file with the hashes of its pages.
+    #[arg(long, requires = "kept_memory_fd")]
+    kept_index_fd: Option<RawFd>,
 }
 
 fn main() -> ExitCode {
@@ -99,6 +107,8 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         confine::enter(&arguments.dir, &arguments.confine).context("confine this process")?
     };
     let directory = Directory::claim(views.own())?;
+    let kept = arguments.kept_memory_fd.zip(arguments.kept_index_fd);
+    let kept = kept.map(|(memory, index)| KeptMemory::inherit(memory, index)).transpose()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKER_THREADS)
         .enable_all()
@@ -106,7 +116,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         .context("start the runtime")?;
     let taps = nics::inherited(&arguments.taps)?;
     let console = ConsoleRing::default();
-    let kind = Kind::new(arguments, &console, views, taps);
+    let kind = Kind::new(arguments, &console, Equipment { views, taps, kept });
     runtime.block_on(serve(&directory, console, kind))
 }
 
@@ -120,14 +130,13 @@ impl Kind {
     fn new(
         arguments: &Arguments,
         console: &ConsoleRing,
-        views: Views,
-        taps: Vec<OwnedFd>,
+        equipment: Equipment,
     ) -> (Self, watch::Receiver<MachineStatus>) {
         if arguments.volume {
             let (process, status) = VolumeProcess::new(arguments.dir.clone());
             return (Self::Volume(Box::new(process)), status);
         }
-        let (process, status) = Process::new(console.clone(), views, taps);
+        let (process, status) = Process::new(console.clone(), equipment);
         (Self::Vm(Box::new(process)), status)
     }
 

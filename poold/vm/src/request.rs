@@ -48,6 +48,10 @@ pub enum Request {
     CommitProposed(u64, Reply),
     /// Types into the console. → the offset of the first byte that is still to be typed
     Type(v1::MachineTypeRequest, oneshot::Sender<Result<v1::MachineTypeResponse, Refusal>>),
+    /// The pool has given the machine back after the commit.
+    TakeBack(v1::TakeBackRequest, Reply),
+    /// Hands out what stays behind of a machine that has moved.
+    KeepMemory(u64, oneshot::Sender<Result<v1::KeepMemoryResponse, Refusal>>),
     /// The committed outcome.
     Outcome(v1::MigrationOutcomeRequest, Reply),
 }

@@ -187,6 +187,20 @@ impl machine_server::Machine for MachineService {
         Ok(Response::new(Box::pin(content::read(content))))
     }
 
+    async fn take_back(
+        &self,
+        request: tonic::Request<v1::TakeBackRequest>,
+    ) -> Result<Response<v1::MachineStatus>, Status> {
+        self.ask(|reply| Request::TakeBack(request.into_inner(), reply)).await
+    }
+
+    async fn keep_memory(
+        &self,
+        request: tonic::Request<v1::KeepMemoryRequest>,
+    ) -> Result<Response<v1::KeepMemoryResponse>, Status> {
+        self.ask(|reply| Request::KeepMemory(request.get_ref().migration_id, reply)).await
+    }
+
     async fn console_read(
         &self,
         request: tonic::Request<v1::ConsoleReadRequest>,

@@ -5,7 +5,7 @@ use crate::disk::VolumeDisk;
 use crate::limit::SharedLimiter;
 use crate::request::Refusal;
 use futures::future::{join_all, try_join_all};
-use proto::{Sequence, VolumeId, v1};
+use proto::{Epoch, Sequence, VolumeId, v1};
 use std::path::PathBuf;
 use std::sync::Arc;
 use storage::owner::{ActivateError, ActivationStart, VolumeError, VolumeHandle};
@@ -29,6 +29,9 @@ pub enum DiskError {
         #[source]
         source: VolumeError,
     },
+    /// Only a replica could tell whether the machine has run elsewhere.
+    #[error("without a volume nobody knows whether the machine has run elsewhere")]
+    NoEvidence,
     /// The source named no last sequence.
     #[error("the source gave no last sequence of {volume}")]
     NoSequence { volume: VolumeId },
@@ -103,6 +106,26 @@ impl VolumeSet {
         .await
     }
 
+    /// Takes back all volumes that were handed over with these sequences, if nobody has had them since. The set has the
+    /// attachments of the epoch after the one to which they were handed over.
+    ///
+    /// # Errors
+    /// The first volume that can't be activated, or that may have been active elsewhere. Without a volume nothing can be known.
+    pub async fn take_back(&self, last: &LastSequences) -> Result<(), DiskError> {
+        if self.disks.is_empty() {
+            return Err(DiskError::NoEvidence);
+        }
+        let epochs = self.disks.iter().map(|disk| (disk.attachment.volume, disk.attachment.epoch));
+        let epochs: Vec<_> = epochs.collect();
+        self.activate(|volume| {
+            let found = last.iter().find(|(id, _)| *id == volume);
+            let (_, last) = found.ok_or(DiskError::NoSequence { volume })?;
+            let epoch = epochs.iter().find(|(id, _)| *id == volume).map_or(0, |(_, epoch)| epoch.0);
+            Ok(ActivationStart::Reclaim { last: *last, never: Epoch(epoch.saturating_sub(1)) })
+        })
+        .await
+    }
+
     async fn activate(
         &self,
         start: impl Fn(VolumeId) -> Result<ActivationStart, DiskError>,
@@ -163,6 +186,18 @@ impl VolumeSet {
                 volume.update(config).await;
             }
         }
+    }
+
+    /// Makes everything durable that was written so far; requests go on.
+    ///
+    /// # Errors
+    /// The first volume that can't be flushed.
+    pub async fn flush(&self) -> Result<(), DiskError> {
+        let flushes = self.disks.iter().map(|disk| async move {
+            let volume = disk.attachment.volume;
+            disk.handle.flush().await.map_err(|source| DiskError::Drain { volume, source })
+        });
+        try_join_all(flushes).await.map(drop)
     }
 
     /// Waits until nothing is in flight and everything is durable; no request is taken until `resume`.

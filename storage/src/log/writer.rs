@@ -18,6 +18,8 @@ pub struct LogWriter {
     durable_lsn: u64,
     previous: [u8; 32],
     unsynced: BTreeSet<SegmentId>,
+    /// Nothing was written in this run.
+    is_fresh: bool,
     failed: bool,
 }
 
@@ -54,6 +56,7 @@ impl LogWriter {
             durable_lsn: 0,
             previous: end.previous,
             unsynced: end.segment.into_iter().collect(),
+            is_fresh: true,
             failed: false,
         }
     }
@@ -69,6 +72,18 @@ impl LogWriter {
     /// # Errors
     /// `NoSpace` changes nothing and may be tried again. After any other error the log must not be used any more.
     pub fn append(&mut self, records: Vec<Record>, data: &[&[u8]]) -> Result<Written, LogError> {
+        if self.is_fresh {
+            // Batches of the run before may lie beyond the end, where a loss of power has left them without those before them.
+            // Were the same batch written again, as it is when an owner brings the same writes again, they would follow it.
+            // No batch that was ever lost is empty.
+            self.write_batch(Vec::new(), &[])?;
+            self.sync()?;
+            self.is_fresh = false;
+        }
+        self.write_batch(records, data)
+    }
+
+    fn write_batch(&mut self, records: Vec<Record>, data: &[&[u8]]) -> Result<Written, LogError> {
         let data_bytes: usize = data.iter().map(|part| part.len()).sum();
         debug_assert_eq!(data_bytes % BLOCK_BYTES, 0);
         let header = |segment: SegmentId, log: &Self, records: Vec<Record>| BatchHeader {
@@ -139,5 +154,52 @@ impl LogWriter {
             }
             _ => LogError::Io { action, segment, source },
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::log::{FileDisk, RecordKind, replay};
+    use proto::{BlockIndex, Epoch, Sequence, VolumeId};
+
+    fn zero(sequence: u64) -> Vec<Record> {
+        vec![Record {
+            volume: VolumeId(1),
+            layer: 0,
+            epoch: Epoch(1),
+            sequence: Sequence(sequence),
+            first: BlockIndex(0),
+            count: 1,
+            kind: RecordKind::Zero,
+        }]
+    }
+
+    /// Opens the log; the sequences that it holds.
+    fn open(disk: &Arc<dyn Disk>) -> (LogWriter, Vec<u64>) {
+        let mut found = Vec::new();
+        let replayed = replay(&**disk, |replayed| found.push(replayed.record.sequence.0)).unwrap();
+        assert!(replayed.damage.is_empty(), "{:?}", replayed.damage);
+        (LogWriter::new(disk.clone(), replayed.end, replayed.next_segment), found)
+    }
+
+    #[test]
+    fn what_a_loss_of_power_has_cut_off_does_not_come_back_with_what_was_before_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk: Arc<dyn Disk> = Arc::new(FileDisk::open(dir.path(), None).unwrap());
+        let (mut log, _) = open(&disk);
+        log.append(zero(1), &[]).unwrap();
+        log.sync().unwrap();
+        let lost = log.append(zero(2), &[]).unwrap().data;
+        log.append(zero(3), &[]).unwrap();
+        // The last batch has reached the disk, the one before it has not.
+        let header = u64::from(lost.offset) - BLOCK_BYTES as u64;
+        disk.write(lost.segment, header, &[0; BLOCK_BYTES]).unwrap();
+        let (mut log, found) = open(&disk);
+        assert_eq!(found, [1]);
+        // As the first run had: the batch that follows is the same, byte for byte.
+        log.sync().unwrap();
+        log.append(zero(2), &[]).unwrap();
+        assert_eq!(open(&disk).1, [1, 2]);
     }
 }

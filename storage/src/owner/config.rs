@@ -56,6 +56,9 @@ pub enum ActivationStart {
     Recover,
     /// The previous owner handed over after this sequence.
     Handover { last: Sequence },
+    /// This owner handed over after this sequence and takes back: possible only if the epoch to which it handed over was never
+    /// active, and never will be.
+    Reclaim { last: Sequence, never: Epoch },
 }
 
 /// The state of an owner.
@@ -148,6 +151,9 @@ pub enum ActivateError {
     /// A member lacks what the previous owner handed over.
     #[error("{host} holds writes up to {held}, the previous owner handed over {handed}")]
     Behind { host: HostId, held: Sequence, handed: Sequence },
+    /// The volume can't be taken back: whoever it was handed to may have worked with it.
+    #[error("epoch {epoch} may have been active at every in-sync replica")]
+    MayHaveBeenActive { epoch: Epoch },
     /// The pool refuses.
     #[error("the pool refuses: {cause}")]
     Refused { cause: String },

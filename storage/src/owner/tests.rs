@@ -340,6 +340,39 @@ async fn a_hand_over_needs_what_was_handed_over() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_volume_is_taken_back_if_whoever_it_was_handed_to_was_never_active() {
+    let cluster = Cluster::start().await;
+    let old = cluster.own().await;
+    old.write(at(1), block(1)).await.unwrap();
+    let last = old.drain().await.unwrap();
+    cluster.pool.take_over();
+    let never = cluster.config().epoch;
+    let new = VolumeHandle::open(cluster.config());
+    let (late, start) = (cluster.config(), ActivationStart::Handover { last });
+    cluster.pool.take_over();
+    let taken_back = old.activate(cluster.config(), ActivationStart::Reclaim { last, never }).await;
+    assert_eq!(taken_back, Ok(last));
+    assert!(new.activate(late, start).await.is_err(), "it comes too late for ever");
+    old.write(at(2), block(2)).await.unwrap();
+    old.flush().await.unwrap();
+    assert_eq!(old.read(at(1), BLOCK_BYTES).await.unwrap(), block(1));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_volume_is_not_taken_back_from_one_that_was_active() {
+    let cluster = Cluster::start().await;
+    let old = cluster.own().await;
+    let last = old.drain().await.unwrap();
+    cluster.pool.take_over();
+    let never = cluster.config().epoch;
+    let new = VolumeHandle::open(cluster.config());
+    new.activate(cluster.config(), ActivationStart::Handover { last }).await.unwrap();
+    cluster.pool.take_over();
+    let refused = old.activate(cluster.config(), ActivationStart::Reclaim { last, never }).await;
+    assert_eq!(refused, Err(ActivateError::MayHaveBeenActive { epoch: never }));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_aborted_drain_goes_on() {
     let cluster = Cluster::start().await;
     let volume = cluster.own().await;

@@ -195,9 +195,10 @@ impl<T> Engine<T> {
         }
         let full = self.full;
         Ok(Ok(self.reader.change(volume, |volume| {
+            let before = volume.replica.promised();
             volume.replica.promise(epoch);
             let (tail, incomplete) = (volume.replica.tail(), volume.replica.is_incomplete());
-            Attached { session: volume.replica.attach(), tail, incomplete, full }
+            Attached { session: volume.replica.attach(), tail, incomplete, full, before }
         })))
     }
 

@@ -115,6 +115,8 @@ pub struct Attached {
     pub incomplete: bool,
     /// The disk is too full for new writes.
     pub full: bool,
+    /// The highest epoch that was promised before this one asked.
+    pub before: Epoch,
 }
 
 /// A block that was read, with the version that it has.

@@ -3,7 +3,7 @@
 use super::Shared;
 use super::work::{Owner, Work, of_mark, of_result};
 use crate::frames::{FRAMES_MAX, Frame, FrameReader, FrameWriter, WriteChunks};
-use crate::replica::{OpError, Watermark, WriteRefused};
+use crate::replica::{Attached, OpError, Watermark, WriteRefused};
 use crate::types::AttachRefused;
 use crate::wire::{Answer, Request, RequestId, Response, WIRE_VERSION};
 use bytes::Bytes;
@@ -110,8 +110,8 @@ impl Connection {
             Ok(attached) => {
                 let blocks = attachment.size.0 / BLOCK_BYTES as u64;
                 self.owner = Some(Owner { volume, session: attached.session, blocks });
-                let (tail, incomplete, full) = (attached.tail, attached.incomplete, attached.full);
-                Answer::Attached { tail, incomplete, full }
+                let Attached { tail, incomplete, full, before, .. } = attached;
+                Answer::Attached { tail, incomplete, full, before }
             }
             Err(OpError::Refused(WriteRefused::Fenced { promised })) => {
                 Answer::AttachRefused(AttachRefused::StaleEpoch { current: promised })

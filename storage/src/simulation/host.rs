@@ -257,7 +257,7 @@ impl World {
         result: Result<Attached, OpError>,
     ) -> Answer {
         match result {
-            Ok(Attached { session, tail, incomplete, full }) => {
+            Ok(Attached { session, tail, incomplete, full, before }) => {
                 let promised = self.hosts[&host].promised;
                 if epoch < promised {
                     let what = format!("{host} promises epoch {epoch} after {promised}");
@@ -272,7 +272,7 @@ impl World {
                 if incomplete {
                     self.stats.add("attached while incomplete");
                 }
-                Answer::Attached { tail, incomplete, full }
+                Answer::Attached { tail, incomplete, full, before }
             }
             Err(OpError::Refused(WriteRefused::Fenced { promised })) => {
                 Answer::AttachRefused(AttachRefused::StaleEpoch { current: promised })

@@ -58,6 +58,7 @@ impl Guest {
         let machine = Machine::new(MachineConfig {
             vcpus: shape.vcpus,
             memory: proto::ByteCount(shape.memory_mib << 20),
+            memory_file: None,
             disks: shape.disks.clone(),
             nics: Vec::new(),
             console: console.clone(),

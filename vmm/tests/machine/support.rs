@@ -108,6 +108,7 @@ impl Rig {
         let machine = Machine::new(MachineConfig {
             vcpus: 1,
             memory: proto::ByteCount(memory),
+            memory_file: None,
             disks,
             nics: Vec::new(),
             console: console.clone(),

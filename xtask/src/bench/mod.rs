@@ -1,7 +1,9 @@
 //! `cargo xtask bench`: figures of this project beside those of others, measured in one run on one machine.
 
+mod control;
 mod migrate;
 mod qemu;
+mod report;
 mod storage;
 
 use anyhow::Result;
@@ -10,6 +12,8 @@ use clap::Subcommand;
 /// What to measure.
 #[derive(Debug, Subcommand)]
 pub enum Bench {
+    /// The control plane of three local hosts, beside what it must cost
+    Control(control::Options),
     /// Live migration, beside Debian's qemu with the same guest
     Migrate(migrate::Options),
     /// The block store through NBD, beside the bare disk and nbdkit
@@ -20,6 +24,7 @@ impl Bench {
     /// Measures and prints.
     pub fn run(&self) -> Result<()> {
         match self {
+            Self::Control(options) => control::run(options),
             Self::Migrate(options) => migrate::run(options),
             Self::Storage(options) => storage::run(options),
         }

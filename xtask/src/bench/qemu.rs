@@ -1,5 +1,7 @@
 //! Migrations of Debian's qemu, driven over QMP.
 
+use super::report::Figures;
+use ::tests::wait_until;
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 use std::fs;
@@ -8,8 +10,7 @@ use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
-use tests::wait_until;
+use std::time::{Duration, Instant};
 
 /// Longest wait for anything.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -19,6 +20,15 @@ const BANDWIDTH_BYTES_PER_S: u64 = 100 << 30;
 
 /// Channels of multifd; as many as this project's bench machines have cores.
 const CHANNELS: u64 = 2;
+
+/// Clock ticks of /proc, the same on every Linux that Debian builds.
+const TICKS_PER_SECOND: f64 = 100.0;
+
+/// How long the guest's own speed is measured.
+const SPEED_TIME: Duration = Duration::from_secs(3);
+
+/// Beats that show that the guest has written its working set.
+const WARM_BEATS: u64 = 20;
 
 /// How pages travel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,14 +53,6 @@ impl Mode {
             Self::Tls => "qemu, TLS",
         }
     }
-}
-
-/// What one migration came to.
-#[derive(Debug, Clone, Copy)]
-pub struct Figures {
-    pub total_ms: f64,
-    pub blackout_ms: f64,
-    pub bytes: f64,
 }
 
 /// The guest.
@@ -82,6 +84,8 @@ impl Qemu {
         let mut command = Command::new("qemu-system-x86_64");
         // Its default processor: `host` asks for registers that a nested KVM may not have.
         command.args(["-accel", "kvm", "-smp", "1", "-nodefaults", "-nographic"]);
+        // So that the threads of vCPUs are known by their names.
+        command.args(["-name", "bench,debug-threads=on"]);
         command.arg("-m").arg(guest.memory_mib.to_string());
         command.arg("-kernel").arg(guest.kernel).arg("-initrd").arg(guest.initrd);
         command.args(["-append", guest.cmdline]);
@@ -117,6 +121,28 @@ impl Qemu {
         Ok(qemu)
     }
 
+    /// Beats of the guest on this console.
+    fn beats(&self) -> u64 {
+        fs::read_to_string(&self.console).unwrap_or_default().matches("PROBE beat=").count() as u64
+    }
+
+    /// Seconds of processor time of all threads that ever were, but those of vCPUs.
+    fn cpu_s(&self) -> Result<f64> {
+        let process = PathBuf::from(format!("/proc/{}", self.child.id()));
+        let read = |dir: &Path| -> Result<u64> {
+            let stat = fs::read_to_string(dir.join("stat"))?;
+            ticks(&stat).with_context(|| format!("{stat} is no stat file"))
+        };
+        let mut spent = read(&process)?;
+        for thread in fs::read_dir(process.join("task"))? {
+            let dir = thread?.path();
+            if fs::read_to_string(dir.join("comm")).is_ok_and(|name| name.starts_with("CPU ")) {
+                spent = spent.saturating_sub(read(&dir)?);
+            }
+        }
+        Ok(spent as f64 / TICKS_PER_SECOND)
+    }
+
     fn read(&mut self) -> Result<Value> {
         let mut line = String::new();
         self.stream.read_line(&mut line)?;
@@ -143,16 +169,17 @@ impl Qemu {
 pub fn migrate(dir: &Path, guest: &Guest<'_>, mode: Mode) -> Result<Figures> {
     fs::write(dir.join("keys.psk"), format!("bench:{}\n", "5a".repeat(32)))?;
     let mut source = Qemu::start(dir, "source", guest, mode, &[])?;
-    let beats = |console: &Path| {
-        Ok::<_, anyhow::Error>(fs::read_to_string(console).unwrap_or_default().matches("PROBE beat=").count())
-    };
     // The whole working set has been written by then.
-    let console = source.console.clone();
-    wait_until(PATIENCE, "the guest beats under qemu", || Ok((beats(&console)? >= 20).then_some(())))?;
+    wait_until(PATIENCE, "the guest beats under qemu", || Ok((source.beats() >= WARM_BEATS).then_some(())))?;
+    let (first, begun) = (source.beats(), Instant::now());
+    // The time is what is measured; there is nothing to wait for.
+    std::thread::sleep(SPEED_TIME);
+    let speed = (source.beats() - first) as f64 / begun.elapsed().as_secs_f64();
     let mut target = Qemu::start(dir, "target", guest, mode, &["-incoming", "defer"])?;
     let port = TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port();
     let uri = format!("tcp:127.0.0.1:{port}");
     target.ask("migrate-incoming", json!({"uri": uri}))?;
+    let (cpu_s, first, begun) = (source.cpu_s()? + target.cpu_s()?, source.beats(), Instant::now());
     source.ask("migrate", json!({"uri": uri}))?;
     let found = wait_until(PATIENCE, "qemu has migrated", || {
         let found = source.ask("query-migrate", json!({}))?;
@@ -162,12 +189,37 @@ pub fn migrate(dir: &Path, guest: &Guest<'_>, mode: Mode) -> Result<Figures> {
             _ => Ok(None),
         }
     })?;
-    let console = target.console.clone();
-    wait_until(PATIENCE, "the guest beats at the target", || Ok((beats(&console)? > 2).then_some(())))?;
+    let (took, cpu_s) = (begun.elapsed(), source.cpu_s()? + target.cpu_s()? - cpu_s);
+    // The console of the target begins empty.
+    let beats = source.beats() - first + target.beats();
+    wait_until(PATIENCE, "the guest beats at the target", || Ok((target.beats() > 2).then_some(())))?;
     let number = |value: &Value| value.as_f64().with_context(|| format!("a number is missing in {found}"));
+    let total_ms = number(&found["total-time"])?;
+    let missing = speed * took.as_secs_f64() - beats as f64;
     Ok(Figures {
-        total_ms: number(&found["total-time"])?,
+        total_ms,
         blackout_ms: number(&found["downtime"])?,
         bytes: number(&found["ram"]["transferred"])?,
+        cpu_s,
+        lost_share: Figures::lost_share(missing, speed, total_ms),
     })
+}
+
+/// Clock ticks of user and system time in the text of a `stat` file, see proc_pid_stat(5).
+fn ticks(stat: &str) -> Option<u64> {
+    // The name in parentheses may hold anything; the 12th and 13th words after it are meant.
+    let mut words = stat.rsplit_once(')')?.1.split_ascii_whitespace().skip(11);
+    Some(words.next()?.parse::<u64>().ok()? + words.next()?.parse::<u64>().ok()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::ticks;
+
+    #[test]
+    fn user_and_system_time_are_found_behind_any_name() {
+        let stat = "77 (CPU 0/KVM) x) S 1 77 77 0 -1 4194560 1 2 3 4 50 7 0 0 20 0 3 0 99";
+        assert_eq!(ticks(stat), Some(57));
+        assert_eq!(ticks("77 (short) S 1"), None);
+    }
 }

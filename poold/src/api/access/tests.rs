@@ -4,26 +4,20 @@ use super::{Access, Caller, PUBLIC, WHOLE, access_of, caller_of, permits};
 use crate::identity::CertificateName;
 use pool_state::state::Role;
 use pool_state::{Command, Entry, PoolState, Seed, command::InitPool};
-use prost::Message as _;
-use prost_types::FileDescriptorSet;
 use std::collections::BTreeSet;
 
-/// All paths of the package, from the descriptors that reflection serves.
-fn paths() -> Vec<(String, String)> {
-    let set = FileDescriptorSet::decode(proto::DESCRIPTORS).unwrap();
-    let files = set.file.iter();
-    let services = files.flat_map(|file| file.service.iter().map(move |service| (file.package(), service)));
-    let methods = services.flat_map(|(package, service)| {
-        let name = format!("{package}.{}", service.name());
-        service.method.iter().map(move |method| (name.clone(), method.name().to_owned()))
-    });
-    // Served on unix sockets of VM processes, not here.
-    methods.filter(|(service, _)| service != "pool.v1.Machine").collect()
+/// Service and method of every call.
+fn calls() -> Vec<(String, String)> {
+    let split = |path: String| {
+        let (service, method) = path[1..].split_once('/').unwrap();
+        (service.to_owned(), method.to_owned())
+    };
+    super::paths().into_iter().map(split).collect()
 }
 
 #[test]
 fn every_call_is_in_the_table_and_nothing_else_is() {
-    let all: BTreeSet<(String, String)> = paths().into_iter().collect();
+    let all: BTreeSet<(String, String)> = calls().into_iter().collect();
     for (service, method) in &all {
         assert!(access_of(&format!("/{service}/{method}")).is_some(), "{service}/{method} is in no table");
     }
@@ -40,7 +34,7 @@ fn every_call_is_in_the_table_and_nothing_else_is() {
 #[test]
 fn each_role_may_do_what_its_name_says_and_no_more() {
     use Caller::{Host, Nobody, User, Void};
-    for (service, method) in paths() {
+    for (service, method) in calls() {
         let access = access_of(&format!("/{service}/{method}")).unwrap();
         let may = |caller| permits(access, caller);
         let internal = WHOLE.iter().any(|(name, _)| *name == service);
@@ -53,13 +47,14 @@ fn each_role_may_do_what_its_name_says_and_no_more() {
             continue;
         }
         assert!(may(User(Role::Admin)), "{name}");
-        let of_admins = service.ends_with("UserService") && method != "WhoAmI";
+        let of_admins = service.ends_with("UserService") && !["WhoAmI", "Renew"].contains(&method.as_str());
         let of_members = ["CreateJoinToken", "ListJoinTokens", "RevokeJoinToken", "Leave"];
         let admin = of_admins
             || of_members.contains(&method.as_str())
-            || ["Backup", "Audit"].contains(&method.as_str());
+            || ["Backup", "Audit", "Set", "RotateCa", "FinishCa"].contains(&method.as_str());
         assert_eq!(may(User(Role::Operator)), !admin, "{name}");
-        let looks = ["List", "Show", "Watch", "Where", "Explain", "Plan", "HaPlan", "BalancePlan", "WhoAmI"];
+        let looks =
+            ["List", "Show", "Watch", "Where", "Explain", "Plan", "HaPlan", "BalancePlan", "WhoAmI", "Renew"];
         let viewer = !admin && looks.contains(&method.as_str()) || joins;
         assert_eq!(may(User(Role::Viewer)), viewer, "{name}");
     }

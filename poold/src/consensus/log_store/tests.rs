@@ -30,7 +30,7 @@ async fn a_disk_that_can_not_sync_ends_raft() {
     use crate::consensus::flusher::failing_file;
     use crate::consensus::network::Network;
     use crate::consensus::{PoolRaft, state_store::StateStore};
-    use crate::identity::HostIdentity;
+    use crate::identity::{HostIdentity, SharedIdentity};
     let dir = tempfile::tempdir().unwrap();
     let db = sled::Config::new().path(dir.path().join("raft")).flush_every_ms(None).open().unwrap();
     let (log, meta) = (db.open_tree("log").unwrap(), db.open_tree("meta").unwrap());
@@ -38,7 +38,10 @@ async fn a_disk_that_can_not_sync_ends_raft() {
     let log = LogStore { shared: Arc::new(Shared { log, meta, flusher }) };
     let (store, state) = StateStore::open(&dir.path().join("snapshots")).unwrap();
     let [ca_pem, cert_pem, key_pem] = [const { String::new() }; 3];
-    let network = Network::new(HostClients::new(HostIdentity { ca_pem, cert_pem, key_pem }, state));
+    let network = Network::new(HostClients::new(
+        SharedIdentity::new(HostIdentity { ca_pem, cert_pem, key_pem }),
+        state,
+    ));
     let config = Arc::new(openraft::Config::default());
     let raft = PoolRaft::new(1, config, network, log, store).await.unwrap();
     let node = std::collections::BTreeMap::from([(1, openraft::BasicNode::new("here"))]);

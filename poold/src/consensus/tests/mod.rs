@@ -2,4 +2,5 @@
 
 mod pool;
 mod recover;
+mod snapshots;
 mod stores;

@@ -120,6 +120,40 @@ async fn a_leader_without_a_majority_promises_nothing() {
     .await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_change_of_voters_that_its_leader_did_not_finish_is_finished() {
+    let pool = TestPool::new(3).await;
+    let leader = pool.leader().await;
+    let consensus = pool.hosts[leader].consensus().clone();
+    let configs = |consensus: &crate::consensus::Consensus| {
+        consensus.metrics().borrow().membership_config.membership().get_joint_config().clone()
+    };
+    let before = consensus.metrics().borrow().membership_config.log_id().map(|id| id.index);
+    let fewer: std::collections::BTreeSet<u64> = pool
+        .hosts
+        .iter()
+        .map(|host| host.id.0)
+        .filter(|id| *id != pool.hosts[(leader + 1) % 3].id.0)
+        .collect();
+    let mut metrics = consensus.metrics();
+    // As if the leader had died after the first of the two entries.
+    tokio::select! {
+        biased;
+        seen = metrics.wait_for(|now| now.membership_config.membership().get_joint_config().len() == 2) => {
+            drop(seen.unwrap());
+        }
+        changed = consensus.raft().change_membership(fewer, true) => panic!("not cut short: {changed:?}"),
+    }
+    for host in &pool.hosts {
+        eventually("every host has the voters that are due, and no half-way change", async || {
+            let configs = configs(host.consensus());
+            let log_id = host.consensus().metrics().borrow().membership_config.log_id().map(|id| id.index);
+            log_id > before && configs.len() == 1 && configs[0].len() == 3
+        })
+        .await;
+    }
+}
+
 /// Takes a host out over the API of another one, as an operator does.
 async fn remove(pool: &TestPool, at: usize, host: HostId) {
     let mut client = HostServiceClient::new(pool.admin_channel(at).await);

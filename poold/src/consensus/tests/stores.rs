@@ -50,7 +50,7 @@ async fn start_again(pool: &TestPool) -> Result<Consensus, StartError> {
         pool_id: "pool-of-a-test",
         host: host.id,
         timing: Timing::fast(),
-        identity: host.identity(),
+        identity: crate::identity::SharedIdentity::new(host.identity()),
     };
     Consensus::start(options).await
 }

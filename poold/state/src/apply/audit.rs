@@ -2,13 +2,21 @@
 
 use crate::command::VolumeCommand;
 use crate::{
-    command::Command,
+    command::{Command, Govern},
     state::{AuditRecord, PoolState},
 };
 use proto::{HostId, TaskId, VmId, VolumeId};
 
 /// Principals whose changes are recorded; those of hosts are reports, which the events show.
 const USER_PREFIX: &str = "user-";
+
+impl PoolState {
+    /// What a change is called, e.g. `vm.start`, and what it is about, as this state knows it; none for reports of hosts.
+    #[must_use]
+    pub fn describe(&self, command: &Command) -> Option<(&'static str, String)> {
+        describe(self, command)
+    }
+}
 
 /// The record of an accepted change, named by the state before it. None for reports of hosts.
 pub(super) fn record(before: &PoolState, index: u64, entry: &crate::Entry) -> Option<AuditRecord> {
@@ -115,7 +123,22 @@ fn describe_rest(state: &PoolState, command: &Command) -> Option<(&'static str, 
         Command::SetUserRole { name, .. } => ("user.role", user(name)),
         Command::RotateUser { name, .. } => ("user.rotate", user(name)),
         Command::DeleteUser { name } => ("user.delete", user(name)),
+        Command::Govern(change) => return describe_governance(state, change),
         // Reports; a user does not make them.
         _ => return None,
+    })
+}
+
+fn describe_governance(state: &PoolState, change: &Govern) -> Option<(&'static str, String)> {
+    let pool = || format!("pool {}", state.settings.name);
+    Some(match change {
+        Govern::SetPool(_) => ("pool.set", pool()),
+        Govern::RotateCa(_) => ("ca.rotate", pool()),
+        Govern::FinishCaRotation => ("ca.finish", pool()),
+        Govern::CreateAccessToken { user, .. } => ("token.access", format!("user {user}")),
+        Govern::DeleteAccessToken { token } => ("token.revoke", token.to_string()),
+        Govern::SetHostVersion { .. } | Govern::RaiseFeatureLevel { .. } | Govern::HostTrusts { .. } => {
+            return None;
+        }
     })
 }

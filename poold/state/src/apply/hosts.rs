@@ -105,6 +105,8 @@ impl Change<'_> {
             public_key: facts.public_key.clone(),
             cpu_vendor: facts.cpu_vendor.clone(),
             feature_level: facts.feature_level,
+            version: String::new(),
+            shows_ca: None,
             incarnation: None,
             replica_fingerprint: None,
             boot_id: String::new(),
@@ -182,7 +184,8 @@ impl Change<'_> {
         Ok(())
     }
 
-    /// Ends the migrations that a host can't take part in any more. A committed one goes on when only its source is gone.
+    /// Ends the migrations that a host can't take part in any more. A committed one goes on when only its source is gone, and goes
+    /// back when its target is gone before the VM ran there.
     fn end_migrations_of(&mut self, host: HostId, reason: &str) -> Result<(), Rejection> {
         let ends: Vec<MigrationId> = self
             .state
@@ -196,7 +199,12 @@ impl Change<'_> {
             .map(|migration| migration.id)
             .collect();
         for id in ends {
-            self.give_up_migration(id, MigrationOutcome::Failed, reason.to_owned())?;
+            let migration = self.state.migration(id)?;
+            if migration.target == host && self.state.obstacle_of_reclaim(migration).is_none() {
+                self.reclaim(id)?;
+            } else {
+                self.give_up_migration(id, MigrationOutcome::Failed, reason.to_owned())?;
+            }
         }
         Ok(())
     }

@@ -38,7 +38,7 @@ impl Change<'_> {
         }
         let vm = self.state.vm(id)?;
         let source = vm.placement.ok_or_else(|| Rejection::VmIsStopped { vm: vm.name.clone() })?;
-        let (vm_name, from_epoch) = (vm.name.clone(), vm.epoch);
+        let (vm_name, from_epoch, source_process) = (vm.name.clone(), vm.epoch, vm.process_epoch());
         let target = match target {
             Some(target) => target,
             None => self.state.migration_target(id)?,
@@ -63,6 +63,8 @@ impl Change<'_> {
                 options,
                 cause,
                 from_epoch,
+                source_process,
+                handed: Vec::new(),
                 phase: MigrationPhase::Intent,
                 outcome: MigrationOutcome::Running,
                 error: None,
@@ -112,6 +114,8 @@ impl Change<'_> {
         let migration = self.state.migration(id)?;
         let (vm, target) = (migration.vm, migration.target);
         check_sequences(id, self.state.vm(vm)?, last_sequences)?;
+        let handed = self.handed(last_sequences)?;
+        self.migration_mut(id)?.handed = handed;
         self.place(vm, target, &Beginning::Live(last_sequences))?;
         let task = self.state.migration(id)?.task;
         if let Some(task) = self.state.tasks.get_mut(&task) {
@@ -188,7 +192,7 @@ impl Change<'_> {
         }
     }
 
-    fn end_migration(
+    pub(super) fn end_migration(
         &mut self,
         id: MigrationId,
         phase: MigrationPhase,

@@ -9,10 +9,11 @@
 //! - `vms`: creating, deleting and what an operator wants of a VM. `run`: starts, ends, restarts and recovery.
 //! - `migrations`: the moves. `tasks`: long operations and their ends.
 //! - `networks`: networks, and the cards of VMs. `duty`, `groups`, `users`: what an operator asks of hosts, of placements, and who may ask. `moves`: tasks of the pool.
-//! - `ownership`: placements and epochs, which always change together. `audit`: who changed what.
+//! - `govern`: settings, feature level, CA and access tokens. `ownership`: placements and epochs, which always change together. `audit`: who changed what.
 
 mod audit;
 mod duty;
+mod govern;
 mod groups;
 mod hosts;
 mod images;
@@ -23,6 +24,7 @@ mod networks;
 mod ownership;
 mod placement;
 mod pool;
+mod reclaim;
 mod replicas;
 mod run;
 mod services;
@@ -79,6 +81,7 @@ impl PoolState {
             time_ms: entry.time_ms,
             seed: &entry.seed,
             principal: &entry.principal,
+            request_id: entry.request_id.as_deref().unwrap_or_default(),
             ordinal: 0,
         };
         let outcome = change.dispatch(&entry.command)?;
@@ -113,6 +116,7 @@ struct Change<'a> {
     time_ms: u64,
     seed: &'a Seed,
     principal: &'a str,
+    request_id: &'a str,
     ordinal: u32,
 }
 
@@ -174,6 +178,7 @@ impl Change<'_> {
             Command::SetUserRole { name, role } => self.set_user_role(name, *role),
             Command::RotateUser { name, key_hash } => self.rotate_user(name, *key_hash),
             Command::DeleteUser { name } => self.delete_user(name),
+            Command::Govern(change) => self.govern(change),
             _ => self.dispatch_vm(command),
         }
     }
@@ -228,6 +233,7 @@ impl Change<'_> {
             Command::MigrationCommit { migration, last_sequences } => {
                 self.migration_commit(*migration, last_sequences)
             }
+            Command::MigrationReclaim { migration } => self.reclaim(*migration),
             Command::MigrationAbort { migration, reason } => self.migration_abort(*migration, reason),
             Command::MigrationDone { migration, record } => {
                 self.migration_done(*migration, record.as_deref())

@@ -19,6 +19,8 @@ pub(super) enum Beginning<'a> {
     Cold(StartCause),
     /// The guest goes on in the middle of its work, after these sequences.
     Live(&'a [LastSequence]),
+    /// The guest goes on where it was before it moved: nobody has worked with its disks since.
+    Back(&'a [LastSequence], Epoch),
 }
 
 impl Change<'_> {
@@ -37,6 +39,11 @@ impl Change<'_> {
         vm.start_cause = match beginning {
             Beginning::Cold(cause) => *cause,
             Beginning::Live(_) => StartCause::Migration,
+            Beginning::Back(..) => StartCause::Reclaim,
+        };
+        vm.older_process = match beginning {
+            Beginning::Back(_, process) => Some(*process),
+            Beginning::Cold(_) | Beginning::Live(_) => None,
         };
         let (epoch, disks) = (vm.epoch, vm.spec.disks.clone());
         let owner = VolumeOwner { holder: Holder::Vm(id), host };
@@ -49,7 +56,10 @@ impl Change<'_> {
                     self.leave_lost_out(volume)?;
                     None
                 }
-                Beginning::Live(last) => {
+                Beginning::Live(last) | Beginning::Back(last, _) => {
+                    if matches!(beginning, Beginning::Back(..)) {
+                        self.leave_lost_out(volume)?;
+                    }
                     last.iter().find(|last| last.volume == volume).map(|last| last.sequence.next())
                 }
             };

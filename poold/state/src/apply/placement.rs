@@ -3,9 +3,9 @@
 //! One list of obstacles serves all: what `apply` refuses, what the planner avoids, and what `explain` tells an operator.
 
 use crate::{
-    limits::{CPU_OVERCOMMIT, MOVES_PER_HOST_MAX},
+    limits::{MOVES_IN_MAX, MOVES_OF_POOL_MAX, MOVES_OUT_MAX},
     rejection::Rejection,
-    state::{Desired, GroupRule, GroupStrength, Host, HostDuty, PoolState, Vm},
+    state::{Desired, GroupRule, GroupStrength, Host, HostDuty, MoveDirection, PoolState, Vm},
 };
 use proto::{ByteCount, HostId, VmId};
 use std::{
@@ -65,8 +65,7 @@ impl PoolState {
     /// The hosts where a VM is or may soon be.
     pub(crate) fn occupies(&self, vm: &Vm) -> impl Iterator<Item = HostId> + use<> {
         let migration = vm.intent.and_then(|intent| self.migrations.get(&intent.migration));
-        let target = migration.filter(|migration| migration.reserves_target()).map(|it| it.target);
-        vm.placement.into_iter().chain(target)
+        vm.placement.into_iter().chain(migration.and_then(super::Migration::reserves))
     }
 
     /// Memory of a host that nothing has reserved.
@@ -155,7 +154,7 @@ impl PoolState {
         let taken = reserved.get(&host.id).copied().unwrap_or_default();
         let free = host.vm_memory.0.saturating_sub(taken.memory.0.saturating_add(vm.spec.memory.0));
         let memory = permille(free, host.vm_memory.0);
-        let cpus = u64::from(host.cpus).saturating_mul(CPU_OVERCOMMIT);
+        let cpus = u64::from(host.cpus).saturating_mul(self.settings.cpu_overcommit.into());
         let idle = cpus.saturating_sub(taken.vcpus.saturating_add(u64::from(vm.spec.vcpus)));
         // A host that has not told its CPUs yet counts by its memory alone.
         let cpu = if cpus == 0 { 1000 } else { permille(idle, cpus) };
@@ -218,11 +217,10 @@ impl PoolState {
             blockers.push(Rejection::VmIsMigrating { vm: name(), migration: intent.migration });
         }
         blockers.extend(self.host(source).and_then(check_up).err());
-        blockers.extend(self.check_moves(source).err());
         match target {
             Some(target) => self.target_blockers(vm, source, target, &mut blockers),
             None => match self.migration_target(vm.id) {
-                Ok(target) => blockers.extend(self.check_moves(target).err()),
+                Ok(target) => blockers.extend(self.check_moves(source, target)),
                 Err(rejection) => blockers.push(rejection),
             },
         }
@@ -239,7 +237,7 @@ impl PoolState {
             return blockers.push(Rejection::TargetIsSource { vm: vm.name.clone(), host });
         }
         blockers.extend(self.obstacles(vm, host, Search::Move { source }, &self.reserved()));
-        blockers.extend(self.check_moves(target).err());
+        blockers.extend(self.check_moves(source, target));
     }
 
     /// Moves under way that a host takes part in.
@@ -249,11 +247,27 @@ impl PoolState {
         self.running_migrations().filter(here).count()
     }
 
-    fn check_moves(&self, host: HostId) -> Result<(), Rejection> {
-        if self.moves_of(host) < MOVES_PER_HOST_MAX {
-            return Ok(());
+    /// Limits that one more move from a host to another would exceed.
+    pub(crate) fn check_moves(&self, source: HostId, target: HostId) -> Vec<Rejection> {
+        let count = |is_meant: &dyn Fn(&super::Migration) -> bool| {
+            self.running_migrations().filter(|migration| is_meant(migration)).count()
+        };
+        let too_many = |host, direction, max: usize| Rejection::TooManyMoves {
+            host: self.host_name(host),
+            direction,
+            max: max as u64,
+        };
+        let mut exceeded = Vec::new();
+        if count(&|migration| migration.source == source) >= MOVES_OUT_MAX {
+            exceeded.push(too_many(source, MoveDirection::Out, MOVES_OUT_MAX));
         }
-        Err(Rejection::TooManyMoves { host: self.host_name(host), max: MOVES_PER_HOST_MAX as u64 })
+        if count(&|migration| migration.target == target) >= MOVES_IN_MAX {
+            exceeded.push(too_many(target, MoveDirection::In, MOVES_IN_MAX));
+        }
+        if count(&|_| true) >= MOVES_OF_POOL_MAX {
+            exceeded.push(Rejection::PoolMovesTooMany { max: MOVES_OF_POOL_MAX as u64 });
+        }
+        exceeded
     }
 
     /// Hosts that can take a replica, those with the fewest first.

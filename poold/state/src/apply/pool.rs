@@ -3,7 +3,7 @@
 use super::{Applied, Change, check_length, check_name};
 use crate::{
     command::InitPool,
-    limits::PEM_BYTES_MAX,
+    limits::{CPU_OVERCOMMIT, PEM_BYTES_MAX, REPLICAS_DEFAULT},
     outcome::Outcome,
     rejection::{Field, ObjectKind, Rejection},
     state::{EventKind, FIRST_HOST, Settings},
@@ -31,6 +31,9 @@ impl Change<'_> {
             feature_level: init.feature_level,
             ha_braked: false,
             ha_disarmed: false,
+            old_ca: None,
+            replicas_default: REPLICAS_DEFAULT,
+            cpu_overcommit: CPU_OVERCOMMIT,
         };
         self.event(EventKind::PoolCreated, format!("pool {}", init.name), "the pool was founded".into());
         self.add_host(FIRST_HOST, &init.first_host)?;

@@ -56,6 +56,7 @@ impl Change<'_> {
             vm,
             object,
             principal: self.principal.to_owned(),
+            request_id: self.request_id.to_owned(),
             executor,
             state: TaskState::Running,
             created_ms: self.time_ms,

@@ -85,6 +85,7 @@ impl Change<'_> {
     pub(super) fn delete_user(&mut self, name: &str) -> Applied {
         let user = self.state.user(name)?;
         self.check_admin_stays(name, None)?;
+        self.forget_access_tokens_of(name);
         self.put_user(User { role: None, ..user }, "deleted")
     }
 

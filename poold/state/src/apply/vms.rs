@@ -60,6 +60,7 @@ impl Change<'_> {
             running_epoch: None,
             running_since_ms: 0,
             start_cause: StartCause::Operator,
+            older_process: None,
             failures: 0,
             not_before_ms: 0,
             problem: None,
@@ -90,7 +91,7 @@ impl Change<'_> {
     pub(super) fn delete_vm(&mut self, id: VmId) -> Applied {
         let vm = self.state.vm(id)?;
         if vm.placement.is_some() {
-            return Err(Rejection::VmAlreadyPlaced { vm: vm.name.clone() });
+            return Err(Rejection::VmNotStopped { vm: vm.name.clone() });
         }
         for disk in vm.spec.disks.clone() {
             self.volume_mut(disk)?.attached_to = None;

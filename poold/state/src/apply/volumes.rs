@@ -5,8 +5,7 @@ use crate::rejection::VolumeRejection;
 use crate::{
     command::{IsrChange, VolumeStart},
     limits::{
-        BANDWIDTH_MAX, OPERATIONS_PER_S_MAX, REPLICAS_DEFAULT, REPLICAS_MAX, VOLUME_BYTES_MAX,
-        VOLUME_BYTES_MIN, VOLUMES_MAX,
+        BANDWIDTH_MAX, OPERATIONS_PER_S_MAX, REPLICAS_MAX, VOLUME_BYTES_MAX, VOLUME_BYTES_MIN, VOLUMES_MAX,
     },
     outcome::Outcome,
     rejection::{Field, ObjectKind, Rejection},
@@ -25,7 +24,7 @@ impl Change<'_> {
                 check_range(Field::Replicas, wanted.into(), 1, REPLICAS_MAX.into())?;
                 wanted as usize
             }
-            None => hosts.len().clamp(1, REPLICAS_DEFAULT as usize),
+            None => hosts.len().clamp(1, self.state.settings.replicas_default.max(1) as usize),
         };
         if hosts.len() < wanted {
             return Err(Rejection::NotEnoughHosts { wanted: wanted as u64, up: hosts.len() as u64 });

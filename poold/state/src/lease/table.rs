@@ -3,6 +3,9 @@
 //! The brake: when a host is due to be declared lost, every host that fell silent within the window around it counts as
 //! vanished too, although its own time is not up. So recovery is halted before the first of them is declared, and not after
 //! its VMs have been started elsewhere.
+//!
+//! A leader that did nothing for a while (starved of CPU, or its machine slept) has not heard the others because of itself. Such a
+//! time is nobody's silence: it is taken out of all ages, which only makes a loss come later.
 
 use crate::{command::Command, state::HostState, timing::Timing};
 use proto::HostId;
@@ -16,6 +19,8 @@ const SUSPECT_RENEWALS: u64 = 3;
 pub struct LeaseTable {
     timing: Timing,
     leading_since_ms: Option<u64>,
+    /// The last tick of this leadership.
+    ticked_ms: Option<u64>,
     heard_ms: BTreeMap<HostId, u64>,
     /// Hosts for which a loss was proposed and is not yet seen in the state: they get no lease.
     declared: BTreeSet<HostId>,
@@ -64,7 +69,13 @@ impl LeaseTable {
     /// A table that leads nothing.
     #[must_use]
     pub fn new(timing: Timing) -> Self {
-        Self { timing, leading_since_ms: None, heard_ms: BTreeMap::new(), declared: BTreeSet::new() }
+        Self {
+            timing,
+            leading_since_ms: None,
+            ticked_ms: None,
+            heard_ms: BTreeMap::new(),
+            declared: BTreeSet::new(),
+        }
     }
 
     /// Takes an event and says what to do.
@@ -82,7 +93,7 @@ impl LeaseTable {
             LeaseEvent::Renewal { host, state, quorum_age_ms } => {
                 vec![LeaseCommand::Answer { host, ttl_ms: self.renew(now_ms, host, state, quorum_age_ms) }]
             }
-            LeaseEvent::Tick { members, braked } => match self.leading_since_ms {
+            LeaseEvent::Tick { members, braked } => match self.awake_since(now_ms) {
                 Some(since_ms) => self.tick(now_ms, since_ms, &members, braked),
                 None => Vec::new(),
             },
@@ -97,8 +108,24 @@ impl LeaseTable {
 
     fn forget(&mut self) {
         self.leading_since_ms = None;
+        self.ticked_ms = None;
         self.heard_ms.clear();
         self.declared.clear();
+    }
+
+    /// Since when this host leads, without the time that it did nothing; notes the tick.
+    fn awake_since(&mut self, now_ms: u64) -> Option<u64> {
+        let since_ms = self.leading_since_ms?;
+        let idle_ms = self.ticked_ms.map_or(0, |ticked_ms| now_ms.saturating_sub(ticked_ms));
+        self.ticked_ms = Some(now_ms);
+        // Ticks come far more often than renewals.
+        if idle_ms <= self.timing.lease_renew_ms {
+            return Some(since_ms);
+        }
+        let later = |at_ms: u64| at_ms.saturating_add(idle_ms).min(now_ms);
+        self.heard_ms.values_mut().for_each(|heard_ms| *heard_ms = later(*heard_ms));
+        self.leading_since_ms = Some(later(since_ms));
+        self.leading_since_ms
     }
 
     fn renew(&mut self, now_ms: u64, host: HostId, state: Option<HostState>, quorum_age_ms: u64) -> u64 {

@@ -234,3 +234,17 @@ fn the_brake_is_released_when_all_hosts_are_back() {
     lab.set(3, HostState::Up);
     assert_eq!(lab.seconds(1, &[1, 2, 3]), [Command::HaResume]);
 }
+
+#[test]
+fn a_leader_that_did_nothing_itself_takes_nobody_for_silent_because_of_it() {
+    for asleep_ms in [5_000, 16_000, 3_600_000] {
+        let mut lab = Lab::new(3);
+        lab.seconds(5, &[1, 2, 3]);
+        // The third falls silent four seconds before the leader gets no CPU.
+        assert_eq!(lab.seconds(4, &[1, 2]), []);
+        lab.now_ms += asleep_ms;
+        assert_eq!(lab.tick(), [], "the renewals of {asleep_ms} ms have not been read yet");
+        assert_eq!(lab.seconds(10, &[1, 2]), []);
+        assert_eq!(lab.seconds(1, &[1, 2]), [lost(3)], "fifteen seconds of silence that were listened to");
+    }
+}

@@ -4,7 +4,7 @@ use super::Draft;
 use crate::{
     balance,
     command::Command,
-    limits::{PLANNED_MOVE_RETRY_MS, PLANNED_MOVES_PER_HOST},
+    limits::PLANNED_MOVE_RETRY_MS,
     state::{HostDuty, MigrationOutcome, MoveCause, TaskKind, Vm},
 };
 use proto::{HostId, VmId};
@@ -66,8 +66,7 @@ impl Draft {
     }
 
     fn begin(&mut self, vm: VmId, source: HostId, target: HostId, cause: MoveCause) {
-        let has_place = |host| self.state.moves_of(host) < PLANNED_MOVES_PER_HOST;
-        if has_place(source) && has_place(target) {
+        if self.state.check_moves(source, target).is_empty() {
             self.propose(Command::MoveVm { vm, target, cause });
         }
     }

@@ -139,6 +139,42 @@ fn late_work_is_ended() {
 }
 
 #[test]
+fn a_move_does_not_wait_for_a_source_that_lives_and_does_nothing() {
+    let mut pool = Pool::new(3);
+    let hosts = pool.hosts();
+    let deaf = pool.running_vm("deaf", hosts[0], HaPolicy::Restart);
+    let (unanswered, _) = pool.start_migration(deaf, Some(hosts[1]));
+    let moved = pool.running_vm("moved", hosts[0], HaPolicy::Restart);
+    let arrived = pool.committed(moved, hosts[1]);
+    pool.runs(moved);
+    let patience_ms = pool.state.settings.timing.host_lost_ms;
+    pool.now_ms += patience_ms - 100;
+    // A target that prepares has more time.
+    let slow = pool.running_vm("slow", hosts[2], HaPolicy::Restart);
+    let (prepares, _) = pool.start_migration(slow, Some(hosts[0]));
+    let fingerprint = crate::state::CertificateFingerprint([3; 32]);
+    pool.accept(Command::MigrationSourceReady { migration: prepares, fingerprint });
+    pool.now_ms += patience_ms;
+    let plan = planned(&pool);
+    assert_eq!(plan.len(), 2, "{plan:?}");
+    let is_abort = |command: &Command| {
+        matches!(command, Command::MigrationAbort { migration, reason }
+            if *migration == unanswered && reason.contains("disk"))
+    };
+    assert!(plan.iter().any(is_abort), "{plan:?}");
+    assert!(plan.contains(&Command::MigrationDone { migration: arrived, record: None }), "{plan:?}");
+    for command in plan {
+        pool.accept(command);
+    }
+    assert_eq!((pool.vm_state(deaf), pool.vm_state(moved)), ("running", "running"));
+    // The source's record comes late, and counts.
+    let record = crate::state::MigrationRecord { blackout_ms: 3.0, ..Default::default() };
+    let record = Some(Box::new(record));
+    pool.accept(Command::MigrationDone { migration: arrived, record });
+    assert_eq!(pool.migration(arrived).record.as_ref().map(|record| record.blackout_ms), Some(3.0));
+}
+
+#[test]
 fn a_plan_is_bounded() {
     let mut pool = Pool::new(3);
     let hosts = pool.hosts();

@@ -25,7 +25,7 @@ impl Local<'_> {
         migration.is_some_and(|migration| {
             let sends = migration.is_committed()
                 && migration.source == self.me
-                && process.epoch == migration.from_epoch;
+                && process.epoch == migration.source_process;
             let receives = !migration.is_committed()
                 && migration.target == self.me
                 && process.epoch == migration.to_epoch();
@@ -118,7 +118,8 @@ impl Local<'_> {
         let id = migration.id;
         let arrived = self.state.vms.get(&migration.vm).is_some_and(Vm::is_reported_running);
         let done = |record| HostAction::Report(Command::MigrationDone { migration: id, record });
-        let process = self.process(migration.vm, migration.from_epoch).filter(|process| process.is_live());
+        let process =
+            self.process(migration.vm, migration.source_process).filter(|process| process.is_live());
         match process.map(|process| &process.migration) {
             // The record died with the process, the VM did not.
             None if arrived => actions.push(done(None)),
@@ -143,6 +144,12 @@ impl Local<'_> {
             return None;
         };
         let under_way = vm.intent.is_some_and(|intent| intent.migration == *migration);
+        let was_given_back = self.state.migrations.get(migration).is_some_and(|migration| {
+            migration.phase == MigrationPhase::Reclaimed && migration.source_process == process.epoch
+        });
+        if was_given_back && vm.older_process == Some(process.epoch) && *phase != SourcePhase::Aborted {
+            return Some(HostAction::TakeBack { migration: *migration });
+        }
         let resolved = matches!(phase, SourcePhase::Aborted | SourcePhase::Done);
         // The VM is placed here at this very epoch, so the migration was not committed, even if it is forgotten by now.
         (!under_way && !resolved).then_some(HostAction::ResumeAfterAbort { migration: *migration })

@@ -11,12 +11,12 @@ use crate::{
 
 impl Local<'_> {
     pub(super) fn placed(&self, vm: &Vm, actions: &mut Vec<HostAction>) {
-        let Some(process) = self.process(vm.id, vm.epoch) else {
+        let Some(process) = self.process(vm.id, vm.process_epoch()) else {
             actions.extend(self.absent(vm));
             return;
         };
         if !process.is_live() {
-            actions.push(HostAction::Report(ended(vm, process)));
+            actions.push(self.lost_on_arrival(vm).unwrap_or_else(|| ended(vm, process)).into());
             return;
         }
         if let Some(resume) = self.unresolved(vm, process) {
@@ -24,7 +24,7 @@ impl Local<'_> {
             return;
         }
         if vm.desired == Desired::Stopped {
-            actions.push(HostAction::Stop { vm: vm.id, epoch: vm.epoch, mode: vm.stop_mode });
+            actions.push(HostAction::Stop { vm: vm.id, epoch: process.epoch, mode: vm.stop_mode });
             return;
         }
         if is_arriving(process) {
@@ -48,10 +48,18 @@ impl Local<'_> {
             return Some(stopped(vm, StopReason::Requested).into());
         }
         // It existed: it ran, or it was prepared to receive the VM.
-        if vm.is_reported_running() || vm.start_cause == StartCause::Migration {
-            return Some(died(vm).into());
+        if vm.is_reported_running() || matches!(vm.start_cause, StartCause::Migration | StartCause::Reclaim) {
+            return Some(self.lost_on_arrival(vm).unwrap_or_else(|| died(vm)).into());
         }
         self.start(vm)
+    }
+
+    /// The VM was handed over and its process here has ended before it ran: the source still has its memory.
+    fn lost_on_arrival(&self, vm: &Vm) -> Option<Command> {
+        let migration = self.state.migrations.get(&vm.intent?.migration)?;
+        let is_here = migration.target == self.me && vm.desired != Desired::Stopped;
+        let may_go_back = is_here && self.state.obstacle_of_reclaim(migration).is_none();
+        may_go_back.then_some(Command::MigrationReclaim { migration: migration.id })
     }
 
     fn start(&self, vm: &Vm) -> Option<HostAction> {
@@ -70,6 +78,10 @@ impl Local<'_> {
         match phase {
             _ if !committed => Some(destroy(process)),
             TargetPhase::Failed => {
+                // Its volumes were not taken over, or it did not start to run.
+                if let Some(back) = self.lost_on_arrival(vm) {
+                    return Some(back.into());
+                }
                 let problem = format!("the target failed after the commit: {error}");
                 Some(failed(vm, problem).into())
             }

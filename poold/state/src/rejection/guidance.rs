@@ -23,6 +23,7 @@ impl Rejection {
     pub fn reason_code(&self) -> &'static str {
         match self {
             Self::Volume(inner) => inner.reason_code(),
+            Self::Govern(inner) => inner.reason_code(),
             Self::PoolNotInitialised => "POOL_NOT_INITIALISED",
             Self::PoolAlreadyInitialised => "POOL_ALREADY_INITIALISED",
             Self::BadTiming(_) => "BAD_TIMING",
@@ -67,6 +68,7 @@ impl Rejection {
             Self::NotAReplica { .. } => "NOT_A_REPLICA",
             Self::StaleIncarnation { .. } => "STALE_INCARNATION",
             Self::VmAlreadyPlaced { .. } => "VM_ALREADY_PLACED",
+            Self::VmNotStopped { .. } => "VM_NOT_STOPPED",
             Self::VmIsStopped { .. } => "VM_IS_STOPPED",
             Self::VmIsStopping { .. } => "VM_IS_STOPPING",
             Self::VmNotRunning { .. } => "VM_NOT_RUNNING",
@@ -92,6 +94,8 @@ impl Rejection {
             Self::HostOutOfService { .. } => "HOST_OUT_OF_SERVICE",
             Self::GroupForbids { .. } => "GROUP_FORBIDS",
             Self::TooManyMoves { .. } => "TOO_MANY_MOVES",
+            Self::PoolMovesTooMany { .. } => "POOL_TOO_MANY_MOVES",
+            Self::MayHaveArrived { .. } => "MAY_HAVE_ARRIVED",
             Self::MoveNotWanted { .. } => "MOVE_NOT_WANTED",
             Self::TaskNotFinished { .. } => "TASK_NOT_FINISHED",
             Self::LastAdmin { .. } => "LAST_ADMIN",
@@ -103,6 +107,7 @@ impl Rejection {
     #[must_use]
     pub fn class(&self) -> RejectionClass {
         match self {
+            Self::Govern(inner) => inner.class(),
             Self::NotFound { .. } => RejectionClass::NotFound,
             Self::Network(rejection) => rejection.class(),
             Self::BadTiming(_)
@@ -133,6 +138,7 @@ impl Rejection {
     pub fn object(&self) -> String {
         match self {
             Self::Volume(inner) => inner.object(),
+            Self::Govern(inner) => inner.object(),
             Self::NotFound { kind, text } | Self::Ambiguous { kind, text, .. } => format!("{kind} {text}"),
             Self::NameTaken { kind, name } => format!("{kind} {name}"),
             Self::Network(rejection) => rejection.object(),
@@ -161,6 +167,7 @@ impl Rejection {
             | Self::NotInIsr { volume, .. }
             | Self::NotAReplica { volume, .. } => format!("volume {volume}"),
             Self::VmAlreadyPlaced { vm }
+            | Self::VmNotStopped { vm }
             | Self::VmIsStopped { vm }
             | Self::VmIsStopping { vm }
             | Self::VmNotRunning { vm }
@@ -173,6 +180,7 @@ impl Rejection {
             | Self::NoHostFits { vm, .. }
             | Self::GroupForbids { vm, .. }
             | Self::MoveNotWanted { vm }
+            | Self::MayHaveArrived { vm, .. }
             | Self::TargetIsSource { vm, .. } => format!("vm {vm}"),
             Self::WrongPhase { migration, .. }
             | Self::MigrationEnded { migration }
@@ -197,6 +205,7 @@ impl Rejection {
             | Self::FeatureLevelTooLow { .. }
             | Self::NotEnoughHosts { .. }
             | Self::Disarmed
+            | Self::PoolMovesTooMany { .. }
             | Self::Braked => String::new(),
         }
     }
@@ -206,6 +215,7 @@ impl Rejection {
     pub fn remedy(&self) -> String {
         match self {
             Self::Volume(inner) => inner.remedy(),
+            Self::Govern(inner) => inner.remedy(),
             Self::PoolNotInitialised => "found the pool with `poold init`".into(),
             Self::PoolAlreadyInitialised => "use `poold join` with a token of the pool".into(),
             Self::BadTiming(_) => "choose a consistent profile of timings".into(),
@@ -260,6 +270,9 @@ impl Rejection {
     fn remedy_of_run(&self) -> String {
         match self {
             Self::VmAlreadyPlaced { vm } => format!("see `poolctl vm show {vm}`"),
+            Self::VmNotStopped { vm } => {
+                format!("stop it first: `poolctl vm stop {vm}`, at once with --force")
+            }
             Self::VmIsStopped { vm } => format!("start it with `poolctl vm start {vm}`"),
             Self::VmIsStopping { vm } => {
                 format!("wait until it has stopped, or `poolctl vm stop {vm} --force`")
@@ -284,7 +297,9 @@ impl Rejection {
             Self::GroupForbids { group, .. } => {
                 format!("choose another host, or change the group: `poolctl group show {group}`")
             }
-            Self::TooManyMoves { .. } => "wait until one has ended: `poolctl migration list`".into(),
+            Self::TooManyMoves { .. } | Self::PoolMovesTooMany { .. } => {
+                "wait until one has ended: `poolctl migration list`".into()
+            }
             Self::LastAdmin { .. } => "make another user an admin first: `poolctl user create`".into(),
             Self::NotEnoughMemory { .. } | Self::NoHostFits { .. } => {
                 "stop or move other VMs, or add a host: `poolctl host list` shows free memory".into()
@@ -318,6 +333,7 @@ fn not_found_code(kind: ObjectKind) -> &'static str {
         ObjectKind::Group => "GROUP_NOT_FOUND",
         ObjectKind::Network => "NETWORK_NOT_FOUND",
         ObjectKind::User => "USER_NOT_FOUND",
+        ObjectKind::Pool => "POOL_NOT_FOUND",
     }
 }
 

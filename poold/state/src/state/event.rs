@@ -78,6 +78,8 @@ pub enum EventKind {
     Network,
     /// A user was created, changed or deleted.
     User,
+    /// The pool's settings, feature level or certificate authority changed.
+    PoolChanged,
 }
 
 impl EventKind {
@@ -112,6 +114,7 @@ impl EventKind {
             Self::Group => "group.changed",
             Self::Network => "network.changed",
             Self::User => "user.changed",
+            Self::PoolChanged => "pool.changed",
         }
     }
 }

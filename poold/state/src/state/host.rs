@@ -22,8 +22,12 @@ pub struct Host {
     pub public_key: Vec<u8>,
     /// CPU vendor and feature summary; VMs move only between equal ones.
     pub cpu_vendor: String,
-    /// Feature level of its daemon.
+    /// Highest feature level that its daemon supports.
     pub feature_level: u32,
+    /// Version of its daemon; empty: not known yet.
+    pub version: String,
+    /// blake3 of the certificate (PEM) of the CA whose certificate it shows; none: not known yet.
+    pub shows_ca: Option<[u8; 32]>,
     /// Life of its replica store; none before it served for the first time.
     pub incarnation: Option<Incarnation>,
     /// Certificate that its replica server shows.

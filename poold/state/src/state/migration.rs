@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! Intent ─▶ Prepared ─▶ Copying ─▶ Paused ─▶ Committed ─▶ Done
-//!    └──────────┴───────────┴─────────┘           └─▶ (failed: the target was lost, the VM starts anew)
+//!    └──────────┴───────────┴─────────┘           ├─▶ (failed: the target was lost, the VM starts anew)
+//!                      │                          └─▶ Reclaimed (failed: the target died before it ran it; the source has it)
 //!                      ▼
 //!                   Aborted (failed or cancelled; the source runs on)
 //! ```
@@ -10,7 +11,9 @@
 //! and must not lengthen the blackout.
 
 use super::record::MigrationRecord;
-use proto::{CertificateFingerprint, Epoch, HostId, MigrationId, TaskId, VmId};
+use proto::{
+    CertificateFingerprint, Epoch, HostId, IsrVersion, MigrationId, Sequence, TaskId, VmId, VolumeId,
+};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -33,6 +36,10 @@ pub struct Migration {
     pub cause: MoveCause,
     /// The VM's epoch at the source. At the target it is the next one.
     pub from_epoch: Epoch,
+    /// The epoch under which the source's process was started.
+    pub source_process: Epoch,
+    /// What the source handed over with the commit.
+    pub handed: Vec<HandedVolume>,
     /// The step reached last.
     pub phase: MigrationPhase,
     /// Whether and how it ended.
@@ -68,6 +75,24 @@ pub enum MoveCause {
     Balance,
 }
 
+/// Which way a VM moves, as a host sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum MoveDirection {
+    /// Away.
+    Out,
+    /// To it.
+    In,
+}
+
+impl fmt::Display for MoveDirection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Out => "sends",
+            Self::In => "takes in",
+        })
+    }
+}
+
 /// Where the target's process listens, and as whom.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct TargetEndpoint {
@@ -75,6 +100,17 @@ pub struct TargetEndpoint {
     pub address: String,
     /// Certificate that it shows.
     pub fingerprint: CertificateFingerprint,
+}
+
+/// A volume as it was handed over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct HandedVolume {
+    /// The volume.
+    pub volume: VolumeId,
+    /// The last sequence of the source.
+    pub last: Sequence,
+    /// The in-sync set at the hand-over: a new owner that is active may change it.
+    pub isr_version: IsrVersion,
 }
 
 /// How a VM is copied.
@@ -119,6 +155,8 @@ pub enum MigrationPhase {
     Done,
     /// Given up before the commit; the source runs on.
     Aborted,
+    /// Committed, and taken back to the source, because the target had not run it and never will.
+    Reclaimed,
 }
 
 /// Whether and how a migration ended.
@@ -159,6 +197,7 @@ impl MigrationPhase {
             Self::Committed => "committed",
             Self::Done => "done",
             Self::Aborted => "aborted",
+            Self::Reclaimed => "reclaimed",
         }
     }
 }
@@ -195,10 +234,12 @@ impl Migration {
         matches!(self.phase, MigrationPhase::Committed | MigrationPhase::Done)
     }
 
-    /// Whether it holds a reservation of memory at the target besides the placement at the source.
+    /// The host besides that of the VM's placement that holds memory for it: the target until the commit, and then the source until
+    /// the end, since the VM may have to go back.
     #[must_use]
-    pub fn reserves_target(&self) -> bool {
-        self.is_running() && !self.is_committed()
+    pub fn reserves(&self) -> Option<HostId> {
+        let host = if self.is_committed() { self.source } else { self.target };
+        self.is_running().then_some(host)
     }
 
     /// The VM's epoch at the target.

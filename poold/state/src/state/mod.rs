@@ -28,7 +28,8 @@ pub use group::{Group, GroupRule, GroupStrength};
 pub use host::{FIRST_HOST, Host, HostDuty, HostState, Token, TokenState, ZONE_LABEL};
 pub use image::{ContentHash, Image, ParseContentHashError};
 pub use migration::{
-    Migration, MigrationOptions, MigrationOutcome, MigrationPhase, MigrationPolicy, MoveCause, TargetEndpoint,
+    HandedVolume, Migration, MigrationOptions, MigrationOutcome, MigrationPhase, MigrationPolicy, MoveCause,
+    MoveDirection, TargetEndpoint,
 };
 pub use network::{Network, NetworkAddressing, NetworkLink, Nic};
 pub use proto::{AttachmentSecret, CertificateFingerprint};
@@ -37,7 +38,7 @@ pub use request::{Answer, RequestTable};
 pub use service::{Loan, LoanKey, LoanPurpose, NbdExport, ServiceWanted, VolumeService};
 pub use table::Table;
 pub use task::{Task, TaskKind, TaskState};
-pub use user::{FOUNDER, Role, User};
+pub use user::{AccessToken, FOUNDER, Role, User};
 pub use vm::{Desired, HaPolicy, Intent, StartCause, StopMode, Vm, VmSpec, VmState};
 pub use volume::{EpochStart, Holder, IsrMember, Volume, VolumeLimits, VolumeOwner};
 
@@ -74,6 +75,8 @@ pub struct PoolState {
     pub networks: Table<NetworkId, Network>,
     /// Users by name, deleted ones included.
     pub users: Table<String, User>,
+    /// Access tokens of users.
+    pub access_tokens: Table<TokenId, AccessToken>,
     /// What users changed lately.
     pub audit: AuditLog,
     /// What happened lately.
@@ -91,16 +94,31 @@ pub struct Settings {
     pub name: String,
     /// Timings.
     pub timing: Timing,
-    /// Certificate of the pool's CA.
+    /// Certificate of the pool's CA, which signs.
     pub ca_cert_pem: String,
-    /// Key of the pool's CA.
+    /// Its key.
     pub ca_key_pem: String,
+    /// The CA before it, while it is being replaced.
+    pub old_ca: Option<OldCa>,
     /// Feature level of all daemons.
     pub feature_level: u32,
     /// Recovery is halted until an operator permits it or the hosts return.
     pub ha_braked: bool,
     /// An operator has switched recovery off.
     pub ha_disarmed: bool,
+    /// Replicas of a volume whose creator names no number, if the pool has as many hosts.
+    pub replicas_default: u32,
+    /// vCPUs that a logical CPU is counted for.
+    pub cpu_overcommit: u32,
+}
+
+/// A CA that is trusted but signs no more.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OldCa {
+    /// Its certificate.
+    pub cert_pem: String,
+    /// The present CA's certificate signed by the old one, for those who trust only that.
+    pub cross_pem: String,
 }
 
 impl std::fmt::Debug for Settings {
@@ -117,6 +135,19 @@ impl std::fmt::Debug for Settings {
 }
 
 impl Settings {
+    /// Certificates of all CAs that are trusted, the one that signs first.
+    #[must_use]
+    pub fn trusted_pem(&self) -> String {
+        let old = self.old_ca.as_ref().map_or("", |old| old.cert_pem.as_str());
+        format!("{}\n{old}", self.ca_cert_pem.trim_end())
+    }
+
+    /// By this a certificate's CA is named in reports.
+    #[must_use]
+    pub fn ca_hash(&self) -> [u8; 32] {
+        *blake3::hash(self.ca_cert_pem.as_bytes()).as_bytes()
+    }
+
     /// Whether the pool was founded.
     #[must_use]
     pub fn is_initialised(&self) -> bool {

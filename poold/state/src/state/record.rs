@@ -23,6 +23,14 @@ pub struct MigrationRecord {
     pub memory_proved: bool,
     /// blake3 over all guest pages at the pause, hex; empty when not proved.
     pub memory_hash: String,
+    /// What the controller expected the blackout to be, in milliseconds.
+    pub blackout_expected_ms: f64,
+    /// Processor time of the engine at the source, in milliseconds.
+    pub source_cpu_ms: f64,
+    /// The same at the target.
+    pub target_cpu_ms: f64,
+    /// Mean wait for a page on demand, in milliseconds.
+    pub fault_mean_ms: f64,
 }
 
 /// Parts of a blackout in milliseconds; they add up to it.

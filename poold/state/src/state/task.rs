@@ -16,6 +16,8 @@ pub struct Task {
     pub object: String,
     /// Who asked for it.
     pub principal: String,
+    /// The client's id of the change that began it, by which logs of all hosts can be searched; empty: it had none.
+    pub request_id: String,
     /// The host that works on it.
     pub executor: Option<HostId>,
     /// How far it is.

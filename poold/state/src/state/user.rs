@@ -1,5 +1,6 @@
 //! Who may use the API.
 
+use proto::TokenId;
 use serde::{Deserialize, Serialize};
 
 /// The user that a pool is founded with; it needs no record until somebody changes it.
@@ -16,6 +17,23 @@ pub struct User {
     pub key_hash: Option<[u8; 32]>,
     /// Unix time of its creation.
     pub created_ms: u64,
+}
+
+/// A secret with which a program acts for a user, without a certificate.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AccessToken {
+    /// Index of the entry that created it.
+    pub id: TokenId,
+    /// The user.
+    pub user: String,
+    /// What it may do, at most as much as its user at that time.
+    pub role: Role,
+    /// blake3 of the secret; the secret itself is stored nowhere.
+    pub secret_hash: [u8; 32],
+    /// Unix time of its creation.
+    pub created_ms: u64,
+    /// Unix time after which it is void.
+    pub expires_ms: u64,
 }
 
 /// What a user may do; each role may do what the ones before it may.

@@ -73,7 +73,11 @@ impl PoolState {
             (_, HaPolicy::Restart) if lost => VmState::Recovering,
             (_, HaPolicy::None) if lost => VmState::Failed,
             _ if vm.intent.is_some() => VmState::Migrating,
-            _ if !vm.is_reported_running() && vm.start_cause == StartCause::Recovery => VmState::Recovering,
+            _ if !vm.is_reported_running()
+                && matches!(vm.start_cause, StartCause::Recovery | StartCause::Reclaim) =>
+            {
+                VmState::Recovering
+            }
             _ if !vm.is_reported_running() => VmState::Starting,
             (Desired::Paused, _) => VmState::Paused,
             (Desired::Running, _) => VmState::Running,
@@ -85,7 +89,7 @@ impl PoolState {
     #[must_use]
     pub fn may_run(&self, host: HostId, vm: VmId, epoch: Epoch) -> bool {
         let up = self.hosts.get(&host).is_some_and(Host::is_up);
-        up && self.vms.get(&vm).is_some_and(|vm| vm.placement == Some(host) && vm.epoch == epoch)
+        up && self.vms.get(&vm).is_some_and(|vm| vm.placement == Some(host) && vm.process_epoch() == epoch)
     }
 
     /// Whether a volume's own process of this epoch may serve at this host; as [`may_run`](Self::may_run).
@@ -116,8 +120,8 @@ impl PoolState {
                 reserve(host, vm.spec.memory);
             }
             let migration = vm.intent.and_then(|intent| self.migrations.get(&intent.migration));
-            if let Some(migration) = migration.filter(|migration| migration.reserves_target()) {
-                reserve(migration.target, vm.spec.memory);
+            if let Some(host) = migration.and_then(super::Migration::reserves) {
+                reserve(host, vm.spec.memory);
             }
         }
         reserved

@@ -40,6 +40,8 @@ pub struct Vm {
     pub running_since_ms: u64,
     /// Why the current epoch was started.
     pub start_cause: StartCause,
+    /// The process was started under this epoch instead of the placement's: the VM was given back to it.
+    pub older_process: Option<Epoch>,
     /// Restarts in a row after which it did not stay up.
     pub failures: u32,
     /// Unix time before which it must not be started (back-off).
@@ -115,6 +117,8 @@ pub enum StartCause {
     Recovery,
     /// It moved.
     Migration,
+    /// It came back to the source of a move whose target died before it ran.
+    Reclaim,
 }
 
 /// What locks a VM.
@@ -180,6 +184,12 @@ impl HaPolicy {
 }
 
 impl Vm {
+    /// The epoch under which the process was started that serves the present placement.
+    #[must_use]
+    pub fn process_epoch(&self) -> Epoch {
+        self.older_process.unwrap_or(self.epoch)
+    }
+
     /// Whether its process was reported as running at the current epoch.
     #[must_use]
     pub fn is_reported_running(&self) -> bool {

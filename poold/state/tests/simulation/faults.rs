@@ -7,7 +7,7 @@ use pool_state::{
     reconcile::ProcessState,
     state::{MigrationOptions, StopMode, TaskKind},
 };
-use proto::VmId;
+use proto::{MigrationId, VmId};
 
 /// Length of the part with faults in milliseconds.
 const FAULTS_MS: u64 = 40_000;
@@ -15,6 +15,7 @@ const FAULTS_MS: u64 = 40_000;
 impl World {
     /// The part of the history in which things break.
     pub fn run_faults(&mut self) {
+        self.has_faults = true;
         self.run_until(FAULTS_MS, |world| {
             world.repair();
             if world.rng.chance(2) {
@@ -24,6 +25,29 @@ impl World {
                 world.ask_for_something();
             }
         });
+        self.has_faults = false;
+    }
+
+    /// Now and then the target of a move dies as the move is committed: the VM belongs to it and has not run there.
+    pub fn strike_arrival(&mut self, id: MigrationId) {
+        if !self.has_faults || !self.rng.chance(25) {
+            return;
+        }
+        let Some(migration) = self.committed.migrations.get(&id).cloned() else { return };
+        let at = self.index_of(migration.target);
+        self.note(|| format!("h{} dies with what arrives by {id}", at + 1));
+        if self.rng.chance(50) {
+            if self.leader == Some(at) {
+                self.leader = None;
+            }
+            let repair_ms = self.now_ms + self.rng.range(500, 9_000);
+            self.hosts[at].repair_ms = repair_ms;
+            self.hosts[at].lose_power();
+        } else if let Some(process) = self.hosts[at].processes.get_mut(&(migration.vm, migration.to_epoch()))
+        {
+            *process = Process::new(ProcessState::Gone, 0);
+            self.hosts[at].dirty = true;
+        }
     }
 
     fn repair(&mut self) {

@@ -17,16 +17,19 @@ mod rng;
 mod storm;
 mod world;
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use world::World;
 
 /// Histories of an ordinary run.
 const SEEDS: u64 = 60;
 
-fn play(seed: u64) -> Result<(), String> {
+/// How many VMs went back to the source of their move.
+fn play(seed: u64) -> Result<usize, String> {
     let mut world = World::new(seed);
     world.run_faults();
     world.heal();
-    world.settle()
+    world.settle()?;
+    Ok(world.taken_back)
 }
 
 fn seeds() -> std::ops::Range<u64> {
@@ -41,15 +44,17 @@ fn seeds() -> std::ops::Range<u64> {
 fn every_history_keeps_the_invariants_and_comes_to_rest() {
     let threads = std::thread::available_parallelism().map_or(1, |count| count.get() as u64);
     let seeds = seeds();
+    let taken_back = AtomicUsize::new(0);
     std::thread::scope(|scope| {
         let workers: Vec<_> = (0..threads)
             .map(|worker| {
-                let seeds = seeds.clone();
+                let (seeds, taken_back) = (seeds.clone(), &taken_back);
                 scope.spawn(move || {
                     for seed in seeds.filter(|seed| seed % threads == worker) {
-                        if let Err(violation) = play(seed) {
-                            panic!("{violation}\nplay it again with SIM_SEED={seed}");
-                        }
+                        match play(seed) {
+                            Ok(count) => taken_back.fetch_add(count, Ordering::Relaxed),
+                            Err(violation) => panic!("{violation}\nplay it again with SIM_SEED={seed}"),
+                        };
                     }
                 })
             })
@@ -60,4 +65,7 @@ fn every_history_keeps_the_invariants_and_comes_to_rest() {
             }
         }
     });
+    let (count, taken_back) = (seeds.end - seeds.start, taken_back.into_inner());
+    assert!(count < SEEDS || taken_back > 0, "no history has a target that dies with a VM before it ran");
+    eprintln!("{count} histories, {taken_back} VMs went back to the source of their move");
 }

@@ -14,7 +14,7 @@ use proto::{CertificateFingerprint, MigrationId, Sequence, VmId};
 const BLACKOUT_MS: u64 = 1_000;
 
 fn source_key(migration: &Migration) -> Key {
-    (migration.vm, migration.from_epoch)
+    (migration.vm, migration.source_process)
 }
 
 fn target_key(migration: &Migration) -> Key {
@@ -34,7 +34,7 @@ impl World {
             HostAction::Pause { vm } => self.pause(host, &state, vm, true),
             HostAction::Resume { vm } => self.pause(host, &state, vm, false),
             HostAction::UpdateVolumes { vm, digest } => {
-                let key = state.vms.get(&vm).map(|vm| (vm.id, vm.epoch));
+                let key = state.vms.get(&vm).map(|vm| (vm.id, vm.process_epoch()));
                 if let Some(process) = key.and_then(|key| self.hosts[host].processes.get_mut(&key)) {
                     process.digest = Some(digest);
                 }
@@ -54,6 +54,7 @@ impl World {
             | HostAction::CloseService { .. }
             | HostAction::DestroyService { .. }
             | HostAction::UpdateService { .. } => {}
+            HostAction::TakeBack { migration } => self.take_back(host, &state, migration),
         }
     }
 
@@ -82,9 +83,38 @@ impl World {
     }
 
     /// The replicas take the owner of the present epoch only, and only one that reaches them.
-    fn volumes_accept(&self, host: usize, (vm, epoch): Key) -> Option<bool> {
-        let reachable = !self.hosts[host].cut;
-        reachable.then(|| self.committed.vms.get(&vm).is_some_and(|vm| vm.epoch == epoch))
+    fn volumes_accept(&mut self, host: usize, (vm, epoch): Key) -> Option<bool> {
+        if self.hosts[host].cut {
+            return None;
+        }
+        let accepted = self.committed.vms.get(&vm).is_some_and(|vm| vm.epoch == epoch);
+        if accepted {
+            self.active.insert(vm, epoch);
+        }
+        Some(accepted)
+    }
+
+    /// The volumes go back to their old owner unless the epoch in between was active.
+    fn take_back(&mut self, host: usize, state: &PoolState, id: MigrationId) {
+        let Some(migration) = state.migrations.get(&id) else { return };
+        let (key, handed) = (source_key(migration), migration.to_epoch());
+        let Some(now) = self.committed.vms.get(&key.0).map(|vm| (vm.epoch, vm.process_epoch())) else {
+            return;
+        };
+        if self.hosts[host].cut {
+            return;
+        }
+        let may_go_on =
+            now == (handed.next(), key.1) && self.active.get(&key.0).is_none_or(|last| *last < handed);
+        let Some(process) = self.hosts[host].processes.get_mut(&key) else { return };
+        if may_go_on {
+            self.active.insert(key.0, now.0);
+            process.held_by_move = false;
+            process.migration = Some(source_of(id, SourcePhase::Aborted));
+            self.taken_back += 1;
+        } else {
+            process.state = ProcessState::Failed;
+        }
     }
 
     pub fn booted(&mut self, host: usize, key: Key) {
@@ -102,7 +132,7 @@ impl World {
     }
 
     fn pause(&mut self, host: usize, state: &PoolState, vm: VmId, paused: bool) {
-        let key = state.vms.get(&vm).map(|vm| (vm.id, vm.epoch));
+        let key = state.vms.get(&vm).map(|vm| (vm.id, vm.process_epoch()));
         if let Some(process) = key.and_then(|key| self.hosts[host].processes.get_mut(&key)) {
             process.operator_paused = paused;
         }

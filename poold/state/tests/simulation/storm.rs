@@ -1,37 +1,99 @@
-//! The largest pool: what it costs to start all of its VMs, and to recover those of a host.
+//! The largest pool: what it costs to start all of its VMs, to restart its hosts one after the other, and to recover those of dead
+//! hosts while leaders die too. `cargo test -p pool-state --test simulation storm -- --nocapture` prints the figures.
+#![expect(clippy::print_stdout, reason = "measured numbers are for whoever reads the output")]
 
+use super::rng::Rng;
 use pool_state::{
     Command, Entry, Outcome, PoolState, Seed, Timing,
     command::{CreateVm, HostFacts, InitPool, JoinHost, UpdateHost},
     invariants,
     planner::{LeaderView, plan},
-    state::{CertificateFingerprint, ContentHash, HaPolicy},
+    reconcile::reconcile,
+    state::{CertificateFingerprint, ContentHash, Desired, HaPolicy},
 };
 use proto::{ByteCount, HostId, Incarnation, VmId};
+use std::time::{Duration, Instant};
 
 const HOSTS: usize = 64;
 const VMS: usize = 2_000;
+
+/// The pool that the large one is compared with: a quarter of it.
+const PART: usize = 4;
 
 /// Bytes of a snapshot for one VM with a volume of three replicas, its start task and its events: a pool of 10,000 VMs stays far
 /// below the cap of 128 MiB.
 const SNAPSHOT_BYTES_PER_VM_MAX: usize = 2_048;
 
+/// How much more an entry, or a look of a host, may cost in a pool of four times the size: four times, and as much again for a
+/// machine that is busy with something else.
+const GROWTH_MAX: f64 = 2.0 * PART as f64;
+
+/// What a history has cost.
+struct Figures {
+    vms: usize,
+    /// Entries of the start of all VMs, and the time to apply them.
+    boot: (usize, Duration),
+    /// Entries of the faults, and the time to plan and apply them.
+    faults: (usize, Duration),
+    snapshot_bytes: usize,
+    snapshot: Duration,
+    restore: Duration,
+    /// One look of one host at what it must do.
+    look: Duration,
+    /// One look of the leader.
+    plan: Duration,
+}
+
+impl Figures {
+    fn per_entry_us(&self) -> f64 {
+        self.boot.1.as_secs_f64() * 1e6 / self.boot.0 as f64
+    }
+
+    fn print(&self, hosts: usize) {
+        let rate = |(entries, took): (usize, Duration)| entries as f64 / took.as_secs_f64();
+        println!(
+            "{hosts} hosts, {} VMs: {} entries of the boot storm at {:.0}/s ({:.0} µs each), {} of faults at {:.0}/s; snapshot {} KiB, {} bytes a VM, written in {:.1} ms, read in {:.1} ms; a look of a host {:.2} ms, of the leader {:.2} ms",
+            self.vms,
+            self.boot.0,
+            rate(self.boot),
+            self.per_entry_us(),
+            self.faults.0,
+            rate(self.faults),
+            self.snapshot_bytes >> 10,
+            self.snapshot_bytes / self.vms,
+            self.snapshot.as_secs_f64() * 1e3,
+            self.restore.as_secs_f64() * 1e3,
+            self.look.as_secs_f64() * 1e3,
+            self.plan.as_secs_f64() * 1e3,
+        );
+    }
+}
+
 struct Storm {
     state: PoolState,
     entries: usize,
+    now_ms: u64,
+    rng: Rng,
 }
 
 impl Storm {
-    fn apply(&mut self, command: Command) -> Outcome {
+    /// Applies an entry; none if it is refused.
+    fn offer(&mut self, command: Command) -> Option<Outcome> {
         let index = self.state.revision + 1;
         let principal = "user-storm".to_owned();
-        let entry = Entry { request_id: None, principal, time_ms: index, seed: Seed([1; 32]), command };
+        let request_id = Some(format!("request-{index}"));
+        let entry = Entry { request_id, principal, time_ms: self.now_ms, seed: Seed([1; 32]), command };
         self.entries += 1;
-        self.state.apply(index, &entry).unwrap_or_else(|rejection| panic!("{:?}: {rejection}", entry.command))
+        self.state.apply(index, &entry).ok()
     }
 
-    fn new() -> Self {
-        let mut storm = Self { state: PoolState::default(), entries: 0 };
+    fn apply(&mut self, command: Command) -> Outcome {
+        let shown = format!("{command:?}");
+        self.offer(command).unwrap_or_else(|| panic!("{shown} is refused"))
+    }
+
+    fn new(hosts: usize) -> Self {
+        let mut storm = Self { state: PoolState::default(), entries: 0, now_ms: 1, rng: Rng::new(7) };
         let facts = |number: usize| HostFacts {
             name: format!("h{number}"),
             address: format!("10.0.{number}.1:1"),
@@ -49,26 +111,29 @@ impl Storm {
             feature_level: 1,
             first_host: facts(1),
         })));
-        for number in 2..=HOSTS {
+        for number in 2..=hosts {
             let secret_hash = [number as u8; 32];
             storm.apply(Command::CreateToken { secret_hash, ttl_ms: 1_000_000 });
             storm.apply(Command::JoinHost(JoinHost { secret_hash, facts: facts(number) }));
         }
         let ids: Vec<HostId> = storm.state.hosts.keys().copied().collect();
-        for host in &ids {
-            let address = storm.state.host(*host).expect("it joined").address.clone();
-            storm.apply(Command::UpdateHost(UpdateHost {
-                host: *host,
-                incarnation: Incarnation(format!("{host}/0")),
-                replica_fingerprint: CertificateFingerprint([1; 32]),
-                boot_id: String::new(),
-                address,
-                vm_memory: ByteCount(64 << 30),
-            }));
-        }
+        ids.iter().for_each(|host| storm.serve(*host, 0));
         let (blake3, size) = (ContentHash([1; 32]), ByteCount(1));
         storm.apply(Command::CreateImage { name: "linux".to_owned(), blake3, size, holders: ids });
         storm
+    }
+
+    /// A host begins a life.
+    fn serve(&mut self, host: HostId, boot: u32) {
+        let address = self.state.host(host).expect("it joined").address.clone();
+        self.apply(Command::UpdateHost(UpdateHost {
+            host,
+            incarnation: Incarnation(format!("{host}/{boot}")),
+            replica_fingerprint: CertificateFingerprint([1; 32]),
+            boot_id: boot.to_string(),
+            address,
+            vm_memory: ByteCount(64 << 30),
+        }));
     }
 
     fn create_and_start(&mut self, number: usize) -> VmId {
@@ -90,47 +155,102 @@ impl Storm {
         }));
         let Outcome::Vm(vm) = created else { panic!("a VM") };
         self.apply(Command::StartVm { vm, host: None });
+        self.runs(vm);
+        vm
+    }
+
+    fn runs(&mut self, vm: VmId) {
         let epoch = self.state.vm(vm).expect("it was created").epoch;
         self.apply(Command::VmRunning { vm, epoch });
-        vm
+    }
+
+    /// The leader recovers what it can. Each leader dies at some point of its plan with the rest of it, and the next one begins
+    /// from the state alone. Returns how many leaders it took.
+    fn recover(&mut self) -> usize {
+        let mut leaders = 1;
+        loop {
+            let commands = plan(&self.state, &LeaderView { now_ms: self.now_ms });
+            if commands.is_empty() {
+                return leaders;
+            }
+            let dies = self.rng.chance(30);
+            let kept = if dies { self.rng.below(commands.len() as u64) as usize } else { commands.len() };
+            leaders += usize::from(dies);
+            for command in commands.into_iter().take(kept) {
+                self.apply(command);
+            }
+            invariants::check(&self.state).expect("half a plan breaks nothing");
+        }
+    }
+
+    /// Every host is down for a while, one after the other: its VMs run elsewhere, and it comes back.
+    fn rolling_restarts(&mut self, hosts: usize) {
+        let ids: Vec<HostId> = self.state.hosts.keys().copied().collect();
+        for host in ids.into_iter().rev().take(hosts) {
+            let stranded: Vec<VmId> = self.state.vms_on(host).map(|vm| vm.id).collect();
+            self.apply(Command::HostLost { host });
+            self.recover();
+            assert_eq!(self.state.vms_on(host).count(), 0, "all of its VMs have found a place");
+            stranded.into_iter().for_each(|vm| self.runs(vm));
+            self.serve(host, 1);
+            self.apply(Command::HostReturned { host });
+            self.now_ms += 60_000;
+        }
     }
 }
 
-#[test]
-fn a_boot_storm_and_the_loss_of_a_host_cost_a_bounded_number_of_entries() {
-    let mut storm = Storm::new();
-    let before = storm.entries;
-    for number in 0..VMS {
+fn play(hosts: usize, vms: usize) -> Figures {
+    let mut storm = Storm::new(hosts);
+    let (before, start) = (storm.entries, Instant::now());
+    for number in 0..vms {
         storm.create_and_start(number);
     }
-    assert_eq!(storm.entries - before, 4 * VMS, "volume, VM, start, report");
+    let boot = (storm.entries - before, start.elapsed());
+    assert_eq!(boot.0, 4 * vms, "volume, VM, start, report");
     invariants::check(&storm.state).expect("a storm breaks nothing");
     let counts: Vec<usize> = storm.state.hosts.keys().map(|host| storm.state.vms_on(*host).count()).collect();
     let (least, most) = (counts.iter().min().copied(), counts.iter().max().copied());
     assert!(most <= least.map(|least| least + 16), "VMs are spread evenly: {counts:?}");
-    let snapshot = postcard_len(&storm.state);
-    assert!(snapshot / VMS <= SNAPSHOT_BYTES_PER_VM_MAX, "{} bytes for each VM", snapshot / VMS);
 
-    let lost = *storm.state.hosts.keys().next_back().expect("there are hosts");
-    let stranded = storm.state.vms_on(lost).count();
-    storm.apply(Command::HostLost { host: lost });
-    let mut rounds = 0;
-    loop {
-        let commands = plan(&storm.state, &LeaderView { now_ms: 0 });
-        if commands.is_empty() {
-            break;
-        }
-        rounds += 1;
-        for command in commands {
-            storm.apply(command);
-        }
-    }
-    assert_eq!(rounds, stranded.div_ceil(pool_state::limits::PLAN_COMMANDS_MAX));
-    assert_eq!(storm.state.vms_on(lost).count(), 0);
-    invariants::check(&storm.state).expect("a loss breaks nothing");
+    let (before, start) = (storm.entries, Instant::now());
+    storm.rolling_restarts(hosts / 8);
+    let faults = (storm.entries - before, start.elapsed());
+    let state = &storm.state;
+    invariants::check(state).expect("restarts break nothing");
+    let runs = |vm: &&pool_state::state::Vm| vm.desired == Desired::Running && vm.is_reported_running();
+    assert_eq!(state.vms.values().filter(runs).count(), vms, "every VM runs in the end");
+
+    let start = Instant::now();
+    let bytes = postcard::to_stdvec(state).expect("it is plain data");
+    let snapshot = start.elapsed();
+    let start = Instant::now();
+    let again: PoolState = postcard::from_bytes(&bytes).expect("it was just written");
+    let restore = start.elapsed();
+    assert!(again == *state, "a snapshot is the state");
+    let host = *state.hosts.keys().next().expect("there are hosts");
+    let start = Instant::now();
+    let actions = reconcile(state, host, storm.now_ms, &[]);
+    let look = start.elapsed();
+    assert!(!actions.is_empty(), "nothing runs there as far as it can see");
+    let start = Instant::now();
+    let rest = plan(state, &LeaderView { now_ms: storm.now_ms });
+    let plan = start.elapsed();
+    assert_eq!(rest, [], "nothing is left to do");
+    Figures { vms, boot, faults, snapshot_bytes: bytes.len(), snapshot, restore, look, plan }
 }
 
-/// Bytes of the state as a snapshot holds it.
-fn postcard_len(state: &PoolState) -> usize {
-    postcard::to_stdvec(state).expect("it is plain data").len()
+#[test]
+fn a_boot_storm_dying_leaders_and_rolling_restarts_cost_no_more_than_their_share() {
+    let part = play(HOSTS / PART, VMS / PART);
+    let whole = play(HOSTS, VMS);
+    part.print(HOSTS / PART);
+    whole.print(HOSTS);
+    for figures in [&part, &whole] {
+        let per_vm = figures.snapshot_bytes / figures.vms;
+        assert!(per_vm <= SNAPSHOT_BYTES_PER_VM_MAX, "{per_vm} bytes for each of {} VMs", figures.vms);
+    }
+    let entries = |figures: &Figures| figures.faults.0 as f64 / figures.vms as f64;
+    assert!(entries(&whole) < 1.5 * entries(&part), "entries grow faster than VMs");
+    let (small, large) = (part.per_entry_us(), whole.per_entry_us());
+    assert!(large < GROWTH_MAX * small, "an entry costs {large:.0} µs instead of {small:.0}");
 }

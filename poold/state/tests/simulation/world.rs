@@ -11,7 +11,7 @@ use pool_state::{
     reconcile::{HostAction, reconcile},
     state::{CertificateFingerprint, ContentHash, Desired, HaPolicy},
 };
-use proto::{ByteCount, HostId, Incarnation, VmId};
+use proto::{ByteCount, Epoch, HostId, Incarnation, VmId};
 use std::{
     cmp::Reverse,
     collections::{BTreeMap, BinaryHeap},
@@ -64,6 +64,12 @@ pub struct World {
     queue: BinaryHeap<Reverse<(u64, u64)>>,
     events: BTreeMap<u64, Event>,
     number: u64,
+    /// The last epoch of each VM at which its volumes had an owner.
+    pub active: BTreeMap<VmId, Epoch>,
+    /// VMs that went on at the source of a move whose target had died with them.
+    pub taken_back: usize,
+    /// Things break.
+    pub has_faults: bool,
     violation: Option<String>,
     trace: Vec<String>,
 }
@@ -83,6 +89,9 @@ impl World {
             queue: BinaryHeap::new(),
             events: BTreeMap::new(),
             number: 0,
+            active: BTreeMap::new(),
+            taken_back: 0,
+            has_faults: false,
             violation: None,
             trace: Vec::new(),
         };
@@ -159,6 +168,10 @@ impl World {
         let principal = "user-sim".to_owned();
         let entry = Entry { request_id: None, principal, time_ms: self.now_ms, seed, command };
         let outcome = next.apply(index, &entry);
+        let committed = match &entry.command {
+            Command::MigrationCommit { migration, .. } if outcome.is_ok() => Some(*migration),
+            _ => None,
+        };
         if outcome.is_ok() {
             let checked = invariants::check(&next).and_then(|()| invariants::check_step(&before, &next));
             if let Err(violation) = checked {
@@ -167,6 +180,9 @@ impl World {
             self.note(|| format!("{:?}", entry.command));
         }
         self.committed = Arc::new(next);
+        if let Some(migration) = committed {
+            self.strike_arrival(migration);
+        }
         outcome.ok()
     }
 
@@ -479,7 +495,7 @@ impl World {
     }
 
     /// Runs until everything is at rest.
-    pub fn settle(mut self) -> Result<(), String> {
+    pub fn settle(&mut self) -> Result<(), String> {
         let end_ms = self.now_ms + REST_MS;
         while self.violation.is_none() && self.unrest().is_some() && self.now_ms < end_ms {
             self.run_until(self.now_ms + 500, |_| {});
@@ -487,7 +503,7 @@ impl World {
         if let Some(unrest) = self.unrest() {
             self.violate(format!("not at rest {REST_MS} ms after the last fault: {unrest}"));
         }
-        self.violation.map_or(Ok(()), Err)
+        self.violation.clone().map_or(Ok(()), Err)
     }
 
     /// What is not as it should be in the end.
@@ -501,7 +517,7 @@ impl World {
         }
         for vm in state.vms.values() {
             let running = |host: &Host| {
-                let process = host.processes.get(&(vm.id, vm.epoch));
+                let process = host.processes.get(&(vm.id, vm.process_epoch()));
                 vm.placement == Some(host.id) && process.is_some_and(|it| it.executes(self.now_ms))
             };
             if vm.desired == Desired::Running && !self.hosts.iter().any(running) {
@@ -510,7 +526,10 @@ impl World {
         }
         for host in &self.hosts {
             let left = host.processes.keys().find(|(vm, epoch)| {
-                !state.vms.get(vm).is_some_and(|vm| vm.placement == Some(host.id) && vm.epoch == *epoch)
+                !state
+                    .vms
+                    .get(vm)
+                    .is_some_and(|vm| vm.placement == Some(host.id) && vm.process_epoch() == *epoch)
             });
             if let Some(key) = left {
                 return Some(format!("I7: {key:?} is left at {}", host.id));

@@ -21,6 +21,7 @@ use crate::spec::check;
 use crate::volumes::{LastSequences, VolumeSet};
 use migrate::{Outcome, Rehash, ResumedParts, TargetConfig, TargetHandle, TargetPhase, TargetTask};
 use proto::{Epoch, MigrationId, v1};
+use std::fs::File;
 use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::watch;
@@ -70,7 +71,10 @@ impl Process {
         }
         check(request.migration_id != 0, "migration_id", || "is missing".to_owned())?;
         let source = fingerprint("source_certificate_sha256", &request.source_certificate_sha256)?;
-        let machine = self.build_empty().await?;
+        let page_count = self.vm("PrepareIncoming")?.spec.memory.0 / migrate::PAGE_BYTES as u64;
+        let kept = self.kept.take().and_then(|kept| kept.open(page_count));
+        let (memory, kept) = kept.unzip();
+        let machine = self.build(memory).await?;
         let vm = self.vm("PrepareIncoming")?;
         let migration = MigrationId(request.migration_id);
         let config = TargetConfig {
@@ -79,6 +83,7 @@ impl Process {
             listen_ip: vm.spec.migration_ip,
             source_fingerprint: source,
             rehash: Rehash::Incremental,
+            kept,
         };
         let identity = vm.identity.clone();
         let target = Arc::new(IncomingVm::new(machine.clone(), vm.gate.clone()));
@@ -99,9 +104,11 @@ impl Process {
         Ok(answer)
     }
 
-    /// A machine with empty memory behind the gate, which holds it for the migration. Touches no memory, so it is quick.
-    async fn build_empty(&self) -> Result<Arc<Machine>, Refusal> {
-        let blueprint = self.blueprint("PrepareIncoming")?;
+    /// A machine with empty memory, or with what was kept of it, behind the gate, which holds it for the migration. Touches no
+    /// memory, so it is quick.
+    async fn build(&self, memory: Option<File>) -> Result<Arc<Machine>, Refusal> {
+        let mut blueprint = self.blueprint("PrepareIncoming")?;
+        blueprint.memory_file = memory;
         let gate = self.vm("PrepareIncoming")?.gate.clone();
         let build = move || {
             let machine = Arc::new(Machine::new(blueprint)?);

@@ -71,6 +71,7 @@ impl Vm {
         MachineConfig {
             vcpus: self.spec.vcpus,
             memory: self.spec.memory,
+            memory_file: None,
             disks: self.volumes.backends(),
             nics: self.spec.nics.iter().cloned().zip(taps).collect(),
             console,

@@ -18,7 +18,7 @@ use proto::{MigrationId, v1};
 use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 
 /// The part that this process plays in the last migration that it heard of.
 pub(super) enum Part {
@@ -35,6 +35,8 @@ pub(super) struct Outgoing {
     pub(super) progress: watch::Receiver<SourceProgress>,
     /// Kept from the pause on.
     pub(super) last_sequences: LastSequences,
+    /// Callers that wait until the machine is taken back, while that is under way.
+    pub(super) taking_back: Option<Vec<Reply>>,
 }
 
 impl Process {
@@ -63,7 +65,8 @@ impl Process {
         let progress = handle.progress();
         self.forward(progress.clone(), || Event::MigrationMoved);
         let last_sequences = Vec::new();
-        self.part = Some(Part::Outgoing(Outgoing { migration, handle, progress, last_sequences }));
+        self.part =
+            Some(Part::Outgoing(Outgoing { migration, handle, progress, last_sequences, taking_back: None }));
         Ok(())
     }
 
@@ -99,6 +102,25 @@ impl Process {
                 tracing::error!(%error, "the machine does not stop");
             }
             Err(failed("MigrationOutcome", &conflict))
+        });
+    }
+
+    /// Hands out what stays behind; the answer does not wait in this task.
+    pub(super) fn keep_memory(
+        &self,
+        migration: u64,
+        reply: oneshot::Sender<Result<v1::KeepMemoryResponse, Refusal>>,
+    ) {
+        let machine = self.vm.as_ref().and_then(|vm| vm.machine.clone());
+        let Some((handle, machine)) = self.outgoing(migration).zip(machine) else {
+            // A caller that has gone asks again.
+            let _ = reply.send(Err(Refusal::UnknownMigration { migration }));
+            return;
+        };
+        let given = self.given.clone();
+        tokio::spawn(async move {
+            let kept = crate::kept::keep(handle, machine, given).await;
+            let _ = reply.send(kept.map_err(|error| failed("KeepMemory", &error)));
         });
     }
 

@@ -19,10 +19,12 @@ mod phase;
 mod start;
 mod status;
 mod stop;
+mod take_back;
 
 use crate::clock::boot_time;
 use crate::confine::Views;
 use crate::console::Keyboard;
+use crate::kept::{GivenIndex, KeptMemory};
 use crate::lease::{BootTime, Placement};
 use crate::nics;
 use crate::request::{Refusal, Reply, Request};
@@ -31,7 +33,7 @@ use machine::{ConfigureError, Vm};
 use migrate::Identity;
 use migration::Part;
 use phase::Phase;
-use proto::v1;
+use proto::{Epoch, v1};
 use start::StartError;
 use std::future::Future;
 use std::os::fd::OwnedFd;
@@ -61,10 +63,22 @@ enum Event {
     MigrationMoved,
     /// The volumes are taken over and the machine runs, or not.
     Activated(Result<(), String>),
+    /// The volumes are taken back and the machine runs, or not.
+    TakenBack(Result<Epoch, Refusal>),
     /// Everything is at rest: the process may exit.
     Rested,
     /// The lease has changed.
     LeaseMoved,
+}
+
+/// What a process is born with.
+pub struct Equipment {
+    /// Where the host's files are for it.
+    pub views: Views,
+    /// For the machine's cards, in their order.
+    pub taps: Vec<OwnedFd>,
+    /// Memory of the machine that was kept at this host.
+    pub kept: Option<KeptMemory>,
 }
 
 /// The owner of everything.
@@ -77,6 +91,9 @@ pub struct Process {
     link: LinkState,
     vm: Option<Vm>,
     part: Option<Part>,
+    /// Memory of the machine from before, until it comes in.
+    kept: Option<KeptMemory>,
+    given: GivenIndex,
     console: ConsoleRing,
     keyboard: Keyboard,
     status: watch::Sender<v1::MachineStatus>,
@@ -91,11 +108,8 @@ pub struct Process {
 
 impl Process {
     /// An empty process, and where its status appears.
-    pub fn new(
-        console: ConsoleRing,
-        views: Views,
-        taps: Vec<OwnedFd>,
-    ) -> (Self, watch::Receiver<v1::MachineStatus>) {
+    pub fn new(console: ConsoleRing, equipment: Equipment) -> (Self, watch::Receiver<v1::MachineStatus>) {
+        let Equipment { views, taps, kept } = equipment;
         let (events, inbox) = mpsc::channel(EVENTS_MAX);
         let (status, published) = watch::channel(v1::MachineStatus::default());
         let process = Self {
@@ -105,6 +119,8 @@ impl Process {
             link: LinkState::Down,
             vm: None,
             part: None,
+            kept,
+            given: GivenIndex::default(),
             console,
             keyboard: Keyboard::default(),
             status,
@@ -192,6 +208,8 @@ impl Process {
                 self.answer(reply, done);
             }
             Request::CommitProposed(migration, reply) => self.commit_proposed(migration, reply),
+            Request::TakeBack(request, reply) => self.take_back(&request, reply),
+            Request::KeepMemory(migration, reply) => self.keep_memory(migration, reply),
             Request::Outcome(request, reply) => self.outcome(request, reply).await,
             Request::Type(request, reply) => {
                 // A caller that has gone asks again.
@@ -208,6 +226,7 @@ impl Process {
             Event::GuestRested(exit) => self.guest_rested(exit),
             Event::MigrationMoved => self.migration_moved(),
             Event::Activated(activated) => self.activated(activated),
+            Event::TakenBack(taken) => self.taken_back(taken),
             Event::Rested => self.rested(),
             Event::LeaseMoved => {}
         }

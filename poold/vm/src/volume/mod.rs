@@ -150,6 +150,7 @@ impl VolumeProcess {
             | Request::Resume(reply)
             | Request::StartOutgoing(_, reply)
             | Request::CommitProposed(_, reply)
+            | Request::TakeBack(_, reply)
             | Request::Outcome(_, reply) => self.answer(reply, Err(self.wrong_state("this"))),
             Request::OpenContent(reply) => {
                 let content = match (&self.phase, &self.service) {
@@ -160,6 +161,10 @@ impl VolumeProcess {
                 };
                 // A caller that has gone asks again.
                 let _ = reply.send(content);
+            }
+            Request::KeepMemory(_, reply) => {
+                // A caller that has gone asks again.
+                let _ = reply.send(Err(self.wrong_state("KeepMemory")));
             }
             Request::Type(_, reply) => {
                 // A caller that has gone asks again.

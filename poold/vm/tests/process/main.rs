@@ -3,3 +3,5 @@
 mod machine;
 mod migration;
 mod support;
+mod take_back;
+mod way_back;

@@ -4,27 +4,33 @@ use crate::support::{Host, VmProcess, until};
 use proto::v1;
 use std::time::Duration;
 
-const LONG: Duration = Duration::from_secs(600);
-const MIGRATION: u64 = 9;
+pub const LONG: Duration = Duration::from_secs(600);
+pub const MIGRATION: u64 = 9;
 const CMDLINE: &str = "wss=16M rate=0 disk=1";
 
-struct Pair {
-    host: Host,
-    source: VmProcess,
-    target: VmProcess,
+pub struct Pair {
+    pub host: Host,
+    pub source: VmProcess,
+    pub target: VmProcess,
 }
 
 impl Pair {
     /// A running source, and a target that listens.
-    async fn new() -> (Self, v1::StartOutgoingRequest) {
+    pub async fn new() -> (Self, v1::StartOutgoingRequest) {
         Self::with_guest(CMDLINE).await
     }
 
     /// With a guest that does this.
-    async fn with_guest(cmdline: &str) -> (Self, v1::StartOutgoingRequest) {
+    pub async fn with_guest(cmdline: &str) -> (Self, v1::StartOutgoingRequest) {
+        Self::with_initrd(cmdline, String::new()).await
+    }
+
+    /// With this file in its memory, too.
+    pub async fn with_initrd(cmdline: &str, initrd_path: String) -> (Self, v1::StartOutgoingRequest) {
         let host = Host::new().await;
         let source = host.spawn("vm-7-e1").await;
-        source.boot(host.config(1, cmdline), LONG).await;
+        let config = v1::MachineConfig { initrd_path, ..host.config(1, cmdline) };
+        source.boot(config, LONG).await;
         source.wait_beats(3).await;
         let target = host.spawn("vm-7-e2").await;
         let config = v1::MachineConfig { kernel_path: String::new(), ..host.config(2, "") };
@@ -52,7 +58,7 @@ impl Pair {
         (Self { host, source, target }, outgoing)
     }
 
-    fn outcome(&self, committed: bool) -> v1::MigrationOutcomeRequest {
+    pub fn outcome(&self, committed: bool) -> v1::MigrationOutcomeRequest {
         v1::MigrationOutcomeRequest {
             migration_id: MIGRATION,
             committed,
@@ -76,7 +82,7 @@ async fn watch(process: &VmProcess) -> tokio::task::JoinHandle<Vec<String>> {
     })
 }
 
-async fn wait_phase(process: &VmProcess, word: &str) -> v1::MachineStatus {
+pub async fn wait_phase(process: &VmProcess, word: &str) -> v1::MachineStatus {
     until(word, || async {
         let status = process.status().await;
         let phase = status.migration.as_ref().map(|migration| migration.phase.clone());

@@ -3,8 +3,11 @@
 use hyper_util::rt::TokioIo;
 use proto::v1::machine_client::MachineClient;
 use proto::{AttachmentSecret, ByteCount, Epoch, HostId, IsrVersion, VolumeId, v1};
+use std::fs::File;
 use std::future::Future;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::os::fd::AsRawFd;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -190,6 +193,11 @@ impl Host {
 
     /// Starts the real program in a directory of its own.
     pub async fn spawn(&self, name: &str) -> VmProcess {
+        self.spawn_with(name, None).await
+    }
+
+    /// The same, with memory that was kept and its index.
+    pub async fn spawn_with(&self, name: &str, kept: Option<[File; 2]>) -> VmProcess {
         let directory = self.root.path().join(name);
         std::fs::create_dir(&directory).unwrap();
         std::fs::copy(probe(), directory.join("kernel")).unwrap();
@@ -197,6 +205,21 @@ impl Host {
         command.arg("--dir").arg(&directory).arg("--replica-dir").arg(self.replica_dir());
         if nix::unistd::Uid::effective().is_root() {
             command.args(["--uid", &UID.to_string()]);
+        }
+        if let Some(files) = &kept {
+            let [memory, index] = files.each_ref().map(File::as_raw_fd);
+            command.args(["--kept-memory-fd", &memory.to_string(), "--kept-index-fd", &index.to_string()]);
+            let pass_on = move || {
+                for fd in [memory, index] {
+                    // SAFETY: a system call on a number; open, because the files live until the spawn is over.
+                    if unsafe { libc::fcntl(fd, libc::F_SETFD, 0) } < 0 {
+                        return Err(std::io::Error::last_os_error());
+                    }
+                }
+                Ok(())
+            };
+            // SAFETY: only system calls on numbers.
+            unsafe { command.pre_exec(pass_on) };
         }
         let child = command.spawn().unwrap();
         let socket = directory.join("machine.sock");
@@ -220,6 +243,17 @@ pub struct VmProcess {
 }
 
 impl VmProcess {
+    /// As when the host dies.
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// An open file of the process.
+    pub fn file(&self, fd: u32) -> File {
+        File::options().read(true).write(true).open(format!("/proc/{}/fd/{fd}", self.pid())).unwrap()
+    }
+
     pub fn pid(&self) -> u32 {
         self.child.id()
     }

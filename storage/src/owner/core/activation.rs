@@ -11,15 +11,15 @@
 use super::attach::ANSWER_TIMEOUT;
 use super::io::{CommandId, Generation, Reply};
 use super::peer::{Part, Peer, Purpose};
-use super::writes::Active;
+use super::writes::{Active, Drain};
 use super::{Owner, State};
-use crate::owner::config::{ActivateError, ActivationStart, VolumeConfig, VolumeState};
+use crate::owner::config::{ActivateError, ActivationStart, VolumeConfig, VolumeError, VolumeState};
 use crate::owner::rules::{Candidate, Recovery, Standing, plan_recovery};
 use crate::safety::Rule;
 use crate::types::{IsrMember, Tail, VolumeProposal, VolumeView};
 use crate::wire::{Answer, Request, RequestId};
 use bytes::Bytes;
-use proto::{HostId, Sequence};
+use proto::{Epoch, HostId, Sequence};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
@@ -42,6 +42,8 @@ pub struct Activation {
     phase: Phase,
     /// Members that could not be used: out of the set with them.
     unusable: BTreeSet<HostId>,
+    /// Of a reclaim: a member had not promised the epoch that must never have been active.
+    was_never_active: bool,
 }
 
 #[derive(Debug)]
@@ -79,8 +81,12 @@ impl Activation {
 impl Owner {
     pub(super) fn activate(&mut self, id: CommandId, config: VolumeConfig, start: ActivationStart) {
         let epoch = self.config.epoch;
+        let reclaims = matches!(start, ActivationStart::Reclaim { .. }) && config.epoch > epoch;
         let refused = match &self.state {
             State::Inactive => None,
+            // At rest since the hand-over, or told of the epoch that must not have been active.
+            State::Active(active) if reclaims && active.drain == Drain::Done => None,
+            State::Fenced(of) if reclaims && *of < config.epoch => None,
             State::Fenced(epoch) => Some(ActivateError::Fenced { epoch: *epoch }),
             State::Activating(_) => Some(ActivateError::WrongState { state: VolumeState::Activating, epoch }),
             State::Active(_) => Some(ActivateError::WrongState { state: VolumeState::Active, epoch }),
@@ -88,6 +94,9 @@ impl Owner {
         };
         if let Some(error) = refused {
             return self.reply(id, Reply::Activated(Err(error)));
+        }
+        if matches!(self.state, State::Active(_)) {
+            self.end(State::Inactive, &VolumeError::Draining, &ActivateError::Closed);
         }
         // Attached for an attempt before, perhaps at another epoch.
         for host in self.peers.keys().copied().collect::<Vec<_>>() {
@@ -111,7 +120,21 @@ impl Owner {
             begun: self.now,
             phase: Phase::Gathering,
             unusable: BTreeSet::new(),
+            was_never_active: false,
         }));
+    }
+
+    /// What a replica had promised before this owner asked. An epoch becomes active only when every member has promised it, and
+    /// a member that promises a later one does not promise it any more: so one member is enough to know.
+    pub(super) fn note_promise(&mut self, host: HostId, before: Epoch) {
+        let Some(peer) = self.peers.get(&host) else { return };
+        let State::Activating(activation) = &mut self.state else { return };
+        let ActivationStart::Reclaim { never, .. } = activation.start else { return };
+        let is_member = activation.view.isr.iter().any(|member| {
+            let here = peer.connection.as_ref();
+            member.host == host && here.is_some_and(|here| here.incarnation == member.incarnation)
+        });
+        activation.was_never_active |= is_member && before < never;
     }
 
     pub(super) fn fail_activation(&mut self, error: ActivateError) {
@@ -194,8 +217,13 @@ impl Owner {
         if !has_waited && !recovery.missing.is_empty() {
             return;
         }
-        if let ActivationStart::Handover { last } = activation.start {
-            return self.take_over(&recovery, last);
+        match activation.start {
+            ActivationStart::Recover => {}
+            ActivationStart::Handover { last } => return self.take_over(&recovery, last),
+            ActivationStart::Reclaim { never, .. } if !activation.was_never_active => {
+                return self.fail_activation(ActivateError::MayHaveBeenActive { epoch: never });
+            }
+            ActivationStart::Reclaim { last, .. } => return self.take_over(&recovery, last),
         }
         let last = recovery.longest.sequence;
         let phase = if recovery.behind.is_empty() || !Rule::TailIsExtended.holds() {

@@ -143,9 +143,10 @@ impl Owner {
         let retry_at = self.now + RETRY;
         let Some(peer) = self.peers.get_mut(&host) else { return };
         match answer {
-            Answer::Attached { tail, incomplete, full } => {
+            Answer::Attached { tail, incomplete, full, before } => {
                 peer.full = full;
                 peer.become_part(Part::Attached(Standing { tail, incomplete }));
+                self.note_promise(host, before);
             }
             Answer::AttachRefused(AttachRefused::StaleEpoch { current }) if current > self.config.epoch => {
                 self.fence(current);

@@ -158,7 +158,8 @@ impl Owner {
         for replica in &config.replicas {
             let known =
                 self.config.replicas.iter().any(|old| old.host == replica.host && old.route == replica.route);
-            if known {
+            // A fenced owner that takes its volume back has let all of them go.
+            if known && self.peers.contains_key(&replica.host) {
                 continue;
             }
             self.lose(replica.host);

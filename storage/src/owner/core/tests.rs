@@ -95,7 +95,7 @@ impl Script {
                     Request::Attach { .. } => {
                         self.attached.push((self.now, host));
                         let tail = Tail { epoch: Epoch(0), sequence: Sequence(0) };
-                        Answer::Attached { tail, incomplete: false, full: false }
+                        Answer::Attached { tail, before: Epoch(0), incomplete: false, full: false }
                     }
                     Request::Propose { ref proposal, .. } => {
                         Answer::Proposed(Ok(self.commit(proposal.clone())))

@@ -3,7 +3,7 @@
 use crate::{
     Command, Outcome,
     fixture::Pool,
-    limits::{PLANNED_MOVE_RETRY_MS, PLANNED_MOVES_PER_HOST, PLANNED_WORK_MS},
+    limits::{MOVES_OUT_MAX, PLANNED_MOVE_RETRY_MS, PLANNED_WORK_MS},
     state::{HaPolicy, HostDuty, StopMode},
 };
 use proto::{HostId, TaskId, VmId};
@@ -53,7 +53,7 @@ fn a_drain_moves_every_vm_away_and_a_restore_brings_them_back() {
     let task = drain(&mut pool, hosts[0]);
     assert_eq!(drain(&mut pool, hosts[0]), task, "a second drain is the same one");
     let most = pool.run_moves();
-    assert_eq!(most, PLANNED_MOVES_PER_HOST, "a host is not asked for more at a time");
+    assert_eq!(most, MOVES_OUT_MAX, "a host is not asked for more at a time");
     assert_eq!(pool.task_state(task), "done");
     assert_eq!(duty(&pool, hosts[0]), "maintenance");
     assert!(moved.iter().all(|vm| pool.host_of(*vm).is_some_and(|host| host != hosts[0])));

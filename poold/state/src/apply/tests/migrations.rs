@@ -1,13 +1,13 @@
 //! Moves of running VMs.
 
 use crate::{
-    Command, Outcome,
+    Command, Outcome, Rejection,
     command::{LastSequence, RestartCause, StopReason},
     fixture::{Pool, endpoint, facts},
-    limits::{MIGRATIONS_MAX, MOVES_PER_HOST_MAX, ROUNDS_MAX},
+    limits::{MIGRATIONS_MAX, MOVES_IN_MAX, MOVES_OF_POOL_MAX, MOVES_OUT_MAX, ROUNDS_MAX},
     state::{
-        CertificateFingerprint, EpochStart, HaPolicy, MigrationOptions, MigrationPhase, MigrationRecord,
-        RoundRecord, StopMode,
+        CertificateFingerprint, EpochStart, HaPolicy, Migration, MigrationOptions, MigrationPhase,
+        MigrationRecord, RoundRecord, StopMode,
     },
 };
 use proto::{Epoch, HostId, MigrationId, Sequence, VmId, VolumeId};
@@ -131,15 +131,42 @@ fn a_host_takes_part_in_so_many_moves_at_a_time() {
         };
         pool.accept(Command::UpdateHost(facts));
     }
-    let vms: Vec<VmId> = (0..=MOVES_PER_HOST_MAX)
+    let vms: Vec<VmId> = (0..=MOVES_OUT_MAX)
         .map(|number| pool.running_vm(&format!("vm{number}"), hosts[0], HaPolicy::Restart))
         .collect();
-    let late = vms[MOVES_PER_HOST_MAX];
+    let late = vms[MOVES_OUT_MAX];
     let moving: Vec<MigrationId> =
-        vms[..MOVES_PER_HOST_MAX].iter().map(|vm| pool.start_migration(*vm, Some(hosts[1])).0).collect();
-    assert_eq!(pool.reject(start(late, Some(hosts[2]))), "TOO_MANY_MOVES");
+        vms[..MOVES_OUT_MAX].iter().map(|vm| pool.start_migration(*vm, Some(hosts[1])).0).collect();
+    assert_eq!(pool.reject(start(late, Some(hosts[2]))), "TOO_MANY_MOVES", "too many leave");
+    // A host that takes in as many as it may can still send some.
+    let (third, other) = (
+        pool.running_vm("third", hosts[2], HaPolicy::Restart),
+        pool.running_vm("other", hosts[1], HaPolicy::Restart),
+    );
+    assert_eq!(MOVES_IN_MAX, MOVES_OUT_MAX);
+    let exceeded = pool.state.migration_blockers(third, Some(hosts[1]));
+    assert_eq!(exceeded.iter().map(Rejection::reason_code).collect::<Vec<_>>(), ["TOO_MANY_MOVES"]);
+    pool.accept(start(other, Some(hosts[2])));
     pool.finish(moving[0]);
     pool.accept(start(late, Some(hosts[2])));
+}
+
+#[test]
+fn a_pool_moves_a_bounded_number_of_vms_at_a_time() {
+    let mut pool = Pool::new(3);
+    let hosts = pool.hosts();
+    let vm = pool.running_vm("web", hosts[0], HaPolicy::Restart);
+    let (migration, _) = pool.start_migration(vm, Some(hosts[1]));
+    let running = pool.migration(migration).clone();
+    let last = pool.running_vm("last", hosts[2], HaPolicy::Restart);
+    for number in 0..MOVES_OF_POOL_MAX as u64 {
+        // Of hosts that have nothing to do with it.
+        let (source, target) = (HostId(900 + number), HostId(990 + number));
+        let id = MigrationId(5000 + number);
+        pool.state.migrations.insert(id, Migration { id, source, target, ..running.clone() });
+    }
+    let exceeded = pool.state.migration_blockers(last, Some(hosts[0]));
+    assert_eq!(exceeded.iter().map(Rejection::reason_code).collect::<Vec<_>>(), ["POOL_TOO_MANY_MOVES"]);
 }
 
 #[test]
@@ -235,12 +262,13 @@ fn the_loss_of_either_host_before_the_commit_aborts() {
 }
 
 #[test]
-fn the_loss_of_the_target_after_the_commit_is_a_cold_start_two_epochs_on() {
+fn the_loss_of_both_ends_after_the_commit_is_a_cold_start_two_epochs_on() {
     let mut pool = Pool::new(3);
     let hosts = pool.hosts();
     let vm = pool.running_vm("web", hosts[0], HaPolicy::Restart);
     let epoch = pool.epoch(vm);
     let id = pool.committed(vm, hosts[1]);
+    pool.accept(Command::HostLost { host: hosts[0] });
     pool.accept(Command::HostLost { host: hosts[1] });
     assert_eq!(progress(&pool, id), ("committed", "failed", "failed"));
     let expect_epoch = pool.epoch(vm);

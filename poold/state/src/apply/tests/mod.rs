@@ -2,6 +2,7 @@
 //! entry changes nothing.
 
 mod duty;
+mod govern;
 mod groups;
 mod hosts;
 mod membership;
@@ -9,6 +10,7 @@ mod migrations;
 mod networks;
 mod pool;
 mod random;
+mod reclaim;
 mod replicas;
 mod run;
 mod services;

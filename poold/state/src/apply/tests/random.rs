@@ -75,6 +75,7 @@ fn command(pool: &Pool, (kind, a, b, c): Roll) -> Command {
         19 => last_sequences(pool, migration, b),
         20 => Command::MigrationDone { migration, record: None },
         21 if a < 64 => Command::MigrationAbort { migration, reason: "broken".into() },
+        21 if a < 160 => Command::MigrationReclaim { migration },
         21 => Command::CancelMigration { migration },
         22 if a < 128 => Command::CancelTask { task },
         22 => Command::ExpireTask { task },

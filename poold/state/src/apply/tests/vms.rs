@@ -58,7 +58,7 @@ fn commands_that_do_not_fit_the_state_of_a_vm_are_rejected() {
     assert_eq!(pool.reject(Command::StopVm { vm, mode: StopMode::Clean }), "VM_IS_STOPPED");
     pool.start(vm, Some(host));
     assert_eq!(pool.reject(start.clone()), "VM_ALREADY_PLACED");
-    assert_eq!(pool.reject(Command::DeleteVm { vm }), "VM_ALREADY_PLACED");
+    assert_eq!(pool.reject(Command::DeleteVm { vm }), "VM_NOT_STOPPED");
     assert_eq!(pool.reject(Command::PauseVm { vm }), "VM_NOT_RUNNING");
     stop(&mut pool, vm, StopMode::Clean);
     assert_eq!(pool.reject(start), "VM_IS_STOPPING");

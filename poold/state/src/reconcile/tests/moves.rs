@@ -228,8 +228,9 @@ fn a_source_that_died_after_the_commit_ends_the_migration_without_a_record() {
 }
 
 #[test]
-fn a_target_that_failed_after_the_commit_starts_anew() {
-    let step = Move::committed();
+fn a_target_that_failed_after_the_commit_starts_anew_where_the_source_is_gone() {
+    let mut step = Move::committed();
+    step.pool.accept(Command::HostLost { host: step.source });
     let restarts =
         |actions: Vec<HostAction>| matches!(actions[..], [HostAction::Report(Command::RestartVm { .. })]);
     assert!(restarts(step.at_target(step.receives(TargetPhase::Failed))));
@@ -241,6 +242,8 @@ fn a_target_that_failed_after_the_commit_starts_anew() {
 #[test]
 fn a_target_that_returns_after_its_loss_activates_only_when_it_is_up_again() {
     let mut step = Move::committed();
+    // The source can't have it back.
+    step.pool.accept(Command::HostLost { host: step.source });
     step.pool.accept(Command::HostLost { host: step.target });
     assert_eq!(step.at_target(step.receives(TargetPhase::Ready)), []);
     step.pool.accept(Command::HostReturned { host: step.target });
@@ -272,4 +275,57 @@ fn a_paused_vm_arrives_paused_and_is_reported() {
     arrived.migration = Some(ObservedMigration::Target { migration, phase: resumed, error: String::new() });
     let epoch = pool.epoch(vm);
     assert_eq!(report(&pool, target, &[arrived]), Command::VmRunning { vm, epoch });
+}
+
+#[test]
+fn a_target_that_dies_before_it_ran_gives_the_vm_back_to_its_source() {
+    let mut step = Move::committed();
+    let migration = step.id;
+    let reclaim = Command::MigrationReclaim { migration };
+    let gone = ObservedVm { state: ProcessState::Gone, ..step.receives(TargetPhase::Ready) };
+    let failed = ObservedVm { state: ProcessState::Failed, ..step.receives(TargetPhase::Failed) };
+    for observed in [&[][..], &[gone], &[failed]] {
+        assert_eq!(report(&step.pool, step.target, observed), reclaim);
+    }
+    step.pool.accept(reclaim);
+    let back = [HostAction::TakeBack { migration }];
+    for phase in [SourcePhase::CommitProposed, SourcePhase::Committed, SourcePhase::Done] {
+        assert_eq!(step.at_source(step.sends(phase)), back, "{phase:?}");
+    }
+    let runs = ObservedVm { state: ProcessState::Running, ..step.sends(SourcePhase::Aborted) };
+    let (vm, epoch) = (step.vm, step.pool.epoch(step.vm));
+    let reported = actions(&step.pool, step.source, &[runs]);
+    assert!(reported.contains(&HostAction::Report(Command::VmRunning { vm, epoch })), "{reported:?}");
+    assert_eq!(
+        step.at_target(step.receives(TargetPhase::Ready)),
+        step.destroyed(DestroyReason::MigrationEnded)
+    );
+    // A source that could not take it back fails, and one that is gone is not started again under its old epoch.
+    let failed = ObservedVm { state: ProcessState::Failed, ..step.sends(SourcePhase::Committed) };
+    assert!(matches!(report(&step.pool, step.source, &[failed]), Command::RestartVm { .. }));
+    assert!(matches!(report(&step.pool, step.source, &[]), Command::RestartVm { .. }));
+}
+
+#[test]
+fn a_vm_that_was_given_back_moves_again_from_its_old_process() {
+    let mut step = Move::committed();
+    let process_epoch = step.pool.migration(step.id).source_process;
+    step.pool.accept(Command::MigrationReclaim { migration: step.id });
+    step.pool.runs(step.vm);
+    let again = step.pool.committed(step.vm, step.target);
+    let migration = step.pool.migration(again);
+    assert_eq!(
+        (migration.source_process, migration.from_epoch),
+        (process_epoch, process_epoch.next().next())
+    );
+    // Its source is kept until the end, although it was started under an epoch that is long over.
+    let source = ObservedMigration::Source {
+        migration: again,
+        phase: SourcePhase::Committed,
+        error: String::new(),
+        last_sequences: Vec::new(),
+        record: None,
+    };
+    let kept = ObservedVm { migration: Some(source), ..step.sends(SourcePhase::Committed) };
+    assert_eq!(step.at_source(kept), []);
 }

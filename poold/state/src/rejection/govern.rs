@@ -1,0 +1,107 @@
+//! Refusals of what governs the pool: levels, authority, access tokens.
+
+use super::RejectionClass;
+use serde::{Deserialize, Serialize};
+
+/// Why a change of what governs the pool was refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
+pub enum GovernRejection {
+    /// A daemon of the pool might be too old for it.
+    #[error("this needs feature level {needed}, and the pool is at {present}")]
+    LevelTooLow {
+        /// What it needs.
+        needed: u32,
+        /// The pool's.
+        present: u32,
+    },
+    /// A member does not support the level.
+    #[error("host {host} supports feature level {supported} at most, not {level}")]
+    LevelUnsupported {
+        /// The host.
+        host: String,
+        /// What it supports.
+        supported: u32,
+        /// What was wanted.
+        level: u32,
+    },
+    /// Levels only rise.
+    #[error("the pool is at feature level {present} already")]
+    LevelReached {
+        /// The pool's.
+        present: u32,
+    },
+    /// One replacement at a time.
+    #[error("the certificate authority is being replaced already")]
+    CaRotationRuns,
+    /// There is nothing to end.
+    #[error("the certificate authority is not being replaced")]
+    NoCaRotation,
+    /// A member would be locked out.
+    #[error("host {host} still shows a certificate of the old authority")]
+    OldCertificate {
+        /// The host.
+        host: String,
+    },
+    /// A token can't do more than its user.
+    #[error("user {user} has the role {role}, so its token can't have more")]
+    RoleTooHigh {
+        /// The user.
+        user: String,
+        /// Its role.
+        role: String,
+    },
+}
+
+impl GovernRejection {
+    /// Stable upper-case code.
+    #[must_use]
+    pub fn reason_code(&self) -> &'static str {
+        match self {
+            Self::LevelTooLow { .. } => "LEVEL_TOO_LOW",
+            Self::LevelUnsupported { .. } => "LEVEL_UNSUPPORTED",
+            Self::LevelReached { .. } => "LEVEL_REACHED",
+            Self::CaRotationRuns => "CA_ROTATION_RUNS",
+            Self::NoCaRotation => "NO_CA_ROTATION",
+            Self::OldCertificate { .. } => "OLD_CERTIFICATE",
+            Self::RoleTooHigh { .. } => "ROLE_TOO_HIGH",
+        }
+    }
+
+    /// What kind of refusal it is.
+    #[must_use]
+    pub fn class(&self) -> RejectionClass {
+        match self {
+            Self::RoleTooHigh { .. } => RejectionClass::Invalid,
+            Self::LevelReached { .. } => RejectionClass::Conflict,
+            _ => RejectionClass::Precondition,
+        }
+    }
+
+    /// The object that it is about; empty when it is about the pool.
+    #[must_use]
+    pub fn object(&self) -> String {
+        match self {
+            Self::LevelUnsupported { host, .. } | Self::OldCertificate { host } => format!("host {host}"),
+            Self::RoleTooHigh { user, .. } => format!("user {user}"),
+            _ => String::new(),
+        }
+    }
+
+    /// What to do next: one sentence or a command.
+    #[must_use]
+    pub fn remedy(&self) -> String {
+        match self {
+            Self::LevelTooLow { .. } => {
+                "upgrade the daemons of all hosts: `poolctl upgrade status` shows which are behind".into()
+            }
+            Self::LevelUnsupported { host, .. } => format!("upgrade the daemon of {host}"),
+            Self::LevelReached { .. } => "see `poolctl upgrade status`".into(),
+            Self::CaRotationRuns => "end it first: `poolctl pool ca finish`".into(),
+            Self::NoCaRotation => "begin one with `poolctl pool ca rotate`".into(),
+            Self::OldCertificate { host } => {
+                format!("start poold on {host}, or take it out with `poolctl host forget {host}`")
+            }
+            Self::RoleTooHigh { role, .. } => format!("choose {role} or less"),
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! What governs a pool changes while it works: versions, settings, the certificate authority; and a host that is starved is not
+//! taken for dead.
+
+use anyhow::{Context, Result};
+use std::fs;
+use std::time::{Duration, Instant};
+use tests::vms::PROBE_LIGHT;
+use tests::wait::wait_for;
+use tests::{Pool, pool::Timing, serial};
+
+/// A host that is back has told its facts within this, on two busy cores.
+const SOON: Duration = Duration::from_secs(30);
+
+fn level(pool: &Pool) -> Result<u64> {
+    pool.json(&["upgrade", "status"])?["feature_level"].as_u64().context("the level is a number")
+}
+
+#[test]
+fn a_pool_is_upgraded_host_by_host_and_then_gets_another_authority() -> Result<()> {
+    let _turn = serial();
+    // Daemons that support level 1 only, as the version before did.
+    let pool = Pool::builder().timing(Timing::Fast).feature_level(1).start()?;
+    let token = ["user", "token", "create", "admin", "--role", "viewer", "-o", "json"];
+    let refused = pool.poolctl(&token)?.expect_code(4)?;
+    assert!(refused.stderr.contains("poolctl upgrade status"), "{}", refused.stderr);
+    for host in pool.hosts() {
+        assert_eq!(level(&pool)?, 1, "{} is behind", host.name());
+        let path = host.data_dir().join("poold.toml");
+        let config = fs::read_to_string(&path)?;
+        let upgraded: Vec<&str> =
+            config.lines().filter(|line| !line.starts_with("feature_level_max")).collect();
+        assert_ne!(upgraded.len(), config.lines().count(), "{config}");
+        fs::write(&path, upgraded.join("\n"))?;
+        host.restart_daemon()?;
+        wait_for(SOON, "the host has told its level", || {
+            let hosts = pool.json(&["upgrade", "status"])?["hosts"].clone();
+            let told = hosts.as_array().and_then(|all| all.iter().find(|it| it["host"] == host.name()));
+            Ok(told.is_some_and(|told| told["feature_level"] == 2))
+        })?;
+    }
+    wait_for(SOON, "the level is raised", || Ok(level(&pool)? == 2))?;
+    let made = pool.poolctl(&token)?.ok()?.json()?;
+    settings(&pool)?;
+    authority(&pool, made["token"].as_str().context("a token")?)?;
+
+    // There is no way back for a single host.
+    let last = pool.host(2);
+    last.kill9_daemon()?;
+    let path = last.data_dir().join("poold.toml");
+    let config = fs::read_to_string(&path)?;
+    fs::write(&path, format!("feature_level_max = 1\n{config}"))?;
+    let data = last.data_dir().to_string_lossy().into_owned();
+    let refused = pool.poold_at(2, &["serve", "--data", &data])?.expect_code(4)?;
+    assert!(refused.stderr.contains("feature level 2"), "{}", refused.stderr);
+    Ok(())
+}
+
+fn settings(pool: &Pool) -> Result<()> {
+    pool.json(&["pool", "set", "replicas-default=2", "cpu-overcommit=8"])?;
+    let volume = pool.json(&["volume", "create", "two", "--size", "1MiB"])?;
+    assert_eq!(volume["replicas"].as_array().map(Vec::len), Some(2), "{volume}");
+    pool.poolctl(&["pool", "set", "replicas-default=9"])?.expect_code(2)?;
+    Ok(())
+}
+
+fn authority(pool: &Pool, token: &str) -> Result<()> {
+    let before = pool.json(&["pool", "show"])?["ca_fingerprint"].clone();
+    pool.json(&["pool", "ca", "rotate"])?;
+    wait_for(SOON, "every host shows the new authority", || {
+        let shown = pool.json(&["pool", "show"])?;
+        Ok(shown["ca_rotating"] == true && shown["ca_pending"] == serde_json::json!([]))
+    })?;
+    // Who shows a certificate of the old one would lock itself out.
+    let refused = pool.poolctl(&["pool", "ca", "finish"])?.expect_code(4)?;
+    assert!(refused.stderr.contains("poolctl user renew"), "{}", refused.stderr);
+    let old = fs::read(pool.admin_config())?;
+    pool.json(&["user", "renew"])?;
+    pool.json(&["pool", "ca", "finish"])?;
+    let after = pool.json(&["pool", "show"])?;
+    assert!(after["ca_rotating"] == false && after["ca_fingerprint"] != before, "{after}");
+    let folder = tempfile::tempdir()?;
+    let with = |name: &str, contents: &[u8], arguments: &[&str]| -> Result<tests::Output> {
+        let path = folder.path().join(name);
+        fs::write(&path, contents)?;
+        let mut command = pool.poolctl_command(arguments);
+        tests::output::run(command.arg("--config").arg(path), Duration::from_secs(60))
+    };
+    assert_ne!(with("old.toml", &old, &["host", "list"])?.code, 0, "the old certificate is void");
+    // A token needs no certificate, only to know whom it talks to.
+    let admin: toml::Table = fs::read_to_string(pool.admin_config())?.parse()?;
+    let mut config = toml::Table::new();
+    for key in ["addresses", "ca_pem"] {
+        config.insert(key.to_owned(), admin[key].clone());
+    }
+    config.insert("token".to_owned(), token.into());
+    let config = config.to_string();
+    with("token.toml", config.as_bytes(), &["host", "list"])?.ok()?;
+    with("token.toml", config.as_bytes(), &["host", "cordon", "h1"])?.expect_code(7)?;
+    // New connections among the hosts, too.
+    pool.host(1).restart_daemon()?;
+    pool.host(0).restart_daemon()?;
+    wait_for(SOON, "the hosts find together", || Ok(pool.poolctl(&["host", "uncordon", "h3"])?.code == 0))
+}
+
+#[test]
+fn a_host_that_is_starved_for_ten_seconds_is_not_taken_for_dead() -> Result<()> {
+    let _turn = serial();
+    let pool = Pool::builder().timing(Timing::Default).start()?;
+    let leader = pool.leader()?.name().to_owned();
+    let before = pool.start_probe("web", "64MiB", PROBE_LIGHT, Some(&leader))?;
+    let epoch = pool.vm("web")?["epoch"].clone();
+    // Neither the daemon that leads nor its VM gets any CPU.
+    let host = pool.host_named(&leader)?;
+    host.stop_all()?;
+    let start = Instant::now();
+    wait_for(Duration::from_secs(20), "ten seconds without CPU", || {
+        Ok(start.elapsed() > Duration::from_secs(10))
+    })?;
+    host.cont_all()?;
+    let now = pool.wait_beats("web", 5, Duration::from_secs(60))?;
+    assert_eq!(now.boots, before.boots, "it was started anew");
+    let vm = pool.vm("web")?;
+    assert_eq!((vm["host"].as_str(), &vm["epoch"]), (Some(leader.as_str()), &epoch), "{vm}");
+    let bundle = pool.dir().join("bundle.json");
+    pool.poolctl(&["support", "bundle", bundle.to_str().context("a path is text")?])?.ok()?;
+    let events = fs::read_to_string(bundle)?;
+    assert!(!events.contains("host.lost"), "it was declared lost");
+    Ok(())
+}
