@@ -20,6 +20,7 @@ mod args;
 mod client;
 mod commands;
 mod config;
+mod disk;
 mod failure;
 mod output;
 mod progress;

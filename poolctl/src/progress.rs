@@ -36,7 +36,7 @@ impl Drop for Spinner {
     }
 }
 
-/// A bar of bytes sent to the pool; gone when dropped.
+/// A bar of bytes sent to the pool or taken from it; gone when dropped.
 pub struct Upload {
     bar: ProgressBar,
 }

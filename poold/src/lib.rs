@@ -24,6 +24,7 @@ pub mod identity;
 pub mod images;
 pub mod join;
 pub mod lease;
+pub mod loans;
 pub mod metrics;
 pub mod node;
 pub mod reconcile;

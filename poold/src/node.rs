@@ -19,6 +19,7 @@ use crate::{
     consensus::{Consensus, HostClients, ProposeError, ProposeMeta, ReadError},
     images::{self, ImageError, ImageStore},
     lease::{self, LeaderHandle, LeaseApi, LeaseClient},
+    loans::Loans,
     metrics::{self, Sources},
     reconcile::{self, Executor},
     replica::{self, ReplicaError},
@@ -78,6 +79,8 @@ pub struct NodeContext {
     pub consensus: Consensus,
     /// Channels to the other hosts.
     pub clients: HostClients,
+    /// Volumes that are being filled or read for clients.
+    pub loans: Loans,
     /// Cancelled when the daemon shall end.
     pub shutdown: CancellationToken,
 }
@@ -308,8 +311,9 @@ fn routes(
 ) -> Routes {
     let agent = AgentApi::new(context.host, supervisor.clone(), images.clone());
     let image = ImageApi::new(context.clone(), images.clone());
+    let volumes = VolumeServiceServer::new(VolumeApi::new(context.clone(), supervisor.clone()));
     Routes::new(VmServiceServer::new(VmApi::new(context.clone())))
-        .add_service(VolumeServiceServer::new(VolumeApi::new(context.clone())))
+        .add_service(volumes.max_decoding_message_size(GRPC_MESSAGE_BYTES_MAX))
         .add_service(ImageServiceServer::new(image).max_decoding_message_size(GRPC_MESSAGE_BYTES_MAX))
         .add_service(MigrationServiceServer::new(MigrationApi::new(context.clone(), agents.clone())))
         .add_service(TaskServiceServer::new(TaskApi::new(context.clone())))

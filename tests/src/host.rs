@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::process::{ProcessId, VmProcess, vm_processes_below};
+use crate::process::{ProcessId, VmProcess, vm_processes_below, volume_processes_below};
 
 /// Bytes of a daemon's log that an error shows.
 const LOG_TAIL_BYTES: usize = 4000;
@@ -122,11 +122,11 @@ impl Host {
     pub fn kill9_host(&self) -> Result<()> {
         self.kill9_daemon()?;
         // All at once, as a power cut would, and only then waits.
-        let processes = self.vm_processes();
+        let processes = self.all_processes();
         for process in &processes {
-            process.process.signal(Signal::SIGKILL)?;
+            process.signal(Signal::SIGKILL)?;
         }
-        processes.iter().try_for_each(|process| process.process.kill9())
+        processes.iter().try_for_each(|process| process.kill9())
     }
 
     /// SIGSTOP to the VM processes and to the daemon: the host hangs.
@@ -151,9 +151,20 @@ impl Host {
         vm_processes_below(&self.data_dir)
     }
 
+    /// Processes of volumes without a VM.
+    #[must_use]
+    pub fn volume_processes(&self) -> Vec<ProcessId> {
+        volume_processes_below(&self.data_dir).into_iter().map(|(process, _)| process).collect()
+    }
+
+    fn all_processes(&self) -> Vec<ProcessId> {
+        let vms = self.vm_processes().into_iter().map(|process| process.process);
+        vms.chain(self.volume_processes()).collect()
+    }
+
     fn signal_all(&self, signal: Signal) -> Result<()> {
-        for process in self.vm_processes() {
-            process.process.signal(signal)?;
+        for process in self.all_processes() {
+            process.signal(signal)?;
         }
         self.daemon().map_or(Ok(()), |daemon| daemon.signal(signal))
     }

@@ -21,6 +21,7 @@ pub mod host;
 pub mod leftovers;
 #[cfg(feature = "machine")]
 pub mod machine;
+pub mod nbd;
 pub mod output;
 pub mod pool;
 pub mod probe;

@@ -173,6 +173,17 @@ pub fn vm_processes_below(path: &Path) -> Vec<VmProcess> {
     found
 }
 
+/// A live process of a volume without a VM, and its directory `DIR/vms/vol-20-e3`.
+#[must_use]
+pub fn volume_processes_below(path: &Path) -> Vec<(ProcessId, PathBuf)> {
+    let found = all_pids().filter_map(|pid| {
+        let dir = process_dir(pid)?;
+        let is_volume = dir.file_name()?.to_str()?.starts_with("vol-") && dir.starts_with(path);
+        is_volume.then_some((ProcessId::of(pid)?, dir))
+    });
+    found.collect()
+}
+
 /// Numbers of VM and epoch in `vm-17-e3`.
 ///
 /// # Errors
@@ -188,11 +199,16 @@ pub fn parse_vm_dir(name: &str) -> Result<(u64, u64)> {
     }
 }
 
-fn vm_process(pid: i32) -> Option<VmProcess> {
+/// The directory of a process of the daemon.
+fn process_dir(pid: i32) -> Option<PathBuf> {
     let arguments = arguments(pid);
     Path::new(arguments.first()?).file_name().filter(|name| *name == "poold-vm")?;
     let after = arguments.iter().position(|word| word == "--dir")? + 1;
-    let dir = PathBuf::from(arguments.get(after)?);
+    Some(PathBuf::from(arguments.get(after)?))
+}
+
+fn vm_process(pid: i32) -> Option<VmProcess> {
+    let dir = process_dir(pid)?;
     let (vm, epoch) = parse_vm_dir(dir.file_name()?.to_str()?).ok()?;
     Some(VmProcess { process: ProcessId::of(pid)?, dir, vm, epoch })
 }

@@ -9,6 +9,10 @@ use std::process::{Command, Stdio};
 const BUILD_TOOLS: [(&str, &str); 1] = [("cc", "gcc libc6-dev")];
 const RUN_TOOLS: [(&str, &str); 2] = [("ip", "iproute2"), ("nsenter", "util-linux")];
 
+/// Clients of NBD and makers of disk images, against which volumes are tested.
+const CLIENT_TOOLS: [(&str, &str); 3] =
+    [("nbdinfo", "libnbd-bin"), ("qemu-img", "qemu-utils"), ("fio", "fio")];
+
 const BENCH_TOOLS: [(&str, &str); 1] = [("qemu-system-x86_64", "qemu-system-x86")];
 
 const LAB_TOOLS: [(&str, &str); 7] = [
@@ -31,6 +35,12 @@ pub fn prepare_run() -> Result<()> {
     install(&BUILD_TOOLS)?;
     install(&RUN_TOOLS)?;
     check_kvm()
+}
+
+/// Makes sure that everything needed for the tests is there.
+pub fn prepare_test() -> Result<()> {
+    prepare_run()?;
+    install(&CLIENT_TOOLS)
 }
 
 /// Makes sure that everything needed for benches beside qemu is there.

@@ -57,7 +57,7 @@ pub fn run() -> Result<()> {
         );
     }
     let mut steps = Steps::default();
-    steps.step("machine", machine::prepare_run)?;
+    steps.step("machine", machine::prepare_test)?;
     let result = check(&mut steps);
     steps.print();
     result

@@ -13,7 +13,7 @@ mod tests;
 pub use govern::{CaCommand, UpgradeCommand, UserTokenCommand};
 pub use hosts::{BalanceCommand, HaCommand, HostCommand, PoolCommand, TokenCommand};
 pub use rules::{GroupCommand, Members, Rule, SupportCommand, UserCommand};
-pub use storage::{ImageCommand, VolumeCommand};
+pub use storage::{DiskFormat, ImageCommand, VolumeCommand};
 pub use vms::{ConsoleCommand, CreateArguments, HaPolicy, MigrateArguments, Policy, VmCommand};
 pub use work::{EventCommand, MigrationCommand, TaskCommand};
 

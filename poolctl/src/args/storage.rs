@@ -1,8 +1,8 @@
 //! Commands of volumes and images.
 
 use crate::reference;
-use clap::{Subcommand, ValueHint};
-use proto::ByteCount;
+use clap::{Subcommand, ValueEnum, ValueHint};
+use proto::{ByteCount, ListenAddress};
 use std::path::PathBuf;
 
 /// `poolctl volume …`
@@ -26,11 +26,87 @@ pub enum VolumeCommand {
         /// The volume
         volume: String,
     },
+    /// Volumes that lack a copy; ends with 4 if there are any
+    Health {
+        /// The volume [default: all]
+        volume: Option<String>,
+    },
+    /// Makes a volume of a disk image
+    Import {
+        /// Its name
+        name: String,
+        /// The image
+        #[arg(value_hint = ValueHint::FilePath)]
+        file: PathBuf,
+        /// Form of the image [default: what its first bytes say]
+        #[arg(long, value_enum)]
+        format: Option<DiskFormat>,
+        /// On how many hosts it is kept [default: of the pool]
+        #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+        replicas: Option<u32>,
+    },
+    /// Writes a volume that nobody has open into a new file
+    Export {
+        /// The volume
+        volume: String,
+        /// The file
+        #[arg(value_hint = ValueHint::FilePath)]
+        file: PathBuf,
+        /// Form of the file
+        #[arg(long, value_enum, default_value_t = DiskFormat::Raw)]
+        format: DiskFormat,
+    },
+    /// Grows a volume; seen when it is opened anew: served again, or by a guest's boot
+    Resize {
+        /// The volume
+        volume: String,
+        /// Its new size, such as 20GiB
+        #[arg(value_parser = reference::size)]
+        size: ByteCount,
+    },
+    /// Limits what a volume may do, from now on
+    #[command(group = clap::ArgGroup::new("limit").required(true).multiple(true))]
+    Set {
+        /// The volume
+        volume: String,
+        /// Operations per second; 0: no limit
+        #[arg(long, group = "limit")]
+        iops: Option<u64>,
+        /// Bytes per second, such as 100MiB; 0: no limit
+        #[arg(long, group = "limit")]
+        bandwidth: Option<ByteCount>,
+    },
+    /// Serves a volume over NBD until --stop, and prints its URI; whoever can connect may read and write all of it
+    Nbd {
+        /// The volume
+        volume: String,
+        /// unix:PATH at the host (only its root may connect), or IP:PORT (NBD itself asks nobody for a password)
+        #[arg(long, value_name = "ADDRESS", required_unless_present = "stop")]
+        listen: Option<ListenAddress>,
+        /// By which host [default: the one that answers]
+        #[arg(long, conflicts_with = "stop")]
+        host: Option<String>,
+        /// Ends it
+        #[arg(long, conflicts_with = "listen")]
+        stop: bool,
+        /// Prints the task and does not wait
+        #[arg(long = "async")]
+        detach: bool,
+    },
     /// Deletes a volume and all its data
     Delete {
         /// The volume
         volume: String,
     },
+}
+
+/// Forms of disk images.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DiskFormat {
+    /// Byte for byte
+    Raw,
+    /// The format of qemu
+    Qcow2,
 }
 
 /// `poolctl image …`

@@ -1,6 +1,7 @@
 //! What each command does: one file for each kind of object.
 
 mod console;
+mod copies;
 mod events;
 mod govern;
 mod groups;

@@ -1,15 +1,20 @@
 //! `poolctl volume`.
 
-use super::Session;
+use super::{Session, copies};
 use crate::{
     args::VolumeCommand,
     client::{call, new_meta},
-    failure::Failure,
-    view::VolumeView,
+    failure::{Exit, Failure},
+    output::Object as _,
+    view::{TaskView, VolumeView},
+    wait,
 };
-use proto::v1::{
-    CreateVolumeRequest, DeleteVolumeRequest, ListVolumesRequest, VolumeRef,
-    volume_service_client::VolumeServiceClient,
+use proto::{
+    ByteCount, TaskId,
+    v1::{
+        CreateVolumeRequest, DeleteVolumeRequest, ListVolumesRequest, ResizeVolumeRequest, ServeNbdRequest,
+        SetVolumeRequest, Task, VolumeChangeRequest, VolumeRef, volume_service_client::VolumeServiceClient,
+    },
 };
 
 /// Runs a command of volumes.
@@ -41,6 +46,31 @@ pub async fn run(command: VolumeCommand, session: &mut Session) -> Result<(), Fa
                 call!(session.client, VolumeServiceClient, show, VolumeRef { r#ref: volume }).await?;
             session.output.show(&VolumeView::from(volume))
         }
+        VolumeCommand::Health { volume } => health(session, volume).await,
+        VolumeCommand::Import { name, file, format, replicas } => {
+            copies::import(session, name, &file, format, replicas.unwrap_or(0)).await
+        }
+        VolumeCommand::Export { volume, file, format } => {
+            copies::export(session, volume, &file, format).await
+        }
+        VolumeCommand::Resize { volume, size } => {
+            let request = ResizeVolumeRequest { meta: new_meta(), volume, size_bytes: size.0 };
+            let volume = call!(session.client, VolumeServiceClient, resize, request).await?;
+            let sentence = format!("volume {} has {size}", volume.name);
+            session.output.changed(&VolumeView::from(volume), &sentence)
+        }
+        VolumeCommand::Set { volume, iops, bandwidth } => limit(session, volume, iops, bandwidth).await,
+        VolumeCommand::Nbd { volume, listen: Some(listen), host, detach, .. } => {
+            let (listen, host) = (listen.to_string(), host.unwrap_or_default());
+            let request = ServeNbdRequest { meta: new_meta(), volume: volume.clone(), listen, host };
+            let task = call!(session.client, VolumeServiceClient, serve_nbd, request).await?;
+            end_of_nbd_task(session, task, volume, detach).await
+        }
+        VolumeCommand::Nbd { volume, detach, .. } => {
+            let request = VolumeChangeRequest { meta: new_meta(), volume: volume.clone() };
+            let task = call!(session.client, VolumeServiceClient, stop_nbd, request).await?;
+            end_of_nbd_task(session, task, volume, detach).await
+        }
         VolumeCommand::Delete { volume } => {
             let request = DeleteVolumeRequest { meta: new_meta(), volume };
             let volume = call!(session.client, VolumeServiceClient, delete, request).await?;
@@ -48,4 +78,66 @@ pub async fn run(command: VolumeCommand, session: &mut Session) -> Result<(), Fa
             session.output.changed(&VolumeView::from(volume), &sentence)
         }
     }
+}
+
+/// Waits until a volume is served, or not any more, and tells its URI; or shows the task alone.
+async fn end_of_nbd_task(
+    session: &mut Session,
+    task: Task,
+    volume: String,
+    detach: bool,
+) -> Result<(), Failure> {
+    let (id, what) = (TaskId(task.id), task.kind.clone());
+    if detach {
+        let view = TaskView::from(task);
+        return session.output.changed(&view, &view.name());
+    }
+    wait::task(&session.client, id, &format!("volume {volume}"), &what).await?;
+    let volume = call!(session.client, VolumeServiceClient, show, VolumeRef { r#ref: volume }).await?;
+    let view = VolumeView::from(volume);
+    let sentence = match view.nbd_uri() {
+        "" => format!("volume {} is not served", view.name()),
+        uri => uri.to_owned(),
+    };
+    session.output.changed(&view, &sentence)
+}
+
+/// Lists the volumes that are not healthy.
+async fn health(session: &mut Session, name: Option<String>) -> Result<(), Failure> {
+    let answer = call!(session.client, VolumeServiceClient, list, ListVolumesRequest {}).await?;
+    let mut views: Vec<VolumeView> = match &name {
+        None => answer.volumes.into_iter().map(VolumeView::from).collect(),
+        Some(name) => {
+            let request = VolumeRef { r#ref: name.clone() };
+            vec![call!(session.client, VolumeServiceClient, show, request).await?.into()]
+        }
+    };
+    views.retain(|view| !view.is_healthy());
+    session.output.list(answer.revision, &views)?;
+    if views.is_empty() {
+        return Ok(());
+    }
+    let names: Vec<String> = views.iter().map(VolumeView::name).collect();
+    let cause = format!("{} without all of their copies: {}", views.len(), names.join(", "));
+    Err(Failure::new(Exit::Blocked, "VOLUMES_NOT_HEALTHY", "volumes", cause)
+        .with_remedy("poolctl host list".to_owned()))
+}
+
+/// Changes limits; those that are not named stay.
+async fn limit(
+    session: &mut Session,
+    volume: String,
+    iops: Option<u64>,
+    bandwidth: Option<ByteCount>,
+) -> Result<(), Failure> {
+    let request = SetVolumeRequest {
+        meta: new_meta(),
+        volume,
+        operations_per_s_max: iops,
+        bytes_per_s_max: bandwidth.map(|bytes| bytes.0),
+    };
+    let volume = call!(session.client, VolumeServiceClient, set, request).await?;
+    let view = VolumeView::from(volume);
+    let sentence = view.limits();
+    session.output.changed(&view, &sentence)
 }

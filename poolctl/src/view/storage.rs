@@ -13,9 +13,50 @@ pub struct VolumeView {
     size_bytes: u64,
     epoch: u64,
     owner: String,
+    health: String,
     replicas: Vec<ReplicaView>,
+    replicas_wanted: u32,
     isr_version: u64,
+    nbd: Option<NbdView>,
+    /// 0: no limit.
+    iops_max: u64,
+    /// 0: no limit.
+    bytes_per_s_max: u64,
     revision: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct NbdView {
+    host: String,
+    listen: String,
+    uri: String,
+    state: String,
+    problem: String,
+}
+
+impl VolumeView {
+    /// Whether every replica that it is to have is there and up to date.
+    pub fn is_healthy(&self) -> bool {
+        self.health == "healthy"
+    }
+
+    /// One sentence about its limits.
+    pub fn limits(&self) -> String {
+        let operations = match self.iops_max {
+            0 => "any number of operations".to_owned(),
+            limit => format!("{limit} operations"),
+        };
+        let amount = match self.bytes_per_s_max {
+            0 => "any amount".to_owned(),
+            limit => bytes(limit),
+        };
+        format!("volume {}: {operations} and {amount} per second", self.name)
+    }
+
+    /// Where it is served over NBD; empty: nowhere.
+    pub fn nbd_uri(&self) -> &str {
+        self.nbd.as_ref().map_or("", |nbd| nbd.uri.as_str())
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -33,8 +74,19 @@ impl From<v1::Volume> for VolumeView {
             size_bytes: volume.size_bytes,
             epoch: volume.epoch,
             owner: volume.owner,
+            health: volume.health,
             replicas: volume.replicas.into_iter().map(replica).collect(),
+            replicas_wanted: volume.replicas_wanted,
             isr_version: volume.isr_version,
+            nbd: volume.nbd.map(|nbd| NbdView {
+                host: nbd.host,
+                listen: nbd.listen,
+                uri: nbd.uri,
+                state: nbd.state,
+                problem: nbd.problem,
+            }),
+            iops_max: volume.operations_per_s_max,
+            bytes_per_s_max: volume.bytes_per_s_max,
             revision: volume.revision,
         }
     }
@@ -42,8 +94,8 @@ impl From<v1::Volume> for VolumeView {
 
 impl Object for VolumeView {
     const KIND: &'static str = "Volume";
-    const COLUMNS: &'static [&'static str] = &["NAME", "SIZE", "OWNER", "REPLICAS"];
-    const WIDE: &'static [&'static str] = &["ID", "EPOCH", "ISR VERSION"];
+    const COLUMNS: &'static [&'static str] = &["NAME", "SIZE", "HEALTH", "OWNER", "REPLICAS"];
+    const WIDE: &'static [&'static str] = &["ID", "EPOCH", "ISR VERSION", "NBD"];
 
     fn name(&self) -> String {
         self.name.clone()
@@ -55,11 +107,13 @@ impl Object for VolumeView {
         vec![
             self.name.clone(),
             bytes(self.size_bytes),
+            self.health.clone(),
             self.owner.clone(),
             words(&replicas),
             self.id.clone(),
             self.epoch.to_string(),
             self.isr_version.to_string(),
+            self.nbd_uri().to_owned(),
         ]
     }
 }

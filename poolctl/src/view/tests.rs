@@ -92,11 +92,25 @@ fn volume_and_image() {
         replicas: vec![v1::Replica { host: "h1".into(), state: "in-sync".into() }],
         isr_version: 3,
         revision: 8,
+        nbd: Some(v1::VolumeNbd {
+            host: "h1".into(),
+            listen: "127.0.0.1:0".into(),
+            uri: "nbd://127.0.0.1:9/data".into(),
+            state: "serving".into(),
+            problem: String::new(),
+        }),
+        operations_per_s_max: 50,
+        health: "healthy".into(),
+        replicas_wanted: 1,
+        ..Default::default()
     };
+    let nbd = json!({"host": "h1", "listen": "127.0.0.1:0", "uri": "nbd://127.0.0.1:9/data",
+        "state": "serving", "problem": ""});
     assert_eq!(
         shape(&VolumeView::from(volume)),
         json!({"id": "vol-5", "name": "data", "size_bytes": 1 << 30, "epoch": 2, "owner": "vm a",
-            "replicas": [{"host": "h1", "state": "in-sync"}], "isr_version": 3, "revision": 8})
+            "health": "healthy", "replicas": [{"host": "h1", "state": "in-sync"}], "replicas_wanted": 1,
+            "isr_version": 3, "nbd": nbd, "iops_max": 50, "bytes_per_s_max": 0, "revision": 8})
     );
     let image = v1::Image {
         id: 4,

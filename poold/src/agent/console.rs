@@ -87,7 +87,7 @@ async fn read(machine: &Machine, offset: u64) -> Result<AgentConsole, Status> {
 /// The process whose console an operator means: the newest one that is not an incoming copy.
 pub fn process_of(supervisor: &Supervisor, vm: VmId) -> Result<ProcessView, Status> {
     let mut processes = supervisor.processes();
-    processes.retain(|process| process.key.vm == vm);
+    processes.retain(|process| process.key.is_of(vm));
     let is_incoming =
         |process: &ProcessView| process.status.as_ref().is_some_and(|status| status.state == "incoming");
     // Ordered by epoch: an incoming copy is chosen only when nothing else is there.

@@ -44,7 +44,7 @@ pub fn migration_progress(supervisor: &Supervisor, vm: VmId) -> Result<Migration
     let processes = supervisor.processes();
     processes
         .into_iter()
-        .filter(|process| process.key.vm == vm)
+        .filter(|process| process.key.is_of(vm))
         .filter_map(|process| process.status?.migration)
         .filter(|migration| migration.role == "source")
         .find_map(|migration| migration.record)

@@ -115,7 +115,22 @@ const PUBLIC: &[(&str, Methods)] = &[
             ("Explain", VIEW),
         ],
     ),
-    ("pool.v1.VolumeService", &[("Create", OPERATE), ("List", VIEW), ("Show", VIEW), ("Delete", OPERATE)]),
+    (
+        "pool.v1.VolumeService",
+        &[
+            ("Create", OPERATE),
+            ("List", VIEW),
+            ("Show", VIEW),
+            ("Delete", OPERATE),
+            ("ServeNbd", OPERATE),
+            ("StopNbd", OPERATE),
+            ("Resize", OPERATE),
+            ("Set", OPERATE),
+            ("Import", OPERATE),
+            // All of the content goes out.
+            ("Export", OPERATE),
+        ],
+    ),
     ("pool.v1.ImageService", &[("Import", OPERATE), ("List", VIEW), ("Delete", OPERATE)]),
     (
         "pool.v1.MigrationService",

@@ -2,11 +2,13 @@
 
 pub mod access;
 pub mod consoles;
+pub mod copies;
 pub mod events;
 pub mod groups;
 pub mod hosts;
 pub mod images;
 pub mod migrations;
+pub mod nbd;
 pub mod pool;
 pub mod principal;
 pub mod status;

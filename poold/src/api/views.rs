@@ -152,11 +152,54 @@ pub fn volume(state: &PoolState, volume: &Volume) -> v1::Volume {
         name: volume.name.clone(),
         size_bytes: volume.size.0,
         epoch: volume.epoch.0,
-        owner: volume.owner.map(|owner| format!("vm {}", vm_name(state, owner.vm))).unwrap_or_default(),
+        owner: volume.owner.map(|owner| owner_text(state, volume, owner)).unwrap_or_default(),
         replicas: volume.replicas.iter().map(replica).collect(),
         isr_version: volume.isr_version.0,
         revision: state.revision,
+        nbd: volume.service.as_ref().and_then(|service| nbd(state, volume, service)),
+        health: health(state, volume).to_owned(),
+        replicas_wanted: volume.replicas_wanted,
+        operations_per_s_max: volume.limits.operations_per_s.unwrap_or(0),
+        bytes_per_s_max: volume.limits.bytes_per_s.unwrap_or(0),
     }
+}
+
+fn health(state: &PoolState, volume: &Volume) -> &'static str {
+    let serving = state.serving_members(volume).count();
+    let behind = volume.replicas.iter().filter(|host| state.is_behind(volume, **host)).count();
+    match (serving, behind) {
+        (0, _) => "unavailable",
+        (serving, _) if serving >= volume.replicas_wanted as usize => "healthy",
+        (serving, behind) if serving + behind >= volume.replicas_wanted as usize => "syncing",
+        _ => "degraded",
+    }
+}
+
+fn owner_text(state: &PoolState, volume: &Volume, owner: state::VolumeOwner) -> String {
+    let host = state.host_name(owner.host);
+    match owner.vm() {
+        Some(vm) => format!("vm {}", vm_name(state, vm)),
+        None if volume.service.as_ref().is_some_and(|service| service.nbd.is_some()) => format!("nbd {host}"),
+        None => format!("pool {host}"),
+    }
+}
+
+fn nbd(state: &PoolState, volume: &Volume, service: &state::VolumeService) -> Option<v1::VolumeNbd> {
+    let nbd = service.nbd.as_ref()?;
+    let up = state.hosts.get(&service.host).is_some_and(|host| host.state == HostState::Up);
+    let word = match service.wanted {
+        _ if !up => "lost",
+        state::ServiceWanted::Closed => "stopping",
+        state::ServiceWanted::Open if service.serves_at(volume.epoch) => "serving",
+        state::ServiceWanted::Open => "starting",
+    };
+    Some(v1::VolumeNbd {
+        host: state.host_name(service.host),
+        listen: nbd.listen.to_string(),
+        uri: nbd.uri.clone().unwrap_or_default(),
+        state: word.to_owned(),
+        problem: service.problem.clone().unwrap_or_default(),
+    })
 }
 
 /// An image.
@@ -296,6 +339,12 @@ pub fn task(state: &PoolState, task: &Task) -> v1::Task {
         TaskKind::HostDrain { host } => left_to_move(state, state.vms_on(host).collect()),
         TaskKind::HostRestore { host } => left_to_move(state, state.vms_at_home_on(host).collect()),
         TaskKind::PoolBalance => format!("{} moves left", pool_state::balance::plan(state).len()),
+        TaskKind::VolumeImport { .. } | TaskKind::VolumeExport { .. } => String::new(),
+        TaskKind::VolumeServe { volume } | TaskKind::VolumeClose { volume } => {
+            let volume = state.volumes.get(&volume);
+            let problem = volume.and_then(|volume| volume.service.as_ref()?.problem.clone());
+            problem.unwrap_or_default()
+        }
     };
     let error = match &task.state {
         TaskState::Failed { problem } => problem.clone(),

@@ -1,39 +1,65 @@
 //! Service `VolumeService`.
 
-use super::views;
-use crate::{api::require_user, node::NodeContext};
-use pool_state::{Command, Outcome};
+use super::{
+    copies::{Copies, PartStream},
+    nbd, views,
+};
+use crate::{api::require_user, node::NodeContext, supervisor::Supervisor};
+use pool_state::command::VolumeCommand;
+use pool_state::{Command, Outcome, PoolState, state::VolumeLimits};
 use proto::{
     ByteCount, VolumeId,
     v1::{
-        CreateVolumeRequest, DeleteVolumeRequest, ListVolumesRequest, ListVolumesResponse, Volume, VolumeRef,
-        volume_service_server::VolumeService,
+        CreateVolumeRequest, DeleteVolumeRequest, ExportVolumeRequest, ImportVolumePart, ListVolumesRequest,
+        ListVolumesResponse, ResizeVolumeRequest, ServeNbdRequest, SetVolumeRequest, Task, Volume,
+        VolumeChangeRequest, VolumeRef, volume_service_server::VolumeService,
     },
 };
-use tonic::{Request, Response, Status};
+use std::sync::Arc;
+use tonic::{Request, Response, Status, Streaming};
 
 /// gRPC service `VolumeService`.
 pub struct VolumeApi {
     context: NodeContext,
+    copies: Copies,
 }
 
 impl VolumeApi {
     /// The service of this host.
-    pub fn new(context: NodeContext) -> Self {
-        Self { context }
+    pub fn new(context: NodeContext, supervisor: Supervisor) -> Self {
+        Self { copies: Copies { context: context.clone(), supervisor }, context }
     }
+}
+
+/// The volume that a change answers with.
+fn changed((outcome, state): (Outcome, Arc<PoolState>)) -> Result<Response<Volume>, Status> {
+    let Outcome::Volume(volume) = outcome else { return Err(views::unexpected(outcome)) };
+    Ok(Response::new(views::volume(&state, views::found(state.volume(volume))?)))
 }
 
 #[tonic::async_trait]
 impl VolumeService for VolumeApi {
+    type ExportStream = PartStream;
+
+    async fn import(
+        &self,
+        request: Request<Streaming<ImportVolumePart>>,
+    ) -> Result<Response<Volume>, Status> {
+        let principal = require_user(&request)?;
+        Ok(Response::new(self.copies.import(&principal, request.into_inner()).await?))
+    }
+
+    async fn export(&self, request: Request<ExportVolumeRequest>) -> Result<Response<PartStream>, Status> {
+        let principal = require_user(&request)?;
+        Ok(Response::new(self.copies.export(&principal, request.into_inner()).await?))
+    }
+
     async fn create(&self, request: Request<CreateVolumeRequest>) -> Result<Response<Volume>, Status> {
         let principal = require_user(&request)?;
         let CreateVolumeRequest { meta, name, size_bytes, replicas } = request.into_inner();
         let replicas = (replicas > 0).then_some(replicas);
         let command = Command::CreateVolume { name, size: ByteCount(size_bytes), replicas };
-        let (outcome, state) = self.context.change(&principal, meta, command).await?;
-        let Outcome::Volume(volume) = outcome else { return Err(views::unexpected(outcome)) };
-        Ok(Response::new(views::volume(&state, views::found(state.volume(volume))?)))
+        changed(self.context.change(&principal, meta, command).await?)
     }
 
     async fn list(
@@ -65,5 +91,41 @@ impl VolumeService for VolumeApi {
         let command = Command::DeleteVolume { volume: VolumeId(volume.id) };
         self.context.change(&principal, meta, command).await?;
         Ok(Response::new(volume))
+    }
+
+    async fn resize(&self, request: Request<ResizeVolumeRequest>) -> Result<Response<Volume>, Status> {
+        let principal = require_user(&request)?;
+        let ResizeVolumeRequest { meta, volume, size_bytes } = request.into_inner();
+        let volume = views::found(self.context.read().await?.resolve_volume(&volume))?.id;
+        let command = Command::Volume(VolumeCommand::ResizeVolume { volume, size: ByteCount(size_bytes) });
+        changed(self.context.change(&principal, meta, command).await?)
+    }
+
+    async fn set(&self, request: Request<SetVolumeRequest>) -> Result<Response<Volume>, Status> {
+        let principal = require_user(&request)?;
+        let request = request.into_inner();
+        let before = self.context.read().await?;
+        let volume = views::found(before.resolve_volume(&request.volume))?;
+        // Absent: as it is; 0: none.
+        let merged = |wanted: Option<u64>, present: Option<u64>| match wanted {
+            None => present,
+            Some(wanted) => (wanted > 0).then_some(wanted),
+        };
+        let limits = VolumeLimits {
+            operations_per_s: merged(request.operations_per_s_max, volume.limits.operations_per_s),
+            bytes_per_s: merged(request.bytes_per_s_max, volume.limits.bytes_per_s),
+        };
+        let command = Command::Volume(VolumeCommand::LimitVolume { volume: volume.id, limits });
+        changed(self.context.change(&principal, request.meta, command).await?)
+    }
+
+    async fn serve_nbd(&self, request: Request<ServeNbdRequest>) -> Result<Response<Task>, Status> {
+        let principal = require_user(&request)?;
+        Ok(Response::new(nbd::serve(&self.context, &principal, request.into_inner()).await?))
+    }
+
+    async fn stop_nbd(&self, request: Request<VolumeChangeRequest>) -> Result<Response<Task>, Status> {
+        let principal = require_user(&request)?;
+        Ok(Response::new(nbd::stop(&self.context, &principal, request.into_inner()).await?))
     }
 }

@@ -3,12 +3,12 @@
 use super::{LeaderHandle, boottime_ns};
 use crate::{
     node::NodeContext,
-    supervisor::{ProcessKey, ProcessView, Supervisor},
+    supervisor::{ProcessKey, ProcessView, Subject, Supervisor},
 };
 use pool_state::lease::{HostLease, HostLeaseCommand, HostLeaseEvent};
-use pool_state::state::HaPolicy;
+use pool_state::{PoolState, state::HaPolicy};
 use proto::{
-    Incarnation,
+    HostId, Incarnation, VmId,
     v1::{ExtendLeaseRequest, HostStats, MachineStatus, RenewLeaseRequest},
 };
 use std::{collections::BTreeSet, time::Duration};
@@ -137,9 +137,16 @@ fn renewal(context: &NodeContext, supervisor: &Supervisor, identity: &LeaseIdent
         host_id: context.host.0,
         boot_id: identity.boot_id.clone(),
         incarnation: identity.incarnation.0.clone(),
-        stats: Some(stats(context, processes.len())),
+        stats: Some(stats(context, processes.iter().filter_map(|process| vm_of(process.key)).count())),
         applied_index: context.consensus.local().revision,
-        vms: processes.iter().map(|process| process.key.vm.0).collect(),
+        vms: processes.iter().filter_map(|process| vm_of(process.key)).map(|vm| vm.0).collect(),
+    }
+}
+
+fn vm_of(key: ProcessKey) -> Option<VmId> {
+    match key.subject {
+        Subject::Vm(vm) => Some(vm),
+        Subject::Volume(_) => None,
     }
 }
 
@@ -219,8 +226,10 @@ async fn pass_to(
 /// host may have been declared lost since.
 fn waits_for_first(context: &NodeContext, process: &ProcessView) -> bool {
     let state = context.consensus.local();
-    let exempt = state.vms.get(&process.key.vm).is_some_and(|vm| vm.spec.ha == HaPolicy::None);
-    let never = |status: &MachineStatus| status.vm_id != 0 && status.lease_deadline_boottime_ns == 0;
+    let vm = vm_of(process.key).and_then(|vm| state.vms.get(&vm));
+    let exempt = vm.is_some_and(|vm| vm.spec.ha == HaPolicy::None);
+    let configured = |status: &MachineStatus| status.vm_id != 0 || status.volume_id != 0;
+    let never = |status: &MachineStatus| configured(status) && status.lease_deadline_boottime_ns == 0;
     !exempt && process.status.as_ref().is_some_and(never)
 }
 
@@ -232,16 +241,23 @@ fn has_lapsed(process: &ProcessView) -> bool {
     })
 }
 
-/// Whether a linearizable read says that the process still owns its VM.
+fn is_ours(state: &PoolState, host: HostId, key: ProcessKey) -> bool {
+    match key.subject {
+        Subject::Vm(vm) => state.may_run(host, vm, key.epoch),
+        Subject::Volume(volume) => state.may_serve(host, volume, key.epoch),
+    }
+}
+
+/// Whether a linearizable read says that the process still owns what it is for.
 async fn read_placement(context: &NodeContext, key: ProcessKey) -> Placement {
     match context.consensus.read_linearizable().await {
-        Ok(state) if state.may_run(context.host, key.vm, key.epoch) => {
-            tracing::info!(process = %key, "placement confirmed; the fenced VM may run again");
+        Ok(state) if is_ours(&state, context.host, key) => {
+            tracing::info!(process = %key, "placement confirmed; the process may run");
             Placement::Confirmed
         }
         Ok(_) => Placement::Unknown,
         Err(error) => {
-            tracing::warn!(process = %key, %error, "a fenced VM stays paused: its placement can't be read");
+            tracing::warn!(process = %key, %error, "a fenced process stays paused: its placement can't be read");
             Placement::Unknown
         }
     }

@@ -3,7 +3,7 @@
 use crate::node::NodeContext;
 use pool_state::{
     PoolState,
-    state::{EpochStart, HaPolicy, Vm, Volume},
+    state::{EpochStart, HaPolicy, Vm, Volume, VolumeService},
 };
 use proto::{
     Epoch, HostId,
@@ -44,6 +44,27 @@ pub fn machine_config(
         replica_socket: replica_socket(&context.data_dir).display().to_string(),
         epoch: epoch.0,
         migration_ip: context.address.ip().to_string(),
+        service: None,
+    }
+}
+
+/// What the process of a volume without a VM is given.
+pub fn service_config(
+    context: &NodeContext,
+    state: &PoolState,
+    volume: &Volume,
+    service: &VolumeService,
+) -> MachineConfig {
+    let nbd_listen = service.nbd.as_ref().map(|nbd| nbd.listen.to_string()).unwrap_or_default();
+    MachineConfig {
+        host_id: context.host.0,
+        host_name: state.host_name(context.host),
+        volumes: vec![attachment(state, volume, context.host)],
+        fence_exit_ms: state.settings.timing.fence_exit_ms,
+        replica_socket: replica_socket(&context.data_dir).display().to_string(),
+        epoch: volume.epoch.0,
+        service: Some(v1::VolumeServiceConfig { nbd_listen }),
+        ..MachineConfig::default()
     }
 }
 
@@ -62,7 +83,8 @@ pub fn attachments(state: &PoolState, vm: &Vm, me: HostId) -> Vec<VolumeAttachme
         .collect()
 }
 
-fn attachment(state: &PoolState, volume: &Volume, me: HostId) -> VolumeAttachment {
+/// A volume as the state has it, for a process at host `me`.
+pub fn attachment(state: &PoolState, volume: &Volume, me: HostId) -> VolumeAttachment {
     let start = |start: &EpochStart| v1::EpochStart {
         epoch: start.epoch.0,
         start_seq: start.start_seq.map_or(0, |sequence| sequence.0),
@@ -78,6 +100,8 @@ fn attachment(state: &PoolState, volume: &Volume, me: HostId) -> VolumeAttachmen
         epoch_history: volume.epoch_history.iter().map(start).collect(),
         // A volume has at most five replicas.
         min_isr: u32::try_from(volume.min_isr()).unwrap_or(u32::MAX),
+        operations_per_s_max: volume.limits.operations_per_s.unwrap_or(0),
+        bytes_per_s_max: volume.limits.bytes_per_s.unwrap_or(0),
     }
 }
 
@@ -99,7 +123,7 @@ fn replica(state: &PoolState, volume: &Volume, host: HostId, me: HostId) -> Opti
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pool_state::state::{Host, HostState, IsrMember, VolumeOwner};
+    use pool_state::state::{Holder, Host, HostState, IsrMember, VolumeLimits, VolumeOwner};
     use proto::{
         AttachmentSecret, ByteCount, CertificateFingerprint, Incarnation, IsrVersion, Sequence, VmId,
         VolumeId,
@@ -134,7 +158,9 @@ mod tests {
             id: VolumeId(20),
             name: "data".to_owned(),
             size: ByteCount(1 << 20),
+            limits: VolumeLimits::default(),
             replicas: vec![HostId(1), HostId(2), HostId(3)],
+            replicas_wanted: 3,
             isr: vec![member(1), member(2)],
             isr_version: IsrVersion(5),
             epoch: Epoch(4),
@@ -143,8 +169,9 @@ mod tests {
                 EpochStart { epoch: Epoch(4), start_seq: None },
             ],
             attached_to: Some(VmId(10)),
-            owner: Some(VolumeOwner { vm: VmId(10), host: HostId(1) }),
+            owner: Some(VolumeOwner { holder: Holder::Vm(VmId(10)), host: HostId(1) }),
             secret: Some(AttachmentSecret([7; 32])),
+            service: None,
         }
     }
 

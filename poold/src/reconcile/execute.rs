@@ -15,7 +15,8 @@ use crate::{
     lease::LeaseClient,
     node::{NodeContext, ReportError},
     supervisor::{
-        KeptImages, Machine, MachineError, ProcessError, ProcessKey, StopMode, Supervisor, kept_budget,
+        KeptImages, Machine, MachineError, ProcessError, ProcessKey, StopMode, Subject, Supervisor,
+        kept_budget,
     },
 };
 use pool_state::{
@@ -25,7 +26,7 @@ use pool_state::{
     state::{Desired, Migration, StopMode as WantedStop, TargetEndpoint, Vm},
 };
 use proto::{
-    ImageId, MigrationId, VmId,
+    Epoch, ImageId, MigrationId, VmId,
     v1::{MachineStatus, MigrationOutcomeRequest, StartOutgoingRequest, TakeBackRequest},
 };
 use std::{
@@ -90,10 +91,10 @@ impl ActionError {
 
 /// Everything that actions work with.
 pub struct Executor {
-    context: NodeContext,
-    supervisor: Supervisor,
+    pub(super) context: NodeContext,
+    pub(super) supervisor: Supervisor,
     images: ImageStore,
-    lease: LeaseClient,
+    pub(super) lease: LeaseClient,
     /// What each process was last given as its volumes.
     digests: Mutex<BTreeMap<ProcessKey, VolumesDigest>>,
     /// Memory of VMs that have moved away.
@@ -121,10 +122,16 @@ impl Executor {
         let processes = self.supervisor.processes();
         let mut digests = self.digests();
         digests.retain(|key, _| processes.iter().any(|process| process.key == *key));
-        let present =
-            processes.iter().map(|process| observe::present(process, digests.get(&process.key).copied()));
+        let present = processes.iter().filter_map(|process| {
+            let Subject::Vm(vm) = process.key.subject else { return None };
+            Some(observe::present(vm, process, digests.get(&process.key).copied()))
+        });
         let gone = self.supervisor.gone_processes();
-        present.chain(gone.iter().map(|(key, end)| observe::gone(*key, end))).collect()
+        let gone = gone.iter().filter_map(|(key, end)| {
+            let Subject::Vm(vm) = key.subject else { return None };
+            Some(observe::gone(vm, key.epoch, end))
+        });
+        present.chain(gone).collect()
     }
 
     /// Carries out an action.
@@ -134,11 +141,9 @@ impl Executor {
     pub async fn execute(&self, action: &HostAction) -> Result<(), ActionError> {
         let state = self.context.consensus.local();
         match action {
-            HostAction::SpawnAndStart { vm, epoch } => {
-                self.spawn_and_start(ProcessKey { vm: *vm, epoch: *epoch }).await
-            }
+            HostAction::SpawnAndStart { vm, epoch } => self.spawn_and_start(*vm, *epoch).await,
             HostAction::Destroy { vm, epoch, reason } => {
-                let key = ProcessKey { vm: *vm, epoch: *epoch };
+                let key = ProcessKey::vm(*vm, *epoch);
                 tracing::info!(process = %key, ?reason, "destroying a VM process");
                 self.keep_memory(key).await;
                 self.supervisor.destroy(key, StopMode::Forced).await;
@@ -149,7 +154,7 @@ impl Executor {
                     WantedStop::Clean => StopMode::Orderly,
                     WantedStop::Force => StopMode::Forced,
                 };
-                self.supervisor.stop(ProcessKey { vm: *vm, epoch: *epoch }, mode).await;
+                self.supervisor.stop(ProcessKey::vm(*vm, *epoch), mode).await;
                 Ok(())
             }
             HostAction::PrepareIncoming { migration } => {
@@ -180,13 +185,18 @@ impl Executor {
                 self.note(key, machine.resume().await)
             }
             HostAction::UpdateVolumes { vm, .. } => self.update_volumes(&state, state.vm(*vm)?).await,
+            HostAction::OpenService { .. }
+            | HostAction::CloseService { .. }
+            | HostAction::DestroyService { .. }
+            | HostAction::UpdateService { .. } => self.execute_service(&state, action).await,
             HostAction::Report(command) => Ok(self.context.try_report(command.clone()).await?),
         }
     }
 
     /// Boots a VM. What can't be cured by trying again is reported as the VM's failure.
-    async fn spawn_and_start(&self, key: ProcessKey) -> Result<(), ActionError> {
-        let booted = self.boot(key).await;
+    async fn spawn_and_start(&self, vm: VmId, epoch: Epoch) -> Result<(), ActionError> {
+        let key = ProcessKey::vm(vm, epoch);
+        let booted = self.boot(vm, key).await;
         let problem = match &booted {
             Err(ActionError::Process(
                 error @ (ProcessError::Spawn { .. } | ProcessError::EndedAtStart { .. }),
@@ -201,18 +211,18 @@ impl Executor {
                 return booted;
             }
         };
-        self.context.try_report(Command::VmFailed { vm: key.vm, epoch: key.epoch, problem }).await?;
+        self.context.try_report(Command::VmFailed { vm, epoch, problem }).await?;
         booted
     }
 
-    async fn boot(&self, key: ProcessKey) -> Result<(), ActionError> {
+    async fn boot(&self, vm: VmId, key: ProcessKey) -> Result<(), ActionError> {
         // A new process runs with the first lease that it gets, so its placement is confirmed before it exists.
         let state = self.context.consensus.read_linearizable().await?;
-        if !state.may_run(self.context.host, key.vm, key.epoch) {
+        if !state.may_run(self.context.host, vm, key.epoch) {
             return Err(ActionError::NotPlaced { key });
         }
         let state = state.as_ref();
-        let vm = state.vm(key.vm)?;
+        let vm = state.vm(vm)?;
         let files = self.boot_files(state, vm).await?;
         let machine = self.supervisor.spawn(key, None).await?;
         self.configure(state, vm, key, &machine, files).await?;
@@ -229,7 +239,8 @@ impl Executor {
             return;
         };
         let migration = MigrationId(migration.migration_id);
-        if let Err(error) = self.kept.keep(key.vm, &machine, view.pid, migration).await {
+        let Subject::Vm(vm) = key.subject else { return };
+        if let Err(error) = self.kept.keep(vm, &machine, view.pid, migration).await {
             tracing::debug!(process = %key, %error, "its memory is not kept: it will come back whole");
         }
         self.trim_kept(&self.context.consensus.local());
@@ -301,7 +312,7 @@ impl Executor {
 
     async fn prepare(&self, state: &PoolState, migration: &Migration) -> Result<TargetEndpoint, ActionError> {
         let vm = state.vm(migration.vm)?;
-        let key = ProcessKey { vm: vm.id, epoch: migration.to_epoch() };
+        let key = ProcessKey::vm(vm.id, migration.to_epoch());
         let not_ready = |what| ActionError::NotReady { migration: migration.id, what };
         let source = migration.source_fingerprint.ok_or_else(|| not_ready("certificate of the source"))?;
         let machine = self.supervisor.spawn(key, self.kept.take(vm.id)).await?;
@@ -396,7 +407,7 @@ impl Executor {
     /// Target, inside the blackout: the commit is applied here, so the process may take the volumes and run.
     async fn activate_incoming(&self, state: &PoolState, migration: &Migration) -> Result<(), ActionError> {
         let vm = state.vm(migration.vm)?;
-        let key = ProcessKey { vm: vm.id, epoch: migration.to_epoch() };
+        let key = ProcessKey::vm(vm.id, migration.to_epoch());
         let machine = self.supervisor.machine(key).ok_or(ActionError::NoProcess { key })?;
         let request = MigrationOutcomeRequest {
             migration_id: migration.id.0,
@@ -434,18 +445,22 @@ impl Executor {
 
     fn current(&self, state: &PoolState, vm: VmId) -> Result<(ProcessKey, Machine), ActionError> {
         let vm = state.vm(vm)?;
-        let key = ProcessKey { vm: vm.id, epoch: vm.process_epoch() };
+        let key = ProcessKey::vm(vm.id, vm.process_epoch());
         let machine = self.supervisor.machine(key).ok_or(ActionError::NoProcess { key })?;
         Ok((key, machine))
     }
 
     /// Takes over the answer of a process, so that the next pass sees what the action has changed.
-    fn note(&self, key: ProcessKey, answer: Result<MachineStatus, MachineError>) -> Result<(), ActionError> {
+    pub(super) fn note(
+        &self,
+        key: ProcessKey,
+        answer: Result<MachineStatus, MachineError>,
+    ) -> Result<(), ActionError> {
         self.supervisor.record(key, answer?);
         Ok(())
     }
 
-    fn digests(&self) -> MutexGuard<'_, BTreeMap<ProcessKey, VolumesDigest>> {
+    pub(super) fn digests(&self) -> MutexGuard<'_, BTreeMap<ProcessKey, VolumesDigest>> {
         // Changed by single insertions, so it is whole even after a panic elsewhere.
         self.digests.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -11,6 +11,7 @@
 //! - [`schedule`]: one action per process at a time, back-off after failures.
 //! - [`execute`]: carries an action out.
 //! - [`attach`]: what a process is given.
+//! - [`services`]: the same for processes of volumes without a VM.
 //! - [`follow`]: streams of migrations, so that no step of a blackout waits for a poll.
 //!
 //! Invariants: at most one action works on a process, except that ending it overtakes whatever hangs; every action may be
@@ -22,6 +23,7 @@ mod execute;
 mod follow;
 mod observe;
 mod schedule;
+mod services;
 mod trace;
 
 pub use attach::replica_socket;
@@ -76,8 +78,11 @@ fn pass(
     finished: &Arc<Notify>,
 ) -> Option<Instant> {
     executor.trim_kept(state);
-    let observed = executor.observe();
-    let mut actions = pool_state::reconcile::reconcile(state, executor.context().host, unix_ms(), &observed);
+    let (me, now_ms) = (executor.context().host, unix_ms());
+    let mut actions = pool_state::reconcile::reconcile(state, me, now_ms, &executor.observe());
+    let services = executor.observe_services();
+    let loans = executor.context().loans.keys();
+    actions.extend(pool_state::reconcile::reconcile_services(state, me, now_ms, &services, &loans));
     // A guest stands still meanwhile; everything else can wait.
     actions.sort_by_key(|action| !is_in_blackout(action));
     let now = Instant::now();

@@ -2,46 +2,73 @@
 
 use crate::{
     api::views,
-    supervisor::{ProcessEnd, ProcessKey, ProcessView},
+    supervisor::{ProcessEnd, ProcessView},
 };
 use pool_state::{
     command::LastSequence,
     reconcile::{
-        GuestExit, ObservedMigration, ObservedVm, ProcessState, SourcePhase, TargetPhase, VolumesDigest,
+        GuestExit, ObservedMigration, ObservedService, ObservedVm, ProcessState, SourcePhase, TargetPhase,
+        VolumesDigest,
     },
 };
 use proto::{
-    CertificateFingerprint, MigrationId, Sequence, VolumeId,
+    CertificateFingerprint, Epoch, MigrationId, Sequence, VmId, VolumeId,
     v1::{MachineStatus, MigrationState},
 };
 
 /// A present process. One that has not answered yet counts as starting: it must not be started again.
-pub fn present(process: &ProcessView, volumes: Option<VolumesDigest>) -> ObservedVm {
+pub fn present(vm: VmId, process: &ProcessView, volumes: Option<VolumesDigest>) -> ObservedVm {
+    let epoch = process.key.epoch;
     let Some(status) = &process.status else {
-        return observed(process.key, ProcessState::Starting, volumes);
+        return observed(vm, epoch, ProcessState::Starting, volumes);
     };
     ObservedVm {
         guest_exit: guest_exit(&status.guest_exit),
         error: status.error.clone(),
         certificate: fingerprint(&status.certificate_sha256),
         migration: status.migration.as_ref().and_then(migration),
-        ..observed(process.key, process_state(status), volumes)
+        ..observed(vm, epoch, process_state(status), volumes)
     }
 }
 
 /// A process that has ended.
-pub fn gone(key: ProcessKey, end: &ProcessEnd) -> ObservedVm {
+pub fn gone(vm: VmId, epoch: Epoch, end: &ProcessEnd) -> ObservedVm {
     ObservedVm {
         guest_exit: guest_exit(&end.guest_exit),
         error: end.describe(),
-        ..observed(key, ProcessState::Gone, None)
+        ..observed(vm, epoch, ProcessState::Gone, None)
     }
 }
 
-fn observed(key: ProcessKey, state: ProcessState, volumes: Option<VolumesDigest>) -> ObservedVm {
+/// The present process of a volume.
+pub fn service(volume: VolumeId, process: &ProcessView, volumes: Option<VolumesDigest>) -> ObservedService {
+    let status = process.status.as_ref();
+    ObservedService {
+        volume,
+        epoch: process.key.epoch,
+        state: status.map_or(ProcessState::Starting, process_state),
+        error: status.map(|status| status.error.clone()).unwrap_or_default(),
+        uri: status.and_then(|status| Some(status.nbd.as_ref()?.uri.clone())).unwrap_or_default(),
+        volumes,
+    }
+}
+
+/// The process of a volume that has ended.
+pub fn gone_service(volume: VolumeId, epoch: Epoch, end: &ProcessEnd) -> ObservedService {
+    ObservedService {
+        volume,
+        epoch,
+        state: ProcessState::Gone,
+        error: end.describe(),
+        uri: String::new(),
+        volumes: None,
+    }
+}
+
+fn observed(vm: VmId, epoch: Epoch, state: ProcessState, volumes: Option<VolumesDigest>) -> ObservedVm {
     ObservedVm {
-        vm: key.vm,
-        epoch: key.epoch,
+        vm,
+        epoch,
         state,
         guest_exit: GuestExit::None,
         error: String::new(),
@@ -130,9 +157,10 @@ pub fn is_final(state: &MigrationState) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proto::{Epoch, VmId, v1::VolumeSequence};
+    use crate::supervisor::ProcessKey;
+    use proto::v1::VolumeSequence;
 
-    const KEY: ProcessKey = ProcessKey { vm: VmId(7), epoch: Epoch(2) };
+    const KEY: ProcessKey = ProcessKey::vm(VmId(7), Epoch(2));
 
     fn view(status: Option<MachineStatus>) -> ProcessView {
         ProcessView { key: KEY, pid: 1, status, responsive: true, ending: false }
@@ -140,7 +168,7 @@ mod tests {
 
     #[test]
     fn a_process_that_never_answered_counts_as_starting() {
-        assert_eq!(present(&view(None), None).state, ProcessState::Starting);
+        assert_eq!(present(VmId(7), &view(None), None).state, ProcessState::Starting);
     }
 
     #[test]
@@ -156,7 +184,7 @@ mod tests {
             }),
             ..MachineStatus::default()
         };
-        let observed = present(&view(Some(status)), None);
+        let observed = present(VmId(7), &view(Some(status)), None);
         assert_eq!(observed.state, ProcessState::Paused);
         let Some(ObservedMigration::Source { migration, phase, last_sequences, .. }) = observed.migration
         else {

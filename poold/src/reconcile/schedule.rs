@@ -143,8 +143,10 @@ impl Schedule {
 
 fn rank(action: &HostAction) -> Rank {
     match action {
-        HostAction::Destroy { .. } | HostAction::Stop { mode: StopMode::Force, .. } => Rank::ForcedEnd,
-        HostAction::Stop { mode: StopMode::Clean, .. } => Rank::OrderlyEnd,
+        HostAction::Destroy { .. }
+        | HostAction::DestroyService { .. }
+        | HostAction::Stop { mode: StopMode::Force, .. } => Rank::ForcedEnd,
+        HostAction::Stop { mode: StopMode::Clean, .. } | HostAction::CloseService { .. } => Rank::OrderlyEnd,
         HostAction::SpawnAndStart { .. }
         | HostAction::PrepareIncoming { .. }
         | HostAction::StartOutgoing { .. }
@@ -156,6 +158,8 @@ fn rank(action: &HostAction) -> Rank {
         | HostAction::Pause { .. }
         | HostAction::Resume { .. }
         | HostAction::UpdateVolumes { .. }
+        | HostAction::OpenService { .. }
+        | HostAction::UpdateService { .. }
         | HostAction::Report(_) => Rank::Ordinary,
     }
 }
@@ -166,7 +170,13 @@ pub fn slot_of(state: &PoolState, action: &HostAction) -> Option<Slot> {
         HostAction::Report(command) => return Some(Slot::Report(command.hash())),
         HostAction::SpawnAndStart { vm, epoch }
         | HostAction::Destroy { vm, epoch, .. }
-        | HostAction::Stop { vm, epoch, .. } => ProcessKey { vm: *vm, epoch: *epoch },
+        | HostAction::Stop { vm, epoch, .. } => ProcessKey::vm(*vm, *epoch),
+        HostAction::OpenService { volume, epoch }
+        | HostAction::CloseService { volume, epoch }
+        | HostAction::DestroyService { volume, epoch } => ProcessKey::volume(*volume, *epoch),
+        HostAction::UpdateService { volume, .. } => {
+            ProcessKey::volume(*volume, state.volumes.get(volume)?.epoch)
+        }
         HostAction::PrepareIncoming { migration } | HostAction::ActivateIncoming { migration } => {
             target_key(state, *migration)?
         }
@@ -185,19 +195,19 @@ pub fn slot_of(state: &PoolState, action: &HostAction) -> Option<Slot> {
 /// The source's process of a migration.
 pub fn source_key(state: &PoolState, migration: MigrationId) -> Option<ProcessKey> {
     let migration = state.migrations.get(&migration)?;
-    Some(ProcessKey { vm: migration.vm, epoch: migration.source_process })
+    Some(ProcessKey::vm(migration.vm, migration.source_process))
 }
 
 /// The target's process of a migration.
 pub fn target_key(state: &PoolState, migration: MigrationId) -> Option<ProcessKey> {
     let migration = state.migrations.get(&migration)?;
-    Some(ProcessKey { vm: migration.vm, epoch: migration.to_epoch() })
+    Some(ProcessKey::vm(migration.vm, migration.to_epoch()))
 }
 
 /// The process of a VM's present placement.
 pub fn current_key(state: &PoolState, vm: VmId) -> Option<ProcessKey> {
     let vm = state.vms.get(&vm)?;
-    Some(ProcessKey { vm: vm.id, epoch: vm.process_epoch() })
+    Some(ProcessKey::vm(vm.id, vm.process_epoch()))
 }
 
 #[cfg(test)]
@@ -206,15 +216,16 @@ mod tests {
     use pool_state::reconcile::DestroyReason;
     use proto::Epoch;
 
-    const KEY: ProcessKey = ProcessKey { vm: VmId(7), epoch: Epoch(2) };
+    const VM: VmId = VmId(7);
+    const KEY: ProcessKey = ProcessKey::vm(VM, Epoch(2));
     const SLOT: Slot = Slot::Process(KEY);
 
     fn start() -> HostAction {
-        HostAction::SpawnAndStart { vm: KEY.vm, epoch: KEY.epoch }
+        HostAction::SpawnAndStart { vm: VM, epoch: KEY.epoch }
     }
 
     fn stop(mode: StopMode) -> HostAction {
-        HostAction::Stop { vm: KEY.vm, epoch: KEY.epoch, mode }
+        HostAction::Stop { vm: VM, epoch: KEY.epoch, mode }
     }
 
     fn go(schedule: &mut Schedule, now: Instant, action: &HostAction) -> Ticket {
@@ -228,9 +239,9 @@ mod tests {
     fn two_actions_never_work_on_one_process() {
         let (mut schedule, now) = (Schedule::default(), Instant::now());
         let ticket = go(&mut schedule, now, &start());
-        assert_eq!(schedule.admit(now, SLOT, &HostAction::Pause { vm: KEY.vm }), Verdict::Busy);
+        assert_eq!(schedule.admit(now, SLOT, &HostAction::Pause { vm: VM }), Verdict::Busy);
         schedule.finish(now, ticket, Finish::Succeeded);
-        go(&mut schedule, now, &HostAction::Pause { vm: KEY.vm });
+        go(&mut schedule, now, &HostAction::Pause { vm: VM });
     }
 
     #[test]
@@ -243,8 +254,7 @@ mod tests {
         schedule.finish(now, starting, Finish::Failed);
         assert_eq!(schedule.admit(now, SLOT, &start()), Verdict::Busy);
         go(&mut schedule, now, &stop(StopMode::Force));
-        let destroy =
-            HostAction::Destroy { vm: KEY.vm, epoch: KEY.epoch, reason: DestroyReason::NotPlacedHere };
+        let destroy = HostAction::Destroy { vm: VM, epoch: KEY.epoch, reason: DestroyReason::NotPlacedHere };
         assert_eq!(schedule.admit(now, SLOT, &destroy), Verdict::Busy);
     }
 

@@ -33,7 +33,15 @@ fn subject(state: &PoolState, action: &HostAction) -> (Option<VmId>, Option<Task
         | HostAction::ProposeCommit { migration, .. }
         | HostAction::ReportCommitted { migration }
         | HostAction::ResumeAfterAbort { migration }
-        | HostAction::ActivateIncoming { migration } => of_migration(*migration),
+        | HostAction::ActivateIncoming { migration }
+        | HostAction::TakeBack { migration } => of_migration(*migration),
+        HostAction::OpenService { volume, .. }
+        | HostAction::CloseService { volume, .. }
+        | HostAction::DestroyService { volume, .. }
+        | HostAction::UpdateService { volume, .. } => {
+            let service = state.volumes.get(volume).and_then(|volume| volume.service.as_ref());
+            (None, service.and_then(|service| service.loan.map(|loan| loan.task).or(service.task)))
+        }
         HostAction::Report(command) => match command {
             Command::VmRunning { vm, .. }
             | Command::VmStopped { vm, .. }

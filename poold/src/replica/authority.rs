@@ -188,7 +188,9 @@ mod tests {
             id: VOLUME,
             name: "data".to_owned(),
             size: ByteCount(1 << 20),
+            limits: pool_state::state::VolumeLimits::default(),
             replicas: vec![ME],
+            replicas_wanted: 1,
             isr: vec![pool_state::state::IsrMember { host: ME, incarnation: Incarnation("a".to_owned()) }],
             isr_version: IsrVersion(5),
             epoch,
@@ -196,6 +198,7 @@ mod tests {
             attached_to: None,
             owner: None,
             secret: Some(AttachmentSecret([7; 32])),
+            service: None,
         };
         state.volumes.insert(VOLUME, volume);
         state

@@ -4,6 +4,7 @@
 //! process that hangs must not hang the daemon.
 
 use super::{ProcessKey, StopMode};
+use futures::Stream;
 use hyper_util::rt::TokioIo;
 use proto::{
     CertificateFingerprint, MigrationId,
@@ -24,6 +25,9 @@ const CHANGE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Limit of a step that allocates guest memory or opens volumes.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Limit of filling a volume: that of the work in the pool's state comes first.
+const COPY_TIMEOUT: Duration = Duration::from_secs(4 * 3600);
 
 /// A call to a VM process failed.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -201,6 +205,21 @@ impl Machine {
         self.call("KeepMemory", STATUS_TIMEOUT, client.keep_memory(request)).await
     }
 
+    /// Writes pieces into a volume, for as long as they come; durable when it returns.
+    pub async fn volume_write(
+        &self,
+        pieces: impl Stream<Item = v1::VolumePiece> + Send + 'static,
+    ) -> Result<MachineStatus, MachineError> {
+        let mut client = self.client.clone();
+        self.call("VolumeWrite", COPY_TIMEOUT, client.volume_write(pieces)).await
+    }
+
+    /// Reads a volume.
+    pub async fn volume_read(&self) -> Result<Streaming<v1::VolumePiece>, MachineError> {
+        let mut client = self.client.clone();
+        self.call("VolumeRead", OPEN_TIMEOUT, client.volume_read(v1::VolumeReadRequest {})).await
+    }
+
     /// Serial output from byte `offset` on.
     pub async fn console_read(&self, offset: u64) -> Result<v1::ConsoleReadResponse, MachineError> {
         let mut client = self.client.clone();
@@ -232,9 +251,11 @@ impl Machine {
 fn classify(key: ProcessKey, call: &'static str, status: &Status) -> MachineError {
     let cause = status.message().to_owned();
     match status.code() {
-        Code::FailedPrecondition | Code::InvalidArgument | Code::Aborted | Code::NotFound => {
-            MachineError::Refused { key, call, cause }
-        }
+        Code::FailedPrecondition
+        | Code::InvalidArgument
+        | Code::Aborted
+        | Code::NotFound
+        | Code::ResourceExhausted => MachineError::Refused { key, call, cause },
         Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::Unknown => {
             MachineError::NoAnswer { key, call, cause }
         }

@@ -31,7 +31,7 @@ mod tests;
 
 pub use kept::{KeptImage, KeptImages, budget as kept_budget};
 pub use machine::{Machine, MachineError};
-pub use process::{ProcessError, ProcessKey};
+pub use process::{ProcessError, ProcessKey, Subject};
 
 use process::{Found, Process};
 use proto::v1::MachineStatus;

@@ -1,4 +1,4 @@
-//! One operating-system process of a VM.
+//! One operating-system process of a VM, or of a volume without one.
 //!
 //! Before the fork the daemon takes an exclusive flock on `lock` in the new directory; the child inherits the open
 //! file, writes its pid into it and lets it survive the exec. The lock thus belongs to the child alone once the daemon
@@ -8,13 +8,13 @@
 //! stranger that got the same number later.
 
 use super::KeptImage;
-use proto::{Epoch, VmId};
+use proto::{Epoch, VmId, VolumeId};
 use std::{
     fmt, fs, io,
     io::{Read as _, Seek as _, SeekFrom},
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd, RawFd},
-        unix::process::CommandExt as _,
+        unix::{fs::FileTypeExt as _, process::CommandExt as _},
     },
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -25,30 +25,71 @@ use std::{
 /// Bytes at the end of a process's log that are kept when it is gone.
 const LOG_TAIL_BYTES: u64 = 2048;
 
+/// The file in which a process lists sockets that it makes outside of its directory, one path a line.
+const SOCKETS_FILE: &str = "sockets";
+
 /// Times that a directory is read again while its process is just coming or going.
 const SCAN_TRIES: u32 = 50;
 
 /// Between two of these times.
 const SCAN_PAUSE: Duration = Duration::from_millis(10);
 
-/// Which process: several of one VM exist for a while, each of its own epoch.
+/// What a process is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Subject {
+    /// A VM.
+    Vm(VmId),
+    /// A volume without a VM.
+    Volume(VolumeId),
+}
+
+impl fmt::Display for Subject {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Vm(vm) => vm.fmt(f),
+            Self::Volume(volume) => volume.fmt(f),
+        }
+    }
+}
+
+/// Which process: several of one VM or volume exist for a while, each of its own epoch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ProcessKey {
-    /// The VM.
-    pub vm: VmId,
+    /// What it is for.
+    pub subject: Subject,
     /// The epoch of the placement that it was started for.
     pub epoch: Epoch,
 }
 
+impl ProcessKey {
+    /// The process of a VM.
+    #[must_use]
+    pub const fn vm(vm: VmId, epoch: Epoch) -> Self {
+        Self { subject: Subject::Vm(vm), epoch }
+    }
+
+    /// The process of a volume.
+    #[must_use]
+    pub const fn volume(volume: VolumeId, epoch: Epoch) -> Self {
+        Self { subject: Subject::Volume(volume), epoch }
+    }
+
+    /// Whether it is a process of this VM.
+    #[must_use]
+    pub fn is_of(&self, vm: VmId) -> bool {
+        self.subject == Subject::Vm(vm)
+    }
+}
+
 impl fmt::Display for ProcessKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}-e{}", self.vm, self.epoch)
+        write!(f, "{}-e{}", self.subject, self.epoch)
     }
 }
 
 /// The text is no name of a process directory.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is not of the form vm-NUMBER-eNUMBER")]
+#[error("`{0}` is not of the form vm-NUMBER-eNUMBER or vol-NUMBER-eNUMBER")]
 pub struct ParseKeyError(String);
 
 impl FromStr for ProcessKey {
@@ -56,9 +97,10 @@ impl FromStr for ProcessKey {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let error = || ParseKeyError(text.to_owned());
-        let (vm, epoch) = text.rsplit_once("-e").ok_or_else(error)?;
-        let key =
-            Self { vm: vm.parse().map_err(|_| error())?, epoch: Epoch(epoch.parse().map_err(|_| error())?) };
+        let (subject, epoch) = text.rsplit_once("-e").ok_or_else(error)?;
+        let vm = subject.parse().map(Subject::Vm).ok();
+        let subject = vm.or_else(|| subject.parse().map(Subject::Volume).ok()).ok_or_else(error)?;
+        let key = Self { subject, epoch: Epoch(epoch.parse().map_err(|_| error())?) };
         // Leading zeros and signs would give one process two names.
         if key.to_string() == text { Ok(key) } else { Err(error()) }
     }
@@ -174,6 +216,9 @@ impl Process {
         let lock_fd = lock.as_raw_fd();
         let mut command = Command::new(binary);
         command.arg("--dir").arg(directory).current_dir("/");
+        if let Subject::Volume(_) = key.subject {
+            command.arg("--volume");
+        }
         command.stdin(Stdio::null()).stdout(log).stderr(log_too);
         let kept_fds = kept.map(|kept| [kept.memory.as_raw_fd(), kept.index.as_raw_fd()]);
         if let Some([memory, index]) = kept_fds {
@@ -247,9 +292,29 @@ impl Process {
 /// # Errors
 /// The file system fails.
 pub fn remove_directory(directory: &Path) -> io::Result<()> {
+    remove_sockets(directory);
     match fs::remove_dir_all(directory) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other,
+    }
+}
+
+/// Removes the sockets elsewhere that a killed process has left. It lists them before it makes them; one that answers belongs
+/// to somebody else by now.
+fn remove_sockets(directory: &Path) {
+    let listed = fs::read_to_string(directory.join(SOCKETS_FILE)).unwrap_or_default();
+    for path in listed.lines().map(Path::new).filter(|path| path.is_absolute()) {
+        let is_socket = fs::symlink_metadata(path).is_ok_and(|it| it.file_type().is_socket());
+        let is_dead = || {
+            let answer = std::os::unix::net::UnixStream::connect(path);
+            answer.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+        };
+        if is_socket
+            && is_dead()
+            && let Err(error) = fs::remove_file(path)
+        {
+            tracing::warn!(path = %path.display(), %error, "the socket of a gone process stays");
+        }
     }
 }
 
@@ -390,9 +455,10 @@ mod tests {
 
     #[test]
     fn keys_are_names_of_directories_and_back() {
-        let key = ProcessKey { vm: VmId(17), epoch: Epoch(3) };
+        let key = ProcessKey::vm(VmId(17), Epoch(3));
         assert_eq!(key.to_string(), "vm-17-e3");
         assert_eq!("vm-17-e3".parse(), Ok(key));
+        assert_eq!("vol-17-e3".parse(), Ok(ProcessKey::volume(VolumeId(17), Epoch(3))));
         for bad in ["vm-17", "vm-17-e", "vm-17-e03", "vm-17-e+3", "vm-017-e3", "lost+found"] {
             assert!(bad.parse::<ProcessKey>().is_err(), "{bad}");
         }

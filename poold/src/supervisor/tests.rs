@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-const KEY: ProcessKey = ProcessKey { vm: VmId(17), epoch: Epoch(3) };
+const KEY: ProcessKey = ProcessKey::vm(VmId(17), Epoch(3));
 
 /// Time that anything here may take on a busy machine.
 const DEADLINE: Duration = Duration::from_secs(20);

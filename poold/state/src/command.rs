@@ -6,6 +6,9 @@
 mod govern;
 
 pub use govern::{Govern, NewCa, PoolChange};
+mod volumes;
+
+pub use volumes::{LoanEnd, ServiceEnd, VolumeCommand};
 
 use crate::{
     state::{
@@ -358,6 +361,8 @@ pub enum Command {
     },
     /// Changes what governs the pool.
     Govern(Govern),
+    /// About volumes.
+    Volume(VolumeCommand),
 }
 
 /// Content of [`Command::CreateGroup`].

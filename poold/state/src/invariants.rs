@@ -3,7 +3,7 @@
 
 use crate::{
     limits::{AUDIT_MAX, EPOCH_HISTORY_MAX, EVENTS_MAX, REQUESTS_MAX},
-    state::{HostDuty, Migration, MigrationPhase, PoolState, TaskKind, Vm, Volume},
+    state::{Holder, HostDuty, Migration, MigrationPhase, PoolState, TaskKind, Vm, Volume},
 };
 use proto::{ByteCount, Epoch, HostId, MigrationId, TaskId, VmId, VolumeId};
 use std::collections::BTreeSet;
@@ -30,6 +30,12 @@ pub enum Violation {
     /// An owner needs a secret, and nobody else has one.
     #[error("{volume} has a secret without an owner, or the other way round")]
     SecretWithoutOwner {
+        /// The volume.
+        volume: VolumeId,
+    },
+    /// A volume is owned by its VM or by its own process at a member of the pool.
+    #[error("{volume} is owned by somebody else than its VM or its own process")]
+    WrongOwner {
         /// The volume.
         volume: VolumeId,
     },
@@ -148,7 +154,7 @@ fn check_vm(state: &PoolState, vm: &Vm) -> Result<(), Violation> {
         let volume = state.volumes.get(disk);
         let volume = volume.filter(|volume| volume.attached_to == Some(vm.id));
         let volume = volume.ok_or(Violation::AttachmentDiffers { vm: vm.id, volume: *disk })?;
-        let owner = volume.owner.map(|owner| (owner.vm, owner.host));
+        let owner = volume.owner.and_then(|owner| Some((owner.vm()?, owner.host)));
         if owner != vm.placement.map(|host| (vm.id, host)) {
             return Err(Violation::OwnerDiffersFromPlacement { vm: vm.id, volume: *disk });
         }
@@ -169,11 +175,10 @@ fn check_volume(state: &PoolState, volume: &Volume) -> Result<(), Violation> {
     {
         return Err(Violation::AttachmentDiffers { vm, volume: id });
     }
-    if volume.owner.is_some() != volume.secret.is_some()
-        || (volume.owner.is_some() && volume.attached_to.is_none())
-    {
+    if volume.owner.is_some() != volume.secret.is_some() {
         return Err(Violation::SecretWithoutOwner { volume: id });
     }
+    check_owner(state, volume)?;
     let members: BTreeSet<HostId> = volume.isr.iter().map(|member| member.host).collect();
     let replicas: BTreeSet<HostId> = volume.replicas.iter().copied().collect();
     let distinct = members.len() == volume.isr.len() && replicas.len() == volume.replicas.len();
@@ -185,6 +190,18 @@ fn check_volume(state: &PoolState, volume: &Volume) -> Result<(), Violation> {
     let ascends = history.windows(2).all(|pair| pair[0].epoch < pair[1].epoch && pair[0].start_seq.is_some());
     let ends = history.last().map_or(Epoch(0), |last| last.epoch) == volume.epoch;
     if ascends && ends { Ok(()) } else { Err(Violation::BadHistory { volume: id }) }
+}
+
+/// A volume belongs to the VM that has it, or to its own process, never to both.
+fn check_owner(state: &PoolState, volume: &Volume) -> Result<(), Violation> {
+    let service = volume.service.as_ref().map(|service| service.host);
+    let fits = match volume.owner.map(|owner| (owner.holder, owner.host)) {
+        None => service.is_none(),
+        Some((Holder::Service, host)) => service == Some(host),
+        Some((Holder::Vm(vm), _)) => service.is_none() && volume.attached_to == Some(vm),
+    };
+    let member = |host: HostId| state.hosts.get(&host).is_some_and(crate::state::Host::is_member);
+    if fits && service.is_none_or(member) { Ok(()) } else { Err(Violation::WrongOwner { volume: volume.id }) }
 }
 
 fn check_capacity(state: &PoolState) -> Result<(), Violation> {
@@ -239,13 +256,22 @@ fn check_tasks(state: &PoolState) -> Result<(), Violation> {
                 state.hosts.get(&host).is_some_and(crate::state::Host::is_member)
             }
             TaskKind::PoolBalance => true,
+            TaskKind::VolumeServe { volume } | TaskKind::VolumeClose { volume } => {
+                let service = state.volumes.get(&volume).and_then(|volume| volume.service.as_ref());
+                service.is_some_and(|service| service.task == Some(task.id))
+            }
+            TaskKind::VolumeImport { volume } | TaskKind::VolumeExport { volume } => {
+                let service = state.volumes.get(&volume).and_then(|volume| volume.service.as_ref());
+                service.and_then(|service| service.loan).is_some_and(|loan| loan.task == task.id)
+            }
         };
         if !goes_on || task.ended_ms.is_some() {
             return Err(Violation::OrphanedTask { task: task.id });
         }
     }
     let ended = |id: &TaskId| state.tasks.get(id).is_none_or(|task| !task.is_running());
-    match state.vms.values().filter_map(|vm| vm.task).find(ended) {
+    let services = state.volumes.values().filter_map(|volume| volume.service.as_ref()?.task);
+    match state.vms.values().filter_map(|vm| vm.task).chain(services).find(ended) {
         Some(task) => Err(Violation::OrphanedTask { task }),
         None => Ok(()),
     }

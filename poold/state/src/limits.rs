@@ -68,6 +68,12 @@ pub const VM_DISKS_MAX: usize = 8;
 pub const VOLUME_BYTES_MIN: u64 = 1 << 20;
 /// Largest volume in bytes: 64 TiB.
 pub const VOLUME_BYTES_MAX: u64 = 64 << 40;
+/// Largest limit of operations per second: beyond it a limit limits nothing.
+pub const OPERATIONS_PER_S_MAX: u64 = 10_000_000;
+/// Largest limit of bytes per second: 1 TiB; beyond it a limit limits nothing.
+pub const BANDWIDTH_MAX: u64 = 1 << 40;
+/// Volumes that a host brings up to date at a time: each is a process, and they share its disk and its link.
+pub const SERVICES_PER_HOST_MAX: usize = 4;
 /// Most replicas of a volume.
 pub const REPLICAS_MAX: u32 = 5;
 /// Replicas of a volume whose creator names no number, if the pool has as many hosts and its settings say nothing else.

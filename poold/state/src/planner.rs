@@ -5,6 +5,7 @@
 //! twice. Absent on purpose: hygiene of in-sync sets, which is the owner's, since only it knows what a replica has.
 
 mod moves;
+mod replicas;
 pub mod voters;
 
 #[cfg(test)]
@@ -35,6 +36,7 @@ pub fn plan(state: &PoolState, view: &LeaderView) -> Vec<Command> {
     draft.recover_vms();
     draft.carry_tasks_on();
     draft.raise_level();
+    draft.keep_replicas();
     draft.commands
 }
 

@@ -20,6 +20,7 @@
 mod moves;
 mod observed;
 mod placed;
+mod services;
 
 #[cfg(test)]
 mod tests;
@@ -28,11 +29,13 @@ pub use observed::{
     GuestExit, ObservedMigration, ObservedVm, ProcessState, SourcePhase, TargetPhase, VolumesDigest,
 };
 
+pub use services::{ObservedService, reconcile_services};
+
 use crate::{
     command::{Command, LastSequence},
     state::{PoolState, StopMode},
 };
-use proto::{Epoch, HostId, MigrationId, VmId};
+use proto::{Epoch, HostId, MigrationId, VmId, VolumeId};
 
 /// Something that a host must do. Carrying out one twice is harmless.
 #[derive(Debug, Clone, PartialEq)]
@@ -113,6 +116,34 @@ pub enum HostAction {
     UpdateVolumes {
         /// The VM.
         vm: VmId,
+        /// What is handed over.
+        digest: VolumesDigest,
+    },
+    /// Spawn the process of a volume if there is none, configure it, and let it serve.
+    OpenService {
+        /// The volume.
+        volume: VolumeId,
+        /// Its epoch.
+        epoch: Epoch,
+    },
+    /// Let the process of a volume close it and end.
+    CloseService {
+        /// The volume.
+        volume: VolumeId,
+        /// Epoch of the process.
+        epoch: Epoch,
+    },
+    /// End the process of a volume at once, and remove its directory: its epoch is over.
+    DestroyService {
+        /// The volume.
+        volume: VolumeId,
+        /// Epoch of the process.
+        epoch: Epoch,
+    },
+    /// Hand over the present replica set; remember the digest when the process has taken it.
+    UpdateService {
+        /// The volume.
+        volume: VolumeId,
         /// What is handed over.
         digest: VolumesDigest,
     },

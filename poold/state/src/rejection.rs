@@ -5,10 +5,12 @@
 
 mod govern;
 mod guidance;
+mod volumes;
 mod words;
 
 pub use govern::GovernRejection;
 pub use guidance::RejectionClass;
+pub use volumes::VolumeRejection;
 pub use words::{Field, ObjectKind};
 
 use crate::{
@@ -490,4 +492,7 @@ pub enum Rejection {
         /// The task.
         task: TaskId,
     },
+    /// About volumes.
+    #[error(transparent)]
+    Volume(#[from] VolumeRejection),
 }

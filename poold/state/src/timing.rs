@@ -31,6 +31,8 @@ pub struct Timing {
     pub migration_step_ms: u64,
     /// Copying memory must be over after this time.
     pub migration_copy_ms: u64,
+    /// Replicas of a host that is lost for this long are made anew elsewhere: longer than a reboot takes.
+    pub replica_replace_ms: u64,
 }
 
 /// A profile whose values contradict each other.
@@ -84,6 +86,7 @@ impl Default for Timing {
             vm_stop_ms: 60_000,
             migration_step_ms: 60_000,
             migration_copy_ms: 3_600_000,
+            replica_replace_ms: 600_000,
         }
     }
 }
@@ -106,6 +109,7 @@ impl Timing {
             vm_stop_ms: 30_000,
             migration_step_ms: 30_000,
             migration_copy_ms: 600_000,
+            replica_replace_ms: 10_000,
         }
     }
 
@@ -127,6 +131,7 @@ impl Timing {
             self.vm_stop_ms,
             self.migration_step_ms,
             self.migration_copy_ms,
+            self.replica_replace_ms,
         ]
         .into_iter()
         .fold(u64::MAX, u64::min);

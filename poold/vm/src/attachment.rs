@@ -1,5 +1,6 @@
 //! A volume's attachment, checked, and its translation for the store's owner side.
 
+use crate::limit::Limits;
 use crate::request::Refusal;
 use crate::spec::check;
 use proto::{
@@ -31,6 +32,7 @@ pub struct Attachment {
     replicas: Vec<Replica>,
     epoch_history: Vec<storage::EpochStart>,
     min_isr: u32,
+    pub limits: Limits,
 }
 
 #[derive(Debug, Clone)]
@@ -82,6 +84,10 @@ impl Attachment {
             replicas: message.replicas.iter().map(Replica::from_message).collect::<Result<_, _>>()?,
             epoch_history: message.epoch_history.iter().map(start).collect(),
             min_isr: message.min_isr,
+            limits: Limits {
+                operations_per_s: (message.operations_per_s_max != 0).then_some(message.operations_per_s_max),
+                bytes_per_s: (message.bytes_per_s_max != 0).then_some(message.bytes_per_s_max),
+            },
         })
     }
 
@@ -165,6 +171,7 @@ pub fn fixture(volume: u64) -> v1::VolumeAttachment {
             v1::EpochStart { epoch: 4, start_seq: 0 },
         ],
         min_isr: 1,
+        ..v1::VolumeAttachment::default()
     }
 }
 

@@ -1,4 +1,4 @@
-//! The process of one virtual machine.
+//! The process of one virtual machine, or of one volume without one ([`volume`]).
 //!
 //! ```text
 //!  daemon ──gRPC, unix socket──▶ service ──requests──▶ process ─┬─ volumes   owner side of the replicated store
@@ -12,6 +12,7 @@
 mod attachment;
 mod clock;
 mod console;
+mod content;
 mod directory;
 mod disk;
 mod fence;
@@ -19,12 +20,14 @@ mod gate;
 mod incoming;
 mod kept;
 mod lease;
+mod limit;
 mod outgoing;
 mod process;
 mod request;
 mod service;
 mod spec;
 mod throttle;
+mod volume;
 mod volumes;
 
 use anyhow::Context as _;
@@ -33,16 +36,20 @@ use console::ConsoleSource;
 use directory::Directory;
 use kept::KeptMemory;
 use process::Process;
+use proto::limits::GRPC_MESSAGE_BYTES_MAX;
+use proto::v1::MachineStatus;
 use proto::v1::machine_server::MachineServer;
+use request::Request;
 use service::{MachineService, REQUESTS_MAX};
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_stream::wrappers::UnixListenerStream;
 use tracing_subscriber::EnvFilter;
 use vmm::ConsoleRing;
+use volume::VolumeProcess;
 
 /// Threads of the runtime: requests, volumes and the device's completions. vCPUs and migrations have their own.
 const WORKER_THREADS: usize = 2;
@@ -63,6 +70,9 @@ struct Arguments {
     /// Open file with the hashes of its pages.
     #[arg(long, requires = "kept_memory_fd")]
     kept_index_fd: Option<RawFd>,
+    /// Serve a volume instead of a VM.
+    #[arg(long)]
+    volume: bool,
 }
 
 fn main() -> ExitCode {
@@ -86,19 +96,47 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("start the runtime")?;
-    runtime.block_on(serve(&directory, kept))
+    runtime.block_on(serve(&directory, arguments, kept))
+}
+
+/// What the process is for.
+enum Kind {
+    Vm(Box<Process>),
+    Volume(Box<VolumeProcess>),
+}
+
+impl Kind {
+    fn new(
+        arguments: &Arguments,
+        console: &ConsoleRing,
+        kept: Option<KeptMemory>,
+    ) -> (Self, watch::Receiver<MachineStatus>) {
+        if arguments.volume {
+            let (process, status) = VolumeProcess::new(arguments.dir.clone());
+            return (Self::Volume(Box::new(process)), status);
+        }
+        let (process, status) = Process::new(console.clone(), kept);
+        (Self::Vm(Box::new(process)), status)
+    }
+
+    async fn run(&mut self, inbox: mpsc::Receiver<Request>) {
+        match self {
+            Self::Vm(process) => process.run(inbox).await,
+            Self::Volume(process) => process.run(inbox).await,
+        }
+    }
 }
 
 /// Serves until the process is over, and ends it.
-async fn serve(directory: &Directory, kept: Option<KeptMemory>) -> anyhow::Result<()> {
+async fn serve(directory: &Directory, arguments: &Arguments, kept: Option<KeptMemory>) -> anyhow::Result<()> {
     let console = ConsoleRing::default();
     let (requests, inbox) = mpsc::channel(REQUESTS_MAX);
-    let (mut process, status) = Process::new(console.clone(), kept);
+    let (mut process, status) = Kind::new(arguments, &console, kept);
     let service = MachineService::new(requests, status, ConsoleSource::new(console));
     let socket = directory.listen()?;
     let (over, is_over) = oneshot::channel::<()>();
     let server = tonic::transport::Server::builder()
-        .add_service(MachineServer::new(service))
+        .add_service(MachineServer::new(service).max_decoding_message_size(GRPC_MESSAGE_BYTES_MAX))
         .serve_with_incoming_shutdown(UnixListenerStream::new(socket), async {
             // Sent or dropped: the process is over.
             let _ = is_over.await;

@@ -1,7 +1,19 @@
 //! What the control service asks of the process, and how it is refused.
 
 use proto::v1;
+use std::sync::Arc;
+use storage::nbd::Export;
 use tokio::sync::oneshot;
+
+/// A volume's content, behind its lease and its limits.
+#[derive(Clone)]
+pub struct Content(pub Arc<dyn Export>);
+
+impl std::fmt::Debug for Content {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Content")
+    }
+}
 
 /// The answer to a request: the process's status after it.
 pub type Reply = oneshot::Sender<Result<v1::MachineStatus, Refusal>>;
@@ -23,6 +35,8 @@ pub enum Request {
     ExtendLease(v1::ExtendLeaseRequest, Reply),
     /// New replica sets and addresses.
     UpdateVolumes(Vec<v1::VolumeAttachment>, Reply),
+    /// The content of a volume that has no VM, to read and write.
+    OpenContent(oneshot::Sender<Result<Content, Refusal>>),
     /// Becomes the target of a migration.
     PrepareIncoming(
         v1::PrepareIncomingRequest,
@@ -60,6 +74,12 @@ pub enum Refusal {
     /// Another machine is configured already.
     #[error("this process is already configured as VM {vm} at epoch {epoch}")]
     OtherMachine { vm: u64, epoch: u64 },
+    /// Another volume is configured already.
+    #[error("this process is already configured for vol-{volume} at epoch {epoch}")]
+    OtherVolume { volume: u64, epoch: u64 },
+    /// Not possible in the present state, or not for a volume without a VM.
+    #[error("vol-{volume}: {action} is not possible for the process of a volume that is {state}")]
+    NotForVolume { volume: u64, action: &'static str, state: &'static str },
     /// A field of the request is unusable.
     #[error("field `{field}`: {problem}")]
     Invalid { field: &'static str, problem: String },
@@ -78,9 +98,11 @@ impl From<Refusal> for tonic::Status {
     fn from(refusal: Refusal) -> Self {
         let text = refusal.to_string();
         match refusal {
-            Refusal::WrongState { .. } | Refusal::OtherMachine { .. } | Refusal::Aborted { .. } => {
-                Self::failed_precondition(text)
-            }
+            Refusal::WrongState { .. }
+            | Refusal::OtherMachine { .. }
+            | Refusal::OtherVolume { .. }
+            | Refusal::NotForVolume { .. }
+            | Refusal::Aborted { .. } => Self::failed_precondition(text),
             Refusal::Invalid { .. } => Self::invalid_argument(text),
             Refusal::UnknownMigration { .. } => Self::not_found(text),
             Refusal::Failed { .. } => Self::internal(text),

@@ -3,13 +3,14 @@
 //! Status and console never wait for the process: a daemon must be able to look at a machine that is busy.
 
 use crate::console::ConsoleSource;
+use crate::content;
 use crate::request::{Refusal, Request, StopMode};
 use proto::v1::{self, machine_server};
 use std::pin::Pin;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_stream::{Stream, StreamExt, wrappers::WatchStream};
-use tonic::{Response, Status};
+use tonic::{Response, Status, Streaming};
 
 /// Requests that may wait for the process; the daemon has at most a few in flight.
 pub const REQUESTS_MAX: usize = 64;
@@ -51,11 +52,13 @@ impl MachineService {
     }
 }
 
+type PieceStream = Pin<Box<dyn Stream<Item = Result<v1::VolumePiece, Status>> + Send>>;
 type StatusStream = Pin<Box<dyn Stream<Item = Result<v1::MachineStatus, Status>> + Send>>;
 
 #[tonic::async_trait]
 impl machine_server::Machine for MachineService {
     type WatchMigrationStream = StatusStream;
+    type VolumeReadStream = PieceStream;
 
     async fn configure(
         &self,
@@ -179,6 +182,23 @@ impl machine_server::Machine for MachineService {
         request: tonic::Request<v1::KeepMemoryRequest>,
     ) -> Result<Response<v1::KeepMemoryResponse>, Status> {
         self.ask(|reply| Request::KeepMemory(request.get_ref().migration_id, reply)).await
+    }
+
+    async fn volume_write(
+        &self,
+        request: tonic::Request<Streaming<v1::VolumePiece>>,
+    ) -> Result<Response<v1::MachineStatus>, Status> {
+        let content = self.ask(Request::OpenContent).await?.into_inner();
+        content::write(&content, request.into_inner()).await?;
+        Ok(Response::new(self.current()))
+    }
+
+    async fn volume_read(
+        &self,
+        _: tonic::Request<v1::VolumeReadRequest>,
+    ) -> Result<Response<PieceStream>, Status> {
+        let content = self.ask(Request::OpenContent).await?.into_inner();
+        Ok(Response::new(Box::pin(content::read(content))))
     }
 
     async fn console_read(

@@ -23,7 +23,7 @@ const DISKS_MAX: usize = 8;
 const CMDLINE_BYTES_MAX: usize = 2047;
 
 /// Longest time that a vCPU may be given to stop at the lease's end, in milliseconds: the pool's patience is not longer.
-const FENCE_EXIT_MS_MAX: u64 = 60_000;
+pub const FENCE_EXIT_MS_MAX: u64 = 60_000;
 
 /// A checked configuration.
 #[derive(Debug, Clone)]

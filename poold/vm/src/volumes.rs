@@ -2,6 +2,7 @@
 
 use crate::attachment::Attachment;
 use crate::disk::VolumeDisk;
+use crate::limit::SharedLimiter;
 use crate::request::Refusal;
 use futures::future::{join_all, try_join_all};
 use proto::{Epoch, Sequence, VolumeId, v1};
@@ -40,6 +41,7 @@ pub enum DiskError {
 struct Disk {
     attachment: Attachment,
     handle: VolumeHandle,
+    limiter: Arc<SharedLimiter>,
 }
 
 /// The volumes; clones share the handles, not the attachments.
@@ -58,6 +60,7 @@ impl VolumeSet {
         let open = |attachment: &Attachment| Disk {
             attachment: attachment.clone(),
             handle: VolumeHandle::open(attachment.volume_config(&replica_socket)),
+            limiter: Arc::new(SharedLimiter::new(attachment.limits)),
         };
         Self { disks: attachments.iter().map(open).collect(), replica_socket }
     }
@@ -67,10 +70,19 @@ impl VolumeSet {
         let backend = |disk: &Disk| {
             let size = disk.attachment.size().0;
             let backend: Arc<dyn BlockBackend> =
-                Arc::new(VolumeDisk::new(disk.handle.clone(), size, Handle::current()));
+                Arc::new(VolumeDisk::new(disk.handle.clone(), disk.limiter.clone(), size, Handle::current()));
             (disk.attachment.name.clone(), backend)
         };
         self.disks.iter().map(backend).collect()
+    }
+
+    /// The first volume and its limiter.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub fn first(&self) -> (VolumeHandle, Arc<SharedLimiter>) {
+        let disk = self.disks.first().expect("a volume's process has one volume");
+        (disk.handle.clone(), disk.limiter.clone())
     }
 
     /// Takes over all volumes after a boot or a crash: whatever any owner before was told is found.
@@ -144,7 +156,10 @@ impl VolumeSet {
             return Err(Refusal::Invalid { field: "volumes", problem });
         }
         let disks = self.disks.iter().zip(attachments);
-        let disks = disks.map(|(disk, attachment)| Disk { attachment, handle: disk.handle.clone() });
+        let disks = disks.map(|(disk, attachment)| {
+            disk.limiter.set(attachment.limits);
+            Disk { attachment, ..disk.clone() }
+        });
         Ok(Self { disks: disks.collect(), replica_socket: self.replica_socket.clone() })
     }
 
@@ -156,6 +171,7 @@ impl VolumeSet {
             let mine = self.disks.iter_mut().find(|disk| disk.attachment.volume == attachment.volume);
             match mine {
                 Some(disk) if disk.attachment.epoch == attachment.epoch => {
+                    disk.limiter.set(attachment.limits);
                     updates.push((disk.handle.clone(), attachment.volume_config(&self.replica_socket)));
                     disk.attachment = attachment;
                 }

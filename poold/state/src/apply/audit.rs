@@ -1,5 +1,6 @@
 //! What a change is called in the audit log.
 
+use crate::command::VolumeCommand;
 use crate::{
     command::{Command, Govern},
     state::{AuditRecord, PoolState},
@@ -75,7 +76,21 @@ fn describe(state: &PoolState, command: &Command) -> Option<(&'static str, Strin
             ("image.delete", format!("image {name}"))
         }
         Command::CreateVolume { name, .. } => ("volume.create", format!("volume {name}")),
+        Command::Volume(VolumeCommand::ResizeVolume { volume: id, .. }) => {
+            ("volume.resize", volume(state, *id))
+        }
+        Command::Volume(VolumeCommand::LimitVolume { volume: id, .. }) => ("volume.set", volume(state, *id)),
         Command::DeleteVolume { volume: id } => ("volume.delete", volume(state, *id)),
+        Command::Volume(VolumeCommand::ImportVolume { name, .. }) => {
+            ("volume.import", format!("volume {name}"))
+        }
+        Command::Volume(VolumeCommand::ExportVolume { volume: id, .. }) => {
+            ("volume.export", volume(state, *id))
+        }
+        Command::Volume(VolumeCommand::ServeVolume { volume: id, .. }) => ("volume.nbd", volume(state, *id)),
+        Command::Volume(VolumeCommand::StopServingVolume { volume: id }) => {
+            ("volume.nbd-stop", volume(state, *id))
+        }
         _ => return describe_rest(state, command),
     })
 }

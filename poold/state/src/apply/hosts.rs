@@ -164,6 +164,7 @@ impl Change<'_> {
         for vm in self.vms_on(id) {
             self.vm_lost_its_host(vm, &name)?;
         }
+        self.services_lost_their_host(id, &name)?;
         Ok(Outcome::Host(id))
     }
 
@@ -229,6 +230,7 @@ impl Change<'_> {
                 vm.problem = None;
             }
         }
+        self.services_have_their_host(id)?;
         Ok(Outcome::Host(id))
     }
 
@@ -251,6 +253,7 @@ impl Change<'_> {
         for vm in vms {
             self.give_up_vm(vm, &format!("host {name} was removed while the VM was there"))?;
         }
+        self.give_up_services(id, &format!("host {name} was removed"))?;
         let removed = TaskState::Failed { problem: format!("host {name} was removed") };
         self.give_up_drain(id, HostDuty::Cordoned, removed)?;
         self.end_restores_of(id);

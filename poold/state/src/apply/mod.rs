@@ -5,6 +5,7 @@
 //! entry is accepted; so no rejection can leave half a change behind.
 //!
 //! - `pool`, `hosts`, `tokens`, `images`, `volumes`: one kind of object each.
+//! - `replicas`: where replicas are. `services`: processes of volumes without a VM.
 //! - `vms`: creating, deleting and what an operator wants of a VM. `run`: starts, ends, restarts and recovery.
 //! - `migrations`: the moves. `tasks`: long operations and their ends.
 //! - `duty`, `groups`, `users`: what an operator asks of hosts, of placements, and who may ask. `moves`: tasks of the pool.
@@ -16,13 +17,16 @@ mod govern;
 mod groups;
 mod hosts;
 mod images;
+mod loans;
 mod migrations;
 mod moves;
 mod ownership;
 mod placement;
 mod pool;
 mod reclaim;
+mod replicas;
 mod run;
+mod services;
 mod tasks;
 mod tokens;
 mod users;
@@ -35,6 +39,7 @@ mod tests;
 pub(crate) use placement::permille;
 pub use placement::{Rank, Reserved, Search};
 
+use crate::command::VolumeCommand;
 use crate::{
     command::Command,
     entry::{Entry, Seed},
@@ -138,6 +143,7 @@ impl Change<'_> {
             Command::DeleteImage { image } => self.delete_image(*image),
             Command::CreateVolume { name, size, replicas } => self.create_volume(name, *size, *replicas),
             Command::DeleteVolume { volume } => self.delete_volume(*volume),
+            Command::Volume(command) => self.dispatch_volume(command),
             Command::RecordVolumeStart { volume, start } => self.record_volume_start(*volume, *start),
             Command::RemoveFromIsr(change) => self.remove_from_isr(change),
             Command::AddToIsr(change) => self.add_to_isr(change),
@@ -171,6 +177,30 @@ impl Change<'_> {
             Command::DeleteUser { name } => self.delete_user(name),
             Command::Govern(change) => self.govern(change),
             _ => self.dispatch_vm(command),
+        }
+    }
+
+    /// What changes volumes.
+    fn dispatch_volume(&mut self, command: &VolumeCommand) -> Applied {
+        match command {
+            VolumeCommand::ResizeVolume { volume, size } => self.resize_volume(*volume, *size),
+            VolumeCommand::LimitVolume { volume, limits } => self.limit_volume(*volume, *limits),
+            VolumeCommand::ServeVolume { volume, host, listen } => self.serve_volume(*volume, *host, listen),
+            VolumeCommand::StopServingVolume { volume } => self.stop_serving_volume(*volume),
+            VolumeCommand::VolumeServing { volume, epoch, uri } => self.volume_serving(*volume, *epoch, uri),
+            VolumeCommand::VolumeServiceEnded { volume, epoch, end } => {
+                self.volume_service_ended(*volume, *epoch, end)
+            }
+            VolumeCommand::ImportVolume { name, size, replicas, host, key } => {
+                self.import_volume(name, *size, *replicas, (*host, *key))
+            }
+            VolumeCommand::ExportVolume { volume, host, key } => self.export_volume(*volume, *host, *key),
+            VolumeCommand::EndLoan { volume, key, end } => self.end_loan_by_key(*volume, *key, end),
+            VolumeCommand::PlaceReplica { volume, host, replaces } => {
+                self.place_replica(*volume, *host, *replaces)
+            }
+            VolumeCommand::WorkOnVolume { volume, host } => self.work_on_volume(*volume, *host),
+            VolumeCommand::FinishVolumeWork { volume } => self.finish_volume_work(*volume),
         }
     }
 

@@ -68,7 +68,13 @@ impl Change<'_> {
                 !self.state.running_migrations().any(|migration| moving(migration.cause))
                     && balance::plan(self.state).is_empty()
             }
-            TaskKind::VmStart | TaskKind::VmStop | TaskKind::VmMigrate { .. } => false,
+            TaskKind::VmStart
+            | TaskKind::VmStop
+            | TaskKind::VmMigrate { .. }
+            | TaskKind::VolumeServe { .. }
+            | TaskKind::VolumeClose { .. }
+            | TaskKind::VolumeImport { .. }
+            | TaskKind::VolumeExport { .. } => false,
         };
         if !reached {
             return Err(Rejection::TaskNotFinished { task: id });

@@ -6,7 +6,10 @@ use crate::{
     command::LastSequence,
     limits::EPOCH_HISTORY_MAX,
     rejection::Rejection,
-    state::{AttachmentSecret, EpochStart, EventKind, Host, HostState, IsrMember, StartCause, VolumeOwner},
+    state::{
+        AttachmentSecret, EpochStart, EventKind, Holder, Host, HostState, IsrMember, StartCause, VolumeOwner,
+        VolumeService,
+    },
 };
 use proto::{Epoch, HostId, Sequence, VmId, VolumeId};
 
@@ -43,8 +46,10 @@ impl Change<'_> {
             Beginning::Cold(_) | Beginning::Live(_) => None,
         };
         let (epoch, disks) = (vm.epoch, vm.spec.disks.clone());
-        let owner = VolumeOwner { vm: id, host };
+        let owner = VolumeOwner { holder: Holder::Vm(id), host };
         for volume in disks {
+            // What it worked on goes on under the VM.
+            self.drop_service(volume)?;
             let start = match beginning {
                 Beginning::Cold(_) => {
                     self.readmit_after_power_loss(volume)?;
@@ -88,6 +93,36 @@ impl Change<'_> {
             self.raise_volume(volume, None, None)?;
         }
         Ok(())
+    }
+
+    /// Gives a volume to a process of its own under the next epoch.
+    pub(super) fn own_by_service(
+        &mut self,
+        id: VolumeId,
+        service: VolumeService,
+    ) -> Result<Epoch, Rejection> {
+        self.readmit_after_power_loss(id)?;
+        self.leave_lost_out(id)?;
+        let owner = VolumeOwner { holder: Holder::Service, host: service.host };
+        self.raise_volume(id, Some(owner), None)?;
+        let volume = self.volume_mut(id)?;
+        volume.service = Some(service);
+        Ok(volume.epoch)
+    }
+
+    /// Takes a volume from its own process, which has ended.
+    pub(super) fn release_service(&mut self, id: VolumeId) -> Result<(), Rejection> {
+        let volume = self.volume_mut(id)?;
+        volume.service = None;
+        volume.owner = None;
+        volume.secret = None;
+        Ok(())
+    }
+
+    /// Takes a volume from its own process, which can't be asked: the epoch is raised, so that it stays fenced.
+    pub(super) fn fence_service(&mut self, id: VolumeId) -> Result<(), Rejection> {
+        self.release_service(id)?;
+        self.raise_volume(id, None, None)
     }
 
     fn raise_volume(

@@ -8,7 +8,7 @@ use crate::{
     rejection::Rejection,
     state::{EventKind, HostDuty, MigrationOutcome, StopMode, Task, TaskKind, TaskState},
 };
-use proto::{HostId, TaskId, VmId};
+use proto::{HostId, TaskId, VmId, VolumeId};
 
 impl Change<'_> {
     /// Creates the task of this entry. The VM or migration must refer to it.
@@ -26,6 +26,18 @@ impl Change<'_> {
     /// Creates the task of this entry, which the leader carries on.
     pub(super) fn create_pool_task(&mut self, kind: TaskKind, object: String, duration_ms: u64) -> TaskId {
         self.add_task(kind, None, object, None, duration_ms)
+    }
+
+    /// Creates the task of this entry about a volume's own process at a host. The service must refer to it.
+    pub(super) fn create_volume_task(
+        &mut self,
+        kind: TaskKind,
+        volume: VolumeId,
+        host: HostId,
+        ms: u64,
+    ) -> TaskId {
+        let name = self.state.volumes.get(&volume).map(|volume| volume.name.clone()).unwrap_or_default();
+        self.add_task(kind, None, format!("volume {name}"), Some(host), ms)
     }
 
     fn add_task(
@@ -88,7 +100,13 @@ impl Change<'_> {
             (TaskKind::VmStart, Some(vm)) => {
                 self.stop_vm(vm, StopMode::Force)?;
             }
-            (TaskKind::VmStop | TaskKind::VmStart, _) => {
+            (TaskKind::VolumeServe { volume }, _) => {
+                self.stop_serving_volume(volume)?;
+            }
+            (TaskKind::VolumeImport { volume } | TaskKind::VolumeExport { volume }, _) => {
+                self.end_loan(volume, TaskState::Cancelled)?;
+            }
+            (TaskKind::VmStop | TaskKind::VmStart | TaskKind::VolumeClose { .. }, _) => {
                 return Err(Rejection::TaskNotCancellable { task: id });
             }
             // What has moved stays where it is; a move under way goes on to its end.
@@ -117,6 +135,12 @@ impl Change<'_> {
                 if let Some(vm) = vm {
                     self.end_vm_task(vm, |_| late("it was not over in time; the pool goes on trying"));
                 }
+            }
+            TaskKind::VolumeImport { volume } | TaskKind::VolumeExport { volume } => {
+                self.end_loan(volume, late("it was not over in time"))?;
+            }
+            TaskKind::VolumeServe { volume } | TaskKind::VolumeClose { volume } => {
+                self.end_service_task(volume, |_| late("it was not over in time; the pool goes on trying"))?;
             }
             TaskKind::HostDrain { host } => {
                 let end = late("not all VMs could be moved in time; the host stays cordoned");

@@ -77,6 +77,7 @@ impl Change<'_> {
             if disks[..position].contains(disk) {
                 return Err(Rejection::DuplicateDisk { volume: volume.name.clone() });
             }
+            self.check_not_lent(*disk)?;
             if let Some(vm) = volume.attached_to {
                 let vm = self.state.vm(vm)?.name.clone();
                 return Err(Rejection::VolumeInUse { volume: volume.name.clone(), vm });
@@ -109,6 +110,9 @@ impl Change<'_> {
         }
         if vm.spec.kernel.is_none() {
             return Err(Rejection::VmWithoutKernel { vm: vm.name.clone() });
+        }
+        for disk in &vm.spec.disks {
+            self.check_not_served(*disk)?;
         }
         let host = match host {
             Some(host) => {

@@ -1,12 +1,15 @@
 //! Volumes: creation, deletion, and changes of the in-sync set by compare-and-swap on (epoch, version).
 
 use super::{Applied, Change, check_name, check_range, check_room};
+use crate::rejection::VolumeRejection;
 use crate::{
     command::{IsrChange, VolumeStart},
-    limits::{REPLICAS_MAX, VOLUME_BYTES_MAX, VOLUME_BYTES_MIN, VOLUMES_MAX},
+    limits::{
+        BANDWIDTH_MAX, OPERATIONS_PER_S_MAX, REPLICAS_MAX, VOLUME_BYTES_MAX, VOLUME_BYTES_MIN, VOLUMES_MAX,
+    },
     outcome::Outcome,
     rejection::{Field, ObjectKind, Rejection},
-    state::{EpochStart, EventKind, IsrMember, Volume},
+    state::{EpochStart, EventKind, IsrMember, Volume, VolumeLimits},
 };
 use proto::{ByteCount, Epoch, IsrVersion, VolumeId, limits::BLOCK_BYTES};
 
@@ -14,10 +17,7 @@ impl Change<'_> {
     pub(super) fn create_volume(&mut self, name: &str, size: ByteCount, replicas: Option<u32>) -> Applied {
         check_name(ObjectKind::Volume, name, self.state.volumes.values().map(|volume| volume.name.as_str()))?;
         check_room(ObjectKind::Volume, self.state.volumes.len(), VOLUMES_MAX)?;
-        check_range(Field::VolumeSize, size.0, VOLUME_BYTES_MIN, VOLUME_BYTES_MAX)?;
-        if !size.0.is_multiple_of(BLOCK_BYTES as u64) {
-            return Err(Rejection::NotAligned { field: Field::VolumeSize, value: size.0 });
-        }
+        check_size(size)?;
         let mut hosts = self.state.replica_hosts();
         let wanted = match replicas {
             Some(wanted) => {
@@ -45,18 +45,58 @@ impl Change<'_> {
             id,
             name: name.to_owned(),
             size,
+            limits: VolumeLimits::default(),
             isr: isr.collect(),
             replicas: hosts,
+            replicas_wanted: u32::try_from(wanted).unwrap_or(REPLICAS_MAX),
             isr_version: IsrVersion(1),
             epoch: Epoch(0),
             epoch_history: Vec::new(),
             attached_to: None,
             owner: None,
             secret: None,
+            service: None,
         };
         let message = format!("created, {size} on {wanted} hosts");
         self.state.volumes.insert(id, volume);
         self.event(EventKind::VolumeCreated, format!("volume {name}"), message);
+        Ok(Outcome::Volume(id))
+    }
+
+    /// Grows a volume: its owner and its replicas take the new size from the state.
+    pub(super) fn resize_volume(&mut self, id: VolumeId, size: ByteCount) -> Applied {
+        check_size(size)?;
+        let volume = self.volume_mut(id)?;
+        if size < volume.size {
+            let (name, from) = (volume.name.clone(), volume.size);
+            return Err(Rejection::Volume(VolumeRejection::VolumeWouldShrink {
+                volume: name,
+                size: from,
+                wanted: size,
+            }));
+        }
+        if size > volume.size {
+            let message = format!("grew from {} to {size}", volume.size);
+            volume.size = size;
+            let object = format!("volume {}", volume.name);
+            self.event(EventKind::VolumeChanged, object, message);
+        }
+        Ok(Outcome::Volume(id))
+    }
+
+    pub(super) fn limit_volume(&mut self, id: VolumeId, limits: VolumeLimits) -> Applied {
+        if let Some(operations) = limits.operations_per_s {
+            check_range(Field::Operations, operations, 1, OPERATIONS_PER_S_MAX)?;
+        }
+        if let Some(bytes) = limits.bytes_per_s {
+            check_range(Field::Bandwidth, bytes, BLOCK_BYTES as u64, BANDWIDTH_MAX)?;
+        }
+        let volume = self.volume_mut(id)?;
+        if volume.limits != limits {
+            volume.limits = limits;
+            let object = format!("volume {}", volume.name);
+            self.event(EventKind::VolumeChanged, object, "has new limits".into());
+        }
         Ok(Outcome::Volume(id))
     }
 
@@ -67,6 +107,8 @@ impl Change<'_> {
             let vm = self.state.vm(vm)?.name.clone();
             return Err(Rejection::VolumeInUse { volume: name, vm });
         }
+        self.check_not_served(id)?;
+        self.drop_service(id)?;
         self.state.volumes.remove(&id);
         self.event(EventKind::VolumeDeleted, format!("volume {name}"), "deleted".into());
         Ok(Outcome::Volume(id))
@@ -146,6 +188,14 @@ impl Change<'_> {
         self.event(EventKind::VolumeIsr, object, message);
         Ok(Outcome::Isr(version))
     }
+}
+
+fn check_size(size: ByteCount) -> Result<(), Rejection> {
+    check_range(Field::VolumeSize, size.0, VOLUME_BYTES_MIN, VOLUME_BYTES_MAX)?;
+    if size.0.is_multiple_of(BLOCK_BYTES as u64) {
+        return Ok(());
+    }
+    Err(Rejection::NotAligned { field: Field::VolumeSize, value: size.0 })
 }
 
 fn stale(volume: &Volume) -> Rejection {

@@ -19,7 +19,13 @@ impl Draft {
                 TaskKind::HostDrain { host } => self.drain(host),
                 TaskKind::HostRestore { host } => self.restore(host),
                 TaskKind::PoolBalance => self.balance(),
-                TaskKind::VmStart | TaskKind::VmStop | TaskKind::VmMigrate { .. } => continue,
+                TaskKind::VmStart
+                | TaskKind::VmStop
+                | TaskKind::VmMigrate { .. }
+                | TaskKind::VolumeServe { .. }
+                | TaskKind::VolumeClose { .. }
+                | TaskKind::VolumeImport { .. }
+                | TaskKind::VolumeExport { .. } => continue,
             }
             // Refused until nothing is left to do.
             self.propose(Command::FinishTask { task });

@@ -4,7 +4,7 @@ use crate::{
     command::LastSequence,
     state::{CertificateFingerprint, MigrationRecord, PoolState, Vm},
 };
-use proto::{Epoch, MigrationId, VmId};
+use proto::{Epoch, MigrationId, VmId, VolumeId};
 
 /// One VM process, or the directory that one left.
 #[derive(Debug, Clone, PartialEq)]
@@ -133,13 +133,22 @@ impl VolumesDigest {
     /// The digest of a VM's volumes as the state has them now.
     #[must_use]
     pub fn of(state: &PoolState, vm: &Vm) -> Self {
+        Self::of_volumes(state, &vm.spec.disks)
+    }
+
+    /// The digest of these volumes.
+    #[must_use]
+    pub fn of_volumes(state: &PoolState, volumes: &[VolumeId]) -> Self {
         let mut hasher = blake3::Hasher::new();
         let mut part = |bytes: &[u8]| {
             hasher.update(&(bytes.len() as u64).to_le_bytes());
             hasher.update(bytes);
         };
-        for volume in vm.spec.disks.iter().filter_map(|id| state.volumes.get(id)) {
+        for volume in volumes.iter().filter_map(|id| state.volumes.get(id)) {
             part(&volume.id.0.to_le_bytes());
+            part(&volume.size.0.to_le_bytes());
+            part(&volume.limits.operations_per_s.unwrap_or_default().to_le_bytes());
+            part(&volume.limits.bytes_per_s.unwrap_or_default().to_le_bytes());
             part(&volume.epoch.0.to_le_bytes());
             part(&volume.isr_version.0.to_le_bytes());
             for start in &volume.epoch_history {

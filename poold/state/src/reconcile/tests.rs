@@ -2,6 +2,7 @@
 
 mod moves;
 mod placed;
+mod services;
 
 use super::*;
 use crate::{

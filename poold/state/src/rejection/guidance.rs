@@ -23,6 +23,7 @@ impl Rejection {
     pub fn reason_code(&self) -> &'static str {
         match self {
             Self::Govern(inner) => inner.reason_code(),
+            Self::Volume(inner) => inner.reason_code(),
             Self::PoolNotInitialised => "POOL_NOT_INITIALISED",
             Self::PoolAlreadyInitialised => "POOL_ALREADY_INITIALISED",
             Self::BadTiming(_) => "BAD_TIMING",
@@ -135,6 +136,7 @@ impl Rejection {
     pub fn object(&self) -> String {
         match self {
             Self::Govern(inner) => inner.object(),
+            Self::Volume(inner) => inner.object(),
             Self::NotFound { kind, text } | Self::Ambiguous { kind, text, .. } => format!("{kind} {text}"),
             Self::NameTaken { kind, name } => format!("{kind} {name}"),
             Self::RequestIdReused { request_id } => format!("request {request_id}"),
@@ -210,6 +212,7 @@ impl Rejection {
     pub fn remedy(&self) -> String {
         match self {
             Self::Govern(inner) => inner.remedy(),
+            Self::Volume(inner) => inner.remedy(),
             Self::PoolNotInitialised => "found the pool with `poold init`".into(),
             Self::PoolAlreadyInitialised => "use `poold join` with a token of the pool".into(),
             Self::BadTiming(_) => "choose a consistent profile of timings".into(),

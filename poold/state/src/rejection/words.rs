@@ -67,6 +67,10 @@ pub enum Field {
     Disks,
     /// Number of replicas.
     Replicas,
+    /// Operations per second.
+    Operations,
+    /// Bytes per second.
+    Bandwidth,
     /// Bytes of a host's address.
     Address,
     /// Bytes of a public key.
@@ -96,7 +100,7 @@ impl Field {
     #[must_use]
     pub fn show(self, value: u64) -> String {
         match self {
-            Self::Memory | Self::VolumeSize => proto::ByteCount(value).to_string(),
+            Self::Memory | Self::VolumeSize | Self::Bandwidth => proto::ByteCount(value).to_string(),
             _ => value.to_string(),
         }
     }
@@ -111,6 +115,8 @@ impl Field {
             Self::Cmdline => "cmdline",
             Self::Disks => "disks",
             Self::Replicas => "replicas",
+            Self::Operations => "operations per second",
+            Self::Bandwidth => "bytes per second",
             Self::Address => "address",
             Self::PublicKey => "public key",
             Self::Pem => "PEM text",

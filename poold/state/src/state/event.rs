@@ -44,10 +44,14 @@ pub enum EventKind {
     Image,
     /// A volume was created.
     VolumeCreated,
+    /// A volume has another size or other limits.
+    VolumeChanged,
     /// A volume was deleted.
     VolumeDeleted,
     /// A volume's in-sync set or replica set changed.
     VolumeIsr,
+    /// A volume's own process was asked for, serves, or has ended.
+    VolumeService,
     /// A VM was created.
     VmCreated,
     /// A VM was deleted.
@@ -91,8 +95,10 @@ impl EventKind {
             Self::HostRemoved => "host.removed",
             Self::Image => "image.changed",
             Self::VolumeCreated => "volume.created",
+            Self::VolumeChanged => "volume.changed",
             Self::VolumeDeleted => "volume.deleted",
             Self::VolumeIsr => "volume.isr",
+            Self::VolumeService => "volume.service",
             Self::VmCreated => "vm.created",
             Self::VmDeleted => "vm.deleted",
             Self::VmPlaced => "vm.placed",

@@ -13,6 +13,7 @@ pub mod migration;
 pub mod record;
 pub mod request;
 pub mod resolve;
+pub mod service;
 pub mod table;
 pub mod task;
 pub mod user;
@@ -32,11 +33,12 @@ pub use migration::{
 pub use proto::{AttachmentSecret, CertificateFingerprint};
 pub use record::{BlackoutParts, MigrationRecord, PageCounts, RoundRecord};
 pub use request::{Answer, RequestTable};
+pub use service::{Loan, LoanKey, LoanPurpose, NbdExport, ServiceWanted, VolumeService};
 pub use table::Table;
 pub use task::{Task, TaskKind, TaskState};
 pub use user::{AccessToken, FOUNDER, Role, User};
 pub use vm::{Desired, HaPolicy, Intent, StartCause, StopMode, Vm, VmSpec, VmState};
-pub use volume::{EpochStart, IsrMember, Volume, VolumeOwner};
+pub use volume::{EpochStart, Holder, IsrMember, Volume, VolumeLimits, VolumeOwner};
 
 use crate::timing::Timing;
 use proto::{GroupId, HostId, ImageId, MigrationId, TaskId, TokenId, VmId, VolumeId};

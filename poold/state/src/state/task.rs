@@ -1,6 +1,6 @@
 //! Long operations. Each ends: done, failed or cancelled, whatever dies.
 
-use proto::{HostId, MigrationId, TaskId, VmId};
+use proto::{HostId, MigrationId, TaskId, VmId, VolumeId};
 use serde::{Deserialize, Serialize};
 
 /// A long operation.
@@ -54,6 +54,26 @@ pub enum TaskKind {
     },
     /// Evens the load of the hosts out.
     PoolBalance,
+    /// Serves a volume over NBD.
+    VolumeServe {
+        /// The volume.
+        volume: VolumeId,
+    },
+    /// Ends that.
+    VolumeClose {
+        /// The volume.
+        volume: VolumeId,
+    },
+    /// Fills a new volume.
+    VolumeImport {
+        /// The volume.
+        volume: VolumeId,
+    },
+    /// Reads a volume.
+    VolumeExport {
+        /// The volume.
+        volume: VolumeId,
+    },
 }
 
 /// `Running → Done | Failed | Cancelled`.
@@ -83,6 +103,10 @@ impl TaskKind {
             Self::HostDrain { .. } => "host.drain",
             Self::HostRestore { .. } => "host.restore",
             Self::PoolBalance => "pool.balance",
+            Self::VolumeServe { .. } => "volume.nbd",
+            Self::VolumeClose { .. } => "volume.nbd-stop",
+            Self::VolumeImport { .. } => "volume.import",
+            Self::VolumeExport { .. } => "volume.export",
         }
     }
 }

@@ -87,6 +87,24 @@ impl PoolState {
         up && self.vms.get(&vm).is_some_and(|vm| vm.placement == Some(host) && vm.process_epoch() == epoch)
     }
 
+    /// Whether a volume's own process of this epoch may serve at this host; as [`may_run`](Self::may_run).
+    #[must_use]
+    pub fn may_serve(&self, host: HostId, volume: VolumeId, epoch: Epoch) -> bool {
+        let up = self.hosts.get(&host).is_some_and(Host::is_up);
+        let here = |volume: &super::Volume| {
+            volume.service.as_ref().is_some_and(|service| service.host == host) && volume.epoch == epoch
+        };
+        up && self.volumes.get(&volume).is_some_and(here)
+    }
+
+    /// Volumes whose own process is, or is to be, at a host.
+    pub fn services_on(&self, host: HostId) -> impl Iterator<Item = (&super::Volume, &super::VolumeService)> {
+        self.volumes.values().filter_map(move |volume| {
+            let service = volume.service.as_ref()?;
+            (service.host == host).then_some((volume, service))
+        })
+    }
+
     /// Memory that VMs placed on, or moving to, each host have reserved.
     #[must_use]
     pub fn reserved_memory(&self) -> BTreeMap<HostId, ByteCount> {

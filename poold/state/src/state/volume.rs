@@ -1,5 +1,6 @@
 //! Volumes: replica sets, in-sync sets and epochs.
 
+use super::VolumeService;
 use proto::{ByteCount, Epoch, HostId, Incarnation, IsrVersion, Sequence, VmId, VolumeId};
 use serde::{Deserialize, Serialize};
 
@@ -14,8 +15,12 @@ pub struct Volume {
     pub name: String,
     /// Size of the virtual disk.
     pub size: ByteCount,
+    /// What its owner may do in a second.
+    pub limits: VolumeLimits,
     /// Hosts that hold a replica, distinct.
     pub replicas: Vec<HostId>,
+    /// How many replicas it is to have.
+    pub replicas_wanted: u32,
     /// Replicas that have every acknowledged write; a subset of `replicas`, never empty.
     pub isr: Vec<IsrMember>,
     /// Raised by every change of `isr` or `replicas`.
@@ -31,6 +36,17 @@ pub struct Volume {
     pub owner: Option<VolumeOwner>,
     /// What the owner shows to replicas; of this epoch only.
     pub secret: Option<AttachmentSecret>,
+    /// Its own process, which owns it while there is one.
+    pub service: Option<VolumeService>,
+}
+
+/// What the owner of a volume may do in a second; none: as much as it can.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct VolumeLimits {
+    /// Reads, writes, discards.
+    pub operations_per_s: Option<u64>,
+    /// Bytes read and written.
+    pub bytes_per_s: Option<u64>,
 }
 
 /// A member of the in-sync set.
@@ -54,10 +70,30 @@ pub struct EpochStart {
 /// Who may write to a volume.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VolumeOwner {
-    /// The VM.
-    pub vm: VmId,
-    /// The host where its process is.
+    /// Whose process it is.
+    pub holder: Holder,
+    /// The host where the process is.
     pub host: HostId,
+}
+
+/// Whose process may write to a volume.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Holder {
+    /// A VM's.
+    Vm(VmId),
+    /// The volume's own.
+    Service,
+}
+
+impl VolumeOwner {
+    /// The VM, if it is one's.
+    #[must_use]
+    pub fn vm(&self) -> Option<VmId> {
+        match self.holder {
+            Holder::Vm(vm) => Some(vm),
+            Holder::Service => None,
+        }
+    }
 }
 
 impl Volume {

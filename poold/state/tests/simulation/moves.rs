@@ -50,6 +50,11 @@ impl World {
             }
             HostAction::ActivateIncoming { migration } => self.activate(host, &state, migration),
             HostAction::TakeBack { migration } => self.take_back(host, &state, migration),
+            // The world has VMs only; a VM's start takes the place of what a volume's process works on.
+            HostAction::OpenService { .. }
+            | HostAction::CloseService { .. }
+            | HostAction::DestroyService { .. }
+            | HostAction::UpdateService { .. } => {}
         }
     }
 

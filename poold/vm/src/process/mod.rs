@@ -154,6 +154,10 @@ impl Process {
                 }),
                 Err(refusal) => self.answer(reply, Err(refusal)),
             },
+            Request::OpenContent(reply) => {
+                // A caller that has gone asks again.
+                let _ = reply.send(Err(self.wrong_state("VolumeRead and VolumeWrite")));
+            }
             Request::PrepareIncoming(request, reply) => {
                 let prepared = self.prepare_incoming(&request).await;
                 self.publish();

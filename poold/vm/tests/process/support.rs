@@ -153,6 +153,7 @@ impl Host {
             }],
             epoch_history: own.epoch_history.iter().map(start).collect(),
             min_isr: 1,
+            ..v1::VolumeAttachment::default()
         }
     }
 

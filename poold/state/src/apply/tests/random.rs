@@ -1,12 +1,17 @@
 //! Random commands: whatever comes, the invariants hold, a rejection changes nothing, and replicas agree.
 
+use crate::command::VolumeCommand;
 use crate::{
     Command, Entry, PoolState,
-    command::{CreateGroup, IsrChange, LastSequence, RemoveMode, RestartCause, StopReason, VolumeStart},
+    command::{
+        CreateGroup, IsrChange, LastSequence, LoanEnd, RemoveMode, RestartCause, ServiceEnd, StopReason,
+        VolumeStart,
+    },
     fixture::{Pool, endpoint, incarnation},
     planner::{LeaderView, plan},
     state::{
-        CertificateFingerprint, GroupRule, GroupStrength, HaPolicy, MigrationOptions, MoveCause, StopMode,
+        CertificateFingerprint, GroupRule, GroupStrength, HaPolicy, LoanKey, MigrationOptions, MoveCause,
+        StopMode,
     },
 };
 use proptest::prelude::*;
@@ -37,7 +42,7 @@ fn command(pool: &Pool, (kind, a, b, c): Roll) -> Command {
     let epoch = state.vms.get(&vm).map_or(Epoch(0), |vm| Epoch(vm.epoch.0.saturating_sub(stale)));
     let ha = if a.is_multiple_of(4) { HaPolicy::None } else { HaPolicy::Restart };
     let mode = if a.is_multiple_of(2) { StopMode::Clean } else { StopMode::Force };
-    match kind % 35 {
+    match kind % 41 {
         0 => Command::CreateVolume {
             name: format!("v{c}"),
             size: ByteCount(1 << 30),
@@ -88,7 +93,7 @@ fn command(pool: &Pool, (kind, a, b, c): Roll) -> Command {
                 start_seq: Sequence(u64::from(b)),
             },
         },
-        28..35 if kind % 35 != 34 || a < 100 => of_service(pool, (kind, a, b, c)),
+        28..41 if kind % 41 != 34 || a < 100 => of_service(pool, (kind, a, b, c)),
         _ if a < 120 => Command::SetBrake,
         _ => Command::HaResume,
     }
@@ -101,7 +106,7 @@ fn of_service(pool: &Pool, (kind, a, b, c): Roll) -> Command {
     let other = pick(&state.hosts.keys().copied().collect::<Vec<_>>(), b, HostId(9_999));
     let vm = pick(&state.vms.keys().copied().collect::<Vec<_>>(), c, VmId(9_999));
     let task = last_of(&state.tasks.keys().copied().collect::<Vec<_>>(), c, TaskId(9_999));
-    match kind % 35 {
+    match kind % 41 {
         28 => Command::CordonHost { host },
         29 => Command::UncordonHost { host },
         30 => Command::DrainHost { host },
@@ -114,7 +119,66 @@ fn of_service(pool: &Pool, (kind, a, b, c): Roll) -> Command {
             target: host,
             cause: [MoveCause::Drain, MoveCause::Restore, MoveCause::Balance][usize::from(b % 3)],
         },
-        _ => group(pool, vm, other, b),
+        34 => group(pool, vm, other, b),
+        _ => of_volume_service(pool, host, (kind, a, b, c)),
+    }
+}
+
+/// Commands about processes of volumes without a VM.
+fn of_volume_service(pool: &Pool, host: HostId, (kind, a, b, c): Roll) -> Command {
+    let volumes = &pool.state.volumes;
+    let volume = pick(&volumes.keys().copied().collect::<Vec<_>>(), c, VolumeId(9_999));
+    let stale = u64::from(b.is_multiple_of(8));
+    let epoch = volumes.get(&volume).map_or(0, |volume| volume.epoch.0);
+    let epoch = Epoch(epoch.saturating_sub(stale));
+    match kind % 41 {
+        35 => Command::Volume(VolumeCommand::ServeVolume {
+            volume,
+            host,
+            listen: "127.0.0.1:1".parse().expect("an address"),
+        }),
+        36 => Command::Volume(VolumeCommand::StopServingVolume { volume }),
+        37 => Command::Volume(VolumeCommand::VolumeServing { volume, epoch, uri: String::new() }),
+        39 => {
+            let replaces = volumes.get(&volume).and_then(|volume| volume.replicas.first().copied());
+            Command::Volume(VolumeCommand::PlaceReplica {
+                volume,
+                host,
+                replaces: replaces.filter(|_| a < 128),
+            })
+        }
+        38 if b < 60 => Command::Volume(VolumeCommand::ImportVolume {
+            name: format!("i{c}"),
+            size: ByteCount(1 << 20),
+            replicas: None,
+            host,
+            key: LoanKey(1),
+        }),
+        38 if b < 90 => Command::Volume(VolumeCommand::ExportVolume { volume, host, key: LoanKey(1) }),
+        38 if b < 120 => {
+            let failed = LoanEnd::Failed { problem: "it broke".into() };
+            Command::Volume(VolumeCommand::EndLoan {
+                volume,
+                key: LoanKey(1),
+                end: if a < 128 { LoanEnd::Done } else { failed },
+            })
+        }
+        40 if a < 100 => Command::Volume(VolumeCommand::WorkOnVolume { volume, host }),
+        40 if a < 200 => Command::Volume(VolumeCommand::FinishVolumeWork { volume }),
+        40 => Command::Volume(VolumeCommand::ResizeVolume { volume, size: ByteCount(u64::from(b) << 24) }),
+        _ => {
+            let problem = "it broke".to_owned();
+            let ends = [
+                ServiceEnd::Closed,
+                ServiceEnd::Died { problem: problem.clone() },
+                ServiceEnd::Failed { problem },
+            ];
+            Command::Volume(VolumeCommand::VolumeServiceEnded {
+                volume,
+                epoch,
+                end: ends[usize::from(a % 3)].clone(),
+            })
+        }
     }
 }
 

@@ -45,7 +45,7 @@ fn a_start_raises_the_epochs_of_the_vm_and_of_its_disks_together() {
     pool.start(vm, None);
     assert_eq!((pool.epoch(vm), pool.disk(vm).epoch), (Epoch(1), Epoch(1)));
     let owner = pool.disk(vm).owner.expect("it is owned");
-    assert_eq!((owner.vm, Some(owner.host)), (vm, pool.vm(vm).placement));
+    assert_eq!((owner.vm(), Some(owner.host)), (Some(vm), pool.vm(vm).placement));
 }
 
 #[test]

@@ -1,0 +1,112 @@
+//! Carries out the actions about processes of volumes without a VM.
+
+use super::{
+    attach::{attachment, service_config},
+    execute::{ActionError, Executor},
+    observe,
+};
+use crate::supervisor::{MachineError, ProcessError, ProcessKey, StopMode, Subject};
+use pool_state::command::VolumeCommand;
+use pool_state::{
+    Command, PoolState,
+    command::ServiceEnd,
+    reconcile::{HostAction, ObservedService, VolumesDigest},
+};
+use proto::{Epoch, VolumeId};
+
+impl Executor {
+    /// The processes of volumes and what others left, as the reconciler sees them.
+    pub fn observe_services(&self) -> Vec<ObservedService> {
+        let processes = self.supervisor.processes();
+        let digests = self.digests();
+        let present = processes.iter().filter_map(|process| {
+            let Subject::Volume(volume) = process.key.subject else { return None };
+            Some(observe::service(volume, process, digests.get(&process.key).copied()))
+        });
+        let gone = self.supervisor.gone_processes();
+        let gone = gone.iter().filter_map(|(key, end)| {
+            let Subject::Volume(volume) = key.subject else { return None };
+            Some(observe::gone_service(volume, key.epoch, end))
+        });
+        present.chain(gone).collect()
+    }
+
+    /// Carries out an action about the process of a volume.
+    pub(super) async fn execute_service(
+        &self,
+        state: &PoolState,
+        action: &HostAction,
+    ) -> Result<(), ActionError> {
+        match action {
+            HostAction::OpenService { volume, epoch } => self.open_service(*volume, *epoch).await,
+            HostAction::CloseService { volume, epoch } => {
+                self.supervisor.stop(ProcessKey::volume(*volume, *epoch), StopMode::Orderly).await;
+                Ok(())
+            }
+            HostAction::DestroyService { volume, epoch } => {
+                let key = ProcessKey::volume(*volume, *epoch);
+                tracing::info!(process = %key, "destroying the process of a volume");
+                self.supervisor.destroy(key, StopMode::Forced).await;
+                Ok(())
+            }
+            HostAction::UpdateService { volume, .. } => self.update_service(state, *volume).await,
+            _ => unreachable!("the executor hands on actions about volumes only"),
+        }
+    }
+
+    /// Lets a process serve a volume. What can't be cured by trying again is reported as its end.
+    async fn open_service(&self, volume: VolumeId, epoch: Epoch) -> Result<(), ActionError> {
+        let key = ProcessKey::volume(volume, epoch);
+        let opened = self.open(volume, key).await;
+        let problem = match &opened {
+            Err(ActionError::Process(
+                error @ (ProcessError::Spawn { .. } | ProcessError::EndedAtStart { .. }),
+            )) => error.to_string(),
+            Err(ActionError::Machine(
+                error @ (MachineError::Failed { call: "Configure", .. }
+                | MachineError::Refused { call: "Configure", .. }),
+            )) => error.to_string(),
+            // One that failed to serve says so in its status, from which the next pass draws the conclusion.
+            _ => {
+                self.supervisor.poke(key);
+                return opened;
+            }
+        };
+        let end = ServiceEnd::Failed { problem };
+        self.context
+            .try_report(Command::Volume(VolumeCommand::VolumeServiceEnded { volume, epoch, end }))
+            .await?;
+        opened
+    }
+
+    async fn open(&self, volume: VolumeId, key: ProcessKey) -> Result<(), ActionError> {
+        // As for a VM: what a new process may do is confirmed before it exists.
+        let state = self.context.consensus.read_linearizable().await?;
+        if !state.may_serve(self.context.host, volume, key.epoch) {
+            return Err(ActionError::NotPlaced { key });
+        }
+        let state = state.as_ref();
+        let volume = state.volume(volume)?;
+        let service = volume.service.as_ref().ok_or(ActionError::NotPlaced { key })?;
+        let machine = self.supervisor.spawn(key, None).await?;
+        let configured = self.supervisor.process(key).and_then(|process| process.status);
+        if configured.is_none_or(|status| status.volume_id == 0) {
+            let config = service_config(&self.context, state, volume, service);
+            self.note(key, machine.configure(config).await)?;
+            self.digests().insert(key, VolumesDigest::of_volumes(state, &[volume.id]));
+        }
+        self.lease.pass_on(&self.supervisor, key).await;
+        self.note(key, machine.start().await)
+    }
+
+    async fn update_service(&self, state: &PoolState, volume: VolumeId) -> Result<(), ActionError> {
+        let volume = state.volume(volume)?;
+        let key = ProcessKey::volume(volume.id, volume.epoch);
+        let machine = self.supervisor.machine(key).ok_or(ActionError::NoProcess { key })?;
+        let digest = VolumesDigest::of_volumes(state, &[volume.id]);
+        let volumes = vec![attachment(state, volume, self.context.host)];
+        self.note(key, machine.update_volumes(volumes).await)?;
+        self.digests().insert(key, digest);
+        Ok(())
+    }
+}

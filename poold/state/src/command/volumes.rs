@@ -1,0 +1,143 @@
+//! Everything that changes volumes but their creation, deletion and in-sync sets.
+
+use crate::state::{LoanKey, VolumeLimits};
+use proto::{ByteCount, Epoch, HostId, ListenAddress, VolumeId};
+use serde::{Deserialize, Serialize};
+
+/// A change of a volume.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VolumeCommand {
+    /// Grows a volume. → `Outcome::Volume`
+    ResizeVolume {
+        /// The volume.
+        volume: VolumeId,
+        /// Its new size.
+        size: ByteCount,
+    },
+    /// Sets what the owner of a volume may do in a second. → `Outcome::Volume`
+    LimitVolume {
+        /// The volume.
+        volume: VolumeId,
+        /// Its new limits.
+        limits: VolumeLimits,
+    },
+    /// Serves a volume over NBD by a process of its own. → `Outcome::Task`
+    ServeVolume {
+        /// The volume.
+        volume: VolumeId,
+        /// Where its process is to be.
+        host: HostId,
+        /// Where that listens.
+        listen: ListenAddress,
+    },
+    /// Ends that. → `Outcome::Task`
+    StopServingVolume {
+        /// The volume.
+        volume: VolumeId,
+    },
+    /// Report: the process of a volume serves.
+    VolumeServing {
+        /// The volume.
+        volume: VolumeId,
+        /// Epoch of the process.
+        epoch: Epoch,
+        /// Where; empty when it only works for the pool.
+        uri: String,
+    },
+    /// Report: the process of a volume has ended.
+    VolumeServiceEnded {
+        /// The volume.
+        volume: VolumeId,
+        /// Epoch of the process.
+        epoch: Epoch,
+        /// How.
+        end: ServiceEnd,
+    },
+    /// Creates a volume that a host's daemon fills. → `Outcome::Volume`; its task has the same number
+    ImportVolume {
+        /// Name.
+        name: String,
+        /// Size.
+        size: ByteCount,
+        /// Number of replicas; none: the default.
+        replicas: Option<u32>,
+        /// Whose daemon.
+        host: HostId,
+        /// Chosen by that daemon.
+        key: LoanKey,
+    },
+    /// Lends a volume that nobody has open to a host's daemon, which reads it. → `Outcome::Task`
+    ExportVolume {
+        /// The volume.
+        volume: VolumeId,
+        /// Whose daemon.
+        host: HostId,
+        /// Chosen by that daemon.
+        key: LoanKey,
+    },
+    /// The daemon has done its work with a volume, or can't. → `Outcome::Task`
+    EndLoan {
+        /// The volume.
+        volume: VolumeId,
+        /// The loan.
+        key: LoanKey,
+        /// How it ended.
+        end: LoanEnd,
+    },
+    /// The leader puts a replica on a host. → `Outcome::Volume`
+    PlaceReplica {
+        /// The volume.
+        volume: VolumeId,
+        /// Where to.
+        host: HostId,
+        /// The one that is lost for good; none: one is missing.
+        replaces: Option<HostId>,
+    },
+    /// The leader has a volume opened that nobody has open, to bring its replicas up to date. → `Outcome::Volume`
+    WorkOnVolume {
+        /// The volume.
+        volume: VolumeId,
+        /// By which host.
+        host: HostId,
+    },
+    /// The leader ends that. → `Outcome::Volume`
+    FinishVolumeWork {
+        /// The volume.
+        volume: VolumeId,
+    },
+}
+
+/// How a daemon's work with a volume has ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum LoanEnd {
+    /// Everything was written, or read.
+    Done,
+    /// It was not.
+    Failed {
+        /// Why.
+        problem: String,
+    },
+}
+
+/// How the process of a volume has ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ServiceEnd {
+    /// It closed the volume.
+    Closed,
+    /// It was killed, or its host lost power.
+    Died {
+        /// What is known of it.
+        problem: String,
+    },
+    /// It can't serve, and says why.
+    Failed {
+        /// Why.
+        problem: String,
+    },
+}
+
+impl From<VolumeCommand> for super::Command {
+    fn from(command: VolumeCommand) -> Self {
+        Self::Volume(command)
+    }
+}

@@ -1,0 +1,71 @@
+//! Replicas: those that are lost for good or missing are made elsewhere, and those that are behind are brought up to date.
+//!
+//! While a VM or a client has the volume open, its owner does that by itself; here it is only seen to that there is an owner.
+
+use super::Draft;
+use crate::command::VolumeCommand;
+use crate::{
+    command::Command,
+    limits::SERVICES_PER_HOST_MAX,
+    state::{ServiceWanted, Volume},
+};
+use proto::{HostId, VolumeId};
+
+impl Draft {
+    pub(super) fn keep_replicas(&mut self) {
+        // A false alarm must not copy all data of a pool.
+        if !self.state.settings.ha_braked {
+            self.replace_replicas();
+        }
+        self.work_on_volumes();
+    }
+
+    fn replace_replicas(&mut self) {
+        let due: Vec<(VolumeId, Option<HostId>)> = self
+            .state
+            .volumes
+            .values()
+            .filter_map(|volume| Some((volume.id, self.missing(volume)?)))
+            .collect();
+        for (id, replaces) in due {
+            let Some(volume) = self.state.volumes.get(&id) else { continue };
+            let present: Vec<HostId> =
+                volume.replicas.iter().copied().filter(|replica| Some(*replica) != replaces).collect();
+            if let Some(host) = self.state.host_for_replica(&present) {
+                self.propose(Command::Volume(VolumeCommand::PlaceReplica { volume: id, host, replaces }));
+            }
+        }
+    }
+
+    /// The replica to replace, or none if one is missing; nothing when all are there.
+    fn missing(&self, volume: &Volume) -> Option<Option<HostId>> {
+        let lost = |host: &&HostId| self.state.is_lost_for_good(**host, self.now_ms);
+        if let Some(host) = volume.replicas.iter().find(lost) {
+            return Some(Some(*host));
+        }
+        (volume.replicas.len() < volume.replicas_wanted as usize).then_some(None)
+    }
+
+    fn work_on_volumes(&mut self) {
+        let volumes: Vec<VolumeId> = self.state.volumes.keys().copied().collect();
+        for id in volumes {
+            let Some(volume) = self.state.volumes.get(&id) else { continue };
+            let behind = volume.replicas.iter().any(|host| self.state.is_behind(volume, *host));
+            match &volume.service {
+                None if behind && volume.owner.is_none() => {
+                    // A member's own host reads without the network.
+                    let free = |host: &HostId| self.state.work_of(*host) < SERVICES_PER_HOST_MAX;
+                    let members = self.state.serving_members(volume).map(|member| member.host);
+                    let host = members.collect::<Vec<_>>().into_iter().find(free);
+                    if let Some(host) = host {
+                        self.propose(Command::Volume(VolumeCommand::WorkOnVolume { volume: id, host }));
+                    }
+                }
+                Some(service) if service.is_work() && service.wanted == ServiceWanted::Open && !behind => {
+                    self.propose(Command::Volume(VolumeCommand::FinishVolumeWork { volume: id }));
+                }
+                _ => {}
+            }
+        }
+    }
+}

@@ -1,0 +1,130 @@
+//! Refusals about volumes: who has them open, their replicas, snapshots.
+
+use proto::{ByteCount, TaskId};
+use serde::{Deserialize, Serialize};
+
+/// Why a change of a volume was refused. All of them are about the present state of the pool.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
+pub enum VolumeRejection {
+    /// An operator has the volume served.
+    #[error("volume {volume} is served over NBD by host {host}")]
+    VolumeServed {
+        /// The volume.
+        volume: String,
+        /// The host.
+        host: String,
+    },
+    /// A volume only grows: what lies behind its new end would be lost.
+    #[error("volume {volume} has {size} and can't shrink to {wanted}")]
+    VolumeWouldShrink {
+        /// The volume.
+        volume: String,
+        /// Its size.
+        size: ByteCount,
+        /// What was asked for.
+        wanted: ByteCount,
+    },
+    /// The volume has the replicas that it is to have, or is being worked on.
+    #[error("volume {volume} needs no other replica now")]
+    ReplicaNotWanted {
+        /// The volume.
+        volume: String,
+    },
+    /// A host in a zone with fewer replicas could take it.
+    #[error("host {host} is in zone {zone}, which has more replicas of volume {volume} than another")]
+    ZoneHasReplica {
+        /// The volume.
+        volume: String,
+        /// The host.
+        host: String,
+        /// Its zone.
+        zone: String,
+    },
+    /// The host works on as many volumes as it may.
+    #[error("host {host} already works on {max} volumes")]
+    TooMuchWork {
+        /// The host.
+        host: String,
+        /// The limit.
+        max: u64,
+    },
+    /// A daemon works with the volume for a client.
+    #[error("volume {volume} is being imported or exported ({task})")]
+    VolumeLent {
+        /// The volume.
+        volume: String,
+        /// The work.
+        task: TaskId,
+    },
+    /// The work with the volume is over.
+    #[error("volume {volume} is not being imported or exported by this host any more")]
+    LoanEnded {
+        /// The volume.
+        volume: String,
+    },
+    /// Nobody has the volume served.
+    #[error("volume {volume} is not served over NBD")]
+    VolumeNotServed {
+        /// The volume.
+        volume: String,
+    },
+    /// A VM has the volume open.
+    #[error("vm {vm} runs on volume {volume}")]
+    VmRunsOnVolume {
+        /// The volume.
+        volume: String,
+        /// The VM.
+        vm: String,
+    },
+}
+
+impl VolumeRejection {
+    /// Stable upper-case code.
+    #[must_use]
+    pub fn reason_code(&self) -> &'static str {
+        match self {
+            Self::VolumeServed { .. } => "VOLUME_SERVED",
+            Self::VolumeWouldShrink { .. } => "VOLUME_WOULD_SHRINK",
+            Self::VolumeLent { .. } => "VOLUME_LENT",
+            Self::LoanEnded { .. } => "LOAN_ENDED",
+            Self::ReplicaNotWanted { .. } => "REPLICA_NOT_WANTED",
+            Self::ZoneHasReplica { .. } => "ZONE_HAS_REPLICA",
+            Self::TooMuchWork { .. } => "TOO_MUCH_WORK",
+            Self::VolumeNotServed { .. } => "VOLUME_NOT_SERVED",
+            Self::VmRunsOnVolume { .. } => "VM_RUNS_ON_VOLUME",
+        }
+    }
+
+    /// The object that it is about.
+    #[must_use]
+    pub fn object(&self) -> String {
+        match self {
+            Self::VolumeServed { volume, .. }
+            | Self::VolumeNotServed { volume }
+            | Self::VmRunsOnVolume { volume, .. }
+            | Self::VolumeWouldShrink { volume, .. }
+            | Self::ReplicaNotWanted { volume }
+            | Self::ZoneHasReplica { volume, .. }
+            | Self::VolumeLent { volume, .. }
+            | Self::LoanEnded { volume } => format!("volume {volume}"),
+            Self::TooMuchWork { host, .. } => format!("host {host}"),
+        }
+    }
+
+    /// What to do next: one sentence or a command.
+    #[must_use]
+    pub fn remedy(&self) -> String {
+        match self {
+            Self::VolumeServed { volume, .. } => {
+                format!("end that first: `poolctl volume nbd {volume} --stop`")
+            }
+            Self::VolumeNotServed { volume } => format!("see `poolctl volume show {volume}`"),
+            Self::VmRunsOnVolume { vm, .. } => format!("stop the VM first: `poolctl vm stop {vm}`"),
+            Self::VolumeWouldShrink { size, .. } => {
+                format!("choose {size} or more; to shrink, copy what is needed to a smaller volume")
+            }
+            Self::VolumeLent { task, .. } => format!("wait for it, or `poolctl task cancel {task}`"),
+            _ => "read the present state and decide again".into(),
+        }
+    }
+}

@@ -1,0 +1,120 @@
+//! Disk images into volumes and out of them, whole or not at all.
+
+use anyhow::{Context, Result};
+use std::fs;
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+use tests::nbd::tool;
+use tests::wait::wait_for;
+use tests::{Pool, pool::Timing, serial};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn text(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}
+
+/// A raw image of 48 MiB and 512 bytes: noise, a hole, noise up to its odd end.
+fn raw_image(dir: &Path) -> Result<PathBuf> {
+    let path = dir.join("disk.raw");
+    let mut noise = vec![0; 4 << 20];
+    fs::File::open("/dev/urandom")?.read_exact(&mut noise)?;
+    let file = fs::File::create(&path)?;
+    std::os::unix::fs::FileExt::write_all_at(&file, &noise, 0)?;
+    std::os::unix::fs::FileExt::write_all_at(&file, &noise[..(1 << 20) + 512], 47 << 20)?;
+    Ok(path)
+}
+
+fn compare(one: &Path, other: &Path) -> Result<()> {
+    // A volume has whole blocks; what it is longer reads as zeros, which qemu-img accepts.
+    tool("qemu-img", &["compare", "-q", &text(one), &text(other)]).map(drop)
+}
+
+#[test]
+fn images_come_in_and_go_out_as_they_are() -> Result<()> {
+    let _turn = serial();
+    let pool = Pool::builder().timing(Timing::Fast).start()?;
+    let raw = raw_image(pool.dir())?;
+    let packed = pool.dir().join("packed.qcow2");
+    tool("qemu-img", &["convert", "-c", "-f", "raw", "-O", "qcow2", &text(&raw), &text(&packed)])?;
+    let volume = pool.json(&["volume", "import", "from-raw", &text(&raw)])?;
+    assert_eq!(volume["size_bytes"], (48 << 20) + 4096, "{volume}");
+    pool.json(&["volume", "import", "from-qcow2", &text(&packed), "--format", "qcow2"])?;
+    // A volume is closed when it is whole; until then it is busy.
+    let closed = || {
+        wait_for(PATIENCE, "both volumes are closed", || {
+            Ok(pool.items(&["volume", "list"])?.iter().all(|volume| volume["owner"] == ""))
+        })
+    };
+    closed()?;
+    for (volume, format) in [("from-raw", "qcow2"), ("from-qcow2", "raw")] {
+        let out = pool.dir().join(format!("{volume}.{format}"));
+        pool.json(&["volume", "export", volume, &text(&out), "--format", format])?;
+        compare(&raw, &out)?;
+        pool.poolctl(&["volume", "export", volume, &text(&out)])?.expect_code(2)?;
+    }
+    use std::os::unix::fs::MetadataExt as _;
+    let sparse = fs::metadata(pool.dir().join("from-qcow2.raw"))?.blocks() * 512;
+    assert!(sparse < 8 << 20, "holes were written out: {sparse} bytes");
+    closed()?;
+
+    // An image that is not whole is refused, and so is one that names another file.
+    let cut = pool.dir().join("cut.qcow2");
+    let whole = fs::read(pool.dir().join("from-raw.qcow2"))?;
+    fs::write(&cut, &whole[..whole.len() / 2])?;
+    let refused = pool.poolctl(&["volume", "import", "cut", &text(&cut)])?.expect_code(2)?;
+    assert!(refused.stderr.contains("not whole"), "{}", refused.stderr);
+    let child = pool.dir().join("child.qcow2");
+    let backing = text(&packed);
+    tool("qemu-img", &["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", &backing, &text(&child)])?;
+    pool.poolctl(&["volume", "import", "child", &text(&child)])?.expect_code(2)?;
+    wait_for(PATIENCE, "nothing is left of them", || Ok(pool.items(&["volume", "list"])?.len() == 2))?;
+    Ok(())
+}
+
+#[test]
+fn an_import_that_breaks_off_leaves_nothing() -> Result<()> {
+    let _turn = serial();
+    let pool = Pool::builder().timing(Timing::Fast).start()?;
+    // A pipe with too little in it: the import hangs in the middle, for as long as it is wanted.
+    let image = pool.dir().join("slow.raw");
+    let file = fs::File::create(&image)?;
+    file.set_len(8 << 30)?;
+    let begin = |name: &str| -> Result<std::process::Child> {
+        let mut command = pool.poolctl_command(&["volume", "import", name, &text(&image)]);
+        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+        wait_for(PATIENCE, "the import has begun", || {
+            Ok(pool.items(&["volume", "list"])?.iter().any(|volume| volume["name"] == name))
+        })?;
+        Ok(child)
+    };
+    let gone = |name: &str| {
+        wait_for(PATIENCE, "nothing is left of it", || {
+            let listed = pool.items(&["volume", "list"])?.iter().any(|volume| volume["name"] == name);
+            let tasks = pool.items(&["task", "list"])?;
+            let runs = tasks.iter().any(|task| task["kind"] == "volume.import" && task["state"] == "running");
+            Ok(!listed && !runs && pool.hosts().iter().all(|host| host.volume_processes().is_empty()))
+        })
+    };
+    let mut client = begin("client-dies")?;
+    client.kill()?;
+    client.wait()?;
+    gone("client-dies")?;
+
+    let mut client = begin("process-dies")?;
+    let host = pool.hosts().iter().find(|host| !host.volume_processes().is_empty());
+    let process = host.context("a host fills it")?.volume_processes()[0];
+    process.kill9()?;
+    assert!(!client.wait()?.success());
+    gone("process-dies")?;
+
+    let mut client = begin("daemon-dies")?;
+    let host = pool.hosts().iter().find(|host| !host.volume_processes().is_empty());
+    let host = host.context("a host fills it")?;
+    host.kill9_daemon()?;
+    assert!(!client.wait()?.success());
+    host.start_daemon()?;
+    gone("daemon-dies")
+}
