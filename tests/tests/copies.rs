@@ -40,12 +40,15 @@ fn images_come_in_and_go_out_as_they_are() -> Result<()> {
     let packed = pool.dir().join("packed.qcow2");
     tool("qemu-img", &["convert", "-c", "-f", "raw", "-O", "qcow2", &text(&raw), &text(&packed)])?;
     let volume = pool.json(&["volume", "import", "from-raw", &text(&raw)])?;
-    assert_eq!(
-        (&volume["size_bytes"], &volume["owner"]),
-        (&((48 << 20) + 4096).into(), &"".into()),
-        "{volume}"
-    );
+    assert_eq!(volume["size_bytes"], (48 << 20) + 4096, "{volume}");
     pool.json(&["volume", "import", "from-qcow2", &text(&packed), "--format", "qcow2"])?;
+    // A volume is closed when it is whole; until then it is busy.
+    let closed = || {
+        wait_for(PATIENCE, "both volumes are closed", || {
+            Ok(pool.items(&["volume", "list"])?.iter().all(|volume| volume["owner"] == ""))
+        })
+    };
+    closed()?;
     for (volume, format) in [("from-raw", "qcow2"), ("from-qcow2", "raw")] {
         let out = pool.dir().join(format!("{volume}.{format}"));
         pool.json(&["volume", "export", volume, &text(&out), "--format", format])?;
@@ -55,10 +58,7 @@ fn images_come_in_and_go_out_as_they_are() -> Result<()> {
     use std::os::unix::fs::MetadataExt as _;
     let sparse = fs::metadata(pool.dir().join("from-qcow2.raw"))?.blocks() * 512;
     assert!(sparse < 8 << 20, "holes were written out: {sparse} bytes");
-    // Nothing stays open.
-    wait_for(PATIENCE, "both volumes are closed", || {
-        Ok(pool.items(&["volume", "list"])?.iter().all(|volume| volume["owner"] == ""))
-    })?;
+    closed()?;
 
     // An image that is not whole is refused, and so is one that names another file.
     let cut = pool.dir().join("cut.qcow2");

@@ -56,7 +56,7 @@ pub enum VolumeCommand {
         #[arg(long, value_enum, default_value_t = DiskFormat::Raw)]
         format: DiskFormat,
     },
-    /// Grows a volume; NBD clients see it when they connect anew, a guest when it boots
+    /// Grows a volume; seen when it is opened anew: served again, or by a guest's boot
     Resize {
         /// The volume
         volume: String,

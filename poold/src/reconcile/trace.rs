@@ -1,7 +1,7 @@
 //! By what an action is found in the logs: its VM, and the task and the request that it is part of.
 
 use pool_state::{Command, PoolState, reconcile::HostAction};
-use proto::{MigrationId, TaskId, VmId, VolumeId};
+use proto::{MigrationId, TaskId, VmId};
 
 /// The span in which an action is carried out; all that is logged meanwhile names the ids.
 pub fn span_of(state: &PoolState, action: &HostAction) -> tracing::Span {
@@ -21,10 +21,6 @@ fn subject(state: &PoolState, action: &HostAction) -> (Option<VmId>, Option<Task
         let migration = state.migrations.get(&id);
         (migration.map(|migration| migration.vm), migration.map(|migration| migration.task))
     };
-    let of_volume = |volume: VolumeId| {
-        let service = state.volumes.get(&volume).and_then(|volume| volume.service.as_ref());
-        (None, service.and_then(|service| service.task))
-    };
     match action {
         HostAction::SpawnAndStart { vm, .. }
         | HostAction::Destroy { vm, .. }
@@ -42,7 +38,10 @@ fn subject(state: &PoolState, action: &HostAction) -> (Option<VmId>, Option<Task
         HostAction::OpenService { volume, .. }
         | HostAction::CloseService { volume, .. }
         | HostAction::DestroyService { volume, .. }
-        | HostAction::UpdateService { volume, .. } => of_volume(*volume),
+        | HostAction::UpdateService { volume, .. } => {
+            let service = state.volumes.get(volume).and_then(|volume| volume.service.as_ref());
+            (None, service.and_then(|service| service.loan.map(|loan| loan.task).or(service.task)))
+        }
         HostAction::Report(command) => match command {
             Command::VmRunning { vm, .. }
             | Command::VmStopped { vm, .. }

@@ -162,18 +162,10 @@ impl VolumeProcess {
                 // A caller that has gone asks again.
                 let _ = reply.send(content);
             }
-            Request::KeepMemory(_, reply) => {
-                // A caller that has gone asks again.
-                let _ = reply.send(Err(self.wrong_state("KeepMemory")));
-            }
-            Request::Type(_, reply) => {
-                // A caller that has gone asks again.
-                let _ = reply.send(Err(self.wrong_state("ConsoleType")));
-            }
-            Request::PrepareIncoming(_, reply) => {
-                // A caller that has gone asks again.
-                let _ = reply.send(Err(self.wrong_state("PrepareIncoming")));
-            }
+            // A caller that has gone asks again.
+            Request::PrepareIncoming(_, reply) => drop(reply.send(Err(self.wrong_state("PrepareIncoming")))),
+            Request::Type(_, reply) => drop(reply.send(Err(self.wrong_state("ConsoleType")))),
+            Request::KeepMemory(_, reply) => drop(reply.send(Err(self.wrong_state("KeepMemory")))),
         }
     }
 
