@@ -24,6 +24,7 @@ pub struct VmView {
     revision: u64,
     ha_priority: u32,
     home: String,
+    cpu_profile: String,
 }
 
 impl VmView {
@@ -56,6 +57,7 @@ impl From<v1::Vm> for VmView {
             revision: vm.revision,
             ha_priority: vm.ha_priority,
             home: vm.home,
+            cpu_profile: vm.cpu_profile,
         }
     }
 }
@@ -64,7 +66,7 @@ impl Object for VmView {
     const KIND: &'static str = "Vm";
     const COLUMNS: &'static [&'static str] = &["NAME", "STATE", "HOST", "VCPUS", "MEMORY", "PROBLEM"];
     const WIDE: &'static [&'static str] =
-        &["ID", "EPOCH", "HA", "PRIORITY", "DISKS", "KERNEL", "INITRD", "CMDLINE", "HOME"];
+        &["ID", "EPOCH", "HA", "PRIORITY", "DISKS", "KERNEL", "INITRD", "CMDLINE", "HOME", "CPU"];
 
     fn name(&self) -> String {
         self.name.clone()
@@ -87,6 +89,7 @@ impl Object for VmView {
             self.initrd.clone(),
             self.cmdline.clone(),
             self.home.clone(),
+            self.cpu_profile.clone(),
         ]
     }
 }

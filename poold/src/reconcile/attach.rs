@@ -44,6 +44,8 @@ pub fn machine_config(
         replica_socket: replica_socket(&context.data_dir).display().to_string(),
         epoch: epoch.0,
         migration_ip: context.address.ip().to_string(),
+        cpu_words: if vm.cpu.is_unknown() { Vec::new() } else { vm.cpu.words.to_vec() },
+        cpu_address_bits: vm.cpu.address_bits.into(),
     }
 }
 
@@ -125,6 +127,7 @@ mod tests {
             duty: pool_state::state::HostDuty::Active,
             labels: std::collections::BTreeMap::new(),
             cpus: 0,
+            cpu: proto::HostCpu::default(),
         }
     }
 

@@ -15,8 +15,8 @@ use crate::{
     timing::Timing,
 };
 use proto::{
-    ByteCount, Epoch, GroupId, HostId, ImageId, Incarnation, IsrVersion, MigrationId, Sequence, TaskId,
-    TokenId, VmId, VolumeId,
+    ByteCount, CpuProfile, Epoch, GroupId, HostCpu, HostId, ImageId, Incarnation, IsrVersion, MigrationId,
+    Sequence, TaskId, TokenId, VmId, VolumeId,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -127,6 +127,13 @@ pub enum Command {
         /// The VM.
         vm: VmId,
         /// How.
+        mode: StopMode,
+    },
+    /// Stops a VM and starts it again at the same host. → `Outcome::Task`
+    RebootVm {
+        /// The VM.
+        vm: VmId,
+        /// How it is stopped.
         mode: StopMode,
     },
     /// Stops the vCPUs of a running VM.
@@ -264,6 +271,13 @@ pub enum Command {
     HaDisarm,
     /// Switches recovery on.
     HaArm,
+    /// What a host's processor can be to guests.
+    SetHostCpu {
+        /// The host.
+        host: HostId,
+        /// What it says of itself.
+        cpu: HostCpu,
+    },
     /// Report: logical CPUs of a host.
     SetHostCpus {
         /// The host.
@@ -482,6 +496,8 @@ pub struct CreateVm {
     pub ha: HaPolicy,
     /// Order of recovery, highest first.
     pub priority: u8,
+    /// Which features the guest sees; none: what the pool says.
+    pub cpu_profile: Option<CpuProfile>,
 }
 
 /// A change of an in-sync set, made against the epoch and version that the proposer saw.
@@ -541,6 +557,8 @@ pub enum StopReason {
 pub enum RestartCause {
     /// The guest asked for it.
     GuestReboot,
+    /// An operator asked for it.
+    Requested,
     /// The guest crashed.
     GuestCrash,
     /// The process died.
@@ -550,4 +568,12 @@ pub enum RestartCause {
         /// Why, for the operator.
         problem: String,
     },
+}
+
+impl RestartCause {
+    /// Whether somebody wanted it, so that nothing has failed.
+    #[must_use]
+    pub fn is_wanted(&self) -> bool {
+        matches!(self, Self::GuestReboot | Self::Requested)
+    }
 }

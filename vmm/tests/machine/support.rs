@@ -109,6 +109,7 @@ impl Rig {
             vcpus: 1,
             memory: proto::ByteCount(memory),
             memory_file: None,
+            cpu: proto::CpuFeatures::default(),
             disks,
             console: console.clone(),
             lease_deadline_ns: lease.clone(),

@@ -68,7 +68,7 @@ impl Change<'_> {
                 !self.state.running_migrations().any(|migration| moving(migration.cause))
                     && balance::plan(self.state).is_empty()
             }
-            TaskKind::VmStart | TaskKind::VmStop | TaskKind::VmMigrate { .. } => false,
+            TaskKind::VmStart | TaskKind::VmStop | TaskKind::VmReboot | TaskKind::VmMigrate { .. } => false,
         };
         if !reached {
             return Err(Rejection::TaskNotFinished { task: id });

@@ -88,7 +88,7 @@ impl Change<'_> {
             (TaskKind::VmStart, Some(vm)) => {
                 self.stop_vm(vm, StopMode::Force)?;
             }
-            (TaskKind::VmStop | TaskKind::VmStart, _) => {
+            (TaskKind::VmStop | TaskKind::VmStart | TaskKind::VmReboot, _) => {
                 return Err(Rejection::TaskNotCancellable { task: id });
             }
             // What has moved stays where it is; a move under way goes on to its end.
@@ -113,7 +113,7 @@ impl Change<'_> {
         let (kind, vm) = (task.kind, task.vm);
         let late = |problem: &str| TaskState::Failed { problem: problem.to_owned() };
         match kind {
-            TaskKind::VmStart | TaskKind::VmStop => {
+            TaskKind::VmStart | TaskKind::VmStop | TaskKind::VmReboot => {
                 if let Some(vm) = vm {
                     self.end_vm_task(vm, |_| late("it was not over in time; the pool goes on trying"));
                 }

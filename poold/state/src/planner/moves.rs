@@ -19,7 +19,9 @@ impl Draft {
                 TaskKind::HostDrain { host } => self.drain(host),
                 TaskKind::HostRestore { host } => self.restore(host),
                 TaskKind::PoolBalance => self.balance(),
-                TaskKind::VmStart | TaskKind::VmStop | TaskKind::VmMigrate { .. } => continue,
+                TaskKind::VmStart | TaskKind::VmStop | TaskKind::VmReboot | TaskKind::VmMigrate { .. } => {
+                    continue;
+                }
             }
             // Refused until nothing is left to do.
             self.propose(Command::FinishTask { task });

@@ -153,6 +153,7 @@ impl World {
             cmdline: String::new(),
             ha,
             priority: number as u8,
+            cpu_profile: None,
         }));
         let Some(Outcome::Vm(vm)) = vm else { panic!("a VM") };
         self.commit(Command::StartVm { vm, host: None });

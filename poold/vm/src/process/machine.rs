@@ -70,6 +70,7 @@ impl Vm {
             vcpus: self.spec.vcpus,
             memory: self.spec.memory,
             memory_file: None,
+            cpu: self.spec.cpu,
             disks: self.volumes.backends(),
             console,
             lease_deadline_ns: self.fence.deadline(),
