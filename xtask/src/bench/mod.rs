@@ -1,9 +1,11 @@
 //! `cargo xtask bench`: figures of this project beside those of others, measured in one run on one machine.
 
 mod control;
+mod disk;
 mod migrate;
 mod qemu;
 mod report;
+mod vmm;
 
 use anyhow::Result;
 use clap::Subcommand;
@@ -15,6 +17,8 @@ pub enum Bench {
     Control(control::Options),
     /// Live migration, beside Debian's qemu with the same guest
     Migrate(migrate::Options),
+    /// Boot time, disk and memory of the machine, beside qemu's microvm and NBD
+    Vmm(vmm::Options),
 }
 
 impl Bench {
@@ -23,6 +27,7 @@ impl Bench {
         match self {
             Self::Control(options) => control::run(options),
             Self::Migrate(options) => migrate::run(options),
+            Self::Vmm(options) => vmm::run(options),
         }
     }
 }
