@@ -11,7 +11,7 @@ use super::cpio::Archive;
 use super::debian::Debian;
 use super::kernel::Kernel;
 use super::programs::{self, Kind, Program, Programs};
-use super::scenarios::{Need, Scenario};
+use super::scenarios::{Need, SCENARIOS, Scenario};
 use anyhow::{Context, Result};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -64,7 +64,8 @@ impl Contents<'_> {
         archive.copy("lab/guest/vmlinuz", &self.kernel.image)?;
         archive.copy("lab/guest/initrd", &guest)?;
         archive.file("lab/tests.sh", include_bytes!("tests.sh"))?;
-        for scenario in self.scenarios {
+        // All of them: which ones run is said on the machine's command line.
+        for scenario in &SCENARIOS {
             archive.file(&format!("lab/scenarios/{}", scenario.name), scenario.script.as_bytes())?;
         }
         archive.finish()?;
