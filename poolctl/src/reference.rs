@@ -1,5 +1,6 @@
 //! Values that operators write: sizes, durations, and numbers of tasks and migrations.
 
+use proto::cpu::{CpuProfile, ParseCpuProfileError};
 use proto::{ByteCount, MigrationId, TaskId, TokenId};
 use std::time::Duration;
 
@@ -27,7 +28,9 @@ pub enum ValueError {
         text: String,
     },
     /// No setting of the pool.
-    #[error("`{text}` is no setting; write name=NAME, replicas-default=N or cpu-overcommit=N")]
+    #[error(
+        "`{text}` is no setting; write name=NAME, replicas-default=N, cpu-overcommit=N or cpu-profile=NAME"
+    )]
     Setting {
         /// What was given.
         text: String,
@@ -83,6 +86,14 @@ fn at_least(text: &str, least: Duration, name: &'static str) -> Result<Duration,
     Ok(duration)
 }
 
+/// A CPU profile by its name.
+///
+/// # Errors
+/// There is none of this name.
+pub fn cpu_profile(text: &str) -> Result<CpuProfile, ParseCpuProfileError> {
+    text.parse()
+}
+
 /// A size of at least one byte, such as `512MiB`.
 ///
 /// # Errors
@@ -130,6 +141,8 @@ pub enum Setting {
     ReplicasDefault(u32),
     /// `cpu-overcommit=N`
     CpuOvercommit(u32),
+    /// `cpu-profile=NAME`
+    CpuProfile(CpuProfile),
 }
 
 /// `KEY=VALUE` of a setting of the pool.
@@ -145,6 +158,7 @@ pub fn setting(text: &str) -> Result<Setting, ValueError> {
         "name" => Ok(Setting::Name(value.to_owned())),
         "replicas-default" => number().map(Setting::ReplicasDefault),
         "cpu-overcommit" => number().map(Setting::CpuOvercommit),
+        "cpu-profile" => value.parse().map(Setting::CpuProfile).map_err(|_| error()),
         _ => Err(error()),
     }
 }

@@ -5,7 +5,7 @@
 //!  Machine ─┬─ memory   one memfd; pages by dense index; bitmap of device writes
 //!           ├─ vcpu     threads in KVM_RUN; stop, lease check
 //!           ├─ bus      serial console, reset ports, virtio-mmio windows ── virtio  disks on a `BlockBackend`, cards on a tap
-//!           ├─ boot     PVH ELF, bzImage
+//!           ├─ boot     PVH ELF, bzImage; or what the disk has in its own /boot
 //!           ├─ dirty    KVM's log, cleared range by range
 //!           ├─ demand   missing pages, brought when they are touched
 //!           ├─ host     /dev/kvm and userfaultfd, opened before a process gives up its rights
@@ -27,12 +27,14 @@ mod dirty;
 pub mod host;
 pub mod machine;
 pub mod memory;
+mod msrs;
 pub mod state;
 mod vcpu;
 pub mod virtio;
 
-pub use boot::{BootConfig, BootError};
+pub use boot::{BootConfig, BootError, DiskBootError};
 pub use console::ConsoleRing;
+pub use cpu::{HostCpuError, host_cpu};
 pub use demand::Demand;
 pub use machine::{Machine, MachineConfig, MachineError};
 pub use memory::{Memory, MemoryError};

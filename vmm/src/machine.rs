@@ -8,23 +8,24 @@
 //! Invariant: after `pause` no vCPU executes guest code; after `drain` no device writes guest memory or its disk.
 
 use crate::boot::acpi::Hardware;
-use crate::boot::{self, BootConfig, BootError};
+use crate::boot::{self, BootConfig, BootError, DiskBootError};
 use crate::bus::{Bus, POWER_BUTTON_IRQ, SERIAL_IRQ};
 use crate::console::ConsoleRing;
-use crate::cpu::{Topology, cpuid_of};
+use crate::cpu::{Topology, cpuid_of, host_features};
 use crate::devices;
 use crate::dirty::{self, DeviceWrites};
 use crate::host;
 use crate::memory::{Memory, MemoryError};
+use crate::msrs;
 use crate::state::{
     MachineState, SerialRegisters, StateError, restore_chips, restore_vcpu, save_chips, save_vcpu,
 };
 use crate::vcpu::{GuestExit, Vcpu, install_kick, place};
 use crate::virtio::{BlockBackend, LinkState, MmioTransport, NetConfig, Worker};
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY};
-use kvm_bindings::{kvm_pit_config, kvm_userspace_memory_region};
+use kvm_bindings::{KVM_IRQCHIP_IOAPIC, kvm_irqchip, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, VmFd};
-use proto::{ByteCount, PageIndex};
+use proto::{ByteCount, CpuFeatures, PageIndex};
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -42,6 +43,9 @@ const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
 /// How long a vCPU may take to leave the guest. A kick takes microseconds; more means that something is badly wrong.
 const PAUSE_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// The bit of an entry of the IOAPIC's table that turns its interrupt off.
+const IOAPIC_MASKED: u64 = 1 << 16;
+
 /// What to build.
 pub struct MachineConfig {
     /// Number of vCPUs.
@@ -50,6 +54,8 @@ pub struct MachineConfig {
     pub memory: ByteCount,
     /// A file that was kept of the machine's memory; none: memory is empty.
     pub memory_file: Option<File>,
+    /// What the guest is shown of its processor; unknown: all that this host has.
+    pub cpu: CpuFeatures,
     /// Disks in the order of their names, with the id that the guest may ask for.
     pub disks: Vec<(String, Arc<dyn BlockBackend>)>,
     /// Network cards, each with its tap.
@@ -85,12 +91,18 @@ pub enum MachineError {
     /// Kernel, initrd or command line.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// The disk's own kernel.
+    #[error(transparent)]
+    Disk(#[from] DiskBootError),
     /// Saved state.
     #[error(transparent)]
     State(#[from] StateError),
     /// More devices than interrupts.
     #[error("{count} devices are more than {max}")]
     TooManyDevices { count: usize, max: usize },
+    /// The host's processor is less than the guest is shown.
+    #[error("this host's processor lacks {}, which the VM's CPU profile shows; choose another profile or host", missing.join(", "))]
+    Cpu { missing: Vec<String> },
     /// A vCPU does not stop.
     #[error("vCPU {vcpu} did not stop within {timeout:?}")]
     Stuck { vcpu: usize, timeout: Duration },
@@ -115,6 +127,8 @@ pub struct Machine {
     power_button: EventFd,
     cpuid: CpuId,
     topology: Topology,
+    /// What the guest is shown.
+    shown: CpuFeatures,
     msr_indices: Vec<u32>,
     logging: AtomicBool,
     device_writes: DeviceWrites,
@@ -143,8 +157,11 @@ impl Machine {
             None => Memory::new(config.memory)?,
         });
         let cpuid = kvm_fd.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm("tell its CPUID"))?;
-        let msr_indices = kvm_fd.get_msr_index_list().map_err(kvm("list its MSRs"))?.as_slice().to_vec();
+        let msrs = kvm_fd.get_msr_index_list().map_err(kvm("list its MSRs"))?;
+        let msr_indices = msrs.as_slice().iter().copied().filter(|msr| msrs::moves(*msr)).collect();
+        msrs::filter(&vm).map_err(kvm("filter MSRs"))?;
         let has_deadline_timer = kvm_fd.check_extension(Cap::TscDeadlineTimer);
+        let shown = shown_features(&cpuid, has_deadline_timer, config.cpu)?;
         let (workers, devices) = devices::build(&vm, &memory, &config)?;
         let serial = interrupt(&vm, SERIAL_IRQ)?;
         let mut machine = Self {
@@ -156,6 +173,7 @@ impl Machine {
             vm,
             cpuid,
             topology: Topology { vcpus: config.vcpus, has_deadline_timer },
+            shown,
             msr_indices,
             logging: AtomicBool::new(false),
             device_writes: DeviceWrites::default(),
@@ -168,7 +186,7 @@ impl Machine {
     fn add_vcpus(&mut self, config: &MachineConfig) -> Result<(), MachineError> {
         for index in 0..config.vcpus {
             let fd = self.vm.create_vcpu(u64::from(index)).map_err(kvm("create a vCPU"))?;
-            let cpuid = cpuid_of(&self.cpuid, self.topology, index);
+            let cpuid = cpuid_of(&self.cpuid, self.topology, index, &self.shown);
             fd.set_cpuid2(&cpuid).map_err(kvm("take the CPUID"))?;
             let (bus, deadline) = (self.bus.clone(), config.lease_deadline_ns.clone());
             let vcpu = Vcpu::spawn(index, fd, bus, deadline, config.exits.clone());
@@ -198,7 +216,20 @@ impl Machine {
     /// # Errors
     /// The kernel can't be loaded.
     pub fn boot(&self, config: &BootConfig) -> Result<(), MachineError> {
-        let entry = boot::load(&self.memory, config)?;
+        self.begin_at(boot::load(&self.memory, config)?)
+    }
+
+    /// The same with what the disk has in its own `/boot`. Blocks until the disk was read.
+    ///
+    /// # Errors
+    /// There is nothing to boot, or it can't be read or loaded.
+    pub fn boot_disk(&self, disk: Arc<dyn BlockBackend>, cmdline: &str) -> Result<(), MachineError> {
+        let found = boot::disk::find(disk, cmdline)?;
+        tracing::info!(kernel = found.description, cmdline = found.cmdline, "boots from its disk");
+        self.begin_at(boot::load_disk(&self.memory, found)?)
+    }
+
+    fn begin_at(&self, entry: boot::Entry) -> Result<(), MachineError> {
         let devices = u32::try_from(self.bus.devices().len()).expect("a few devices");
         boot::acpi::write_tables(
             &self.memory,
@@ -231,6 +262,20 @@ impl Machine {
     /// The system refuses.
     pub fn press_power_button(&self) -> Result<(), MachineError> {
         self.power_button.write(1).map_err(system("press the power button"))
+    }
+
+    /// Whether the guest has the power button's interrupt turned on, so that a press reaches it. Firmware and small kernels
+    /// never do; Linux does when it has found the button in the ACPI tables.
+    #[must_use]
+    pub fn listens_to_power_button(&self) -> bool {
+        let mut chip = kvm_irqchip { chip_id: KVM_IRQCHIP_IOAPIC, ..Default::default() };
+        if let Err(error) = self.vm.get_irqchip(&mut chip) {
+            tracing::warn!(%error, "the interrupt controller can't be read");
+            return false;
+        }
+        // SAFETY: KVM has filled in the IOAPIC, which is plain integers for any content.
+        let entry = unsafe { chip.chip.ioapic.redirtbl[POWER_BUTTON_IRQ as usize].bits };
+        entry & IOAPIC_MASKED == 0
     }
 
     /// Lets the vCPUs and devices work.
@@ -289,7 +334,7 @@ impl Machine {
     pub fn save(&self) -> Result<MachineState, MachineError> {
         let vcpus = self.vcpus.iter().enumerate().map(|(index, vcpu)| {
             let index = u32::try_from(index).expect("few vCPUs");
-            let cpuid = cpuid_of(&self.cpuid, self.topology, index);
+            let cpuid = cpuid_of(&self.cpuid, self.topology, index, &self.shown);
             save_vcpu(&vcpu.fd(), &self.msr_indices, &cpuid)
         });
         let vcpus = vcpus.collect::<Result<_, _>>()?;
@@ -421,6 +466,20 @@ impl Machine {
         }
         Ok(())
     }
+}
+
+/// What the guest is shown: what was asked for, if this host has it.
+fn shown_features(
+    cpuid: &CpuId,
+    has_deadline_timer: bool,
+    wanted: CpuFeatures,
+) -> Result<CpuFeatures, MachineError> {
+    let here = host_features(cpuid, has_deadline_timer);
+    if wanted.is_unknown() {
+        return Ok(here);
+    }
+    let missing = wanted.missing_in(&here);
+    if missing.is_empty() { Ok(wanted) } else { Err(MachineError::Cpu { missing }) }
 }
 
 /// An eventfd that raises an interrupt of the machine.

@@ -3,26 +3,36 @@
 //! The order follows the dependencies between the parts (api.rst): at saving `mp_state` first, since fetching it may settle
 //! pending events, and `vcpu_events` last; at restoring the lapic before the MSRs, since the deadline timer's MSR arms
 //! it, and the TSC before that. The format is postcard behind a magic and a version, bounded, decoded without trust.
+//!
+//! The paravirtual clock goes on by the time of day that passes between saving and restoring, where both kernels can say it
+//! (5.16): the guest's time does not fall behind by the blackout. It never goes back.
 
 use crate::console::ConsoleHistory;
 use crate::virtio::MmioState;
 use kvm_bindings::{
-    CpuId, KVM_CLOCK_TSC_STABLE, Msrs, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip,
+    CpuId, KVM_CLOCK_REALTIME, Msrs, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip,
     kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_pit_state2, kvm_regs, kvm_sregs, kvm_vcpu_events,
     kvm_xcrs, kvm_xsave,
 };
-use kvm_ioctls::{VcpuFd, VmFd};
+use kvm_ioctls::{Cap, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Tells a state from anything else; the last byte is the version. Version 1: the first; 2: with the console; 3: devices
-/// of several kinds, the clock; 4: network cards.
-const MAGIC: &[u8; 8] = b"vmstate\x04";
+/// of several kinds, the clock; 4: network cards, the time of day at which the clock was read.
+pub(crate) const STATE_VERSION: u8 = 4;
+
+const MAGIC: [u8; 8] = [b'v', b'm', b's', b't', b'a', b't', b'e', STATE_VERSION];
 
 /// Largest encoded state in bytes: 64 vCPUs of 20 KiB, devices, a MiB of console, and as much again.
 pub const STATE_BYTES_MAX: usize = 4 << 20;
 
 const MSR_TSC: u32 = 0x10;
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
+
+/// Longest time between saving and restoring that the guest's clock makes up for: far above any blackout. More means that the
+/// clocks of the two hosts differ, and then the guest must not be moved into the future.
+const CLOCK_LEAP_NS_MAX: u64 = 600 * 1_000_000_000;
 
 /// Interrupt controllers of the irqchip: two PICs and the IOAPIC.
 const IRQCHIPS: u32 = 3;
@@ -72,8 +82,37 @@ pub struct VcpuState {
 #[derive(Clone, Serialize, Deserialize)]
 pub struct ChipState {
     pit: kvm_pit_state2,
-    clock: kvm_clock_data,
+    clock: ClockState,
     irqchips: Vec<kvm_irqchip>,
+}
+
+/// The paravirtual clock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+struct ClockState {
+    ns: u64,
+    /// Unix time at which it was read.
+    realtime_ns: Option<u64>,
+}
+
+impl ClockState {
+    fn of(clock: &kvm_clock_data) -> Self {
+        let realtime = (clock.flags & KVM_CLOCK_REALTIME != 0).then_some(clock.realtime);
+        Self { ns: clock.clock, realtime_ns: realtime }
+    }
+
+    /// What KVM is given at `now_ns` of the time of day, on a kernel that takes these flags.
+    fn to_set(self, now_ns: u64, flags: u32) -> kvm_clock_data {
+        let plain = kvm_clock_data { clock: self.ns, ..Default::default() };
+        match self.realtime_ns {
+            Some(realtime)
+                if flags & KVM_CLOCK_REALTIME != 0
+                    && now_ns.saturating_sub(realtime) <= CLOCK_LEAP_NS_MAX =>
+            {
+                kvm_clock_data { realtime, flags: KVM_CLOCK_REALTIME, ..plain }
+            }
+            _ => plain,
+        }
+    }
 }
 
 /// The serial console's registers.
@@ -130,7 +169,7 @@ impl MachineState {
             return Err(decode(format!("{} bytes are too many", bytes.len())));
         }
         let body =
-            bytes.strip_prefix(MAGIC).ok_or_else(|| decode("not a state of this version".to_owned()))?;
+            bytes.strip_prefix(&MAGIC).ok_or_else(|| decode("not a state of this version".to_owned()))?;
         postcard::from_bytes(body).map_err(|error| decode(error.to_string()))
     }
 }
@@ -199,12 +238,7 @@ pub(crate) fn restore_vcpu(fd: &VcpuFd, state: &VcpuState) -> Result<(), StateEr
     put("debug registers", fd.set_debug_regs(&state.debugregs))?;
     put("lapic", fd.set_lapic(&state.lapic))?;
     restore_msrs(fd, &state.msrs)?;
-    put("pending events", fd.set_vcpu_events(&state.events))?;
-    // Tells a guest with kvmclock that it was stopped; refused when it has none.
-    if let Err(error) = fd.kvmclock_ctrl() {
-        tracing::debug!(%error, "kvmclock_ctrl");
-    }
-    Ok(())
+    put("pending events", fd.set_vcpu_events(&state.events))
 }
 
 fn restore_msrs(fd: &VcpuFd, saved: &[kvm_msr_entry]) -> Result<(), StateError> {
@@ -226,9 +260,7 @@ fn restore_msrs(fd: &VcpuFd, saved: &[kvm_msr_entry]) -> Result<(), StateError> 
 /// Takes the machine's chips; all vCPUs are stopped.
 pub(crate) fn save_chips(vm: &VmFd) -> Result<ChipState, StateError> {
     let pit = save("timer", vm.get_pit2())?;
-    let mut clock = save("clock", vm.get_clock())?;
-    // Only this bit may be given back.
-    clock.flags &= !KVM_CLOCK_TSC_STABLE;
+    let clock = ClockState::of(&save("clock", vm.get_clock())?);
     let chips = (0..IRQCHIPS).map(|chip_id| {
         let mut chip = kvm_irqchip { chip_id, ..Default::default() };
         save("interrupt controller", vm.get_irqchip(&mut chip)).map(|()| chip)
@@ -239,17 +271,38 @@ pub(crate) fn save_chips(vm: &VmFd) -> Result<ChipState, StateError> {
 /// Puts the chips into a fresh machine, after its vCPUs.
 pub(crate) fn restore_chips(vm: &VmFd, state: &ChipState) -> Result<(), StateError> {
     put("timer", vm.set_pit2(&state.pit))?;
-    let clock = kvm_clock_data { clock: state.clock.clock, ..Default::default() };
-    put("clock", vm.set_clock(&clock))?;
+    // What the kernel can say of the clock it can take as well; none on a kernel that only knows the plain one.
+    let flags = u32::try_from(vm.check_extension_int(Cap::AdjustClock)).unwrap_or(0);
+    put("clock", vm.set_clock(&state.clock.to_set(realtime_ns(), flags)))?;
     for chip in &state.irqchips {
         put("interrupt controller", vm.set_irqchip(chip))?;
     }
     Ok(())
 }
 
+fn realtime_ns() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_clock_goes_on_by_the_time_that_has_passed_unless_the_hosts_clocks_differ() {
+        let read =
+            kvm_clock_data { clock: 7, realtime: 1_000, flags: KVM_CLOCK_REALTIME, ..Default::default() };
+        let state = ClockState::of(&read);
+        assert_eq!(state.to_set(1_050, KVM_CLOCK_REALTIME), kvm_clock_data { clock: 7, ..read });
+        let plain = kvm_clock_data { clock: 7, ..Default::default() };
+        assert_eq!(state.to_set(1_050, 0), plain);
+        assert_eq!(state.to_set(1_001 + CLOCK_LEAP_NS_MAX, KVM_CLOCK_REALTIME), plain);
+        // The kernel itself takes no time that lies ahead.
+        assert_eq!(state.to_set(10, KVM_CLOCK_REALTIME).realtime, 1_000);
+        let old = ClockState::of(&kvm_clock_data { flags: 0, ..read });
+        assert_eq!(old.to_set(1_050, KVM_CLOCK_REALTIME), plain);
+    }
 
     #[test]
     fn garbage_is_no_state() {

@@ -165,6 +165,9 @@ impl Shared {
         };
         let mut half_done = false;
         while self.wait_until_wanted(&mut half_done, || report(self.settle(bus))) {
+            if !half_done {
+                self.tell_of_pause();
+            }
             if boottime_ns() >= deadline_ns.load(Ordering::SeqCst) {
                 std::thread::park_timeout(LEASE_POLL);
                 continue;
@@ -212,6 +215,14 @@ impl Shared {
 
     fn fd(&self) -> MutexGuard<'_, VcpuFd> {
         self.fd.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A guest with a paravirtual clock does not take the time that it stood still for a lockup of its own.
+    fn tell_of_pause(&self) {
+        if let Err(error) = self.fd().kvmclock_ctrl() {
+            // Refused before the guest has set its clock up.
+            tracing::trace!(%error, "kvmclock_ctrl");
+        }
     }
 
     /// Lets the kernel finish the access that the guest left with, executing nothing further. Without this the saved

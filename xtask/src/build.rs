@@ -6,7 +6,7 @@ use std::process::Command;
 
 /// What is built together: always the same packages, since another choice has other features of shared dependencies and builds
 /// them once more. Without this program, which runs while it builds.
-const ALL_PACKAGES: [&str; 3] = ["--workspace", "--exclude", "xtask"];
+pub const ALL_PACKAGES: [&str; 3] = ["--workspace", "--exclude", "xtask"];
 
 /// How to compile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,6 +43,11 @@ pub fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
+/// Whether all programs are where they belong, as in the lab, which can't build any.
+pub fn is_prebuilt() -> bool {
+    std::env::var_os(tests::binaries::PREBUILT).is_some()
+}
+
 /// Builds all programs and the probe guest; returns the folder of the programs.
 pub fn programs(profile: Profile) -> Result<PathBuf> {
     build(profile, &["--bins"])
@@ -54,6 +59,11 @@ pub fn everything(profile: Profile) -> Result<PathBuf> {
 }
 
 fn build(profile: Profile, targets: &[&str]) -> Result<PathBuf> {
+    let folder = if profile == Profile::Release { "release" } else { "debug" };
+    let folder = tests::binaries::target_root().join(folder);
+    if is_prebuilt() {
+        return Ok(folder);
+    }
     let mut command = cargo(&["build"]);
     command.args(ALL_PACKAGES).args(targets);
     if profile == Profile::Release {
@@ -61,8 +71,12 @@ fn build(profile: Profile, targets: &[&str]) -> Result<PathBuf> {
     }
     run(&mut command)?;
     tests::build_probe()?;
-    let folder = if profile == Profile::Release { "release" } else { "debug" };
-    Ok(tests::binaries::target_root().join(folder))
+    Ok(folder)
+}
+
+/// Builds an example; returns its path.
+pub fn example(profile: Profile, name: &str) -> Result<PathBuf> {
+    Ok(build(profile, &["--example", name])?.join("examples").join(name))
 }
 
 /// Runs tests of what [`everything`] has built; `targets` chooses among them.

@@ -1,7 +1,7 @@
 //! `cargo xtask demo`: the main job on this machine, with real daemons, a real guest and a real death.
 
 use crate::build::{self, Profile};
-use crate::machine;
+use crate::{lab, machine};
 use anyhow::{Context, Result, ensure};
 use comfy_table::{Table, presets};
 use serde_json::Value;
@@ -22,6 +22,10 @@ const WRITES: u64 = 20;
 
 /// Runs the demo and prints what was measured.
 pub fn run() -> Result<()> {
+    if let Some(why) = machine::kvm_is_missing() {
+        println!("{why}: the demo runs in the lab, a machine in software; that takes some minutes");
+        return lab::show("demo");
+    }
     machine::prepare_run()?;
     println!("Building (only the first time takes long) …");
     let folder = build::programs(Profile::Dev)?;

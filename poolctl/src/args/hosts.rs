@@ -14,7 +14,7 @@ pub enum PoolCommand {
     /// Everything about the pool itself
     Show,
     /// Changes settings: name=NAME, replicas-default=N (of volumes that are created without --replicas), cpu-overcommit=N (vCPUs
-    /// that a CPU is counted for)
+    /// that a CPU is counted for), cpu-profile=NAME (what guests see of the processor, from their next boot on)
     Set {
         /// KEY=VALUE; may be repeated
         #[arg(required = true, value_parser = reference::setting, value_name = "KEY=VALUE")]

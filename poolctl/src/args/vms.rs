@@ -2,7 +2,7 @@
 
 use crate::reference;
 use clap::{Args, Subcommand, ValueEnum};
-use proto::ByteCount;
+use proto::{ByteCount, CpuProfile};
 use std::time::Duration;
 
 /// What becomes of a VM whose host is lost.
@@ -44,8 +44,19 @@ pub enum VmCommand {
         #[arg(long = "async")]
         detach: bool,
     },
-    /// Stops a VM and waits until it has stopped
+    /// Presses a VM's power button and waits until it has stopped; one that does not listen is switched off
     Stop {
+        /// The VM
+        vm: String,
+        /// At once, without asking the guest
+        #[arg(long)]
+        force: bool,
+        /// Print the task and do not wait
+        #[arg(long = "async")]
+        detach: bool,
+    },
+    /// Stops a VM as `stop` does, and starts it again at the same host
+    Reboot {
         /// The VM
         vm: String,
         /// At once, without asking the guest
@@ -108,14 +119,14 @@ pub struct CreateArguments {
     /// A network, as the next card; may be repeated
     #[arg(long = "net", value_name = "NETWORK")]
     pub nets: Vec<String>,
-    /// Image of the kernel
+    /// Image of the kernel [default: what the first disk has in its own /boot]
     #[arg(long, value_name = "IMAGE")]
     pub kernel: Option<String>,
     /// Image of the initial ramdisk
     #[arg(long, value_name = "IMAGE", requires = "kernel")]
     pub initrd: Option<String>,
-    /// Command line of the kernel
-    #[arg(long, requires = "kernel", allow_hyphen_values = true)]
+    /// Command line of the kernel; added to the disk's own when it boots from its disk
+    #[arg(long, allow_hyphen_values = true)]
     pub cmdline: Option<String>,
     /// What becomes of it when its host is lost
     #[arg(long, value_enum, default_value_t)]
@@ -123,6 +134,9 @@ pub struct CreateArguments {
     /// Order of recovery, highest first [default: 100]
     #[arg(long, value_name = "1-255", value_parser = clap::value_parser!(u8).range(1..))]
     pub ha_priority: Option<u8>,
+    /// Which features of the processor the guest sees: host-common, x86-64-v2, x86-64-v3 or host [default: the pool's]
+    #[arg(long, value_parser = reference::cpu_profile, value_name = "PROFILE")]
+    pub cpu_profile: Option<CpuProfile>,
 }
 
 /// A move.

@@ -28,12 +28,13 @@ pub async fn set(settings: Vec<Setting>, session: &mut Session) -> Result<(), Fa
             Setting::Name(name) => request.name = name,
             Setting::ReplicasDefault(count) => request.replicas_default = count,
             Setting::CpuOvercommit(factor) => request.cpu_overcommit = factor,
+            Setting::CpuProfile(profile) => request.cpu_profile = profile.to_string(),
         }
     }
     let pool = call!(session.client, PoolServiceClient, set, request).await?;
     let sentence = format!(
-        "pool {}: replicas-default {}, cpu-overcommit {}",
-        pool.name, pool.replicas_default, pool.cpu_overcommit
+        "pool {}: replicas-default {}, cpu-overcommit {}, cpu-profile {}",
+        pool.name, pool.replicas_default, pool.cpu_overcommit, pool.cpu_profile
     );
     session.output.changed(&PoolView::from(pool), &sentence)
 }

@@ -34,6 +34,11 @@ pub async fn run(command: VmCommand, session: &mut Session) -> Result<(), Failur
             let task = call!(session.client, VmServiceClient, stop, request).await?;
             end_of_task(session, task, &vm, &format!("stopping {vm}"), detach).await
         }
+        VmCommand::Reboot { vm, force, detach } => {
+            let request = StopVmRequest { meta: new_meta(), vm: vm.clone(), force };
+            let task = call!(session.client, VmServiceClient, reboot, request).await?;
+            end_of_task(session, task, &vm, &format!("rebooting {vm}"), detach).await
+        }
         VmCommand::Pause { vm } => {
             let request = VmChangeRequest { meta: new_meta(), vm };
             let vm = call!(session.client, VmServiceClient, pause, request).await?;
@@ -76,8 +81,19 @@ pub async fn run(command: VmCommand, session: &mut Session) -> Result<(), Failur
 }
 
 async fn create(arguments: CreateArguments, session: &mut Session) -> Result<(), Failure> {
-    let CreateArguments { name, vcpus, memory, disks, nets, kernel, initrd, cmdline, ha, ha_priority } =
-        arguments;
+    let CreateArguments {
+        name,
+        vcpus,
+        memory,
+        disks,
+        nets,
+        kernel,
+        initrd,
+        cmdline,
+        ha,
+        ha_priority,
+        cpu_profile,
+    } = arguments;
     let request = CreateVmRequest {
         meta: new_meta(),
         name,
@@ -94,6 +110,7 @@ async fn create(arguments: CreateArguments, session: &mut Session) -> Result<(),
         .to_owned(),
         ha_priority: ha_priority.map_or(0, u32::from),
         nets,
+        cpu_profile: cpu_profile.map(|profile| profile.to_string()).unwrap_or_default(),
     };
     let vm = call!(session.client, VmServiceClient, create, request).await?;
     let sentence = format!("vm {} made; start it with `poolctl vm start {}`", vm.name, vm.name);

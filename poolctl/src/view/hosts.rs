@@ -23,6 +23,7 @@ pub struct PoolView {
     cpu_overcommit: u32,
     ca_rotating: bool,
     ca_pending: Vec<String>,
+    cpu_profile: String,
 }
 
 impl From<v1::Pool> for PoolView {
@@ -42,6 +43,7 @@ impl From<v1::Pool> for PoolView {
             cpu_overcommit: pool.cpu_overcommit,
             ca_rotating: pool.ca_rotating,
             ca_pending: pool.ca_pending,
+            cpu_profile: pool.cpu_profile,
         }
     }
 }
@@ -50,7 +52,7 @@ impl Object for PoolView {
     const KIND: &'static str = "Pool";
     const COLUMNS: &'static [&'static str] = &["NAME", "LEADER", "HOSTS", "VOTERS", "RECOVERY", "REVISION"];
     const WIDE: &'static [&'static str] =
-        &["ID", "CA", "FEATURE LEVEL", "REPLICAS", "CPU OVERCOMMIT", "OLD CERTIFICATES"];
+        &["ID", "CA", "FEATURE LEVEL", "REPLICAS", "CPU OVERCOMMIT", "OLD CERTIFICATES", "CPU PROFILE"];
 
     fn name(&self) -> String {
         self.name.clone()
@@ -76,6 +78,7 @@ impl Object for PoolView {
             self.replicas_default.to_string(),
             self.cpu_overcommit.to_string(),
             words(&self.ca_pending),
+            self.cpu_profile.clone(),
         ]
     }
 }

@@ -30,6 +30,7 @@ fn pool() {
         cpu_overcommit: 4,
         ca_rotating: true,
         ca_pending: vec!["h2".into()],
+        cpu_profile: "host-common".into(),
     };
     let upgrade = UpgradeView::new(&pool, Vec::new());
     assert_eq!(
@@ -40,7 +41,8 @@ fn pool() {
         shape(&PoolView::from(pool)),
         json!({"id": "p1", "name": "lab", "leader": "h1", "hosts": 3, "voters": ["h1", "h2"], "revision": 9,
             "ha_braked": false, "ca_fingerprint": "ab", "ha_disarmed": false, "feature_level": 1,
-            "replicas_default": 3, "cpu_overcommit": 4, "ca_rotating": true, "ca_pending": ["h2"]})
+            "replicas_default": 3, "cpu_overcommit": 4, "ca_rotating": true, "ca_pending": ["h2"],
+            "cpu_profile": "host-common"})
     );
 }
 
@@ -145,6 +147,7 @@ fn vm_and_console() {
         ha_priority: 100,
         home: "h1".into(),
         nics: vec![v1::Nic { network: "lan".into(), mac: "0a:00:00:00:00:01".into(), ip: "10.7.0.2".into() }],
+        cpu_profile: "host".into(),
     };
     let view = VmView::from(vm);
     assert_eq!(view.whereabouts(), "running at h2");
@@ -153,7 +156,7 @@ fn vm_and_console() {
         json!({"id": "vm-17", "name": "a", "state": "running", "host": "h2", "epoch": 3, "vcpus": 1,
             "memory_bytes": 512 << 20, "disks": ["data"], "kernel": "probe", "initrd": "", "cmdline": "disk=1",
             "ha": "restart", "problem": "", "revision": 11, "ha_priority": 100, "home": "h1",
-            "nics": [{"network": "lan", "mac": "0a:00:00:00:00:01", "ip": "10.7.0.2"}]})
+            "nics": [{"network": "lan", "mac": "0a:00:00:00:00:01", "ip": "10.7.0.2"}], "cpu_profile": "host"})
     );
     let piece = v1::ConsoleLogResponse { data: b"hi\xff".to_vec(), offset: 4 };
     assert_eq!(shape(&ConsoleView::new("a", &piece)), json!({"vm": "a", "offset": 4, "text": "hi\u{fffd}"}));

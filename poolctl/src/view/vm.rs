@@ -25,6 +25,7 @@ pub struct VmView {
     ha_priority: u32,
     home: String,
     nics: Vec<NicView>,
+    cpu_profile: String,
 }
 
 impl VmView {
@@ -58,6 +59,7 @@ impl From<v1::Vm> for VmView {
             ha_priority: vm.ha_priority,
             home: vm.home,
             nics: vm.nics.into_iter().map(NicView::from).collect(),
+            cpu_profile: vm.cpu_profile,
         }
     }
 }
@@ -66,7 +68,7 @@ impl Object for VmView {
     const KIND: &'static str = "Vm";
     const COLUMNS: &'static [&'static str] = &["NAME", "STATE", "HOST", "VCPUS", "MEMORY", "PROBLEM"];
     const WIDE: &'static [&'static str] =
-        &["ID", "EPOCH", "HA", "PRIORITY", "DISKS", "KERNEL", "INITRD", "CMDLINE", "HOME", "NICS"];
+        &["ID", "EPOCH", "HA", "PRIORITY", "DISKS", "KERNEL", "INITRD", "CMDLINE", "HOME", "NICS", "CPU"];
 
     fn name(&self) -> String {
         self.name.clone()
@@ -90,6 +92,7 @@ impl Object for VmView {
             self.cmdline.clone(),
             self.home.clone(),
             words(&self.nics.iter().map(NicView::text).collect::<Vec<_>>()),
+            self.cpu_profile.clone(),
         ]
     }
 }

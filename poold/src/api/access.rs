@@ -106,6 +106,7 @@ const PUBLIC: &[(&str, Methods)] = &[
             ("Create", OPERATE),
             ("Start", OPERATE),
             ("Stop", OPERATE),
+            ("Reboot", OPERATE),
             ("Pause", OPERATE),
             ("Resume", OPERATE),
             ("Delete", OPERATE),

@@ -50,6 +50,7 @@ impl PoolApi {
                 .filter(|host| state.settings.old_ca.is_some() && host.shows_ca != Some(ca_hash))
                 .map(|host| host.name.clone())
                 .collect(),
+            cpu_profile: state.settings.cpu_profile.to_string(),
         }
     }
 }
@@ -146,16 +147,18 @@ impl PoolService for PoolApi {
 
     async fn set(&self, request: Request<v1::PoolSetRequest>) -> Result<Response<v1::Pool>, Status> {
         let principal = require_user(&request)?;
-        let v1::PoolSetRequest { meta, name, replicas_default, cpu_overcommit } = request.into_inner();
+        let v1::PoolSetRequest { meta, name, replicas_default, cpu_overcommit, cpu_profile } =
+            request.into_inner();
         let number = |value: u32| (value != 0).then_some(value);
         let change = PoolChange {
             name: (!name.is_empty()).then_some(name),
             replicas_default: number(replicas_default),
             cpu_overcommit: number(cpu_overcommit),
+            cpu_profile: views::cpu_profile(&cpu_profile)?,
         };
         if change == PoolChange::default() {
             return Err(Status::invalid_argument(
-                "no setting is given: name, replicas-default or cpu-overcommit",
+                "no setting is given: name, replicas-default, cpu-overcommit or cpu-profile",
             ));
         }
         let command = Command::Govern(Govern::SetPool(change));

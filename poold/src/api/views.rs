@@ -10,6 +10,7 @@ use pool_state::{
         TaskState, Vm, Volume,
     },
 };
+use proto::cpu::{CpuProfile, ParseCpuProfileError};
 use proto::{
     HostId, ImageId, VmId, VolumeId,
     v1::{self, RequestMeta},
@@ -68,6 +69,17 @@ fn image_name(state: &PoolState, image: Option<ImageId>) -> String {
     state.images.get(&image).map_or_else(|| image.to_string(), |image| image.name.clone())
 }
 
+/// A profile as a request names it; none: it names none.
+pub fn cpu_profile(text: &str) -> Result<Option<CpuProfile>, Status> {
+    match text {
+        "" => Ok(None),
+        text => text
+            .parse()
+            .map(Some)
+            .map_err(|error: ParseCpuProfileError| Status::invalid_argument(error.to_string())),
+    }
+}
+
 /// A VM.
 pub fn vm(state: &PoolState, vm: &Vm) -> v1::Vm {
     v1::Vm {
@@ -88,6 +100,7 @@ pub fn vm(state: &PoolState, vm: &Vm) -> v1::Vm {
         ha_priority: vm.spec.priority.into(),
         home: vm.home.map(|home| state.host_name(home)).unwrap_or_default(),
         nics: vm.spec.nics.iter().map(|nic| networks::nic(state, nic)).collect(),
+        cpu_profile: state.cpu_profile(vm).to_string(),
     }
 }
 
@@ -333,7 +346,7 @@ pub fn task(state: &PoolState, task: &Task) -> v1::Task {
         TaskKind::VmMigrate { migration } => {
             state.migrations.get(&migration).map_or("", |migration| migration.phase.as_str()).to_owned()
         }
-        TaskKind::VmStart | TaskKind::VmStop => {
+        TaskKind::VmStart | TaskKind::VmStop | TaskKind::VmReboot => {
             let vm = task.vm.and_then(|vm| state.vms.get(&vm));
             vm.map_or("", |vm| state.vm_state(vm).as_str()).to_owned()
         }

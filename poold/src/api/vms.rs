@@ -110,6 +110,7 @@ fn create_command(state: &PoolState, request: CreateVmRequest) -> Result<Command
         ha,
         priority: priority(request.ha_priority)?,
         nets: nets?,
+        cpu_profile: views::cpu_profile(&request.cpu_profile)?,
     }))
 }
 
@@ -143,6 +144,15 @@ impl VmService for VmApi {
         let state = self.context.read().await?;
         let mode = if force { StopMode::Force } else { StopMode::Clean };
         let command = Command::StopVm { vm: views::found(state.resolve_vm(&vm))?.id, mode };
+        self.task(&principal, meta, command).await
+    }
+
+    async fn reboot(&self, request: Request<StopVmRequest>) -> Result<Response<Task>, Status> {
+        let principal = require_user(&request)?;
+        let StopVmRequest { meta, vm, force } = request.into_inner();
+        let state = self.context.read().await?;
+        let mode = if force { StopMode::Force } else { StopMode::Clean };
+        let command = Command::RebootVm { vm: views::found(state.resolve_vm(&vm))?.id, mode };
         self.task(&principal, meta, command).await
     }
 

@@ -183,6 +183,7 @@ mod tests {
             duty: pool_state::state::HostDuty::Active,
             labels: std::collections::BTreeMap::new(),
             cpus: 0,
+            cpu: proto::HostCpu::default(),
         }
     }
 

@@ -46,6 +46,8 @@ pub fn machine_config(
         migration_ip: context.address.ip().to_string(),
         nics: vm.spec.nics.iter().map(|nic| card(state, vm, nic)).collect(),
         service: None,
+        cpu_words: if vm.cpu.is_unknown() { Vec::new() } else { vm.cpu.words.to_vec() },
+        cpu_address_bits: vm.cpu.address_bits.into(),
     }
 }
 
@@ -170,6 +172,7 @@ mod tests {
             duty: pool_state::state::HostDuty::Active,
             labels: std::collections::BTreeMap::new(),
             cpus: 0,
+            cpu: proto::HostCpu::default(),
         }
     }
 

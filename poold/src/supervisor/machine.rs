@@ -122,7 +122,8 @@ impl Machine {
     /// Powers off; the process exits after its answer.
     pub async fn stop(&self, mode: StopMode, limit: Duration) -> Result<MachineStatus, MachineError> {
         let mut client = self.client.clone();
-        let request = v1::MachineStopRequest { force: mode == StopMode::Forced };
+        let force = mode == StopMode::Forced;
+        let request = v1::MachineStopRequest { force, power_button: !force };
         self.call("Stop", limit, client.stop(request)).await
     }
 

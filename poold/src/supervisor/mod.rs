@@ -49,8 +49,9 @@ use tokio::sync::watch;
 /// How long a new process may take until its socket answers: exec and a runtime, far below a second when idle.
 const READY_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// How long a VM may take to flush and close its volumes when it is stopped in good order.
-const STOP_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a VM may take to shut its guest down and to flush and close its volumes when it is stopped in good order: what
+/// the process gives the guest, and its own limits behind that.
+const STOP_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// How long a process may take to answer a forced stop before signals follow.
 const FORCED_STOP_TIMEOUT: Duration = Duration::from_secs(1);
@@ -61,7 +62,7 @@ const EXIT_TIMEOUT: Duration = Duration::from_secs(2);
 /// How a process is ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StopMode {
-    /// Flush and close the volumes first.
+    /// Ask the guest by its power button; then flush and close the volumes.
     Orderly,
     /// At once; for a copy whose epoch is over and for a power-off.
     Forced,

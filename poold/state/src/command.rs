@@ -18,8 +18,8 @@ use crate::{
     timing::Timing,
 };
 use proto::{
-    ByteCount, Epoch, GroupId, HostId, ImageId, Incarnation, IsrVersion, MigrationId, NetworkId, Sequence,
-    TaskId, TokenId, VmId, VolumeId,
+    ByteCount, CpuProfile, Epoch, GroupId, HostCpu, HostId, ImageId, Incarnation, IsrVersion, MigrationId,
+    NetworkId, Sequence, TaskId, TokenId, VmId, VolumeId,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -130,6 +130,13 @@ pub enum Command {
         /// The VM.
         vm: VmId,
         /// How.
+        mode: StopMode,
+    },
+    /// Stops a VM and starts it again at the same host. → `Outcome::Task`
+    RebootVm {
+        /// The VM.
+        vm: VmId,
+        /// How it is stopped.
         mode: StopMode,
     },
     /// Stops the vCPUs of a running VM.
@@ -267,6 +274,13 @@ pub enum Command {
     HaDisarm,
     /// Switches recovery on.
     HaArm,
+    /// What a host's processor can be to guests.
+    SetHostCpu {
+        /// The host.
+        host: HostId,
+        /// What it says of itself.
+        cpu: HostCpu,
+    },
     /// Report: logical CPUs of a host.
     SetHostCpus {
         /// The host.
@@ -496,6 +510,8 @@ pub struct CreateVm {
     pub priority: u8,
     /// Networks, one card each, in device order.
     pub nets: Vec<NetworkId>,
+    /// Which features the guest sees; none: what the pool says.
+    pub cpu_profile: Option<CpuProfile>,
 }
 
 /// Content of [`Command::CreateNetwork`].
@@ -566,6 +582,8 @@ pub enum StopReason {
 pub enum RestartCause {
     /// The guest asked for it.
     GuestReboot,
+    /// An operator asked for it.
+    Requested,
     /// The guest crashed.
     GuestCrash,
     /// The process died.
@@ -575,4 +593,12 @@ pub enum RestartCause {
         /// Why, for the operator.
         problem: String,
     },
+}
+
+impl RestartCause {
+    /// Whether somebody wanted it, so that nothing has failed.
+    #[must_use]
+    pub fn is_wanted(&self) -> bool {
+        matches!(self, Self::GuestReboot | Self::Requested)
+    }
 }

@@ -134,6 +134,7 @@ impl Pool {
             ha,
             priority: 0,
             nets: Vec::new(),
+            cpu_profile: None,
         })
     }
 

@@ -272,7 +272,7 @@ fn check_tasks(state: &PoolState) -> Result<(), Violation> {
                 .migrations
                 .get(&migration)
                 .is_some_and(|migration| migration.is_running() && migration.task == task.id),
-            TaskKind::VmStart | TaskKind::VmStop => {
+            TaskKind::VmStart | TaskKind::VmStop | TaskKind::VmReboot => {
                 let vm = task.vm.and_then(|vm| state.vms.get(&vm));
                 vm.is_some_and(|vm| vm.task == Some(task.id) && vm.placement.is_some())
             }

@@ -318,7 +318,7 @@ pub enum Rejection {
         migration: MigrationId,
     },
     /// The VM has nothing to boot.
-    #[error("vm {vm} has no kernel")]
+    #[error("vm {vm} has neither a kernel nor a disk to boot from")]
     VmWithoutKernel {
         /// The VM.
         vm: String,
@@ -442,6 +442,44 @@ pub enum Rejection {
         source_cpu: String,
         /// CPU of the target.
         target_cpu: String,
+    },
+    /// A host's processor lacks what the VM's guest sees, or is to see.
+    #[error("host {host} lacks {missing}, which the CPU profile of vm {vm} shows")]
+    CpuLacks {
+        /// The VM.
+        vm: String,
+        /// The host.
+        host: String,
+        /// Names of features.
+        missing: String,
+    },
+    /// A guest would find its TSC at another rate.
+    #[error(
+        "the TSC of host {target} runs at {target_khz} kHz and can't be scaled to the {source_khz} kHz of host {source_host}"
+    )]
+    TscMismatch {
+        /// The source.
+        source_host: String,
+        /// The target.
+        target: String,
+        /// Its rate.
+        source_khz: u32,
+        /// The other's.
+        target_khz: u32,
+    },
+    /// The daemons of the two hosts have other devices.
+    #[error(
+        "the machine of host {source_host} is of version {source_version}, that of host {target} of version {target_version}"
+    )]
+    MachineMismatch {
+        /// The source.
+        source_host: String,
+        /// The target.
+        target: String,
+        /// Version of its devices and state.
+        source_version: u32,
+        /// The other's.
+        target_version: u32,
     },
     /// The migration is in another phase.
     #[error("{migration} is in phase {phase}")]

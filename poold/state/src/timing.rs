@@ -83,7 +83,7 @@ impl Default for Timing {
             heartbeat_ms: 200,
             brake_window_ms: 10_000,
             vm_start_ms: 120_000,
-            vm_stop_ms: 60_000,
+            vm_stop_ms: 120_000,
             migration_step_ms: 60_000,
             migration_copy_ms: 3_600_000,
             replica_replace_ms: 600_000,

@@ -59,6 +59,8 @@ pub enum Request {
 /// How a machine is taken down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StopMode {
+    /// Let the guest shut itself down first, if it listens.
+    PowerButton,
     /// Flush the volumes first.
     Flush,
     /// At once, as when the power goes.

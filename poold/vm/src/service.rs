@@ -99,7 +99,11 @@ impl machine_server::Machine for MachineService {
         &self,
         request: tonic::Request<v1::MachineStopRequest>,
     ) -> Result<Response<v1::MachineStatus>, Status> {
-        let mode = if request.get_ref().force { StopMode::PowerCut } else { StopMode::Flush };
+        let mode = match request.into_inner() {
+            v1::MachineStopRequest { force: true, .. } => StopMode::PowerCut,
+            v1::MachineStopRequest { power_button: true, .. } => StopMode::PowerButton,
+            v1::MachineStopRequest { .. } => StopMode::Flush,
+        };
         self.ask(|reply| Request::Stop(mode, reply)).await
     }
 

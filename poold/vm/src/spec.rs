@@ -5,7 +5,8 @@ use crate::confine::Views;
 use crate::lease::LeaseGuard;
 use crate::nics;
 use crate::request::Refusal;
-use proto::{ByteCount, Epoch, VmId, v1};
+use proto::cpu::CPU_WORDS;
+use proto::{ByteCount, CpuFeatures, Epoch, VmId, v1};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use vmm::virtio::NetConfig;
@@ -38,7 +39,9 @@ pub struct MachineSpec {
     pub epoch: Epoch,
     pub vcpus: u32,
     pub memory: ByteCount,
-    /// None for a machine that only takes in a migration.
+    /// What the guest is shown of its processor; unknown: all that the host has.
+    pub cpu: CpuFeatures,
+    /// None: what the first disk has in its own `/boot`, or a machine that only takes in a migration.
     pub kernel: Option<PathBuf>,
     pub initrd: Option<PathBuf>,
     pub cmdline: String,
@@ -100,6 +103,15 @@ impl MachineSpec {
             field: "migration_ip",
             problem: format!("`{}` is no IP address", config.migration_ip),
         })?;
+        let cpu = match config.cpu_words.as_slice() {
+            [] => CpuFeatures::default(),
+            words => {
+                CpuFeatures::from_words(words, config.cpu_address_bits).ok_or_else(|| Refusal::Invalid {
+                    field: "cpu_words",
+                    problem: format!("{} words are not {CPU_WORDS}", words.len()),
+                })?
+            }
+        };
         let disks: Vec<_> = config.volumes.iter().map(Attachment::from_message).collect::<Result<_, _>>()?;
         check_distinct(&disks)?;
         let lease = if config.lease_exempt {
@@ -112,6 +124,7 @@ impl MachineSpec {
             epoch: Epoch(config.epoch),
             vcpus: config.vcpus,
             memory: ByteCount(memory),
+            cpu,
             kernel: optional_path("kernel_path", &config.kernel_path, views)?,
             initrd: optional_path("initrd_path", &config.initrd_path, views)?,
             cmdline: config.cmdline.clone(),
@@ -185,7 +198,8 @@ mod tests {
     #[test]
     fn each_unusable_field_is_named() {
         type Spoil = fn(&mut v1::MachineConfig);
-        let cases: [(&str, Spoil); 12] = [
+        let cases: [(&str, Spoil); 13] = [
+            ("cpu_words", |config| config.cpu_words = vec![1, 2]),
             ("vm_id", |config| config.vm_id = 0),
             ("epoch", |config| config.epoch = 0),
             ("vcpus", |config| config.vcpus = 65),

@@ -13,7 +13,7 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 use vmm::{
     BlockBackend, BlockCompletion, BlockError, BootConfig, ConsoleRing, GuestExit, Machine, MachineConfig,
-    MachineState,
+    MachineState, Memory,
 };
 
 /// Longest wait for anything that the guest prints: its own work takes seconds, interpreted twice.
@@ -25,7 +25,10 @@ const POLL: Duration = Duration::from_millis(5);
 /// What a kernel says on a machine without a PCI bus, as this one is.
 const NO_PCI: &str = "PCI: Fatal: No config space access function found";
 
-/// Pages that are copied at once.
+/// Rounds of copying before the guest is stopped: all of it, and what was written meanwhile.
+const ROUNDS_WHILE_RUNNING: u32 = 2;
+
+/// Pages that are compared at once.
 const COPY_PAGES: usize = 256;
 
 /// What to build a guest from.
@@ -59,6 +62,7 @@ impl Guest {
             vcpus: shape.vcpus,
             memory: proto::ByteCount(shape.memory_mib << 20),
             memory_file: None,
+            cpu: proto::CpuFeatures::default(),
             disks: shape.disks.clone(),
             nics: Vec::new(),
             console: console.clone(),
@@ -68,14 +72,19 @@ impl Guest {
         Ok(Self { machine, console, exits, seen: 0, commands: 0 })
     }
 
-    /// A running guest with the lab's kernel and small initrd, at its prompt.
-    pub fn small(shape: &Shape) -> Result<Self> {
-        let mut guest = Self::new(shape)?;
-        guest.machine.boot(&BootConfig {
+    /// The lab's kernel with its small initrd.
+    pub fn small_boot() -> BootConfig {
+        BootConfig {
             kernel: lab_file("guest/vmlinuz"),
             initrd: Some(lab_file("guest/initrd")),
             cmdline: "console=ttyS0 quiet panic=-1".to_owned(),
-        })?;
+        }
+    }
+
+    /// A running guest with the lab's kernel and small initrd, at its prompt.
+    pub fn small(shape: &Shape) -> Result<Self> {
+        let mut guest = Self::new(shape)?;
+        guest.machine.boot(&Self::small_boot())?;
         guest.machine.resume();
         guest.expect("GUEST ready")?;
         // The shell greets before its first command.
@@ -83,25 +92,51 @@ impl Guest {
         Ok(guest)
     }
 
-    /// Goes on in a new machine of the same shape, with all its memory and state.
-    pub fn hop(&mut self, shape: &Shape) -> Result<()> {
+    /// Goes on in a new machine of the same shape, as a migration does it: memory is copied while the guest runs, then what it
+    /// has written meanwhile, and at last, with everything at rest, the rest and the state. The proof: all memory is equal.
+    pub fn hop(&mut self, shape: &Shape) -> Result<Hop> {
         let next = Self::new(shape)?;
+        let (from, to) = (self.machine.memory().clone(), next.machine.memory().clone());
+        self.machine.start_dirty_log()?;
+        let mut pages = 0;
+        for _ in 0..ROUNDS_WHILE_RUNNING {
+            pages += self.copy_dirty(&from, &to)?;
+        }
+        let stopped = Instant::now();
         self.machine.pause()?;
         ensure!(self.machine.drain(Instant::now() + PATIENCE), "the devices do not come to rest");
         let state = self.machine.save()?.encode()?;
-        let (from, to) = (self.machine.memory(), next.machine.memory());
-        let mut buffer = vec![0; COPY_PAGES * BLOCK_BYTES];
-        for range in from.resident(PageIndex(0)..PageIndex(from.page_count()))? {
-            for first in (range.start.0..range.end.0).step_by(COPY_PAGES) {
-                let pages = usize::try_from(range.end.0 - first)?.min(COPY_PAGES);
-                from.read_pages(PageIndex(first), &mut buffer[..pages * BLOCK_BYTES])?;
-                to.write_pages(PageIndex(first), &buffer[..pages * BLOCK_BYTES])?;
-            }
-        }
+        let last_pages = self.copy_dirty(&from, &to)?;
         next.machine.load(&MachineState::decode(&state)?)?;
+        let blackout = stopped.elapsed();
+        prove_equal(&from, &to)?;
         next.machine.resume();
         *self = Self { seen: self.seen, commands: self.commands, ..next };
-        Ok(())
+        Ok(Hop { blackout, pages: pages + last_pages, last_pages })
+    }
+
+    /// Copies every page whose bit is set, clearing the bit before the page is read.
+    fn copy_dirty(&self, from: &Memory, to: &Memory) -> Result<u64> {
+        let mut dirty = Vec::new();
+        self.machine.fetch_dirty(|first, words| dirty.push((first.0, words.to_vec())))?;
+        let mut buffer = vec![0; BLOCK_BYTES];
+        let mut copied = 0;
+        for (first, words) in dirty {
+            for (at, word) in (0_u64..).zip(words).filter(|(_, word)| *word != 0) {
+                let start = first + at * 64;
+                self.machine.clear_dirty(PageIndex(start), &[word])?;
+                let end = PageIndex((start + 64).min(from.page_count()));
+                // What was never touched is zero at both sides.
+                for range in from.resident(PageIndex(start)..end)? {
+                    for page in (range.start.0..range.end.0).filter(|page| word >> (page - start) & 1 == 1) {
+                        from.read_pages(PageIndex(page), &mut buffer)?;
+                        to.write_pages(PageIndex(page), &buffer)?;
+                        copied += 1;
+                    }
+                }
+            }
+        }
+        Ok(copied)
     }
 
     /// Everything that the kernel takes for a fault; empty when it is content.
@@ -172,6 +207,38 @@ impl Guest {
         ensure!(exit == *wanted, "the guest ended with {exit:?} instead of {wanted:?}:\n{}", self.text());
         Ok(())
     }
+}
+
+/// What a hop came to.
+#[derive(Debug, Clone, Copy)]
+pub struct Hop {
+    pub blackout: Duration,
+    /// Pages copied in all rounds, and of them with the guest at rest.
+    pub pages: u64,
+    pub last_pages: u64,
+}
+
+/// Fails with the first page that differs: its dirty bit was lost.
+fn prove_equal(from: &Memory, to: &Memory) -> Result<()> {
+    let all = PageIndex(0)..PageIndex(from.page_count());
+    let (mut here, mut there) = (vec![0; COPY_PAGES * BLOCK_BYTES], vec![0; COPY_PAGES * BLOCK_BYTES]);
+    for range in from.resident(all.clone())?.into_iter().chain(to.resident(all)?) {
+        for first in (range.start.0..range.end.0).step_by(COPY_PAGES) {
+            let bytes = usize::try_from(range.end.0 - first)?.min(COPY_PAGES) * BLOCK_BYTES;
+            from.read_pages(PageIndex(first), &mut here[..bytes])?;
+            to.read_pages(PageIndex(first), &mut there[..bytes])?;
+            let differs = (0..bytes)
+                .step_by(BLOCK_BYTES)
+                .find(|at| here[*at..][..BLOCK_BYTES] != there[*at..][..BLOCK_BYTES]);
+            if let Some(at) = differs {
+                bail!(
+                    "page {} differs after the copy: its dirty bit was lost",
+                    first + (at / BLOCK_BYTES) as u64
+                );
+            }
+        }
+    }
+    Ok(())
 }
 
 fn find(bytes: &[u8], wanted: &[u8]) -> Option<usize> {

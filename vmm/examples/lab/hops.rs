@@ -38,16 +38,24 @@ pub fn run(hops: u32) -> Result<Value> {
         guest.command(&format!("cat > /tmp/{name}.sh <<'EOF'\n{script}\nEOF\ntrue"))?;
         guest.command(&format!("sh /tmp/{name}.sh < /dev/null > /dev/null 2>&1 & true"))?;
     }
-    let mut slowest = Duration::ZERO;
-    for hop in 1..=hops {
-        let began = Instant::now();
-        guest.hop(&shape)?;
-        slowest = slowest.max(began.elapsed());
-        check(&mut guest).with_context(|| format!("after hop {hop}"))?;
+    let (mut slowest, mut pages, mut last_pages) = (Duration::ZERO, 0, 0);
+    for number in 1..=hops {
+        let hop = guest.hop(&shape).with_context(|| format!("hop {number}"))?;
+        slowest = slowest.max(hop.blackout);
+        (pages, last_pages) = (pages + hop.pages, last_pages + hop.last_pages);
+        println!("hop {number}: {hop:?}");
+        check(&mut guest).with_context(|| format!("after hop {number}"))?;
     }
     let complaints = guest.complaints()?;
     ensure!(complaints.is_empty(), "the kernel complains:\n{complaints}");
-    Ok(json!({"hops": hops, "slowest_hop_ms": slowest.as_millis() as u64, "rounds": counts(&mut guest)?}))
+    Ok(json!({
+        "hops": hops,
+        "memory": "proved equal",
+        "slowest_blackout_ms": slowest.as_millis() as u64,
+        "pages": pages,
+        "pages_at_rest": last_pages,
+        "rounds": counts(&mut guest)?,
+    }))
 }
 
 /// Every load gets on, and none has found anything wrong.

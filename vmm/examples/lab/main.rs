@@ -4,10 +4,12 @@
 
 #![expect(clippy::print_stdout, reason = "a program that talks to a person")]
 
+mod bench;
 mod debian;
 mod guest;
 mod hops;
 mod linux;
+mod overlay;
 
 use anyhow::{Context as _, Result, bail};
 use std::time::Instant;
@@ -25,6 +27,7 @@ fn main() -> Result<()> {
         "linux" => linux::run()?,
         "boots" => linux::boots(number(2)?)?,
         "debian" => debian::run()?,
+        "bench" => bench::run()?,
         "hops" => hops::run(number(2)?)?,
         _ => bail!("there is no scenario `{name}`"),
     };

@@ -1,5 +1,6 @@
 //! Recognises and loads kernels, initrds and command lines. All of them come from operators: nothing is trusted.
 
+use super::disk::DiskBoot;
 use super::{CMDLINE, CMDLINE_BYTES_MAX, Entry, HIMEM_START, RESET_CODE, RESET_VECTOR, linux, pvh};
 use crate::memory::{LOW_MEMORY_END, Memory};
 use linux_loader::loader::elf::PvhBootCapability;
@@ -79,16 +80,50 @@ pub fn kernel_kind(file: &mut File) -> io::Result<Option<KernelKind>> {
     Ok((head.get(HDRS..HDRS + 4) == Some(b"HdrS")).then_some(KernelKind::BzImage))
 }
 
+/// An open file, by the name that messages show.
+struct Opened<'a> {
+    path: &'a Path,
+    file: File,
+}
+
+impl<'a> Opened<'a> {
+    fn open(what: &'static str, path: &'a Path) -> Result<Self, BootError> {
+        let file = File::open(path);
+        let file = file.map_err(|source| BootError::Read { what, path: path.to_owned(), source })?;
+        Ok(Self { path, file })
+    }
+}
+
 /// Loads everything and says where to begin.
 ///
 /// # Errors
 /// See [`BootError`].
 pub fn load(memory: &Memory, config: &BootConfig) -> Result<Entry, BootError> {
-    let path = config.kernel.as_path();
+    let kernel = Opened::open("kernel", &config.kernel)?;
+    let initrd = config.initrd.as_deref().map(|path| Opened::open("initrd", path)).transpose()?;
+    load_opened(memory, kernel, initrd, &config.cmdline)
+}
+
+/// The same with what was found on a disk.
+///
+/// # Errors
+/// See [`BootError`].
+pub fn load_disk(memory: &Memory, found: DiskBoot) -> Result<Entry, BootError> {
+    let path = Path::new(&found.kernel_path);
+    let initrd = found.initrd.map(|file| Opened { path: Path::new("of the disk"), file });
+    load_opened(memory, Opened { path, file: found.kernel }, initrd, &found.cmdline)
+}
+
+fn load_opened(
+    memory: &Memory,
+    kernel: Opened<'_>,
+    initrd: Option<Opened<'_>>,
+    cmdline: &str,
+) -> Result<Entry, BootError> {
+    let Opened { path, mut file } = kernel;
     let read = |source| BootError::Read { what: "kernel", path: path.to_owned(), source };
-    let mut file = File::open(path).map_err(read)?;
     let kind = kernel_kind(&mut file).map_err(read)?;
-    write_cmdline(memory, &config.cmdline)?;
+    write_cmdline(memory, cmdline)?;
     write(memory, &RESET_CODE, RESET_VECTOR)?;
     match kind.ok_or_else(|| BootError::NotAKernel { path: path.to_owned() })? {
         KernelKind::PvhElf => {
@@ -97,7 +132,7 @@ pub fn load(memory: &Memory, config: &BootConfig) -> Result<Entry, BootError> {
             let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {
                 return Err(BootError::NotAKernel { path: path.to_owned() });
             };
-            let initrd = load_initrd(memory, config, loaded.kernel_end)?;
+            let initrd = load_initrd(memory, initrd, loaded.kernel_end)?;
             pvh::write_start_info(memory, initrd)?;
             Ok(Entry::Pvh { address: entry.0 })
         }
@@ -107,8 +142,8 @@ pub fn load(memory: &Memory, config: &BootConfig) -> Result<Entry, BootError> {
             let mut header =
                 loaded.setup_header.ok_or_else(|| BootError::NotAKernel { path: path.to_owned() })?;
             let init_end = loaded.kernel_load.0.saturating_add(u64::from(header.init_size));
-            let initrd = load_initrd(memory, config, loaded.kernel_end.max(init_end))?;
-            linux::write_boot_params(memory, &mut header, initrd, config.cmdline.len())?;
+            let initrd = load_initrd(memory, initrd, loaded.kernel_end.max(init_end))?;
+            linux::write_boot_params(memory, &mut header, initrd, cmdline.len())?;
             // The 64-bit entry lies 0x200 behind the start of the protected-mode code.
             Ok(Entry::Linux64 { address: loaded.kernel_load.0 + 0x200 })
         }
@@ -142,11 +177,11 @@ pub(super) struct Initrd {
 }
 
 /// Loads the initrd as high as allowed, above `floor`.
-fn load_initrd(memory: &Memory, config: &BootConfig, floor: u64) -> Result<Option<Initrd>, BootError> {
-    let Some(path) = &config.initrd else { return Ok(None) };
-    let read = |source| BootError::Read { what: "initrd", path: path.clone(), source };
-    let mut file = File::open(path).map_err(read)?;
+fn load_initrd(memory: &Memory, initrd: Option<Opened<'_>>, floor: u64) -> Result<Option<Initrd>, BootError> {
+    let Some(Opened { path, mut file }) = initrd else { return Ok(None) };
+    let read = |source| BootError::Read { what: "initrd", path: path.to_owned(), source };
     let bytes = file.metadata().map_err(read)?.len();
+    file.seek(SeekFrom::Start(0)).map_err(read)?;
     let end = memory.size().0.min(LOW_MEMORY_END).min(INITRD_END_MAX);
     let address =
         end.checked_sub(bytes).map(|address| address / PAGE * PAGE).filter(|address| *address >= floor);

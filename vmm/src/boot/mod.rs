@@ -7,11 +7,13 @@
 
 pub(crate) mod acpi;
 mod cpu;
+pub mod disk;
 mod kernel;
 mod linux;
 mod pvh;
 
-pub use kernel::{BootConfig, BootError, KernelKind, kernel_kind, load};
+pub use disk::{DiskBoot, DiskBootError};
+pub use kernel::{BootConfig, BootError, KernelKind, kernel_kind, load, load_disk};
 
 use crate::bus::{I8042_COMMAND, I8042_RESET};
 use vm_memory::GuestAddress;

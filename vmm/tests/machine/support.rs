@@ -109,6 +109,7 @@ impl Rig {
             vcpus: 1,
             memory: proto::ByteCount(memory),
             memory_file: None,
+            cpu: proto::CpuFeatures::default(),
             disks,
             nics: Vec::new(),
             console: console.clone(),

@@ -1,10 +1,12 @@
 //! `cargo xtask bench`: figures of this project beside those of others, measured in one run on one machine.
 
 mod control;
+mod disk;
 mod migrate;
 mod qemu;
 mod report;
 mod storage;
+mod vmm;
 
 use anyhow::Result;
 use clap::Subcommand;
@@ -18,6 +20,8 @@ pub enum Bench {
     Migrate(migrate::Options),
     /// The block store through NBD, beside the bare disk and nbdkit
     Storage(storage::Options),
+    /// Boot time, disk and memory of the machine, beside qemu's microvm and NBD
+    Vmm(vmm::Options),
 }
 
 impl Bench {
@@ -27,6 +31,7 @@ impl Bench {
             Self::Control(options) => control::run(options),
             Self::Migrate(options) => migrate::run(options),
             Self::Storage(options) => storage::run(options),
+            Self::Vmm(options) => vmm::run(options),
         }
     }
 }

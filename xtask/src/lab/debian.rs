@@ -14,6 +14,10 @@ const PACKAGES: &str = "systemd-sysv,udev,dbus,kmod,e2fsprogs,linux-image-cloud-
 
 const DISK_BYTES: u64 = 1 << 30;
 
+/// Where the only partition begins and how long it is; the rest is for the copy of the table at the end.
+const PARTITION_START: u64 = 1 << 20;
+const PARTITION_BYTES: u64 = DISK_BYTES - 2 * PARTITION_START;
+
 /// The file system's UUID, which the boot menu names.
 const UUID: &str = "5d1b6a3c-6f0e-4f0e-9a55-1c7f0c2a9e11";
 
@@ -36,10 +40,11 @@ MENU
 rm -rf var/cache/apt/archives/*.deb var/lib/apt/lists/* usr/share/doc usr/share/locale
 "#;
 
-/// A disk, and what is in its `/boot`.
+/// A disk with a partition table, as cloud images have it.
 #[derive(Debug, Clone)]
 pub struct Debian {
     pub disk: PathBuf,
+    /// Copies of what is in its `/boot`, for those that can't look there.
     pub kernel: PathBuf,
     pub initrd: PathBuf,
 }
@@ -77,7 +82,15 @@ fn fill(folder: &Path) -> Result<()> {
     let disk = folder.join("disk");
     let file = fs::File::create(&disk).with_context(|| format!("create {}", disk.display()))?;
     file.set_len(DISK_BYTES)?;
+    let sectors = |bytes: u64| bytes / 512;
+    let table =
+        format!("label: gpt\nstart={}, size={}\n", sectors(PARTITION_START), sectors(PARTITION_BYTES));
+    build::run(
+        Command::new("sh").args(["-c", "printf %s \"$1\" | sfdisk --quiet \"$2\"", "sh", &table]).arg(&disk),
+    )?;
+    let offset = format!("offset={PARTITION_START}");
     let mut format = Command::new("mkfs.ext4");
-    build::run(format.args(["-q", "-F", "-L", "root", "-U", UUID, "-d", text]).arg(&disk))?;
+    format.args(["-q", "-F", "-L", "root", "-U", UUID, "-E", &offset, "-d", text]).arg(&disk);
+    build::run(format.arg(format!("{}k", PARTITION_BYTES >> 10)))?;
     fs::remove_dir_all(&root).context("remove the copy")
 }

@@ -2,13 +2,13 @@
 # The first process of the lab machine: mounts, loads modules, runs the scenarios named on the command line, reports each
 # as a line of JSON on the second serial port, and switches the machine off.
 /bin/busybox --install -s /bin
-export PATH=/bin HOME=/tmp
+export PATH=/lab/tools:/bin HOME=/tmp
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs dev /dev
 mkdir -p /dev/pts /tmp /run
 mount -t devpts pts /dev/pts
-mount -t tmpfs tmp /tmp
+mount -t tmpfs run /run
 stty -F /dev/ttyS1 raw -echo
 report() { echo "$1" > /dev/ttyS1; }
 
@@ -16,8 +16,13 @@ for module in $(cat /lab/modules); do
     insmod "/lab/$module" || echo "LAB no module $module"
 done
 ip link set lo up
+# Large things go to a disk of their own, so that memory is for guests.
+for disk in /sys/block/vd*; do
+    [ "$(cat "$disk/serial")" = scratch ] && mount -t ext4 "/dev/${disk##*/}" /tmp
+done
+chmod 1777 /tmp
 ulimit -n 4096
-export POOL_TESTS_PREBUILT=1 CARGO_TARGET_DIR=/lab/target LAB_DIR=/lab RUST_BACKTRACE=1
+export POOL_TESTS_PREBUILT=1 CARGO_TARGET_DIR=/lab/target LAB_DIR=/lab RUST_BACKTRACE=0 TERM=dumb
 
 for word in $(cat /proc/cmdline); do
     case $word in lab.scenarios=*) scenarios=${word#*=} ;; esac
@@ -33,6 +38,8 @@ for entry in $(echo "$scenarios" | tr , ' '); do
     timeout -s KILL "$seconds" sh "/lab/scenarios/$name" > /dev/console 2>&1 < /dev/null
     code=$?
     ended=$(cut -d. -f1 /proc/uptime)
+    # Whatever it has left: nothing of one scenario shall disturb the next.
+    kill -KILL -1 2>/dev/null
     details=$(cat /tmp/details.json 2>/dev/null || echo null)
     report "{\"event\":\"scenario\",\"name\":\"$name\",\"exit\":$code,\"seconds\":$((ended - began)),\"details\":$details}"
 done

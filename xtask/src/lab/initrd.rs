@@ -1,76 +1,133 @@
 //! The lab machine's root file system, and that of the small guest inside it.
 //!
 //! ```text
-//!  init            init.sh          lab/bin         the scenarios' programs
-//!  bin/busybox                      lab/target      where the tests look for the probe guest
-//!  lib*, usr/lib*  libraries        lab/guest       kernel and initrd of the Linux guest
-//!  lab/modules     modules in order of loading
+//!  init            init.sh             lab/bin            the scenarios' programs
+//!  bin/busybox                         lab/tools          programs of Debian, before busybox' own
+//!  lib*, usr/lib*  libraries           lab/target/debug   programs of a pool, where the harness looks for them
+//!  lab/modules     in order of loading lab/guest          kernel and initrd of the Linux guest
 //! ```
 
-use super::Scenario;
 use super::cpio::Archive;
 use super::debian::Debian;
 use super::kernel::Kernel;
-use super::programs;
+use super::programs::{self, Kind, Program, Programs};
+use super::scenarios::{Need, SCENARIOS, Scenario};
 use anyhow::{Context, Result};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Modules of the lab machine: KVM, and its disk.
-const LAB_MODULES: [&str; 4] = ["kvm_amd", "virtio_pci", "virtio_blk", "tun"];
+/// Modules of the lab machine: KVM, its disk, networks between namespaces.
+const LAB_MODULES: [&str; 8] =
+    ["kvm_amd", "virtio_pci", "virtio_blk", "ext4", "tun", "veth", "bridge", "sch_tbf"];
 
 /// Modules of the Linux guest: its devices.
 const GUEST_MODULES: [&str; 6] = ["virtio_mmio", "virtio_blk", "virtio_rng", "virtio_net", "button", "evdev"];
 
 const BUSYBOX: &str = "/bin/busybox";
 
-/// Builds all programs and packs them; returns the archive.
-pub fn build(
-    cache: &Path,
-    kernel: &Kernel,
-    scenarios: &[&Scenario],
-    debian: Option<&Debian>,
-) -> Result<PathBuf> {
-    let mut built = programs::build(&["test", "-p", "vmm", "--no-run", "--test", "machine"])?;
-    // Not in one go: named to `cargo test`, an example becomes an empty test.
-    built.extend(programs::build(&["build", "-p", "vmm", "--example", "lab"])?);
-    let probe = tests::build_probe()?;
-    let stripped = cache.join("bin");
-    fs::create_dir_all(&stripped)?;
-    let guest = cache.join("guest-initrd");
-    pack_guest(&guest, kernel)?;
+/// Programs of Debian that the harness calls, for which busybox has no match.
+const TOOLS: [&str; 3] = ["ip", "tc", "nsenter"];
 
-    let path = cache.join("initrd");
-    let mut archive = Archive::create(&path)?;
-    for folder in ["proc", "sys", "dev", "tmp", "run", "root"] {
-        archive.folder(folder)?;
+/// Debian's qemu, and what it loads for its smallest machine.
+const QEMU: [&str; 1] = ["qemu-system-x86_64"];
+const QEMU_FOLDER: &str = "/usr/share/qemu";
+const QEMU_FILES: [&str; 4] = ["bios-microvm.bin", "qboot.rom", "pvh.bin", "linuxboot_dma.bin"];
+
+/// Programs that a pool consists of, and the campaign program.
+const POOL: [&str; 4] = ["poold", "poold-vm", "poolctl", "chaos"];
+
+/// Where the harness looks for programs that are built already.
+const BUILT: &str = "lab/target/debug";
+
+/// What the archive holds.
+pub struct Contents<'a> {
+    pub kernel: &'a Kernel,
+    pub scenarios: &'a [&'static Scenario],
+    pub debian: Option<&'a Debian>,
+}
+
+impl Contents<'_> {
+    /// Builds all programs and packs them; returns the archive.
+    pub fn pack(&self, cache: &Path) -> Result<PathBuf> {
+        let guest = cache.join("guest-initrd");
+        pack_guest(&guest, self.kernel)?;
+        let path = cache.join("initrd");
+        let mut archive = Archive::create(&path)?;
+        for folder in ["proc", "sys", "dev", "tmp", "run", "root"] {
+            archive.folder(folder)?;
+        }
+        archive.character_device("dev/console", 5, 1)?;
+        pack_busybox(&mut archive, include_str!("init.sh"))?;
+        pack_modules(&mut archive, self.kernel, &LAB_MODULES)?;
+        self.pack_programs(&mut archive, cache)?;
+        archive.copy("lab/target/guests/x86_64-unknown-linux-gnu/release/probe", &::tests::build_probe()?)?;
+        archive.copy("lab/guest/vmlinuz", &self.kernel.image)?;
+        archive.copy("lab/guest/initrd", &guest)?;
+        archive.file("lab/tests.sh", include_bytes!("tests.sh"))?;
+        // All of them: which ones run is said on the machine's command line.
+        for scenario in &SCENARIOS {
+            archive.file(&format!("lab/scenarios/{}", scenario.name), scenario.script.as_bytes())?;
+        }
+        archive.finish()?;
+        Ok(path)
     }
-    archive.character_device("dev/console", 5, 1)?;
-    pack_busybox(&mut archive, include_str!("init.sh"))?;
-    pack_modules(&mut archive, kernel, &LAB_MODULES)?;
-    let mut paths = Vec::new();
-    for (name, program) in &built {
-        let small = stripped.join(name);
-        programs::strip(program, &small)?;
-        archive.copy(&format!("lab/bin/{name}"), &small)?;
-        paths.push(small);
+
+    fn needs(&self, need: Need) -> bool {
+        self.scenarios.iter().any(|scenario| scenario.needs(need))
     }
-    for library in programs::libraries(&paths)? {
-        let inside = library.to_str().context("the path of a library is text")?;
-        archive.copy(inside.trim_start_matches('/'), &library)?;
+
+    fn pack_programs(&self, archive: &mut Archive, cache: &Path) -> Result<()> {
+        let stripped = cache.join("bin");
+        fs::create_dir_all(&stripped)?;
+        let mut packed = Vec::new();
+        for (place, program) in self.programs()? {
+            let small = stripped.join(&program.name);
+            programs::strip(&program.path, &small)?;
+            archive.copy(&format!("{place}/{}", program.name), &small)?;
+            packed.push(small);
+        }
+        let tools = TOOLS.iter().filter(|_| self.needs(Need::Pool));
+        for tool in tools.chain(QEMU.iter().filter(|_| self.needs(Need::Qemu))) {
+            let path = programs::find(tool)?;
+            archive.copy(&format!("lab/tools/{tool}"), &path)?;
+            packed.push(path);
+        }
+        if let Some(debian) = self.debian.filter(|_| self.needs(Need::Qemu)) {
+            archive.copy("lab/debian/vmlinuz", &debian.kernel)?;
+            archive.copy("lab/debian/initrd", &debian.initrd)?;
+            for file in QEMU_FILES {
+                archive.copy(&format!("lab/qemu/{file}"), &Path::new(QEMU_FOLDER).join(file))?;
+            }
+        }
+        for library in programs::libraries(&packed)? {
+            let inside = library.to_str().context("the path of a library is text")?;
+            archive.copy(inside.trim_start_matches('/'), &library)?;
+        }
+        Ok(())
     }
-    archive.copy("lab/target/guests/x86_64-unknown-linux-gnu/release/probe", &probe)?;
-    archive.copy("lab/guest/vmlinuz", &kernel.image)?;
-    archive.copy("lab/guest/initrd", &guest)?;
-    if let Some(debian) = debian {
-        archive.copy("lab/debian/vmlinuz", &debian.kernel)?;
-        archive.copy("lab/debian/initrd", &debian.initrd)?;
+
+    /// Each program with the folder that it belongs into.
+    fn programs(&self) -> Result<Vec<(String, Program)>> {
+        let built = Programs::build()?;
+        let tests = format!("{BUILT}/deps");
+        let mut all = vec![
+            (tests.clone(), built.get(Kind::Test, "vmm-machine")?),
+            ("lab/bin".to_owned(), built.get(Kind::Example, "vmm-lab")?),
+        ];
+        if self.needs(Need::Pool) {
+            for name in POOL {
+                all.push((BUILT.to_owned(), built.get(Kind::Program, name)?));
+            }
+            let path = std::env::current_exe().context("find the running program")?;
+            all.push((BUILT.to_owned(), Program { name: "xtask".to_owned(), path }));
+            all.push((BUILT.to_owned(), built.get(Kind::Example, "tests-lab")?));
+        }
+        if self.needs(Need::Tests) {
+            all.push((tests.clone(), built.get(Kind::Test, "vm-process")?));
+            all.extend(built.tests_of("tests").into_iter().map(|program| (tests.clone(), program)));
+        }
+        Ok(all)
     }
-    for scenario in scenarios {
-        archive.file(&format!("lab/scenarios/{}", scenario.name), scenario.script.as_bytes())?;
-    }
-    archive.finish()?;
-    Ok(path)
 }
 
 /// The small Linux guest: busybox, modules, and a program of commands read from the serial console.

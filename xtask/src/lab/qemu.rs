@@ -1,18 +1,40 @@
 //! Running the lab machine and reading its reports.
+//!
+//! ```text
+//!  init ──"booted"──▶ scenario 1 ──report──▶ scenario 2 ──report──▶ … ──"done"──▶ switched off
+//! ```
+//! Invariants: the machine ends with whoever runs it, however that one ends; between two reports no more time passes than
+//! the scenario has, and a margin.
 
-use anyhow::{Context, Result, bail};
+use super::scenarios::Scenario;
+use anyhow::{Context, Result};
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::Signal;
 use serde_json::Value;
 use std::fs::{self, File};
-use std::io::Write as _;
+use std::io::{self, Write as _};
+use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// Memory of the lab machine.
-const MEMORY_MIB: u32 = 3072;
+const MEMORY_MIB: u32 = 4096;
 
 /// How often its reports are looked at.
 const POLL: Duration = Duration::from_millis(100);
+
+/// What the machine may take to boot, to end, and to report, on a busy machine.
+const OVERHEAD: Duration = Duration::from_secs(90);
+
+/// What becomes of the console's output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Console {
+    /// Kept in a file.
+    Kept,
+    /// Printed as well.
+    Shown,
+}
 
 /// What the machine is started with.
 pub struct LabMachine<'a> {
@@ -20,18 +42,22 @@ pub struct LabMachine<'a> {
     pub initrd: &'a Path,
     /// Shown to the machine as /dev/vda; what it writes is dropped.
     pub disk: Option<&'a Path>,
-    pub cmdline: String,
+    /// An empty file system for everything that is large; what is written there is dropped.
+    pub scratch: &'a Path,
     /// Folder of its console's output and its reports.
     pub dir: &'a Path,
+    pub console: Console,
 }
 
 /// How the machine ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Ending {
     /// It has run everything and switched itself off.
     Done,
-    /// It was gone before. The interpreter's SVM does that once in a while, without a word of the lab's kernel.
-    Died,
+    /// It was gone before.
+    Died { how: String },
+    /// It reported nothing for longer than it may.
+    Hung { scenario: Option<&'static str> },
 }
 
 /// Ends the machine however its run ends.
@@ -45,73 +71,133 @@ impl Drop for Running {
     }
 }
 
+/// Makes the kernel end the child when this thread ends, also by a signal that nobody can handle.
+fn end_with_us(command: &mut Command) {
+    let pid = std::process::id();
+    let prepare = move || {
+        set_pdeathsig(Signal::SIGKILL)?;
+        // Whoever started it may have ended before the line above.
+        if nix::unistd::getppid().as_raw().unsigned_abs() == pid {
+            Ok(())
+        } else {
+            Err(io::ErrorKind::Other.into())
+        }
+    };
+    // SAFETY: two system calls and no allocation between fork and exec.
+    unsafe { command.pre_exec(prepare) };
+}
+
 impl LabMachine<'_> {
-    /// Runs until the machine has switched itself off; each report is passed on as it comes.
-    pub fn run(&self, bound: Duration, mut report: impl FnMut(&Value)) -> Result<Ending> {
+    /// Runs these scenarios until the machine has switched itself off; each report is passed on as it comes.
+    pub fn run(&self, scenarios: &[&'static Scenario], mut report: impl FnMut(&Value)) -> Result<Ending> {
         let (console, reports) = (self.dir.join("console.log"), self.dir.join("reports.jsonl"));
         File::create(&reports).with_context(|| format!("create {}", reports.display()))?;
         let log = File::create(&console).with_context(|| format!("create {}", console.display()))?;
-        let child = self.command(&reports, log)?.spawn().context("start qemu-system-x86_64")?;
+        let child = self.command(scenarios, &reports, log)?.spawn().context("start qemu-system-x86_64")?;
         let mut running = Running(child);
-        let deadline = Instant::now() + bound;
         let mut seen = 0;
+        let mut shown = 0;
+        let mut left = scenarios.iter();
+        let mut now = None;
+        let mut deadline = Instant::now() + OVERHEAD;
         loop {
             let ended = running.0.try_wait().context("wait for qemu")?;
-            let text = fs::read_to_string(&reports).with_context(|| format!("read {}", reports.display()))?;
-            // A line is complete once its line feed is there.
-            let complete = &text[..text.rfind('\n').map_or(0, |at| at + 1)];
-            let lines: Vec<&str> = complete.lines().collect();
+            if self.console == Console::Shown {
+                shown = show(&console, shown)?;
+            }
+            let lines = complete_lines(&reports)?;
             for line in &lines[seen..] {
                 let value = serde_json::from_str(line.trim()).with_context(|| {
                     format!("the lab's report {line:?} is no JSON; see {}", console.display())
                 })?;
                 report(&value);
+                now = left.next();
+                let bound = now.map_or(0, |scenario| scenario.seconds);
+                deadline = Instant::now() + Duration::from_secs(bound.into()) + OVERHEAD;
             }
             seen = lines.len();
             if let Some(status) = ended {
-                if lines.last().is_some_and(|line| line.contains("\"done\"")) {
-                    return Ok(Ending::Done);
-                }
-                println!("the lab machine ended ({status}) before it was done:\n{}", tail(&console));
-                return Ok(Ending::Died);
+                let done = lines.last().is_some_and(|line| line.contains("\"done\""));
+                return Ok(if done { Ending::Done } else { Ending::Died { how: status.to_string() } });
             }
             if Instant::now() >= deadline {
-                bail!("the lab machine is not done after {bound:?}:\n{}", tail(&console));
+                return Ok(Ending::Hung { scenario: now.map(|scenario| scenario.name) });
             }
             std::thread::park_timeout(POLL);
         }
     }
 
-    fn command(&self, reports: &Path, console: File) -> Result<Command> {
+    fn command(&self, scenarios: &[&'static Scenario], reports: &Path, console: File) -> Result<Command> {
+        let entries: Vec<_> = scenarios.iter().map(|s| format!("{}:{}", s.name, s.seconds)).collect();
+        let cmdline =
+            format!("console=ttyS0 quiet panic=-1 mitigations=off lab.scenarios={}", entries.join(","));
         let mut command = Command::new("qemu-system-x86_64");
         command
             .args(["-accel", "tcg,thread=multi", "-cpu", "max,xsave=off", "-smp", "2", "-m"])
             .arg(MEMORY_MIB.to_string());
         command.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]);
-        command
-            .arg("-kernel")
-            .arg(self.kernel)
-            .arg("-initrd")
-            .arg(self.initrd)
-            .arg("-append")
-            .arg(&self.cmdline);
+        // A processor that resets by a triple fault says where it stood.
+        command.args(["-d", "cpu_reset,guest_errors", "-D"]).arg(self.dir.join("qemu.log"));
+        command.arg("-kernel").arg(self.kernel).arg("-initrd").arg(self.initrd).arg("-append").arg(&cmdline);
         command.args(["-serial", "stdio", "-serial"]).arg(format!("file:{}", reports.display()));
-        if let Some(disk) = self.disk {
-            let drive = format!("if=virtio,format=raw,snapshot=on,file={}", disk.display());
-            command.arg("-drive").arg(drive);
+        for (name, disk) in self.disk.iter().map(|disk| ("debian", disk)).chain([("scratch", &self.scratch)])
+        {
+            let drive =
+                format!("if=none,id={name},format=raw,snapshot=on,cache=unsafe,file={}", disk.display());
+            let device = format!("virtio-blk-pci,drive={name},serial={name}");
+            command.args(["-drive", &drive, "-device", &device]);
         }
         let mut errors = console.try_clone().context("share the console's log")?;
         writeln!(errors, "{command:?}").context("write the console's log")?;
         command.stdin(Stdio::null()).stdout(console).stderr(errors);
+        end_with_us(&mut command);
         Ok(command)
     }
 }
 
+/// A line is complete once its line feed is there.
+fn complete_lines(path: &Path) -> Result<Vec<String>> {
+    let text = fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
+    let complete = &text[..text.rfind('\n').map_or(0, |at| at + 1)];
+    Ok(complete.lines().map(str::to_owned).collect())
+}
+
+/// Prints what has come behind the first `from` bytes; returns how many there are.
+fn show(console: &Path, from: usize) -> Result<usize> {
+    let bytes = fs::read(console).with_context(|| format!("read {}", console.display()))?;
+    io::stdout().write_all(&bytes[from.min(bytes.len())..])?;
+    Ok(bytes.len())
+}
+
 /// The end of the console's output.
-fn tail(console: &Path) -> String {
-    const LINES: usize = 30;
+pub fn tail(console: &Path) -> String {
+    const LINES: usize = 60;
     let text = String::from_utf8_lossy(&fs::read(console).unwrap_or_default()).into_owned();
     let lines: Vec<&str> = text.lines().collect();
     let from = lines.len().saturating_sub(LINES);
     format!("{}\n(all of it: {})", lines[from..].join("\n"), console.display())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_ends_with_the_thread_that_runs_it() {
+        let starter = std::thread::spawn(|| {
+            let mut command = Command::new("sleep");
+            end_with_us(command.arg("1000"));
+            command.spawn().unwrap()
+        });
+        let mut child = starter.join().unwrap();
+        // Its starter is gone, and nobody else ends it.
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while child.try_wait().unwrap().is_none() {
+            if Instant::now() >= deadline {
+                child.kill().unwrap();
+                panic!("it outlives the thread that started it");
+            }
+            std::thread::park_timeout(Duration::from_millis(5));
+        }
+    }
 }

@@ -114,6 +114,10 @@ impl Change<'_> {
             self.state.settings.cpu_overcommit = factor;
             told.push(format!("cpu-overcommit is {factor}"));
         }
+        if let Some(profile) = change.cpu_profile {
+            self.state.settings.cpu_profile = profile;
+            told.push(format!("cpu-profile is {profile}"));
+        }
         self.pool_event(format!("{}, by {}", told.join(", "), self.principal));
         Ok(Outcome::Done)
     }

@@ -116,6 +116,7 @@ impl Change<'_> {
             duty: HostDuty::Active,
             labels: BTreeMap::new(),
             cpus: 0,
+            cpu: proto::HostCpu::default(),
         };
         self.state.hosts.insert(id, host);
         self.event(

@@ -12,6 +12,7 @@
 //! - `govern`: settings, feature level, CA and access tokens. `ownership`: placements and epochs, which always change together. `audit`: who changed what.
 
 mod audit;
+mod cpu;
 mod duty;
 mod govern;
 mod groups;
@@ -159,6 +160,7 @@ impl Change<'_> {
     /// The commands about hosts in service, groups and users.
     fn dispatch_service(&mut self, command: &Command) -> Applied {
         match command {
+            Command::SetHostCpu { host, cpu } => self.set_host_cpu(*host, cpu),
             Command::SetHostCpus { host, cpus } => self.set_host_cpus(*host, *cpus),
             Command::SetHostLabels { host, labels } => self.set_host_labels(*host, labels),
             Command::CordonHost { host } => self.cordon_host(*host),
@@ -214,6 +216,7 @@ impl Change<'_> {
             Command::DeleteVm { vm } => self.delete_vm(*vm),
             Command::StartVm { vm, host } => self.start_vm(*vm, *host),
             Command::StopVm { vm, mode } => self.stop_vm(*vm, *mode),
+            Command::RebootVm { vm, mode } => self.reboot_vm(*vm, *mode),
             Command::PauseVm { vm } => self.pause_vm(*vm),
             Command::ResumeVm { vm } => self.resume_vm(*vm),
             Command::VmRunning { vm, epoch } => self.vm_running(*vm, *epoch),

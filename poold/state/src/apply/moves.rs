@@ -70,6 +70,7 @@ impl Change<'_> {
             }
             TaskKind::VmStart
             | TaskKind::VmStop
+            | TaskKind::VmReboot
             | TaskKind::VmMigrate { .. }
             | TaskKind::VolumeServe { .. }
             | TaskKind::VolumeClose { .. }

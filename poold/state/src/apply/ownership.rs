@@ -33,6 +33,7 @@ impl Change<'_> {
     ) -> Result<Epoch, Rejection> {
         let vm = self.vm_mut(id)?;
         vm.placement = Some(host);
+        vm.reboot = None;
         vm.epoch = vm.epoch.next();
         vm.running_epoch = None;
         vm.home = vm.home.filter(|home| *home != host);
@@ -46,6 +47,9 @@ impl Change<'_> {
             Beginning::Cold(_) | Beginning::Live(_) => None,
         };
         let (epoch, disks) = (vm.epoch, vm.spec.disks.clone());
+        if let Beginning::Cold(_) = beginning {
+            self.fix_cpu(id, host)?;
+        }
         let owner = VolumeOwner { holder: Holder::Vm(id), host };
         for volume in disks {
             // What it worked on goes on under the VM.
@@ -74,6 +78,7 @@ impl Change<'_> {
     pub(super) fn release(&mut self, id: VmId) -> Result<(), Rejection> {
         let vm = self.vm_mut(id)?;
         vm.placement = None;
+        vm.reboot = None;
         vm.running_epoch = None;
         vm.home = None;
         for volume in vm.spec.disks.clone() {

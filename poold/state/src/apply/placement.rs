@@ -2,6 +2,7 @@
 //!
 //! One list of obstacles serves all: what `apply` refuses, what the planner avoids, and what `explain` tells an operator.
 
+use super::cpu;
 use crate::{
     limits::{MOVES_IN_MAX, MOVES_OF_POOL_MAX, MOVES_OUT_MAX},
     rejection::Rejection,
@@ -129,23 +130,18 @@ impl PoolState {
             let (vm, group) = (vm.name.clone(), (*group).to_owned());
             obstacles.push(Rejection::GroupForbids { vm, host: host.name.clone(), group });
         }
-        if let Search::Move { source } = search {
-            obstacles.extend(self.obstacles_of_move(vm, source, host));
+        match search {
+            Search::ColdStart => obstacles.extend(self.cpu_obstacle_of_start(vm, host)),
+            Search::Move { source } => obstacles.extend(self.obstacles_of_move(vm, source, host)),
         }
         obstacles
     }
 
-    fn obstacles_of_move(&self, vm: &Vm, source: HostId, target: &Host) -> Option<Rejection> {
+    fn obstacles_of_move(&self, vm: &Vm, source: HostId, target: &Host) -> Vec<Rejection> {
         if source == target.id {
-            return Some(Rejection::TargetIsSource { vm: vm.name.clone(), host: target.name.clone() });
+            return vec![Rejection::TargetIsSource { vm: vm.name.clone(), host: target.name.clone() }];
         }
-        let from = self.hosts.get(&source)?;
-        (from.cpu_vendor != target.cpu_vendor).then(|| Rejection::CpuMismatch {
-            source_host: from.name.clone(),
-            target: target.name.clone(),
-            source_cpu: from.cpu_vendor.clone(),
-            target_cpu: target.cpu_vendor.clone(),
-        })
+        self.hosts.get(&source).map(|from| cpu::obstacles_of_move(vm, from, target)).unwrap_or_default()
     }
 
     /// How good a host is for a VM that is not there yet.
@@ -210,7 +206,7 @@ impl PoolState {
         let mut blockers = Vec::new();
         match vm.desired {
             Desired::Stopped => blockers.push(Rejection::VmIsStopping { vm: name() }),
-            Desired::Running | Desired::Paused if vm.is_reported_running() => {}
+            Desired::Running | Desired::Paused if vm.is_reported_running() && vm.reboot.is_none() => {}
             Desired::Running | Desired::Paused => blockers.push(Rejection::VmNotRunning { vm: name() }),
         }
         if let Some(intent) = vm.intent {

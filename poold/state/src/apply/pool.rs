@@ -9,6 +9,8 @@ use crate::{
     state::{EventKind, FIRST_HOST, Settings},
 };
 
+use proto::CpuProfile;
+
 /// Longest pool id in bytes: a UUID with room.
 const POOL_ID_BYTES_MAX: usize = 64;
 
@@ -34,6 +36,7 @@ impl Change<'_> {
             old_ca: None,
             replicas_default: REPLICAS_DEFAULT,
             cpu_overcommit: CPU_OVERCOMMIT,
+            cpu_profile: CpuProfile::default(),
         };
         self.event(EventKind::PoolCreated, format!("pool {}", init.name), "the pool was founded".into());
         self.add_host(FIRST_HOST, &init.first_host)?;

@@ -98,7 +98,7 @@ impl Change<'_> {
         if vm.desired == Desired::Stopped {
             return Err(Rejection::VmIsStopping { vm: name() });
         }
-        if vm.spec.ha == HaPolicy::None && *cause != RestartCause::GuestReboot {
+        if vm.spec.ha == HaPolicy::None && !cause.is_wanted() {
             return Err(Rejection::NotHighlyAvailable { vm: name() });
         }
         let host = vm.placement.ok_or_else(|| Rejection::VmIsStopped { vm: name() })?;
@@ -117,7 +117,7 @@ impl Change<'_> {
         vm.not_before_ms = not_before_ms;
         // The memory of a paused guest is gone with its process, so there is nothing left to keep paused.
         vm.desired = Desired::Running;
-        vm.problem = (*cause != RestartCause::GuestReboot).then(|| cut(&describe(cause)));
+        vm.problem = (!cause.is_wanted()).then(|| cut(&describe(cause)));
         self.place(id, host, &Beginning::Cold(StartCause::Restart))?;
         Ok(Outcome::Vm(id))
     }
@@ -168,7 +168,7 @@ impl Change<'_> {
 fn failures_after(vm: &Vm, cause: &RestartCause, now_ms: u64) -> u32 {
     let stable = vm.is_reported_running() && now_ms.saturating_sub(vm.running_since_ms) >= RESTART_STABLE_MS;
     let before = if stable { 0 } else { vm.failures };
-    if *cause == RestartCause::GuestReboot { before } else { before.saturating_add(1) }
+    if cause.is_wanted() { before } else { before.saturating_add(1) }
 }
 
 /// The first restart is immediate.
@@ -179,6 +179,7 @@ fn backoff_ms(failures: u32) -> u64 {
 fn describe(cause: &RestartCause) -> String {
     match cause {
         RestartCause::GuestReboot => "the guest rebooted".into(),
+        RestartCause::Requested => "an operator rebooted it".into(),
         RestartCause::GuestCrash => "the guest crashed".into(),
         RestartCause::ProcessDied => "its process died".into(),
         RestartCause::Failed { problem } => problem.clone(),

@@ -106,7 +106,7 @@ impl Change<'_> {
             (TaskKind::VolumeImport { volume } | TaskKind::VolumeExport { volume }, _) => {
                 self.end_loan(volume, TaskState::Cancelled)?;
             }
-            (TaskKind::VmStop | TaskKind::VmStart | TaskKind::VolumeClose { .. }, _) => {
+            (TaskKind::VmStop | TaskKind::VmStart | TaskKind::VmReboot | TaskKind::VolumeClose { .. }, _) => {
                 return Err(Rejection::TaskNotCancellable { task: id });
             }
             // What has moved stays where it is; a move under way goes on to its end.
@@ -131,7 +131,7 @@ impl Change<'_> {
         let (kind, vm) = (task.kind, task.vm);
         let late = |problem: &str| TaskState::Failed { problem: problem.to_owned() };
         match kind {
-            TaskKind::VmStart | TaskKind::VmStop => {
+            TaskKind::VmStart | TaskKind::VmStop | TaskKind::VmReboot => {
                 if let Some(vm) = vm {
                     self.end_vm_task(vm, |_| late("it was not over in time; the pool goes on trying"));
                 }

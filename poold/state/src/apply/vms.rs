@@ -14,7 +14,7 @@ use crate::{
         Vm, VmSpec,
     },
 };
-use proto::{Epoch, HostId, VmId, VolumeId, limits::BLOCK_BYTES};
+use proto::{CpuFeatures, Epoch, HostId, VmId, VolumeId, limits::BLOCK_BYTES};
 
 impl Change<'_> {
     pub(super) fn create_vm(&mut self, create: &CreateVm) -> Applied {
@@ -47,6 +47,7 @@ impl Change<'_> {
             ha: create.ha,
             priority: create.priority,
             nics,
+            cpu_profile: create.cpu_profile,
         };
         let vm = Vm {
             id,
@@ -54,6 +55,7 @@ impl Change<'_> {
             spec,
             desired: Desired::Stopped,
             stop_mode: StopMode::Clean,
+            reboot: None,
             placement: None,
             epoch: Epoch(0),
             intent: None,
@@ -66,6 +68,7 @@ impl Change<'_> {
             problem: None,
             task: None,
             home: None,
+            cpu: CpuFeatures::default(),
         };
         self.state.vms.insert(id, vm);
         self.vm_event(EventKind::VmCreated, id, format!("created by {}", self.principal));
@@ -110,7 +113,7 @@ impl Change<'_> {
                 Desired::Running | Desired::Paused => Rejection::VmAlreadyPlaced { vm: vm.name.clone() },
             });
         }
-        if vm.spec.kernel.is_none() {
+        if vm.spec.kernel.is_none() && vm.spec.disks.is_empty() {
             return Err(Rejection::VmWithoutKernel { vm: vm.name.clone() });
         }
         for disk in &vm.spec.disks {
@@ -160,6 +163,7 @@ impl Change<'_> {
         }
         let vm = self.vm_mut(id)?;
         vm.desired = Desired::Stopped;
+        vm.reboot = None;
         vm.task = Some(task);
         // A forced stop is never softened by a later clean one.
         if !stopping || mode == StopMode::Force {
@@ -191,6 +195,26 @@ impl Change<'_> {
         vm.desired = Desired::Stopped;
         let task = self.create_task(TaskKind::VmStop, id, None, 0);
         self.end_task(task, TaskState::Done);
+        Ok(Outcome::Task(task))
+    }
+
+    pub(super) fn reboot_vm(&mut self, id: VmId, mode: StopMode) -> Applied {
+        self.check_steady(id)?;
+        let vm = self.state.vm(id)?;
+        let (placement, task) = (vm.placement, vm.task.filter(|_| vm.reboot.is_some()));
+        let timing = &self.state.settings.timing;
+        let limit_ms = timing.vm_stop_ms + timing.vm_start_ms;
+        let task = match task {
+            Some(task) => task,
+            None => self.create_task(TaskKind::VmReboot, id, placement, limit_ms),
+        };
+        let vm = self.vm_mut(id)?;
+        vm.task = Some(task);
+        // As with a stop: what is forced is never softened.
+        if vm.reboot != Some(StopMode::Force) {
+            vm.reboot = Some(mode);
+        }
+        self.vm_event(EventKind::VmDesired, id, format!("to reboot, by {}", self.principal));
         Ok(Outcome::Task(task))
     }
 

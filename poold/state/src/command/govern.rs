@@ -1,7 +1,7 @@
 //! Changes of what governs the pool: versions of its daemons, its settings, its certificate authority, tokens of its users.
 
 use crate::state::Role;
-use proto::{HostId, TokenId};
+use proto::{CpuProfile, HostId, TokenId};
 use serde::{Deserialize, Serialize};
 
 /// A change of what governs the pool.
@@ -62,6 +62,8 @@ pub struct PoolChange {
     pub replicas_default: Option<u32>,
     /// vCPUs that a logical CPU is counted for.
     pub cpu_overcommit: Option<u32>,
+    /// Which features guests see whose VM names no profile of its own; takes effect at their next boot.
+    pub cpu_profile: Option<CpuProfile>,
 }
 
 /// A certificate authority that takes the present one's place.

@@ -21,6 +21,7 @@ impl Draft {
                 TaskKind::PoolBalance => self.balance(),
                 TaskKind::VmStart
                 | TaskKind::VmStop
+                | TaskKind::VmReboot
                 | TaskKind::VmMigrate { .. }
                 | TaskKind::VolumeServe { .. }
                 | TaskKind::VolumeClose { .. }

@@ -27,6 +27,10 @@ impl Local<'_> {
             actions.push(HostAction::Stop { vm: vm.id, epoch: process.epoch, mode: vm.stop_mode });
             return;
         }
+        if let Some(mode) = vm.reboot {
+            actions.push(HostAction::Stop { vm: vm.id, epoch: vm.epoch, mode });
+            return;
+        }
         if is_arriving(process) {
             actions.extend(self.arriving(vm, process));
             return;
@@ -46,6 +50,9 @@ impl Local<'_> {
     fn absent(&self, vm: &Vm) -> Option<HostAction> {
         if vm.desired == Desired::Stopped {
             return Some(stopped(vm, StopReason::Requested).into());
+        }
+        if vm.reboot.is_some() {
+            return Some(restart(vm, RestartCause::Requested).into());
         }
         // It existed: it ran, or it was prepared to receive the VM.
         if vm.is_reported_running() || matches!(vm.start_cause, StartCause::Migration | StartCause::Reclaim) {
@@ -142,6 +149,10 @@ fn destroy(process: &ObservedVm) -> HostAction {
 fn ended(vm: &Vm, process: &ObservedVm) -> Command {
     if vm.desired == Desired::Stopped {
         return stopped(vm, StopReason::Requested);
+    }
+    // However it ended, it is what the operator waits for.
+    if vm.reboot.is_some() {
+        return restart(vm, RestartCause::Requested);
     }
     match (process.state, process.guest_exit) {
         (ProcessState::Failed, _) => failed(vm, process.error.clone()),

@@ -83,6 +83,9 @@ impl Rejection {
             Self::NoHostFits { .. } => "NO_HOST_FITS",
             Self::TargetIsSource { .. } => "TARGET_IS_SOURCE",
             Self::CpuMismatch { .. } => "CPU_MISMATCH",
+            Self::CpuLacks { .. } => "CPU_LACKS_FEATURES",
+            Self::TscMismatch { .. } => "TSC_MISMATCH",
+            Self::MachineMismatch { .. } => "MACHINE_MISMATCH",
             Self::WrongPhase { .. } => "WRONG_PHASE",
             Self::MigrationEnded { .. } => "MIGRATION_ENDED",
             Self::AlreadyCommitted { .. } => "ALREADY_COMMITTED",
@@ -157,7 +160,10 @@ impl Rejection {
             | Self::TooManyMoves { host, .. }
             | Self::NotEnoughMemory { host, .. } => format!("host {host}"),
             Self::LastAdmin { user } => format!("user {user}"),
-            Self::CpuMismatch { target, .. } => format!("host {target}"),
+            Self::CpuMismatch { target, .. }
+            | Self::TscMismatch { target, .. }
+            | Self::MachineMismatch { target, .. } => format!("host {target}"),
+            Self::CpuLacks { host, .. } => format!("host {host}"),
             Self::ImageInUse { image, .. } | Self::ImageWithoutHolder { image } => format!("image {image}"),
             Self::VolumeInUse { volume, .. }
             | Self::DuplicateDisk { volume }
@@ -282,7 +288,7 @@ impl Rejection {
             Self::VmIsMigrating { migration, .. } => {
                 format!("wait for it, or `poolctl migration cancel {migration}`")
             }
-            Self::VmWithoutKernel { .. } => "create the VM with --kernel".into(),
+            Self::VmWithoutKernel { .. } => "create the VM with --disk or --kernel".into(),
             Self::MayStillRun { vm, host } => {
                 format!(
                     "make sure that {host} is off, then `poolctl host confirm-dead {host}` or `poolctl vm stop {vm} --force`"
@@ -306,6 +312,11 @@ impl Rejection {
             }
             Self::TargetIsSource { .. } => "choose another host, or none".into(),
             Self::CpuMismatch { .. } => "choose a host with the same CPU".into(),
+            Self::CpuLacks { vm, .. } => format!(
+                "choose another host, or `poolctl pool set cpu-profile=host-common` and `poolctl vm reboot {vm}`"
+            ),
+            Self::TscMismatch { .. } => "choose a host with the same TSC rate, or one that scales it".into(),
+            Self::MachineMismatch { .. } => "upgrade the older of the two daemons".into(),
             Self::WrongPhase { migration, .. }
             | Self::MigrationEnded { migration }
             | Self::LastSequenceMismatch { migration, .. } => {

@@ -1,6 +1,6 @@
 //! Hosts and the tokens with which they join.
 
-use proto::{ByteCount, CertificateFingerprint, HostId, Incarnation, TaskId, TokenId};
+use proto::{ByteCount, CertificateFingerprint, HostCpu, HostId, Incarnation, TaskId, TokenId};
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, fmt};
 
@@ -46,6 +46,8 @@ pub struct Host {
     pub labels: BTreeMap<String, String>,
     /// Logical CPUs; 0: not known yet.
     pub cpus: u32,
+    /// What its processor can be to guests; not known before it has served.
+    pub cpu: HostCpu,
 }
 
 /// The label that names a host's zone: what fails together.

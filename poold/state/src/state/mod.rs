@@ -43,7 +43,7 @@ pub use vm::{Desired, HaPolicy, Intent, StartCause, StopMode, Vm, VmSpec, VmStat
 pub use volume::{EpochStart, Holder, IsrMember, Volume, VolumeLimits, VolumeOwner};
 
 use crate::timing::Timing;
-use proto::{GroupId, HostId, ImageId, MigrationId, NetworkId, TaskId, TokenId, VmId, VolumeId};
+use proto::{CpuProfile, GroupId, HostId, ImageId, MigrationId, NetworkId, TaskId, TokenId, VmId, VolumeId};
 use serde::{Deserialize, Serialize};
 
 /// Everything that the hosts of a pool agree on. Cloning costs a few reference counts.
@@ -110,6 +110,8 @@ pub struct Settings {
     pub replicas_default: u32,
     /// vCPUs that a logical CPU is counted for.
     pub cpu_overcommit: u32,
+    /// Which features guests see whose VM names no profile of its own.
+    pub cpu_profile: CpuProfile,
 }
 
 /// A CA that is trusted but signs no more.

@@ -37,6 +37,8 @@ pub enum TaskKind {
     VmStart,
     /// Stops a VM.
     VmStop,
+    /// Stops a VM and starts it again at the same host.
+    VmReboot,
     /// Moves a VM.
     VmMigrate {
         /// The move, whose id is the task's number too.
@@ -99,6 +101,7 @@ impl TaskKind {
         match self {
             Self::VmStart => "vm.start",
             Self::VmStop => "vm.stop",
+            Self::VmReboot => "vm.reboot",
             Self::VmMigrate { .. } => "vm.migrate",
             Self::HostDrain { .. } => "host.drain",
             Self::HostRestore { .. } => "host.restore",

@@ -11,7 +11,9 @@
 //! A state is never stored: [`PoolState::vm_state`](crate::PoolState::vm_state) derives it from the fields.
 
 use super::network::Nic;
-use proto::{ByteCount, Epoch, HostId, ImageId, MigrationId, TaskId, VmId, VolumeId};
+use proto::{
+    ByteCount, CpuFeatures, CpuProfile, Epoch, HostId, ImageId, MigrationId, TaskId, VmId, VolumeId,
+};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -28,6 +30,8 @@ pub struct Vm {
     pub desired: Desired,
     /// A stop must not wait for the guest's volumes to be flushed.
     pub stop_mode: StopMode,
+    /// It is to be stopped in this way and started again at the same host.
+    pub reboot: Option<StopMode>,
     /// The only host that may run it.
     pub placement: Option<HostId>,
     /// Generation of the placement; raised by start, restart, recovery and the commit of a migration.
@@ -52,6 +56,8 @@ pub struct Vm {
     pub task: Option<TaskId>,
     /// The host from which a drain took it; forgotten when it is back there or an operator decides otherwise.
     pub home: Option<HostId>,
+    /// What the guest was shown of its processor at its boot; goes with it from host to host.
+    pub cpu: CpuFeatures,
 }
 
 /// What a machine consists of.
@@ -63,7 +69,7 @@ pub struct VmSpec {
     pub memory: ByteCount,
     /// Volumes in device order; each belongs to one VM only.
     pub disks: Vec<VolumeId>,
-    /// Kernel to boot; a VM without one can't be started.
+    /// Kernel to boot; without one the first disk's own `/boot` is looked at.
     pub kernel: Option<ImageId>,
     /// Initial RAM disk.
     pub initrd: Option<ImageId>,
@@ -75,6 +81,8 @@ pub struct VmSpec {
     pub priority: u8,
     /// Network cards in device order.
     pub nics: Vec<Nic>,
+    /// Which features the guest sees; none: what the pool says.
+    pub cpu_profile: Option<CpuProfile>,
 }
 
 /// What happens to a VM when its host is lost or its process dies.

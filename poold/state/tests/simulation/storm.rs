@@ -152,6 +152,7 @@ impl Storm {
             ha: HaPolicy::Restart,
             priority: 100,
             nets: Vec::new(),
+            cpu_profile: None,
         }));
         let Outcome::Vm(vm) = created else { panic!("a VM") };
         self.apply(Command::StartVm { vm, host: None });

@@ -154,6 +154,7 @@ impl World {
             ha,
             priority: number as u8,
             nets: Vec::new(),
+            cpu_profile: None,
         }));
         let Some(Outcome::Vm(vm)) = vm else { panic!("a VM") };
         self.commit(Command::StartVm { vm, host: None });

@@ -72,6 +72,7 @@ impl Vm {
             vcpus: self.spec.vcpus,
             memory: self.spec.memory,
             memory_file: None,
+            cpu: self.spec.cpu,
             disks: self.volumes.backends(),
             nics: self.spec.nics.iter().cloned().zip(taps).collect(),
             console,

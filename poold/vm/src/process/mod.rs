@@ -65,6 +65,8 @@ enum Event {
     Activated(Result<(), String>),
     /// The volumes are taken back and the machine runs, or not.
     TakenBack(Result<Epoch, Refusal>),
+    /// The guest has had all the time that a power button gives.
+    ShutdownOverdue,
     /// Everything is at rest: the process may exit.
     Rested,
     /// The lease has changed.
@@ -227,6 +229,7 @@ impl Process {
             Event::MigrationMoved => self.migration_moved(),
             Event::Activated(activated) => self.activated(activated),
             Event::TakenBack(taken) => self.taken_back(taken),
+            Event::ShutdownOverdue => self.shutdown_overdue(),
             Event::Rested => self.rested(),
             Event::LeaseMoved => {}
         }

@@ -7,12 +7,13 @@ use super::{Event, Process};
 use crate::fence::{SharedGate, lock};
 use crate::gate::Hold;
 use crate::request::{Refusal, Reply};
+use crate::spec::MachineSpec;
 use crate::volumes::{DiskError, VolumeSet};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
-use vmm::{BootConfig, GuestExit, Machine, MachineConfig, MachineError};
+use vmm::{BootConfig, DiskBootError, GuestExit, Machine, MachineConfig, MachineError};
 
 /// How long the volumes of a guest that has ended may take to come to rest. It asked for no more: what it flushed is safe.
 const REST_TIMEOUT: Duration = Duration::from_secs(10);
@@ -63,22 +64,10 @@ impl Process {
 
     fn begin_start(&mut self) -> Result<(), Refusal> {
         let vm = self.vm("Start")?;
-        let kernel = vm.spec.kernel.clone().ok_or_else(|| Refusal::Invalid {
-            field: "kernel_path",
-            problem: "is empty: this machine can only take in a migration".to_owned(),
-        })?;
-        let config = BootConfig { kernel, initrd: vm.spec.initrd.clone(), cmdline: vm.spec.cmdline.clone() };
+        let source = BootSource::of(&vm.spec);
         let blueprint = self.blueprint("Start")?;
         let (volumes, gate) = (vm.volumes.clone(), vm.gate.clone());
-        let machine = async move {
-            let build = move || {
-                let machine = Machine::new(blueprint)?;
-                machine.boot(&config)?;
-                Ok(Arc::new(machine))
-            };
-            blocking("build the machine", build).await
-        };
-        self.spawn(async move { Event::Started(boot(volumes, gate, machine).await) });
+        self.spawn(async move { Event::Started(boot(volumes, gate, blueprint, source).await) });
         Ok(())
     }
 
@@ -172,19 +161,54 @@ impl Process {
             GuestExit::Crash { cause } => ("crash", cause),
         };
         self.phase = Phase::Stopped { guest_exit, cause };
+        if self.is_to_end() {
+            self.take_down();
+        }
     }
 }
 
-/// Takes over the volumes while the machine is built, then lets it run as far as the gate allows.
+/// Where the kernel comes from.
+enum BootSource {
+    /// Files of the pool's images.
+    Files(BootConfig),
+    /// The first disk's own `/boot`.
+    Disk { cmdline: String },
+}
+
+impl BootSource {
+    fn of(spec: &MachineSpec) -> Self {
+        let cmdline = spec.cmdline.clone();
+        match spec.kernel.clone() {
+            Some(kernel) => Self::Files(BootConfig { kernel, initrd: spec.initrd.clone(), cmdline }),
+            None => Self::Disk { cmdline },
+        }
+    }
+}
+
+/// Takes over the volumes while the machine is built, then lets it run as far as the gate allows. A disk is read for its
+/// kernel only by its owner.
 async fn boot(
     volumes: VolumeSet,
     gate: SharedGate<Machine>,
-    machine: impl Future<Output = Result<Arc<Machine>, MachineError>>,
+    blueprint: MachineConfig,
+    source: BootSource,
 ) -> Result<Arc<Machine>, StartError> {
-    let ((), machine) =
+    let disk = blueprint.disks.first().map(|(_, disk)| disk.clone());
+    let build = move || {
+        let machine = Machine::new(blueprint)?;
+        if let BootSource::Files(config) = &source {
+            machine.boot(config)?;
+        }
+        Ok((Arc::new(machine), source))
+    };
+    let ((), (machine, source)) =
         tokio::try_join!(async { volumes.recover().await.map_err(StartError::from) }, async {
-            machine.await.map_err(StartError::from)
+            blocking("build the machine", build).await.map_err(StartError::from)
         },)?;
+    if let BootSource::Disk { cmdline } = source {
+        let (machine, disk) = (machine.clone(), disk.ok_or(MachineError::Disk(DiskBootError::NoDisk))?);
+        blocking("boot from the disk", move || machine.boot_disk(disk, &cmdline)).await?;
+    }
     let ours = machine.clone();
     let install = move || {
         let mut gate = lock(&gate);

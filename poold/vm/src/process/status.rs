@@ -56,7 +56,8 @@ impl Process {
         status
     }
 
-    fn holds(&self) -> Option<BTreeSet<Hold>> {
+    /// What holds the vCPUs; none while somebody works the gate.
+    pub(super) fn holds(&self) -> Option<BTreeSet<Hold>> {
         match self.vm.as_ref()?.gate.try_lock().map_err(into_unlocked) {
             Ok(gate) | Err(Some(gate)) => Some(gate.holds().clone()),
             Err(None) => None,

@@ -1,4 +1,10 @@
 //! Taking the machine down and ending the process.
+//!
+//! ```text
+//!  power button, again and again ──guest has ended──▶ at rest ──▶ the process exits
+//!        │ nobody listens, or not in time                ▲
+//!        └──────────── switched off ─────────────────────┘
+//! ```
 
 use super::machine::blocking;
 use super::phase::Phase;
@@ -16,6 +22,14 @@ use vmm::Machine;
 /// this time would keep the operator waiting; what the guest flushed is safe without it.
 const REST_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long a guest that is asked to shut itself down may take. Below what the daemon gives the whole stop, with the limits
+/// above behind it.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(75);
+
+/// Between two presses of the power button: one that comes while the guest boots finds nobody who acts on it. A guest that
+/// is shutting itself down does not mind another.
+const BUTTON_INTERVAL: Duration = Duration::from_secs(10);
+
 /// How long the volumes may take to say goodbye to their replicas, which notice a broken connection as well.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -30,6 +44,53 @@ impl Process {
         if self.phase == Phase::Ending {
             return;
         }
+        if mode == StopMode::PowerButton {
+            // Asked again by a daemon that did not hear the answer.
+            if self.stoppers.len() > 1 {
+                return;
+            }
+            if let Some(machine) = self.listening_machine() {
+                return self.ask_guest(machine);
+            }
+        }
+        self.take_down();
+    }
+
+    /// The machine, if its guest runs and hears its power button.
+    fn listening_machine(&self) -> Option<Arc<Machine>> {
+        let runs = self.phase == Phase::Live && self.holds().is_some_and(|holds| holds.is_empty());
+        let machine = self.vm.as_ref()?.machine.clone()?;
+        (runs && machine.listens_to_power_button()).then_some(machine)
+    }
+
+    /// Presses the button until the guest has ended, which takes it down, or has had its time.
+    fn ask_guest(&self, machine: Arc<Machine>) {
+        tracing::info!("the power button is pressed");
+        self.spawn(async move {
+            for _ in 0..SHUTDOWN_TIMEOUT.as_secs() / BUTTON_INTERVAL.as_secs() {
+                if let Err(error) = machine.press_power_button() {
+                    tracing::warn!(%error, "the power button");
+                }
+                tokio::time::sleep(BUTTON_INTERVAL).await;
+            }
+            Event::ShutdownOverdue
+        });
+    }
+
+    pub(super) fn shutdown_overdue(&mut self) {
+        if self.phase != Phase::Ending {
+            tracing::warn!("the guest has not shut itself down in {SHUTDOWN_TIMEOUT:?}; it is switched off");
+            self.take_down();
+        }
+    }
+
+    /// Whether somebody waits for the end.
+    pub(super) fn is_to_end(&self) -> bool {
+        !self.stoppers.is_empty()
+    }
+
+    /// Switches the machine off and ends the process when its volumes are at rest.
+    pub(super) fn take_down(&mut self) {
         let Some(vm) = &self.vm else { return self.end_at_once() };
         self.phase = Phase::Ending;
         let outgoing = self.source_handle();

@@ -37,7 +37,8 @@ async fn a_guest_boots_pauses_resumes_and_stops() {
     assert_confined(process.pid());
     assert_overhead(process.pid());
 
-    let answer = client.stop(v1::MachineStopRequest { force: false }).await.unwrap().into_inner();
+    let answer =
+        client.stop(v1::MachineStopRequest { force: false, power_button: true }).await.unwrap().into_inner();
     assert_eq!(answer.state, "stopped");
     assert!(process.wait_exit().await.success());
 }
@@ -63,7 +64,7 @@ async fn what_the_guest_was_told_is_on_its_disk_after_a_power_cut() {
     process.boot(host.config(1, "wss=4M rate=0 disk=1"), LONG).await;
     process.wait_beats(3).await;
     let acked = number_after(&process.console().await, "PROBE disk acked=");
-    process.client.clone().stop(v1::MachineStopRequest { force: true }).await.unwrap();
+    process.client.clone().stop(v1::MachineStopRequest { force: true, power_button: false }).await.unwrap();
     assert!(process.wait_exit().await.success());
 
     host.next_epoch();
@@ -76,7 +77,7 @@ async fn what_the_guest_was_told_is_on_its_disk_after_a_power_cut() {
     assert!(found >= acked && acked > 0, "the guest was told {acked}, and found:\n{console}");
     assert!(console.contains(" errors=0") && !console.contains("PROBE ERROR"), "{console}");
     // The process waits with the answer to how its guest ended, until it is told to go.
-    process.client.clone().stop(v1::MachineStopRequest { force: false }).await.unwrap();
+    process.client.clone().stop(v1::MachineStopRequest { force: false, power_button: true }).await.unwrap();
     assert!(process.wait_exit().await.success());
 }
 

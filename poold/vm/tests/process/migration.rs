@@ -135,9 +135,9 @@ async fn a_running_guest_moves_with_its_memory_and_its_disk() {
     );
     let phases = watched.await.unwrap();
     assert_eq!(phases.last().map(String::as_str), Some("done"), "{phases:?}");
-    source.stop(v1::MachineStopRequest { force: true }).await.unwrap();
+    source.stop(v1::MachineStopRequest { force: true, power_button: false }).await.unwrap();
     assert!(pair.source.wait_exit().await.success());
-    target.stop(v1::MachineStopRequest { force: false }).await.unwrap();
+    target.stop(v1::MachineStopRequest { force: false, power_button: true }).await.unwrap();
     assert!(pair.target.wait_exit().await.success());
 }
 
@@ -174,9 +174,9 @@ async fn a_guest_that_outruns_the_link_runs_before_its_pages_are_there() {
         "on demand: moved in {:.0} ms, blackout {:.1} ms, {faulted} pages were waited for",
         record.total_ms, record.blackout_ms
     );
-    source.stop(v1::MachineStopRequest { force: true }).await.unwrap();
+    source.stop(v1::MachineStopRequest { force: true, power_button: false }).await.unwrap();
     assert!(pair.source.wait_exit().await.success());
-    target.stop(v1::MachineStopRequest { force: false }).await.unwrap();
+    target.stop(v1::MachineStopRequest { force: false, power_button: true }).await.unwrap();
     assert!(pair.target.wait_exit().await.success());
 }
 

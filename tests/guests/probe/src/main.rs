@@ -12,7 +12,8 @@
 //! ```
 //! Parameters on the command line: `wss=64M` (working set), `rate=20M` (bytes of it per second, judged by a TSC of 2 GHz;
 //! 0: as fast as it goes), `disk=1` (0: leave the disk alone), `turns=N` (power off after N turns; 0: never), `net=1` (use the
-//! network card), `peer=10.7.0.2` (send this address datagrams).
+//! network card), `peer=10.7.0.2` (send this address datagrams); `load=1` (2: writes) instead of all this reads the disk at random,
+//! 32 requests in flight, and counts: `PROBE io done=1000 errors=0`.
 //!
 //! Everything is polled: the guest needs no interrupts.
 
@@ -20,6 +21,7 @@
 #![no_main]
 
 mod disk;
+mod load;
 mod memory;
 mod net;
 mod params;
@@ -45,6 +47,11 @@ const EXIT_PORT: u16 = 0xf4;
 #[unsafe(no_mangle)]
 extern "C" fn guest_main(start_info: u64) -> ! {
     let params = Params::parse(start::cmdline(start_info));
+    match params.load {
+        0 => {}
+        1 => load::run(virtio::Kind::Read),
+        _ => load::run(virtio::Kind::Write),
+    }
     let mut walker = memory::Walker::new(params.working_set, start::low_memory_end(start_info));
     let mut errors = 0;
     let mut disk = if params.disk { virtio::Device::open() } else { None };
@@ -56,7 +63,8 @@ extern "C" fn guest_main(start_info: u64) -> ! {
             None
         }
     });
-    let (counter, verified) = journal.as_ref().map_or((0, 0), |journal| (journal.counter(), journal.verified()));
+    let (counter, verified) =
+        journal.as_ref().map_or((0, 0), |journal| (journal.counter(), journal.verified()));
     say!("PROBE boot disk_counter=", counter, " verified=", verified, " errors=", errors);
     let mut net = if params.net { net::Net::open(params.peer) } else { None };
     let mut beat = 0_u64;

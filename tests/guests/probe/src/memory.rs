@@ -72,7 +72,18 @@ impl Walker {
             if found != wanted {
                 *errors += 1;
                 let (there, of) = (found[0], found[1]);
-                say!("PROBE ERROR memory page=", page, " pass=", pass, " address=", at, " found page=", there, " pass=", of);
+                say!(
+                    "PROBE ERROR memory page=",
+                    page,
+                    " pass=",
+                    pass,
+                    " address=",
+                    at,
+                    " found page=",
+                    there,
+                    " pass=",
+                    of
+                );
             }
             let new = [page, pass + 1, seal(page, pass + 1)];
             // SAFETY: as above.

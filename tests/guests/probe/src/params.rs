@@ -14,12 +14,15 @@ pub struct Params {
     pub peer: [u8; 4],
     /// Turns until it powers itself off; 0: never.
     pub turns: u64,
+    /// Load the disk and do nothing else: 1 with random reads, 2 with random writes; 0: no.
+    pub load: u64,
 }
 
 impl Params {
     /// Reads them.
     pub fn parse(cmdline: &[u8]) -> Self {
-        let mut params = Self { working_set: 16 << 20, rate: 0, disk: false, net: false, peer: [0; 4], turns: 0 };
+        let mut params =
+            Self { working_set: 16 << 20, rate: 0, disk: false, net: false, peer: [0; 4], turns: 0, load: 0 };
         for word in cmdline.split(|&byte| byte == b' ') {
             let Some(at) = word.iter().position(|&byte| byte == b'=') else { continue };
             let (key, value) = word.split_at(at);
@@ -34,6 +37,7 @@ impl Params {
                 b"disk" => params.disk = value != 0,
                 b"net" => params.net = value != 0,
                 b"turns" => params.turns = value,
+                b"load" => params.load = value,
                 _ => {}
             }
         }

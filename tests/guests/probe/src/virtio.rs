@@ -7,8 +7,9 @@ const BASE: u64 = 0xd000_0000;
 const MAGIC: u32 = 0x7472_6976;
 const DEVICE_BLOCK: u32 = 2;
 const ENTRIES: usize = 8;
-const NEXT: u16 = 1;
-const WRITE: u16 = 2;
+/// Flags of descriptors: another one follows; the device writes.
+pub const NEXT: u16 = 1;
+pub const WRITE: u16 = 2;
 /// Status bits: acknowledge, driver, features ok, driver ok.
 const SETUP: [u32; 4] = [1, 3, 11, 15];
 const FEATURE_FLUSH: u32 = 1 << 9;
@@ -20,11 +21,11 @@ pub const BLOCK: usize = 4096;
 pub const TRANSFER: usize = 64 << 10;
 
 #[repr(C, align(16))]
-struct Descriptor {
-    address: u64,
-    len: u32,
-    flags: u16,
-    next: u16,
+pub struct Descriptor {
+    pub address: u64,
+    pub len: u32,
+    pub flags: u16,
+    pub next: u16,
 }
 
 #[repr(C, align(4096))]
@@ -79,34 +80,51 @@ fn write_address(register: u64, address: u64) {
     write(register + 4, (address >> 32) as u32);
 }
 
+/// Sets the device up with a queue at these places (descriptors, available, used); its size in sectors, `None` if there is
+/// none.
+pub fn set_up(entries: u32, [descriptors, available, used]: [u64; 3]) -> Option<u64> {
+    if read(0) != MAGIC || read(8) != DEVICE_BLOCK {
+        return None;
+    }
+    write(0x70, 0);
+    write(0x70, SETUP[0]);
+    write(0x70, SETUP[1]);
+    for (select, features) in [(0, FEATURE_FLUSH), (1, FEATURE_VERSION_1)] {
+        write(0x24, select);
+        write(0x20, features);
+    }
+    write(0x70, SETUP[2]);
+    write(0x30, 0);
+    write(0x38, entries);
+    write_address(0x80, descriptors);
+    write_address(0x90, available);
+    write_address(0xa0, used);
+    // No interrupts: this driver polls.
+    // SAFETY: the caller's ring, which the device does not use yet.
+    unsafe { ptr::write_volatile(available as *mut u16, 1) };
+    write(0x44, 1);
+    write(0x70, SETUP[3]);
+    Some(u64::from(read(0x100)) | u64::from(read(0x104)) << 32)
+}
+
+/// Tells the device that its queue has something new.
+pub fn kick() {
+    write(0x50, 0);
+}
+
 impl Device {
     /// Sets the device up; `None` if there is none.
     pub fn open() -> Option<Self> {
-        if read(0) != MAGIC || read(8) != DEVICE_BLOCK {
-            return None;
-        }
-        write(0x70, 0);
-        write(0x70, SETUP[0]);
-        write(0x70, SETUP[1]);
-        for (select, features) in [(0, FEATURE_FLUSH), (1, FEATURE_VERSION_1)] {
-            write(0x24, select);
-            write(0x20, features);
-        }
-        write(0x70, SETUP[2]);
-        write(0x30, 0);
-        write(0x38, ENTRIES as u32);
         let rings = &raw mut RINGS;
         // SAFETY: only addresses are taken; the device is not running yet.
-        unsafe {
-            write_address(0x80, &raw const (*rings).descriptors as u64);
-            write_address(0x90, &raw const (*rings).available as u64);
-            write_address(0xa0, &raw const (*rings).used as u64);
-            // No interrupts: this driver polls.
-            ptr::write_volatile(&raw mut (*rings).available[0], 1);
-        }
-        write(0x44, 1);
-        write(0x70, SETUP[3]);
-        let sectors = u64::from(read(0x100)) | u64::from(read(0x104)) << 32;
+        let places = unsafe {
+            [
+                &raw const (*rings).descriptors as u64,
+                &raw const (*rings).available as u64,
+                &raw const (*rings).used as u64,
+            ]
+        };
+        let sectors = set_up(ENTRIES as u32, places)?;
         Some(Self { blocks: sectors / 8, issued: 0 })
     }
 
@@ -152,7 +170,7 @@ impl Device {
             self.issued = self.issued.wrapping_add(1);
             ptr::write_volatile(&raw mut (*rings).available[1], self.issued);
             fence(Ordering::SeqCst);
-            write(0x50, 0);
+            kick();
             // The index is the upper half of the first word.
             while (ptr::read_volatile(&raw const (*rings).used[0]) >> 16) as u16 != self.issued {
                 core::hint::spin_loop();

@@ -52,6 +52,7 @@ fn command(pool: &Pool, (kind, a, b, c): Roll) -> Command {
         2 => Command::DeleteVm { vm },
         3 => Command::DeleteVolume { volume },
         4 | 5 => Command::StartVm { vm, host: (a < 128).then_some(host) },
+        6 if b < 64 => Command::RebootVm { vm, mode },
         6 => Command::StopVm { vm, mode },
         7 => Command::PauseVm { vm },
         8 => Command::ResumeVm { vm },

@@ -135,6 +135,27 @@ fn only_a_reboot_restarts_a_vm_without_ha() {
 }
 
 #[test]
+fn a_reboot_ends_when_the_vm_runs_again_or_is_stopped() {
+    let mut pool = Pool::new(2);
+    let hosts = pool.hosts();
+    let vm = pool.running_vm("web", hosts[0], HaPolicy::Restart);
+    let reboot = |mode| Command::RebootVm { vm, mode };
+    let Outcome::Task(task) = pool.accept(reboot(StopMode::Force)) else { panic!("it is a task") };
+    assert_eq!(pool.accept(reboot(StopMode::Clean)), Outcome::Task(task), "asked again, it is the same task");
+    assert_eq!(pool.vm(vm).reboot, Some(StopMode::Force), "a forced one is not softened");
+    let blockers = pool.state.migration_blockers(vm, Some(hosts[1]));
+    assert_eq!(blockers.iter().map(crate::Rejection::reason_code).collect::<Vec<_>>(), ["VM_NOT_RUNNING"]);
+    let again = restart(&pool, vm, RestartCause::Requested);
+    pool.accept(again);
+    assert!(pool.state.task(task).unwrap().is_running());
+    pool.runs(vm);
+    assert!(!pool.state.task(task).unwrap().is_running());
+    pool.accept(reboot(StopMode::Clean));
+    pool.accept(Command::StopVm { vm, mode: StopMode::Clean });
+    assert_eq!(pool.vm(vm).reboot, None);
+}
+
+#[test]
 fn recovery_needs_a_lost_host_the_right_epoch_and_a_released_brake() {
     let mut pool = Pool::new(3);
     let hosts = pool.hosts();

@@ -132,6 +132,27 @@ fn a_stop_is_carried_out_and_its_end_reported() {
 }
 
 #[test]
+fn a_reboot_stops_the_process_and_its_end_starts_the_vm_again() {
+    for ha in [HaPolicy::Restart, HaPolicy::None] {
+        let (mut pool, host, vm) = with_vm(ha);
+        pool.accept(Command::RebootVm { vm, mode: StopMode::Clean });
+        let epoch = pool.epoch(vm);
+        let running = process(&pool, vm, ProcessState::Running);
+        assert_eq!(
+            actions(&pool, host, std::slice::from_ref(&running)),
+            [HostAction::Stop { vm, epoch, mode: StopMode::Clean }]
+        );
+        let again = Command::RestartVm { vm, expect_epoch: epoch, cause: RestartCause::Requested };
+        assert_eq!(report(&pool, host, &[]), again);
+        for state in [ProcessState::Gone, ProcessState::Stopped, ProcessState::Failed] {
+            assert_eq!(report(&pool, host, &[process(&pool, vm, state)]), again);
+        }
+        pool.accept(again);
+        assert_eq!((pool.vm(vm).reboot, pool.vm(vm).failures, &pool.vm(vm).problem), (None, 0, &None));
+    }
+}
+
+#[test]
 fn a_pause_and_its_end_are_carried_out() {
     let (mut pool, host, vm) = with_vm(HaPolicy::Restart);
     let running = process(&pool, vm, ProcessState::Running);
