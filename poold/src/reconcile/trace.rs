@@ -33,6 +33,7 @@ fn subject(state: &PoolState, action: &HostAction) -> (Option<VmId>, Option<Task
         | HostAction::ProposeCommit { migration, .. }
         | HostAction::ReportCommitted { migration }
         | HostAction::ResumeAfterAbort { migration }
+        | HostAction::TakeBack { migration }
         | HostAction::ActivateIncoming { migration } => of_migration(*migration),
         HostAction::Report(command) => match command {
             Command::VmRunning { vm, .. }
@@ -44,6 +45,7 @@ fn subject(state: &PoolState, action: &HostAction) -> (Option<VmId>, Option<Task
             | Command::MigrationCopying { migration }
             | Command::MigrationPaused { migration }
             | Command::MigrationAbort { migration, .. }
+            | Command::MigrationReclaim { migration }
             | Command::MigrationDone { migration, .. } => of_migration(*migration),
             _ => (None, None),
         },
