@@ -11,6 +11,8 @@ const RUN_TOOLS: [(&str, &str); 2] = [("ip", "iproute2"), ("nsenter", "util-linu
 
 const BENCH_TOOLS: [(&str, &str); 1] = [("qemu-system-x86_64", "qemu-system-x86")];
 
+const BENCH_STORAGE_TOOLS: [(&str, &str); 2] = [("fio", "fio"), ("nbdkit", "nbdkit")];
+
 const LAB_TOOLS: [(&str, &str); 7] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("/bin/busybox", "busybox-static"),
@@ -37,6 +39,12 @@ pub fn prepare_run() -> Result<()> {
 pub fn prepare_bench() -> Result<()> {
     prepare_run()?;
     install(&BENCH_TOOLS)
+}
+
+/// Makes sure that everything needed for the bench of the block store is there; it needs no KVM.
+pub fn prepare_bench_storage() -> Result<()> {
+    install(&BUILD_TOOLS)?;
+    install(&BENCH_STORAGE_TOOLS)
 }
 
 /// Makes sure that everything needed for the nested lab is there; it needs no KVM.

@@ -3,6 +3,7 @@
 mod control;
 mod migrate;
 mod qemu;
+mod storage;
 
 use anyhow::Result;
 use clap::Subcommand;
@@ -14,6 +15,8 @@ pub enum Bench {
     Control(control::Options),
     /// Live migration, beside Debian's qemu with the same guest
     Migrate(migrate::Options),
+    /// The block store through NBD, beside the bare disk and nbdkit
+    Storage(storage::Options),
 }
 
 impl Bench {
@@ -22,6 +25,7 @@ impl Bench {
         match self {
             Self::Control(options) => control::run(options),
             Self::Migrate(options) => migrate::run(options),
+            Self::Storage(options) => storage::run(options),
         }
     }
 }

@@ -1,0 +1,193 @@
+//! `cargo xtask bench storage`: a volume with three replicas through NBD, beside the bare disk and nbdkit, in one run.
+//!
+//! Everything is on one disk of one machine: each write is three there, and all processes share its processors.
+//! - [`fio`]: one job.    - [`servers`]: what is measured.    - [`report`]: the table.
+
+mod fio;
+mod report;
+mod servers;
+
+use crate::machine;
+use anyhow::{Context, Result};
+use clap::Args;
+use fio::{Figures, Pattern, Target};
+use report::{Row, print};
+use servers::{Cluster, Nbdkit};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Size of the log with which a restart is timed.
+const RESTART_MIB: u64 = 4096;
+
+/// How to measure.
+#[derive(Debug, Args)]
+pub struct Options {
+    /// Seconds of each job
+    #[arg(long, default_value_t = 8)]
+    seconds: u64,
+    /// Size of the volume, and of the file that it is compared with
+    #[arg(long, default_value_t = 4096)]
+    mib: u64,
+    /// Folder on the disk to be measured; needs 4 times the volume's size
+    #[arg(long, default_value_os_t = std::env::temp_dir())]
+    dir: PathBuf,
+    /// Only some of the jobs
+    #[arg(long, value_enum)]
+    only: Vec<Job>,
+    /// The unoptimised programs: quick to build, wrong as a figure
+    #[arg(long)]
+    dev: bool,
+}
+
+/// A line of the table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Job {
+    RandomWrite,
+    RandomRead,
+    WriteFlush,
+    Sequential,
+    Restart,
+}
+
+/// Files of the bench, removed when dropped.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(parent: &Path) -> Result<Self> {
+        let dir = parent.join(format!("pool-bench-{}", std::process::id()));
+        for name in ["raw", "volume"] {
+            fs::create_dir_all(dir.join(name)).with_context(|| format!("create {}", dir.display()))?;
+        }
+        Ok(Self(dir))
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir_all(&self.0) {
+            eprintln!("{} is left: {error}", self.0.display());
+        }
+    }
+}
+
+/// What all jobs share.
+struct Bench<'a> {
+    options: &'a Options,
+    folder: &'a Path,
+    cluster: Cluster,
+}
+
+/// Measures, prints the table.
+pub fn run(options: &Options) -> Result<()> {
+    machine::prepare_bench_storage()?;
+    let program = servers::build_cluster(if options.dev { "debug" } else { "release" })?;
+    let folder = Folder::new(&options.dir)?;
+    let dir = folder.0.join("volume");
+    let bench = Bench { options, folder: &folder.0, cluster: Cluster::start(&program, &dir, options.mib)? };
+    let wants = |job| options.only.is_empty() || options.only.contains(&job);
+    println!("filling a volume and a file of {} MiB", options.mib);
+    bench.fill()?;
+    let mut rows = Vec::new();
+    if wants(Job::RandomWrite) {
+        rows.push(bench.random_write()?);
+    }
+    if wants(Job::RandomRead) {
+        rows.push(bench.random_read()?);
+    }
+    if wants(Job::WriteFlush) {
+        rows.push(bench.write_flush()?);
+    }
+    if wants(Job::Sequential) {
+        rows.push(bench.sequential()?);
+    }
+    bench.cluster.stop()?;
+    if wants(Job::Restart) {
+        rows.push(restart(&program, &dir)?);
+    }
+    print(&rows);
+    Ok(())
+}
+
+impl Bench<'_> {
+    fn bytes(&self) -> u64 {
+        self.options.mib << 20
+    }
+
+    fn volume(&self) -> Target {
+        Target::Nbd { socket: self.cluster.socket().to_owned(), export: "volume".to_owned() }
+    }
+
+    fn raw(&self, writers: u32) -> Target {
+        Target::Files { dir: self.folder.join("raw"), writers }
+    }
+
+    /// Never-written blocks would make both sides look better than they are.
+    fn fill(&self) -> Result<()> {
+        fio::fill(&self.volume(), self.bytes())?;
+        fio::fill(&self.raw(1), self.bytes())?;
+        Ok(())
+    }
+
+    fn reference(&self, target: &Target, pattern: Pattern) -> Result<Figures> {
+        fio::run(target, pattern, self.bytes(), Duration::from_secs(self.options.seconds))
+    }
+
+    /// The volume's figures, with the processor time of all its processes for one request in microseconds.
+    fn ours(&self, pattern: Pattern) -> Result<(Figures, f64)> {
+        let before = self.cluster.cpu()?;
+        let figures = self.reference(&self.volume(), pattern)?;
+        let cpu = self.cluster.cpu()?.saturating_sub(before);
+        Ok((figures, cpu.as_secs_f64() * 1e6 / figures.requests.max(1.0)))
+    }
+
+    fn random_write(&self) -> Result<Row> {
+        let reference = self.reference(&self.raw(1), Pattern::RandomWrite)?.iops / 3.0;
+        let (ours, cpu_us) = self.ours(Pattern::RandomWrite)?;
+        let row = Row::new("4 KiB random write, depth 32", "IOPS", "raw ÷ 3");
+        Ok(row.at_least(ours.iops, reference, 0.5).latencies(ours, cpu_us))
+    }
+
+    fn random_read(&self) -> Result<Row> {
+        let reference = self.reference(&self.raw(1), Pattern::RandomRead)?.iops;
+        let (ours, cpu_us) = self.ours(Pattern::RandomRead)?;
+        let row = Row::new("4 KiB random read, depth 32", "IOPS", "raw");
+        Ok(row.at_least(ours.iops, reference, 0.5).latencies(ours, cpu_us))
+    }
+
+    fn write_flush(&self) -> Result<Row> {
+        let file = self.folder.join("raw/job.0.0");
+        let nbdkit = Nbdkit::start(self.folder, &file)?;
+        let target = Target::Nbd { socket: nbdkit.socket().to_owned(), export: String::new() };
+        let mean_us = |figures: Figures| 1e6 / figures.iops;
+        let reference = mean_us(self.reference(&target, Pattern::WriteFlush)?);
+        let (ours, cpu_us) = self.ours(Pattern::WriteFlush)?;
+        let row = Row::new("4 KiB write and flush, depth 1", "µs", "nbdkit file");
+        Ok(row.at_most(mean_us(ours), reference, 2.5).latencies(ours, cpu_us))
+    }
+
+    fn sequential(&self) -> Result<Row> {
+        let target = self.raw(3);
+        fio::fill(&target, self.bytes() / 3)?;
+        let raw = fio::run(
+            &target,
+            Pattern::Sequential,
+            self.bytes() / 3,
+            Duration::from_secs(self.options.seconds),
+        )?;
+        let (ours, cpu_us) = self.ours(Pattern::Sequential)?;
+        let row = Row::new("1 MiB sequential write, depth 8", "MB/s", "three raw writers ÷ 3");
+        Ok(row.at_least(ours.bytes_per_s / 1e6, raw.bytes_per_s / 3e6, 0.45).latencies(ours, cpu_us))
+    }
+}
+
+/// A replica is killed with a long log and started again.
+fn restart(program: &Path, dir: &Path) -> Result<Row> {
+    fio::remove_files(dir)?;
+    let cluster = Cluster::start(program, dir, RESTART_MIB)?;
+    let target = Target::Nbd { socket: cluster.socket().to_owned(), export: "volume".to_owned() };
+    fio::fill(&target, RESTART_MIB << 20)?;
+    cluster.kill()?;
+    let took = servers::restart_time(program, dir, RESTART_MIB)?;
+    Ok(Row::new("restart with a tail of 4 GiB", "s", "–").at_most(took.as_secs_f64(), 1.0, 1.0))
+}
