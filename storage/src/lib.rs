@@ -1,5 +1,8 @@
 //! The replicated block store (library): replicas, owners, and what they say to each other.
 
+mod frames;
+#[cfg(test)]
+mod fuzz;
 pub mod limits;
 pub mod log;
 pub mod map;

@@ -1,15 +1,12 @@
-//! Frames between owner and replica: `header length · data length · header (postcard) · data`.
+//! What owner and replica say to each other; how it goes over a stream is in `frames`.
 //!
 //! One stream serves one volume's owner. Requests with an id are answered once; writes and flushes are answered by watermarks.
-//! Bounds are checked before anything is allocated; an unknown or malformed frame ends the connection.
+//! An unknown or malformed frame ends the connection.
 
 use crate::types::{AttachRefused, ProposalError, Tail, VolumeProposal, VolumeView};
-use bytes::{Bytes, BytesMut};
 use proto::limits::BLOCK_BYTES;
 use proto::{AttachmentSecret, BlockIndex, Epoch, Incarnation, Sequence, VolumeId};
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use std::io;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use serde::{Deserialize, Serialize};
 
 /// Version of the protocol; both sides must speak the same. Version 1: the first. Version 2: the longest tail is brought to
 /// other members write by write; void blocks are listed; an attachment tells whether the disk is full.
@@ -141,112 +138,4 @@ pub enum Answer {
     Fenced { promised: Epoch },
     /// Not possible.
     Failed { cause: String },
-}
-
-/// A frame.
-#[derive(Debug, Clone)]
-pub struct Frame<H> {
-    /// What it says.
-    pub header: H,
-    /// The blocks that go with it.
-    pub data: Bytes,
-}
-
-/// The bytes of a frame's header with both lengths; the data is written after it.
-///
-/// # Panics
-/// When the header is longer than the limit, which lists are bounded for.
-#[must_use]
-pub fn encode<H: Serialize>(header: &H, data_len: usize) -> Bytes {
-    let body = postcard::to_stdvec(header).expect("plain data can be written");
-    assert!(body.len() <= HEADER_BYTES_MAX && data_len <= DATA_BYTES_MAX, "a frame within its limits");
-    let mut bytes = BytesMut::with_capacity(8 + body.len());
-    let length = |len: usize| u32::try_from(len).expect("bounded above").to_le_bytes();
-    bytes.extend_from_slice(&length(body.len()));
-    bytes.extend_from_slice(&length(data_len));
-    bytes.extend_from_slice(&body);
-    bytes.freeze()
-}
-
-/// Writes a frame.
-///
-/// # Errors
-/// The connection is gone.
-pub async fn write_frame<H: Serialize>(
-    stream: &mut (impl AsyncWrite + Unpin),
-    header: &H,
-    data: &[u8],
-) -> io::Result<()> {
-    stream.write_all(&encode(header, data.len())).await?;
-    if !data.is_empty() {
-        stream.write_all(data).await?;
-    }
-    Ok(())
-}
-
-/// Reads a frame whose header has at most `header_max` bytes.
-///
-/// # Errors
-/// The connection is gone, or what comes is no frame.
-pub async fn read_frame<H: DeserializeOwned>(
-    stream: &mut (impl AsyncRead + Unpin),
-    header_max: usize,
-) -> io::Result<Frame<H>> {
-    let invalid = |what: String| io::Error::new(io::ErrorKind::InvalidData, what);
-    let header_len = stream.read_u32_le().await? as usize;
-    let data_len = stream.read_u32_le().await? as usize;
-    if header_len > header_max || data_len > DATA_BYTES_MAX {
-        return Err(invalid(format!("a frame of {header_len} and {data_len} bytes")));
-    }
-    if header_max <= HELLO_BYTES_MAX && data_len > 0 {
-        return Err(invalid("data from a stranger".to_owned()));
-    }
-    let mut header = vec![0; header_len];
-    stream.read_exact(&mut header).await?;
-    let (header, rest) = postcard::take_from_bytes(&header).map_err(|error| invalid(error.to_string()))?;
-    if !rest.is_empty() {
-        return Err(invalid("bytes after the header".to_owned()));
-    }
-    let mut data = BytesMut::zeroed(data_len);
-    stream.read_exact(&mut data).await?;
-    Ok(Frame { header, data: data.freeze() })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn runtime() -> tokio::runtime::Runtime {
-        tokio::runtime::Builder::new_current_thread().build().unwrap()
-    }
-
-    proptest! {
-        #[test]
-        fn no_bytes_make_the_decoder_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let mut stream: &[u8] = &bytes;
-            drop(runtime().block_on(read_frame::<Request>(&mut stream, HEADER_BYTES_MAX)));
-        }
-
-        #[test]
-        fn no_header_makes_the_decoder_panic(body in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let mut bytes = u32::try_from(body.len()).unwrap().to_le_bytes().to_vec();
-            bytes.extend([0; 4]);
-            bytes.extend(body);
-            let mut stream: &[u8] = &bytes;
-            drop(runtime().block_on(read_frame::<Request>(&mut stream, HEADER_BYTES_MAX)));
-        }
-    }
-
-    #[test]
-    fn a_frame_is_read_back_and_a_huge_one_refused() {
-        let runtime = runtime();
-        let mut bytes = Vec::new();
-        runtime.block_on(write_frame(&mut bytes, &Request::Flush, b"data")).unwrap();
-        let frame: Frame<Request> = runtime.block_on(read_frame(&mut &bytes[..], HEADER_BYTES_MAX)).unwrap();
-        assert!(matches!(frame.header, Request::Flush) && &frame.data[..] == b"data");
-        assert!(runtime.block_on(read_frame::<Request>(&mut &bytes[..], HELLO_BYTES_MAX)).is_err());
-        let mut huge: &[u8] = &[0xff; 64];
-        assert!(runtime.block_on(read_frame::<Request>(&mut huge, HEADER_BYTES_MAX)).is_err());
-    }
 }

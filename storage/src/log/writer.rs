@@ -90,13 +90,13 @@ impl LogWriter {
         }
         let segment = self.segment.expect("one was opened above");
         let header_bytes = encoded.bytes.len() as u64;
-        let mut bytes = encoded.bytes;
-        data.iter().for_each(|part| bytes.extend_from_slice(part));
-        assert!(bytes.len() as u64 <= self.disk.segment_bytes(), "a batch fits into a segment");
-        self.io("write", segment, |disk| disk.write(segment, self.offset, &bytes))?;
+        let batch_bytes = header_bytes + data_bytes as u64;
+        assert!(batch_bytes <= self.disk.segment_bytes(), "a batch fits into a segment");
+        let parts: Vec<&[u8]> = std::iter::once(&encoded.bytes[..]).chain(data.iter().copied()).collect();
+        self.io("write", segment, |disk| disk.write_parts(segment, self.offset, &parts))?;
         let offset = u32::try_from(self.offset + header_bytes).expect("a segment is smaller than 4 GiB");
         self.unsynced.insert(segment);
-        self.offset += bytes.len() as u64;
+        self.offset += batch_bytes;
         self.lsn += 1;
         self.previous = encoded.hash;
         Ok(Written { lsn: self.lsn, data: Location { segment, offset } })

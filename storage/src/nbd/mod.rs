@@ -36,9 +36,19 @@ pub trait Export: Send + Sync + 'static {
     /// The bytes may be forgotten.
     fn trim(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<(), ExportError>>;
     /// The bytes become zero.
-    fn write_zeroes(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<(), ExportError>>;
+    fn write_zeroes(&self, offset: u64, len: u64, zeroing: Zeroing)
+    -> BoxFuture<'_, Result<(), ExportError>>;
     /// The first runs of the range, in order and without gaps, at least one.
     fn extents(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Vec<Extent>, ExportError>>;
+}
+
+/// How bytes become zero.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Zeroing {
+    /// They need take no space.
+    MayFree,
+    /// They keep the space of data, so that a later write to them finds it.
+    KeepSpace,
 }
 
 /// A run of bytes.

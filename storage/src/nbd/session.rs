@@ -2,14 +2,16 @@
 
 use super::handshake::{Agreed, negotiate};
 use super::wire::{
-    COMMAND_FLAG_FUA, COMMAND_FLAG_REQ_ONE, CommandKind, Outcome, REQUEST_BYTES, REQUEST_BYTES_MAX, Request,
-    encode_reply,
+    COMMAND_FLAG_FUA, COMMAND_FLAG_NO_HOLE, COMMAND_FLAG_REQ_ONE, CommandKind, Outcome, REQUEST_BYTES,
+    REQUEST_BYTES_MAX, Request, encode_reply,
 };
-use super::{Export, ExportError, SessionError};
-use bytes::{Bytes, BytesMut};
+use super::{Export, ExportError, SessionError, Zeroing};
+use crate::frames::{ChunkQueue, write_vectored};
+use crate::log::disk::{aligned, full};
+use bytes::{BufMut, Bytes, BytesMut};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader, BufWriter};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinSet;
 
@@ -25,7 +27,21 @@ const DATA_BYTES_MAX: usize = 2 * REQUEST_BYTES_MAX as usize;
 /// Runs of a block status reply: what the client does not get it asks for.
 const EXTENTS_MAX: usize = 1024;
 
-type Replies = mpsc::Sender<(Bytes, Bytes)>;
+/// Bytes that one read may bring: some dozens of small requests.
+const READ_BYTES: usize = 128 << 10;
+
+/// Replies that go out together.
+const REPLIES_TOGETHER: usize = 64;
+
+type Replies = mpsc::Sender<Reply>;
+
+/// A reply that waits to be sent.
+struct Reply {
+    head: Bytes,
+    data: Bytes,
+    /// Its share of the window, until it is sent: a client that reads nothing gets no more.
+    _permit: Option<OwnedSemaphorePermit>,
+}
 
 /// Serves one client to its end.
 ///
@@ -41,9 +57,9 @@ where
     let Some(agreed) = agreed.map_err(|_| SessionError::Timeout)?? else { return Ok(()) };
     let (reader, writer) = tokio::io::split(stream);
     let (replies, queue) = mpsc::channel(REQUESTS_MAX);
-    let writing = tokio::spawn(write_replies(BufWriter::new(writer), queue));
+    let writing = tokio::spawn(write_replies(writer, queue));
     let session = Session { agreed, export, replies, window: Arc::new(Semaphore::new(DATA_BYTES_MAX)) };
-    let ended = session.run(BufReader::with_capacity(64 << 10, reader)).await;
+    let ended = session.run(BufReader::with_capacity(READ_BYTES, reader)).await;
     // The queue is closed now: what is left in it goes out, unless the connection is gone.
     if let Ok(Err(error)) = writing.await {
         tracing::debug!(%error, "replies were not taken");
@@ -52,16 +68,20 @@ where
 }
 
 async fn write_replies<W: AsyncWrite + Unpin>(
-    mut writer: BufWriter<W>,
-    mut queue: mpsc::Receiver<(Bytes, Bytes)>,
+    mut writer: W,
+    mut queue: mpsc::Receiver<Reply>,
 ) -> std::io::Result<()> {
-    while let Some((head, data)) = queue.recv().await {
-        writer.write_all(&head).await?;
-        writer.write_all(&data).await?;
-        // Many small replies go out in one piece; none waits for the next one.
-        if queue.is_empty() {
-            writer.flush().await?;
+    let mut replies = Vec::with_capacity(REPLIES_TOGETHER);
+    let mut chunks = ChunkQueue::default();
+    while queue.recv_many(&mut replies, REPLIES_TOGETHER).await > 0 {
+        for Reply { head, data, .. } in &replies {
+            chunks.push(head);
+            chunks.push(data);
         }
+        write_vectored(&mut writer, chunks.chunks()).await?;
+        writer.flush().await?;
+        chunks.clear();
+        replies.clear();
     }
     writer.shutdown().await
 }
@@ -120,31 +140,36 @@ impl Session {
         let permit = self.window.clone().acquire_many_owned(share).await.ok();
         let mut data = BytesMut::new();
         if request.kind == CommandKind::Write {
-            data.resize(request.len as usize, 0);
-            reader.read_exact(&mut data).await?;
+            let len = request.len as usize;
+            data = aligned(len);
+            while data.len() < len {
+                let missing = len - data.len();
+                if reader.read_buf(&mut (&mut data).limit(missing)).await? == 0 {
+                    return Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into());
+                }
+            }
         }
-        Ok(Some(Work { request, data: data.freeze(), permit }))
+        Ok(Some(Work { request, data: full(data), permit }))
     }
 }
 
 struct Work {
     request: Request,
     data: Bytes,
-    /// Its share of the window, until the reply is queued.
+    /// Its share of the window, until the reply is sent.
     permit: Option<OwnedSemaphorePermit>,
 }
 
 impl Work {
     async fn run(self, export: Arc<dyn Export>, agreed: Agreed, replies: Replies) {
         let cookie = self.request.cookie;
-        let permit = self.permit;
         let outcome = match perform(self.request, self.data, &*export, agreed).await {
             Ok(outcome) => outcome,
             Err(error) => Outcome::Failed(error),
         };
+        let (head, data) = encode_reply(agreed.style, cookie, outcome);
         // The connection may be gone.
-        let _ = replies.send(encode_reply(agreed.style, cookie, outcome)).await;
-        drop(permit);
+        let _ = replies.send(Reply { head, data, _permit: self.permit }).await;
     }
 }
 
@@ -169,7 +194,11 @@ async fn perform(
         CommandKind::Read => return Ok(Outcome::Data { offset, data: export.read(offset, len).await? }),
         CommandKind::Write => export.write(offset, data).await?,
         CommandKind::Trim => export.trim(offset, length).await?,
-        CommandKind::WriteZeroes => export.write_zeroes(offset, length).await?,
+        CommandKind::WriteZeroes => {
+            let keeps = flags & COMMAND_FLAG_NO_HOLE != 0;
+            let zeroing = if keeps { Zeroing::KeepSpace } else { Zeroing::MayFree };
+            export.write_zeroes(offset, length, zeroing).await?;
+        }
         CommandKind::Flush => export.flush().await?,
         CommandKind::BlockStatus if agreed.block_status && len > 0 => {
             let mut extents = export.extents(offset, length).await?;

@@ -1,11 +1,12 @@
 //! The server against a client that says exactly what it is told to, on a disk in memory.
 
 use super::wire::{
-    BASE_ALLOCATION, COMMAND_FLAG_FUA, MAGIC, OPT_ABORT, OPT_EXPORT_NAME, OPT_GO, OPT_LIST,
-    OPT_SET_META_CONTEXT, OPT_STRUCTURED_REPLY, OPTION_MAGIC, OPTION_REPLY_MAGIC, REP_ACK, REP_ERR_INVALID,
-    REP_ERR_UNKNOWN, REP_ERR_UNSUP, REP_INFO, REP_META_CONTEXT, REP_SERVER, REQUEST_BYTES_MAX, REQUEST_MAGIC,
+    BASE_ALLOCATION, COMMAND_FLAG_FUA, COMMAND_FLAG_NO_HOLE, MAGIC, OPT_ABORT, OPT_EXPORT_NAME, OPT_GO,
+    OPT_LIST, OPT_SET_META_CONTEXT, OPT_STRUCTURED_REPLY, OPTION_MAGIC, OPTION_REPLY_MAGIC, REP_ACK,
+    REP_ERR_INVALID, REP_ERR_UNKNOWN, REP_ERR_UNSUP, REP_INFO, REP_META_CONTEXT, REP_SERVER,
+    REQUEST_BYTES_MAX, REQUEST_MAGIC,
 };
-use super::{Export, ExportError, Extent, ExtentKind, SessionError, serve};
+use super::{Export, ExportError, Extent, ExtentKind, SessionError, Zeroing, serve};
 use crate::types::BoxFuture;
 use bytes::{BufMut, Bytes, BytesMut};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -18,11 +19,14 @@ const SIZE: u64 = 1 << 20;
 struct Ram {
     bytes: Mutex<Vec<u8>>,
     flushes: AtomicUsize,
+    /// Zeroings that had to keep their space.
+    kept: AtomicUsize,
 }
 
 impl Ram {
     fn new() -> Arc<Self> {
-        Arc::new(Self { bytes: Mutex::new(vec![0; SIZE as usize]), flushes: AtomicUsize::new(0) })
+        let bytes = Mutex::new(vec![0; SIZE as usize]);
+        Arc::new(Self { bytes, flushes: AtomicUsize::new(0), kept: AtomicUsize::new(0) })
     }
 
     fn fill(&self, offset: u64, len: u64, value: u8) {
@@ -57,8 +61,14 @@ impl Export for Ram {
         Box::pin(async { Ok(()) })
     }
 
-    fn write_zeroes(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<(), ExportError>> {
+    fn write_zeroes(
+        &self,
+        offset: u64,
+        len: u64,
+        zeroing: Zeroing,
+    ) -> BoxFuture<'_, Result<(), ExportError>> {
         self.fill(offset, len, 0);
+        self.kept.fetch_add(usize::from(zeroing == Zeroing::KeepSpace), Ordering::SeqCst);
         Box::pin(async { Ok(()) })
     }
 
@@ -178,6 +188,8 @@ async fn reads_writes_and_zeroes_reach_the_export() {
         assert_eq!(client.simple(0).await.0, 0);
         assert_eq!(ram.bytes.lock().unwrap()[..4096], [0; 4096]);
     }
+    client.request(6, COMMAND_FLAG_NO_HOLE, 0, 4096, &[]).await;
+    assert_eq!((client.simple(0).await.0, ram.kept.load(Ordering::SeqCst)), (0, 1));
     client.request(3, 0, 0, 0, &[]).await;
     assert_eq!(client.simple(0).await.0, 0);
     assert_eq!(ram.flushes.load(Ordering::SeqCst), 2);

@@ -50,6 +50,7 @@ pub const BASE_ALLOCATION_ID: u32 = 1;
 pub const REQUEST_BYTES: usize = 28;
 
 pub const COMMAND_FLAG_FUA: u16 = 1;
+pub const COMMAND_FLAG_NO_HOLE: u16 = 1 << 1;
 pub const COMMAND_FLAG_REQ_ONE: u16 = 1 << 3;
 
 const STATE_HOLE_AND_ZERO: u32 = 3;

@@ -2,8 +2,9 @@
 
 use super::config::VolumeError;
 use super::handle::VolumeHandle;
-use crate::nbd::{Export, ExportError, Extent, ExtentKind};
+use crate::nbd::{Export, ExportError, Extent, ExtentKind, Zeroing};
 use crate::types::BoxFuture;
+use crate::wire::DATA_BYTES_MAX;
 use bytes::Bytes;
 
 impl From<VolumeError> for ExportError {
@@ -41,8 +42,25 @@ impl Export for VolumeHandle {
         Box::pin(async move { Ok(self.discard(offset, len).await?) })
     }
 
-    fn write_zeroes(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<(), ExportError>> {
-        Box::pin(async move { Ok(Self::write_zeroes(self, offset, len).await?) })
+    fn write_zeroes(
+        &self,
+        offset: u64,
+        len: u64,
+        zeroing: Zeroing,
+    ) -> BoxFuture<'_, Result<(), ExportError>> {
+        Box::pin(async move {
+            if zeroing == Zeroing::MayFree {
+                return Ok(Self::write_zeroes(self, offset, len).await?);
+            }
+            let zeros = Bytes::from_static(&[0; DATA_BYTES_MAX]);
+            let (mut at, end) = (offset, offset + len);
+            while at < end {
+                let part = usize::try_from(end - at).map_or(DATA_BYTES_MAX, |left| left.min(DATA_BYTES_MAX));
+                Self::write(self, at, zeros.slice(..part)).await?;
+                at += part as u64;
+            }
+            Ok(())
+        })
     }
 
     /// Everything counts as written: no client is misled by that, and owners know no better.

@@ -2,18 +2,16 @@
 
 use super::config::ReplicaRoute;
 use super::core::Generation;
+use crate::frames::{FRAMES_MAX, Frame, FrameReader, FrameWriter, WriteChunks};
 use crate::server::ClientEndpoint;
-use crate::wire::{
-    Frame, HEADER_BYTES_MAX, HELLO_BYTES_MAX, Request, Response, WIRE_VERSION, encode, read_frame,
-    write_frame,
-};
+use crate::wire::{Request, Response, WIRE_VERSION};
 use bytes::Bytes;
 use proto::{HostId, Incarnation};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, BufReader, BufWriter};
+use tokio::io::AsyncRead;
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 
@@ -41,18 +39,18 @@ pub enum LinkEventKind {
     Up { incarnation: Incarnation, frames: FrameSender },
     /// The connection is gone.
     Down,
-    /// A frame came in.
-    Frame { response: Response, data: Bytes },
+    /// Frames came in, in this order.
+    Frames(Vec<Frame<Response>>),
 }
 
 /// Sends frames without waiting, in order. What is under way is bounded by the owner.
 #[derive(Debug)]
-pub struct FrameSender(mpsc::UnboundedSender<(Bytes, Bytes)>);
+pub struct FrameSender(mpsc::UnboundedSender<(Request, Bytes)>);
 
 impl FrameSender {
     /// Sends a frame. A connection that is gone is reported by its link.
-    pub fn send(&self, request: &Request, data: Bytes) {
-        let _ = self.0.send((encode(request, data.len()), data));
+    pub fn send(&self, request: Request, data: Bytes) {
+        let _ = self.0.send((request, data));
     }
 }
 
@@ -109,21 +107,18 @@ impl LinkTask {
         }
     }
 
-    async fn converse(
-        &self,
-        read: impl AsyncRead + Unpin,
-        mut write: impl AsyncWrite + Unpin,
-    ) -> io::Result<()> {
-        let mut read = BufReader::new(read);
+    async fn converse(&self, read: impl AsyncRead + Unpin, write: impl WriteChunks) -> io::Result<()> {
+        let (mut read, mut write) = (FrameReader::new(read), FrameWriter::new(write));
         let greeting = async {
-            write_frame(&mut write, &Request::Hello { version: WIRE_VERSION }, &[]).await?;
+            write.push(&Request::Hello { version: WIRE_VERSION }, &Bytes::new());
             write.flush().await?;
-            read_frame::<Response>(&mut read, HELLO_BYTES_MAX).await
+            read.next::<Response>().await
         };
         let greeting = tokio::time::timeout(CONNECT_TIMEOUT, greeting).await??;
         let Response::Welcome { version: WIRE_VERSION, incarnation } = greeting.header else {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "no welcome of this version"));
         };
+        read.trust();
         let (frames, outbox) = mpsc::unbounded_channel();
         let generation = Generation(self.generations.fetch_add(1, Ordering::Relaxed));
         let frames = FrameSender(frames);
@@ -136,10 +131,19 @@ impl LinkTask {
         result
     }
 
-    async fn receive(&self, read: &mut (impl AsyncRead + Unpin), generation: Generation) -> io::Result<()> {
+    async fn receive(
+        &self,
+        read: &mut FrameReader<impl AsyncRead + Unpin>,
+        generation: Generation,
+    ) -> io::Result<()> {
         loop {
-            let Frame { header: response, data } = read_frame(read, HEADER_BYTES_MAX).await?;
-            self.report(generation, LinkEventKind::Frame { response, data }).await;
+            let mut frames = vec![read.next().await?];
+            while frames.len() < FRAMES_MAX
+                && let Some(frame) = read.next_ready()?
+            {
+                frames.push(frame);
+            }
+            self.report(generation, LinkEventKind::Frames(frames)).await;
         }
     }
 
@@ -150,16 +154,13 @@ impl LinkTask {
 }
 
 async fn send_all(
-    write: impl AsyncWrite + Unpin,
-    mut outbox: mpsc::UnboundedReceiver<(Bytes, Bytes)>,
+    mut write: FrameWriter<impl WriteChunks>,
+    mut outbox: mpsc::UnboundedReceiver<(Request, Bytes)>,
 ) -> io::Result<()> {
-    let mut write = BufWriter::new(write);
-    while let Some((header, data)) = outbox.recv().await {
-        write.write_all(&header).await?;
-        write.write_all(&data).await?;
-        if outbox.is_empty() {
-            write.flush().await?;
-        }
+    let mut frames = Vec::with_capacity(FRAMES_MAX);
+    while outbox.recv_many(&mut frames, FRAMES_MAX).await > 0 {
+        frames.drain(..).for_each(|(request, data)| write.push(&request, &data));
+        write.flush().await?;
     }
     // The volume has let go of the connection.
     Ok(())

@@ -3,10 +3,12 @@
 use super::config::{ActivateError, ActivationStart, VolumeConfig, VolumeError, VolumeStatus};
 use super::core::{Command, CommandId, Generation, Input, Output, Owner, Reply, TICK};
 use super::link::{FrameSender, LinkEvent, LinkEventKind, LinkTask};
+use crate::frames::{FRAMES_MAX, Frame};
 use crate::wire::Request;
 use bytes::Bytes;
 use proto::{BlockIndex, HostId, Sequence};
 use std::collections::HashMap;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot, watch};
@@ -130,25 +132,41 @@ impl VolumeTask {
         self.command(Command::Update { config }, None);
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut messages = Vec::with_capacity(FRAMES_MAX);
         loop {
             tokio::select! {
-                message = self.messages.recv() => match message {
-                    Some(Message::Close { closed }) => {
-                        self.command(Command::Close, None);
+                count = self.messages.recv_many(&mut messages, FRAMES_MAX) => {
+                    if count == 0 {
+                        return self.command(Command::Close, None);
+                    }
+                    if let ControlFlow::Break(closed) = self.take_messages(messages.drain(..)) {
                         // The handle may not wait for it.
                         let _ = closed.send(());
                         return;
                     }
-                    Some(message) => self.message(message),
-                    None => return self.command(Command::Close, None),
-                },
+                }
                 Some(event) = self.inbox.recv() => self.event(event),
                 _ = ticks.tick() => self.apply(Input::Tick),
             }
         }
     }
 
-    fn message(&mut self, message: Message) {
+    /// Takes what handles ask for; `Break`: the volume is closed.
+    fn take_messages(&mut self, messages: impl Iterator<Item = Message>) -> ControlFlow<oneshot::Sender<()>> {
+        let mut commands = Vec::with_capacity(FRAMES_MAX);
+        for message in messages {
+            if let Message::Close { closed } = message {
+                self.apply_all(commands);
+                self.command(Command::Close, None);
+                return ControlFlow::Break(closed);
+            }
+            commands.push(self.message(message));
+        }
+        self.apply_all(commands);
+        ControlFlow::Continue(())
+    }
+
+    fn message(&mut self, message: Message) -> Input {
         let (command, asker, permit) = match message {
             Message::Activate { config, start, answer } => {
                 (Command::Activate { config, start }, Asker::Activate(answer), None)
@@ -161,20 +179,25 @@ impl VolumeTask {
             }
             Message::Flush { answer } => (Command::Flush, Asker::Done(answer), None),
             Message::Drain { answer } => (Command::Drain, Asker::Drain(answer), None),
-            Message::Update { config } => return self.command(Command::Update { config }, None),
-            Message::Resume => return self.command(Command::Resume, None),
-            Message::Close { .. } => unreachable!("handled by the loop"),
+            Message::Update { config } => return self.input(Command::Update { config }, None),
+            Message::Resume => return self.input(Command::Resume, None),
+            Message::Close { .. } => unreachable!("handled by whoever takes messages"),
         };
-        self.command(command, Some(UnderWay { asker, _permit: permit }));
+        self.input(command, Some(UnderWay { asker, _permit: permit }))
     }
 
-    fn command(&mut self, command: Command, waits: Option<UnderWay>) {
+    fn input(&mut self, command: Command, waits: Option<UnderWay>) -> Input {
         let id = CommandId(self.next_command);
         self.next_command += 1;
         if let Some(waits) = waits {
             self.under_way.insert(id, waits);
         }
-        self.apply(Input::Command { id, command });
+        Input::Command { id, command }
+    }
+
+    fn command(&mut self, command: Command, waits: Option<UnderWay>) {
+        let input = self.input(command, waits);
+        self.apply(input);
     }
 
     fn event(&mut self, event: LinkEvent) {
@@ -189,14 +212,24 @@ impl VolumeTask {
                 route.connection.take_if(|(current, _)| *current == generation);
                 self.apply(Input::Disconnected { host, generation });
             }
-            LinkEventKind::Frame { response, data } => {
-                self.apply(Input::Received { host, generation, response, data });
+            LinkEventKind::Frames(frames) => {
+                let received = frames.into_iter().map(|Frame { header: response, data }| Input::Received {
+                    host,
+                    generation,
+                    response,
+                    data,
+                });
+                self.apply_all(received);
             }
         }
     }
 
     fn apply(&mut self, input: Input) {
-        let outputs = self.owner.handle(self.opened.elapsed(), input);
+        self.apply_all([input]);
+    }
+
+    fn apply_all(&mut self, inputs: impl IntoIterator<Item = Input>) {
+        let outputs = self.owner.handle(self.opened.elapsed(), inputs);
         // Before any reply: whoever is answered must see the state that the answer is about.
         let status = self.owner.status();
         self.published.send_if_modified(|old| std::mem::replace(old, status) != status);
@@ -220,7 +253,7 @@ impl VolumeTask {
                     route.connection.take_if(|(current, _)| *current == generation);
                 }
             }
-            Output::Send { host, generation, request, data } => self.send(host, generation, &request, data),
+            Output::Send { host, generation, request, data } => self.send(host, generation, request, data),
             Output::Reply { id, reply } => {
                 if let Some(under_way) = self.under_way.remove(&id) {
                     under_way.asker.tell(reply);
@@ -229,7 +262,7 @@ impl VolumeTask {
         }
     }
 
-    fn send(&self, host: HostId, generation: Generation, request: &Request, data: Bytes) {
+    fn send(&self, host: HostId, generation: Generation, request: Request, data: Bytes) {
         let connection = self.routes.get(&host).and_then(|route| route.connection.as_ref());
         if let Some((_, frames)) = connection.filter(|(current, _)| *current == generation) {
             frames.send(request, data);

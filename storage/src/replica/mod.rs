@@ -10,6 +10,7 @@
 mod compact;
 mod engine;
 mod files;
+mod later;
 mod live;
 mod map;
 mod op;
@@ -22,6 +23,7 @@ mod volume;
 
 pub use engine::{Engine, FULL_PERCENT, OpenError};
 pub use files::{Folder, SmallFiles};
+pub use later::ReadResult;
 pub use map::BlockVersion;
 pub use op::{Attached, Op, OpError, OpKind, ReadBlock, Refused, Told, Watermark};
 pub use promise::Promises;

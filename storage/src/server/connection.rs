@@ -2,18 +2,16 @@
 
 use super::Shared;
 use super::work::{Owner, Work, of_mark, of_result};
+use crate::frames::{FRAMES_MAX, Frame, FrameReader, FrameWriter, WriteChunks};
 use crate::replica::{OpError, Watermark, WriteRefused};
 use crate::types::AttachRefused;
-use crate::wire::{
-    Answer, Frame, HEADER_BYTES_MAX, HELLO_BYTES_MAX, Request, RequestId, Response, WIRE_VERSION, encode,
-    read_frame,
-};
+use crate::wire::{Answer, Request, RequestId, Response, WIRE_VERSION};
 use bytes::Bytes;
 use proto::limits::BLOCK_BYTES;
 use proto::{AttachmentSecret, Epoch, VolumeId};
 use std::io;
 use std::sync::Arc;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, BufReader, BufWriter};
+use tokio::io::AsyncRead;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -52,11 +50,11 @@ impl Connection {
     pub(super) async fn run(
         mut self,
         read: impl AsyncRead + Unpin + Send + 'static,
-        write: impl AsyncWrite + Unpin + Send + 'static,
+        write: impl WriteChunks + 'static,
     ) {
         let (answers, outbox) = mpsc::channel(ANSWERS_MAX);
-        let writer = send_all(write, outbox, self.marks.subscribe());
-        let mut read = BufReader::new(read);
+        let writer = send_all(FrameWriter::new(write), outbox, self.marks.subscribe());
+        let mut read = FrameReader::new(read);
         // The writer ends with the stream: an owner that is gone reads nothing.
         let ended = tokio::select! {
             ended = self.converse(&mut read, &answers) => ended,
@@ -71,21 +69,23 @@ impl Connection {
 
     async fn converse(
         &mut self,
-        read: &mut (impl AsyncRead + Unpin),
+        read: &mut FrameReader<impl AsyncRead + Unpin>,
         answers: &mpsc::Sender<Outgoing>,
     ) -> io::Result<()> {
-        let hello: Frame<Request> = read_frame(read, HELLO_BYTES_MAX).await?;
+        let hello: Frame<Request> = read.next().await?;
         let Request::Hello { version: WIRE_VERSION } = hello.header else {
             return Err(protocol("no greeting of this version"));
         };
         let incarnation = self.shared.incarnation.clone();
         send(answers, Response::Welcome { version: WIRE_VERSION, incarnation }, Bytes::new()).await?;
         loop {
-            let limit = if self.owner.is_some() { HEADER_BYTES_MAX } else { HELLO_BYTES_MAX };
-            let Frame { header, data } = read_frame(read, limit).await?;
+            let Frame { header, data } = read.next().await?;
             match (header, self.owner) {
                 (Request::Attach { id, volume, epoch, secret }, None) => {
                     let answer = self.attach(volume, epoch, &secret).await;
+                    if self.owner.is_some() {
+                        read.trust();
+                    }
                     send(answers, Response::Answer { id, answer }, Bytes::new()).await?;
                 }
                 (request, Some(owner)) => self.serve(owner, request, data, answers).await?,
@@ -137,6 +137,15 @@ impl Connection {
                 let done = self.shared.store.begin(volume, session, kind).await;
                 self.answer_beside(answers, id, async { (of_result(done.wait().await), Bytes::new()) }).await
             }
+            Work::ReadBlocks { id, blocks } => {
+                // A place for the answer first: an owner that takes none is held up, and nothing is read for it.
+                let place = answers.clone().reserve_owned().await;
+                let place = place.map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
+                owner.read_later(&self.shared.store, blocks, move |answer, data| {
+                    place.send((Response::Answer { id, answer }, data));
+                });
+                Ok(())
+            }
             Work::Read { id, reading } => {
                 let shared = self.shared.clone();
                 self.answer_beside(answers, id, async move { owner.read(&shared.store, reading) }).await
@@ -175,26 +184,23 @@ async fn send(answers: &mpsc::Sender<Outgoing>, response: Response, data: Bytes)
 
 /// Sends answers and, whenever they move, watermarks.
 async fn send_all(
-    write: impl AsyncWrite + Unpin,
+    mut write: FrameWriter<impl WriteChunks>,
     mut outbox: mpsc::Receiver<Outgoing>,
     mut marks: watch::Receiver<Watermark>,
 ) -> io::Result<()> {
-    let mut write = BufWriter::new(write);
+    let mut answers = Vec::with_capacity(FRAMES_MAX);
     loop {
-        let (response, data) = tokio::select! {
-            answer = outbox.recv() => match answer {
-                Some(answer) => answer,
-                None => return Ok(()),
+        let has_moved = tokio::select! {
+            count = outbox.recv_many(&mut answers, FRAMES_MAX) => match count {
+                0 => return Ok(()),
+                _ => marks.has_changed().map_err(io::Error::other)?,
             },
-            changed = marks.changed() => {
-                changed.map_err(io::Error::other)?;
-                (of_mark(*marks.borrow_and_update()), Bytes::new())
-            }
+            changed = marks.changed() => changed.map(|()| true).map_err(io::Error::other)?,
         };
-        write.write_all(&encode(&response, data.len())).await?;
-        write.write_all(&data).await?;
-        if outbox.is_empty() {
-            write.flush().await?;
+        answers.drain(..).for_each(|(response, data)| write.push(&response, &data));
+        if has_moved {
+            write.push(&of_mark(*marks.borrow_and_update()), &Bytes::new());
         }
+        write.flush().await?;
     }
 }

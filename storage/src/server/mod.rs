@@ -5,6 +5,7 @@
 
 mod connection;
 mod quic;
+mod thread;
 pub(crate) mod work;
 
 #[cfg(test)]
@@ -22,6 +23,7 @@ use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use thread::ServerThread;
 use tokio::net::UnixListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -52,17 +54,19 @@ pub(crate) struct Shared {
     identity: quic::ServerIdentity,
     pub(crate) shutdown: CancellationToken,
     tasks: TaskTracker,
+    thread: ServerThread,
 }
 
 impl Shared {
     /// A task that ends at `end`, which is the server's shutdown or a part of it, and that the shutdown waits for.
     pub(crate) fn spawn(&self, end: CancellationToken, task: impl Future<Output = ()> + Send + 'static) {
-        self.tasks.spawn(async move {
+        let task = async move {
             tokio::select! {
                 () = end.cancelled() => {}
                 () = task => {}
             }
-        });
+        };
+        self.tasks.spawn_on(task, self.thread.handle());
     }
 }
 
@@ -82,8 +86,9 @@ impl ReplicaServer {
         let store = Store::open(&options.dir, Arc::new(disk))?;
         let shutdown = CancellationToken::new();
         let tasks = TaskTracker::new();
+        let thread = ServerThread::start(shutdown.clone(), tasks.clone()).map_err(open)?;
         tracing::info!(host = %options.host, %incarnation, "block store opened");
-        let shared = Shared { store, authority, incarnation, identity, shutdown, tasks };
+        let shared = Shared { store, authority, incarnation, identity, shutdown, tasks, thread };
         Ok(Self { shared: Arc::new(shared) })
     }
 
@@ -117,6 +122,8 @@ impl ReplicaServer {
             }
             _ => {}
         }
+        // Sockets belong to the runtime in which they are made.
+        let _on_the_thread = self.shared.thread.handle().enter();
         let listener = UnixListener::bind(unix)
             .and_then(|listener| {
                 fs::set_permissions(unix, fs::Permissions::from_mode(0o600))?;
@@ -205,6 +212,10 @@ impl ReplicaServer {
         self.shared.shutdown.cancel();
         self.shared.tasks.close();
         self.shared.tasks.wait().await;
+        let shared = self.shared.clone();
+        if tokio::task::spawn_blocking(move || shared.thread.join()).await.is_err() {
+            tracing::error!("waiting for the thread of the replica server");
+        }
         self.shared.store.close().await;
     }
 }

@@ -3,8 +3,8 @@
 use proto::CertificateFingerprint;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{
-    AsyncTimer, AsyncUdpSocket, Endpoint, EndpointConfig, MtuDiscoveryConfig, Runtime, TokioRuntime,
-    TransportConfig, VarInt,
+    AckFrequencyConfig, AsyncTimer, AsyncUdpSocket, Endpoint, EndpointConfig, MtuDiscoveryConfig, Runtime,
+    TokioRuntime, TransportConfig, VarInt,
 };
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, ring};
@@ -31,6 +31,11 @@ const MTU_MAX: u16 = 6_500;
 const SOCKET_BUFFER_BYTES: usize = 2 << 20;
 /// Bytes in flight on one connection.
 const WINDOW_BYTES: u32 = 16 << 20;
+/// Round trip that is assumed until it is known: a first packet that finds nobody, as when a daemon is restarted, is sent again
+/// after three times as long.
+const INITIAL_RTT: Duration = Duration::from_millis(20);
+/// Packets for which one acknowledgement is enough: each is a packet of its own, and answers carry them anyway.
+const ACK_EVERY: u32 = 16;
 /// Streams of one connection: one per volume of a VM.
 const STREAMS_MAX: u32 = 64;
 /// Pause after a failed accept.
@@ -52,7 +57,11 @@ fn transport() -> TransportConfig {
     let mut transport = TransportConfig::default();
     let mut mtu = MtuDiscoveryConfig::default();
     mtu.upper_bound(MTU_MAX);
+    let mut acks = AckFrequencyConfig::default();
+    acks.ack_eliciting_threshold(VarInt::from_u32(ACK_EVERY));
     transport
+        .ack_frequency_config(Some(acks))
+        .initial_rtt(INITIAL_RTT)
         .max_idle_timeout(Some(VarInt::from_u32(IDLE_TIMEOUT_MS).into()))
         .keep_alive_interval(Some(KEEP_ALIVE))
         .mtu_discovery_config(Some(mtu))

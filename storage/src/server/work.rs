@@ -5,10 +5,11 @@ use crate::replica::{
 };
 use crate::types::{Tail, VolumeProposal};
 use crate::wire::{Answer, CHANGED_MAX, DATA_BYTES_MAX, Request, RequestId, Response, WireVersion};
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use proto::limits::BLOCK_BYTES;
 use proto::{BlockIndex, Sequence, VolumeId};
 use std::io;
+use std::ops::Range;
 
 /// The attachment of a connection.
 #[derive(Debug, Clone, Copy)]
@@ -28,7 +29,9 @@ pub enum Work {
     Stream(OpKind),
     /// An operation with an answer; begun in the stream's order.
     Op { id: RequestId, kind: OpKind },
-    /// Something to read; in any order.
+    /// Blocks to be read; in any order.
+    ReadBlocks { id: RequestId, blocks: Range<BlockIndex> },
+    /// Something else to read; in any order.
     Read { id: RequestId, reading: Reading },
     /// A change to be committed; in any order.
     Propose { id: RequestId, proposal: VolumeProposal },
@@ -37,8 +40,6 @@ pub enum Work {
 /// What to read.
 #[derive(Debug)]
 pub enum Reading {
-    /// Blocks.
-    Blocks { first: BlockIndex, end: BlockIndex },
     /// One block with its version.
     Block { block: BlockIndex },
     /// Blocks that were written after one sequence and up to another.
@@ -95,7 +96,7 @@ impl Owner {
                 if count as usize * BLOCK_BYTES > DATA_BYTES_MAX {
                     return Err(ProtocolError::OutOfRange);
                 }
-                Work::Read { id, reading: Reading::Blocks { first, end } }
+                Work::ReadBlocks { id, blocks: first..end }
             }
             Request::Fetch { id, block } => {
                 self.check_range(block, 1)?;
@@ -132,7 +133,6 @@ impl Owner {
     /// Reads; blocking.
     pub fn read(&self, reader: &Reader, reading: Reading) -> (Answer, Bytes) {
         let result = match reading {
-            Reading::Blocks { first, end } => self.read_blocks(reader, first, end),
             Reading::Block { block } => self.read_block(reader, block),
             Reading::NextWrite { after } => self.read_next_write(reader, after),
             Reading::Changed { after, upto, from } => {
@@ -148,22 +148,22 @@ impl Owner {
         result.unwrap_or_else(|refused| (of_refusal(refused), Bytes::new()))
     }
 
-    fn read_blocks(
+    /// Reads blocks and tells `done`, here or on a thread of the disk's.
+    pub fn read_later(
         &self,
         reader: &Reader,
-        first: BlockIndex,
-        end: BlockIndex,
-    ) -> Result<(Answer, Bytes), WriteRefused> {
-        let blocks = reader.read(self.volume, self.session.epoch, first..end)?;
-        let mut data = BytesMut::with_capacity(blocks.len() * BLOCK_BYTES);
-        for block in blocks {
-            match block {
-                Ok(ReadBlock { data: Some(block), .. }) => data.extend_from_slice(&block),
-                Ok(ReadBlock { data: None, .. }) => data.resize(data.len() + BLOCK_BYTES, 0),
-                Err(error) => return Ok(self.damaged(&error)),
-            }
-        }
-        Ok((Answer::Data, data.freeze()))
+        blocks: Range<BlockIndex>,
+        done: impl FnOnce(Answer, Bytes) + Send + 'static,
+    ) {
+        let owner = *self;
+        reader.read_later(self.volume, self.session.epoch, blocks, move |result| {
+            let (answer, data) = match result {
+                Ok(Ok(data)) => (Answer::Data, data),
+                Ok(Err(error)) => owner.damaged(&error),
+                Err(refused) => (of_refusal(refused), Bytes::new()),
+            };
+            done(answer, data);
+        });
     }
 
     fn read_block(&self, reader: &Reader, block: BlockIndex) -> Result<(Answer, Bytes), WriteRefused> {

@@ -129,10 +129,14 @@ impl Disk for SimDisk {
             if state.is_full {
                 return Err(io::Error::from(io::ErrorKind::StorageFull));
             }
-            match state.segments.insert(segment, Segment::default()) {
-                None => Ok(()),
-                Some(_) => Err(io::Error::from(io::ErrorKind::AlreadyExists)),
+            if state.segments.contains_key(&segment) {
+                return Err(io::Error::from(io::ErrorKind::AlreadyExists));
             }
+            // Names are durable now, those of removed segments too; one of these becomes the new segment, with what it held.
+            let recycled = std::mem::take(&mut state.removed).pop().map(|(_, old)| old.pages);
+            let pages = recycled.unwrap_or_default();
+            state.segments.insert(segment, Segment { pages, before: BTreeMap::new() });
+            Ok(())
         })
     }
 

@@ -2,8 +2,8 @@
 
 use super::disk::SimDisk;
 use super::world::{ConnId, VOLUME, World};
-use crate::replica::{Attached, Engine, Op, OpError, OpKind, Promises, Told, WriteRefused};
-use crate::server::work::{Owner as Attachment, Reading, Work, of_mark, of_result};
+use crate::replica::{Attached, Engine, Op, OpError, OpKind, Promises, Reader, Told, WriteRefused};
+use crate::server::work::{Owner as Attachment, Work, of_mark, of_result};
 use crate::types::{AttachRefused, ProposalError, VolumeProposal, VolumeView};
 use crate::wire::{Answer, Request, RequestId, Response};
 use bytes::Bytes;
@@ -163,7 +163,16 @@ impl World {
             Ok(Work::Op { id: request, kind }) => {
                 self.submit(host, owner, kind, Asker { conn: id, what: What::Answer(request) });
             }
-            Ok(Work::Read { id: request, reading }) => self.read_beside(id, host, owner, request, reading),
+            Ok(Work::ReadBlocks { id: request, blocks }) => {
+                self.read_beside(id, host, request, move |reader| {
+                    let (tell, told) = std::sync::mpsc::channel();
+                    owner.read_later(reader, blocks, move |answer, data| tell.send((answer, data)).unwrap());
+                    told.try_recv().expect("a simulated disk reads at once")
+                });
+            }
+            Ok(Work::Read { id: request, reading }) => {
+                self.read_beside(id, host, request, move |reader| owner.read(reader, reading));
+            }
             Ok(Work::Propose { id: request, proposal }) => self.propose(id, request, proposal),
         }
     }
@@ -310,9 +319,8 @@ impl World {
         &mut self,
         conn: ConnId,
         id: HostId,
-        owner: Attachment,
         request: RequestId,
-        reading: Reading,
+        read: impl FnOnce(&Reader) -> (Answer, Bytes) + 'static,
     ) {
         let run = self.hosts[&id].run;
         let wait = self.hosts[&id].stalled_until.saturating_sub(self.now);
@@ -320,7 +328,7 @@ impl World {
         self.after(wait + work, move |world| {
             let host = &world.hosts[&id];
             let Some(engine) = host.engine.as_ref().filter(|_| host.run == run) else { return };
-            let (answer, data) = owner.read(engine.reader(), reading);
+            let (answer, data) = read(engine.reader());
             world.answer(conn, request, answer, data);
         });
     }

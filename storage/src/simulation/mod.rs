@@ -11,12 +11,12 @@
 //!
 //! A failing seed is printed; `SIM_SEED` runs it alone, `SIM_SEEDS` sets how many are run.
 
-mod disk;
+pub(crate) mod disk;
 mod faults;
 mod host;
 mod oracle;
 mod pool;
 mod process;
-mod random;
+pub(crate) mod random;
 mod tests;
 mod world;

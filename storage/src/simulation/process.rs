@@ -182,22 +182,27 @@ impl World {
             process.inputs.push_back(input);
             return;
         }
-        let outputs = process.owner.handle(now - process.born, input);
+        self.inputs(id, vec![input]);
+    }
+
+    fn inputs(&mut self, id: ProcessId, inputs: Vec<Input>) {
+        let now = self.now;
+        let Some(process) = self.processes.get_mut(&id) else { return };
+        let outputs = process.owner.handle(now - process.born, inputs);
         self.note_issued(id);
         for output in outputs {
             self.perform(id, output);
         }
     }
 
-    /// A paused process goes on with whatever has come meanwhile.
+    /// A paused process goes on with whatever has come meanwhile, as one batch.
     pub fn unpause(&mut self, id: ProcessId) {
         let now = self.now;
-        if self.processes.get(&id).is_none_or(|process| process.paused_until > now) {
+        let Some(process) = self.processes.get_mut(&id).filter(|process| process.paused_until <= now) else {
             return;
-        }
-        while let Some(input) = self.processes.get_mut(&id).and_then(|process| process.inputs.pop_front()) {
-            self.input(id, input);
-        }
+        };
+        let waiting = std::mem::take(&mut process.inputs);
+        self.inputs(id, waiting.into());
     }
 
     /// Which sequences the owner has given to which writes; and that it keeps to its bounds.

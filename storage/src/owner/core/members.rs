@@ -1,7 +1,7 @@
 //! Who is in the in-sync set, and the proposals that change it.
 //!
 //! ```text
-//!  out: away too long · another life · lacks something · stuck · full, if the set is large enough without it
+//!  out: away too long · another life · lacks something · stuck · slow or full, if the set is large enough without it
 //!  in:  resynced ──joining: required from here on──▶ proposed ──committed──▶ member
 //!          └ connection lost before it was proposed: not joining   └ outcome unknown: required until it is known
 //! ```
@@ -103,7 +103,7 @@ impl Owner {
         // Attached and not resumed: it lacks something that was acknowledged.
         let lacks = matches!(peer.part, Part::Attached(_) | Part::Syncing(_));
         let away = !peer.is_streaming() && self.now >= peer.away_since + EVICT_AFTER;
-        other_life || lacks || away || self.is_stuck(member.host)
+        other_life || lacks || away || self.is_stuck(member.host) || self.is_slow(member.host)
     }
 
     /// A member to put out, while another one that gets on stays.
@@ -309,7 +309,7 @@ impl Owner {
             }
             self.drop_connection(host);
             if let Some(peer) = self.peers.get_mut(&host) {
-                peer.retry_at = self.now + BACKOFF;
+                peer.retry_at = self.now + peer.slowness.put_out().unwrap_or(BACKOFF);
             }
         }
         self.forget_former_replicas();

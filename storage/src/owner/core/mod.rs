@@ -1,7 +1,7 @@
 //! The owner of a volume as a value: no I/O, no clock, no tasks.
 //!
 //! ```text
-//!  commands, frames, connections, ticks ──handle(now, Input)──▶ Owner ──Vec<Output>──▶ frames, replies, connections to keep
+//!  commands, frames, connections, ticks ──handle(now, inputs)──▶ Owner ──Vec<Output>──▶ frames, replies, connections to keep
 //!
 //!  Inactive ──activate──▶ Activating ──▶ Active (Stalled while the set is too small)      Fenced, Closed: the end
 //!                 ▲            │
@@ -12,7 +12,7 @@
 //! - [`peer`]: how one replica takes part.       - [`attach`]: connections, attachments, answers that do not come.
 //! - [`activation`]: taking over.                - [`writes`]: writes, flushes, acknowledgement, drain.
 //! - [`reads`]: reads.                           - [`members`]: who is in the in-sync set, and proposals to change it.
-//! - [`resync`], [`syncing`]: making a replica equal.
+//! - [`slowness`]: members for which all wait. - [`resync`], [`syncing`]: making a replica equal.
 //!
 //! Invariants: a write is acknowledged when every member of the in-sync set, and every replica that may have become one, has
 //! reported it written; a flush when they have reported it durable; in order. Nobody leaves the set but by a committed entry.
@@ -26,6 +26,7 @@ mod members;
 mod peer;
 mod reads;
 mod resync;
+mod slowness;
 mod status;
 mod syncing;
 #[cfg(test)]
@@ -97,9 +98,19 @@ impl Owner {
         }
     }
 
-    /// Applies one input, `now` after the owner was made. The outputs are to be done in their order.
-    pub fn handle(&mut self, now: Duration, input: Input) -> Vec<Output> {
+    /// Applies inputs that have come together, `now` after the owner was made, and then does once what is called for. The
+    /// outputs are to be done in their order.
+    pub fn handle(&mut self, now: Duration, inputs: impl IntoIterator<Item = Input>) -> Vec<Output> {
         self.now = self.now.max(now);
+        inputs.into_iter().for_each(|input| self.apply(input));
+        self.advance();
+        if let State::Active(active) = &self.state {
+            self.reached = (active.issued, active.acknowledged);
+        }
+        std::mem::take(&mut self.out)
+    }
+
+    fn apply(&mut self, input: Input) {
         match input {
             Input::Command { id, command } => self.command(id, command),
             Input::Connected { host, generation, incarnation } => {
@@ -115,13 +126,11 @@ impl Owner {
                     self.received(host, generation, response, data);
                 }
             }
-            Input::Tick => self.expire_asks(),
+            Input::Tick => {
+                self.expire_asks();
+                self.look_at_slowness();
+            }
         }
-        self.advance();
-        if let State::Active(active) = &self.state {
-            self.reached = (active.issued, active.acknowledged);
-        }
-        std::mem::take(&mut self.out)
     }
 
     fn command(&mut self, id: CommandId, command: Command) {

@@ -10,6 +10,7 @@
 
 use super::io::{CommandId, Generation};
 use super::resync::{Resync, SyncAsk};
+use super::slowness::Slowness;
 use crate::owner::rules::{Progress, Standing};
 use crate::types::Tail;
 use crate::wire::RequestId;
@@ -56,14 +57,22 @@ pub struct Ask {
     pub deadline: Duration,
 }
 
+/// A write that a replica has been sent.
+#[derive(Debug, Clone, Copy)]
+pub struct SentWrite {
+    pub sequence: Sequence,
+    pub cost: usize,
+    pub sent_at: Duration,
+}
+
 /// A connection.
 #[derive(Debug)]
 pub struct Connection {
     pub generation: Generation,
     pub incarnation: Incarnation,
     pub asks: BTreeMap<RequestId, Ask>,
-    /// Writes that it has been sent and has not confirmed, with their cost.
-    pub unconfirmed: VecDeque<(Sequence, usize)>,
+    /// Writes that it has been sent and has not confirmed.
+    pub unconfirmed: VecDeque<SentWrite>,
     pub unconfirmed_bytes: usize,
     /// Up to here it has been asked to make everything durable.
     pub flush_asked: Sequence,
@@ -94,6 +103,7 @@ pub struct Peer {
     pub away_since: Duration,
     /// Attach or resync not before.
     pub retry_at: Duration,
+    pub slowness: Slowness,
 }
 
 impl Peer {
@@ -106,6 +116,7 @@ impl Peer {
             joining: None,
             away_since: now,
             retry_at: now,
+            slowness: Slowness::default(),
         }
     }
 
@@ -187,14 +198,14 @@ impl Connection {
         if self.unconfirmed.is_empty() {
             self.progressed_at = now;
         }
-        self.unconfirmed.push_back((sequence, cost));
+        self.unconfirmed.push_back(SentWrite { sequence, cost, sent_at: now });
         self.unconfirmed_bytes += cost;
     }
 
     /// Everything up to here is confirmed as written.
     pub fn confirmed(&mut self, written: Sequence) {
-        while let Some((_, cost)) = self.unconfirmed.pop_front_if(|(sequence, _)| *sequence <= written) {
-            self.unconfirmed_bytes -= cost;
+        while let Some(write) = self.unconfirmed.pop_front_if(|write| write.sequence <= written) {
+            self.unconfirmed_bytes -= write.cost;
         }
     }
 }

@@ -1,1 +1,206 @@
-//! The owner alone: scripted replicas.
+//! The owner alone: scripted replicas that confirm after a time of their own.
+
+use super::*;
+use crate::owner::config::{ActivationStart, ReplicaEndpoint};
+use crate::types::{IsrMember, Tail, VolumeProposal};
+use crate::wire::Response;
+use proto::{AttachmentSecret, BlockIndex, ByteCount, Incarnation, IsrVersion, VolumeId};
+use std::collections::VecDeque;
+
+const BLOCK: usize = proto::limits::BLOCK_BYTES;
+
+struct Script {
+    owner: Owner,
+    now: Duration,
+    /// How long each host takes for a write.
+    delays: [Duration; 3],
+    /// When each host has written up to where.
+    confirms: [VecDeque<(Duration, Generation, Sequence)>; 3],
+    view: VolumeView,
+    proposals: Vec<(Duration, VolumeProposal)>,
+    attached: Vec<(Duration, HostId)>,
+    generations: u64,
+    commands: u64,
+}
+
+fn incarnation(host: HostId) -> Incarnation {
+    Incarnation(format!("life of {host}"))
+}
+
+fn ms(millis: u64) -> Duration {
+    Duration::from_millis(millis)
+}
+
+impl Script {
+    fn new(min_isr: u32) -> Self {
+        let hosts = [1, 2, 3].map(HostId);
+        let isr = hosts.map(|host| IsrMember { host, incarnation: incarnation(host) }).to_vec();
+        let (epoch, isr_version) = (Epoch(1), IsrVersion(1));
+        let config = VolumeConfig {
+            volume: VolumeId(1),
+            size: ByteCount(1 << 30),
+            epoch,
+            isr_version,
+            secret: AttachmentSecret([0; 32]),
+            replicas: hosts
+                .map(|host| ReplicaEndpoint {
+                    host,
+                    route: ReplicaRoute::Unix("unused".into()),
+                    isr: Some(incarnation(host)),
+                })
+                .to_vec(),
+            epoch_history: Vec::new(),
+            min_isr,
+        };
+        let mut script = Self {
+            owner: Owner::new(config.clone()),
+            now: Duration::ZERO,
+            delays: [ms(1); 3],
+            confirms: Default::default(),
+            view: VolumeView { epoch, isr_version, isr, epoch_history: Vec::new() },
+            proposals: Vec::new(),
+            attached: Vec::new(),
+            generations: 0,
+            commands: 0,
+        };
+        script.command(Command::Activate { config, start: ActivationStart::Recover });
+        assert!(matches!(script.owner.state, State::Active(_)), "{}", script.owner.describe());
+        script
+    }
+
+    fn command(&mut self, command: Command) {
+        self.commands += 1;
+        self.input(Input::Command { id: CommandId(self.commands), command });
+    }
+
+    fn input(&mut self, input: Input) {
+        let mut inputs = VecDeque::from([input]);
+        while let Some(input) = inputs.pop_front() {
+            for output in self.owner.handle(self.now, [input]) {
+                inputs.extend(self.react(output));
+            }
+        }
+    }
+
+    /// What the world does about an output.
+    fn react(&mut self, output: Output) -> Option<Input> {
+        match output {
+            Output::Connect { host, .. } | Output::Drop { host, .. } => {
+                self.generations += 1;
+                let generation = Generation(self.generations);
+                Some(Input::Connected { host, generation, incarnation: incarnation(host) })
+            }
+            Output::Send { host, generation, request, .. } => {
+                let answer = match request {
+                    Request::Attach { .. } => {
+                        self.attached.push((self.now, host));
+                        let tail = Tail { epoch: Epoch(0), sequence: Sequence(0) };
+                        Answer::Attached { tail, incomplete: false, full: false }
+                    }
+                    Request::Propose { ref proposal, .. } => {
+                        Answer::Proposed(Ok(self.commit(proposal.clone())))
+                    }
+                    Request::Write { sequence, .. } => {
+                        let index = (host.0 - 1) as usize;
+                        self.confirms[index].push_back((self.now + self.delays[index], generation, sequence));
+                        return None;
+                    }
+                    // A resync that nobody answers.
+                    _ => return None,
+                };
+                let id = match request {
+                    Request::Attach { id, .. } | Request::Propose { id, .. } => id,
+                    _ => unreachable!("returned above"),
+                };
+                let response = Response::Answer { id, answer };
+                Some(Input::Received { host, generation, response, data: Bytes::new() })
+            }
+            Output::Disconnect { .. } | Output::Reply { .. } => None,
+        }
+    }
+
+    fn commit(&mut self, proposal: VolumeProposal) -> VolumeView {
+        match &proposal {
+            VolumeProposal::RemoveFromIsr { host, .. } => {
+                self.view.isr.retain(|member| member.host != *host);
+                self.view.isr_version = self.view.isr_version.next();
+            }
+            VolumeProposal::AddToIsr { .. } => panic!("nobody is resynced here"),
+            VolumeProposal::RecordStart { .. } => {}
+        }
+        self.proposals.push((self.now, proposal));
+        self.view.clone()
+    }
+
+    /// A guest writes fifty times a second for so long.
+    fn run(&mut self, time: Duration) {
+        let end = self.now + time;
+        while self.now < end {
+            self.now += ms(10);
+            for index in 0..3 {
+                while let Some((_, generation, written)) =
+                    self.confirms[index].pop_front_if(|(due, _, _)| *due <= self.now)
+                {
+                    let response = Response::Watermark { written, durable: Sequence(0), full: false };
+                    let (host, data) = (HostId(index as u64 + 1), Bytes::new());
+                    self.input(Input::Received { host, generation, response, data });
+                }
+            }
+            if self.now.as_millis().is_multiple_of(100) {
+                self.input(Input::Tick);
+            }
+            if self.now.as_millis().is_multiple_of(20) {
+                let data = Some(Bytes::from_static(&[0; BLOCK]));
+                self.command(Command::Write { first: BlockIndex(7), count: 1, data });
+            }
+        }
+    }
+
+    /// Who has left, and when.
+    fn left(&self) -> Vec<(u64, u64)> {
+        let left = self.proposals.iter().filter_map(|(at, proposal)| match proposal {
+            VolumeProposal::RemoveFromIsr { host, .. } => Some((at.as_secs(), host.0)),
+            _ => None,
+        });
+        left.collect()
+    }
+}
+
+#[test]
+fn a_member_for_which_all_wait_leaves_and_is_left_alone_for_a_while() {
+    let mut script = Script::new(2);
+    script.delays[2] = ms(400);
+    script.run(Duration::from_secs(30));
+    let left = script.left();
+    assert!(matches!(left[..], [(15..=17, 3)]), "{left:?}");
+    let before = script.attached.len();
+    script.run(Duration::from_secs(40));
+    assert_eq!(script.attached.len(), before, "not resynced yet");
+    script.run(Duration::from_secs(30));
+    assert!(script.attached[before..].iter().all(|(_, host)| *host == HostId(3)));
+    assert!(script.attached.len() > before, "tried again after a minute");
+}
+
+#[test]
+fn a_bad_moment_now_and_then_puts_nobody_out() {
+    let mut script = Script::new(2);
+    for _ in 0..6 {
+        script.delays[2] = ms(400);
+        script.run(Duration::from_secs(8));
+        script.delays[2] = ms(1);
+        script.run(Duration::from_secs(9));
+    }
+    assert_eq!(script.left(), []);
+}
+
+#[test]
+fn a_slow_member_stays_where_the_set_is_too_small_without_it_or_all_are_slow() {
+    let mut script = Script::new(3);
+    script.delays[2] = ms(400);
+    script.run(Duration::from_secs(40));
+    assert_eq!(script.left(), [], "writes would stall");
+    let mut script = Script::new(2);
+    script.delays = [ms(400); 3];
+    script.run(Duration::from_secs(40));
+    assert_eq!(script.left(), [], "nobody is faster");
+}
