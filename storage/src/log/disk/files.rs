@@ -170,14 +170,10 @@ impl Disk for FileDisk {
     }
 
     fn create(&self, segment: SegmentId) -> io::Result<()> {
-        if let Some(limit) = self.limit {
-            let used = self.usage()?.used;
-            if used + SEGMENT_BYTES > limit {
-                return Err(io::Error::from(io::ErrorKind::StorageFull));
-            }
-            if used + self.spares.bytes() + SEGMENT_BYTES > limit {
-                self.spares.give_up()?;
-            }
+        if let Some(limit) = self.limit
+            && self.usage()?.used + SEGMENT_BYTES > limit
+        {
+            return Err(io::Error::from(io::ErrorKind::StorageFull));
         }
         let path = self.path(segment);
         match self.spares.take() {
@@ -185,6 +181,11 @@ impl Disk for FileDisk {
             None => self.create_anew(&path)?,
         }
         sync_dir(&self.dir)?;
+        if let Some(limit) = self.limit
+            && self.usage()?.used + self.spares.bytes() + SEGMENT_BYTES > limit
+        {
+            return self.spares.give_up();
+        }
         self.spares.prepare();
         Ok(())
     }
