@@ -2,6 +2,7 @@
 
 use crate::build::{self, cargo};
 use anyhow::{Context, Result, bail};
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use std::fs;
 use std::io::{BufRead, BufReader, Lines};
 use std::path::{Path, PathBuf};
@@ -117,6 +118,18 @@ pub fn restart_time(program: &Path, dir: &Path, mib: u64) -> Result<Duration> {
         bail!("the replica has ended before it served");
     }
     Ok(begun.elapsed())
+}
+
+/// Lets go of what the page cache holds of the segments of all replicas.
+pub fn forget_cached(dir: &Path) -> Result<()> {
+    for host in 1..=3 {
+        let segments = dir.join(format!("{host}/segments"));
+        for entry in fs::read_dir(&segments).with_context(|| format!("list {}", segments.display()))? {
+            let file = fs::File::open(entry?.path())?;
+            posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?;
+        }
+    }
+    Ok(())
 }
 
 /// User and system time of a process.
