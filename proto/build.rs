@@ -4,7 +4,8 @@ use prost::Message as _;
 use std::{env, error::Error, fs, path::PathBuf};
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let files = ["common", "pool", "internal", "machine"].map(|name| format!("proto/pool/v1/{name}.proto"));
+    let files = ["common", "network", "pool", "internal", "machine"]
+        .map(|name| format!("proto/pool/v1/{name}.proto"));
     println!("cargo:rerun-if-changed=proto");
     let descriptors = protox::compile(files, ["proto"])?;
     let out = PathBuf::from(env::var("OUT_DIR")?);

@@ -72,6 +72,10 @@ object_id!(
     GroupId, "group-"
 );
 object_id!(
+    /// A network.
+    NetworkId, "net-"
+);
+object_id!(
     /// A join token.
     TokenId, "token-"
 );

@@ -3,6 +3,7 @@
 //! - [`v1`]: messages, clients and servers generated from `proto/pool/v1/*.proto`.
 //! - [`ids`]: newtypes for identifiers and positions, so that an epoch is never passed for a sequence.
 //! - [`units`]: byte counts, parsed and printed as operators write them.
+//! - [`net`]: hardware addresses and subnets.
 //! - [`limits`]: bounds that both ends of a connection rely on.
 //!
 //! Absent on purpose: conversions between generated messages and the state of a crate. They belong to the crate
@@ -10,6 +11,7 @@
 
 pub mod ids;
 pub mod limits;
+pub mod net;
 pub mod units;
 
 /// Generated code of package `pool.v1`.
@@ -21,4 +23,5 @@ pub mod v1 {
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 
 pub use ids::*;
+pub use net::{Ipv4Subnet, MacAddress};
 pub use units::ByteCount;

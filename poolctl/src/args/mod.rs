@@ -2,6 +2,7 @@
 
 mod govern;
 mod hosts;
+mod networks;
 mod rules;
 mod storage;
 mod vms;
@@ -12,6 +13,7 @@ mod tests;
 
 pub use govern::{CaCommand, UpgradeCommand, UserTokenCommand};
 pub use hosts::{BalanceCommand, HaCommand, HostCommand, PoolCommand, TokenCommand};
+pub use networks::{NetArguments, NetCommand};
 pub use rules::{GroupCommand, Members, Rule, SupportCommand, UserCommand};
 pub use storage::{ImageCommand, VolumeCommand};
 pub use vms::{ConsoleCommand, CreateArguments, HaPolicy, MigrateArguments, Policy, VmCommand};
@@ -85,6 +87,9 @@ pub enum Noun {
     /// Rules about where VMs run
     #[command(subcommand)]
     Group(GroupCommand),
+    /// Networks of VMs
+    #[command(subcommand)]
+    Net(NetCommand),
     /// An even use of all hosts
     #[command(subcommand)]
     Balance(BalanceCommand),

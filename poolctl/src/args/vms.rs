@@ -105,6 +105,9 @@ pub struct CreateArguments {
     /// A volume, as vda, vdb, …; may be repeated
     #[arg(long = "disk", value_name = "VOLUME")]
     pub disks: Vec<String>,
+    /// A network, as the next card; may be repeated
+    #[arg(long = "net", value_name = "NETWORK")]
+    pub nets: Vec<String>,
     /// Image of the kernel
     #[arg(long, value_name = "IMAGE")]
     pub kernel: Option<String>,

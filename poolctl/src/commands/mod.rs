@@ -7,6 +7,7 @@ mod groups;
 mod hosts;
 mod images;
 mod migrations;
+mod networks;
 mod pools;
 mod support;
 mod tasks;
@@ -102,6 +103,7 @@ async fn dispatch(noun: Noun, session: &mut Session) -> Result<(), Failure> {
         Noun::Task(command) => tasks::run(command, session).await,
         Noun::Event(command) => events::run(command, session).await,
         Noun::Group(command) => groups::run(command, session).await,
+        Noun::Net(command) => networks::run(command, session).await,
         Noun::Balance(command) => pools::run_balance(command, session).await,
         Noun::User(command) => users::run(command, session).await,
         Noun::Upgrade(command) => govern::upgrade(command, session).await,

@@ -76,7 +76,8 @@ pub async fn run(command: VmCommand, session: &mut Session) -> Result<(), Failur
 }
 
 async fn create(arguments: CreateArguments, session: &mut Session) -> Result<(), Failure> {
-    let CreateArguments { name, vcpus, memory, disks, kernel, initrd, cmdline, ha, ha_priority } = arguments;
+    let CreateArguments { name, vcpus, memory, disks, nets, kernel, initrd, cmdline, ha, ha_priority } =
+        arguments;
     let request = CreateVmRequest {
         meta: new_meta(),
         name,
@@ -92,6 +93,7 @@ async fn create(arguments: CreateArguments, session: &mut Session) -> Result<(),
         }
         .to_owned(),
         ha_priority: ha_priority.map_or(0, u32::from),
+        nets,
     };
     let vm = call!(session.client, VmServiceClient, create, request).await?;
     let sentence = format!("vm {} made; start it with `poolctl vm start {}`", vm.name, vm.name);

@@ -6,6 +6,7 @@
 mod govern;
 mod hosts;
 mod migration;
+mod networks;
 mod rules;
 mod storage;
 mod vm;
@@ -17,6 +18,7 @@ mod tests;
 pub use govern::{AccessTokenView, UpgradeView, VersionView};
 pub use hosts::{HostView, PoolView, TokenView};
 pub use migration::{MigrationView, PlanView};
+pub use networks::{NetworkView, NicView};
 pub use rules::{AuditView, GroupView, HaPlanView, PlannedMoveView, UserView};
 pub use storage::{ImageView, VolumeView};
 pub use vm::{ConsoleView, ExplanationView, VmView};

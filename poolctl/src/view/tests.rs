@@ -130,6 +130,7 @@ fn vm_and_console() {
         revision: 11,
         ha_priority: 100,
         home: "h1".into(),
+        nics: vec![v1::Nic { network: "lan".into(), mac: "0a:00:00:00:00:01".into(), ip: "10.7.0.2".into() }],
     };
     let view = VmView::from(vm);
     assert_eq!(view.whereabouts(), "running at h2");
@@ -137,7 +138,8 @@ fn vm_and_console() {
         shape(&view),
         json!({"id": "vm-17", "name": "a", "state": "running", "host": "h2", "epoch": 3, "vcpus": 1,
             "memory_bytes": 512 << 20, "disks": ["data"], "kernel": "probe", "initrd": "", "cmdline": "disk=1",
-            "ha": "restart", "problem": "", "revision": 11, "ha_priority": 100, "home": "h1"})
+            "ha": "restart", "problem": "", "revision": 11, "ha_priority": 100, "home": "h1",
+            "nics": [{"network": "lan", "mac": "0a:00:00:00:00:01", "ip": "10.7.0.2"}]})
     );
     let piece = v1::ConsoleLogResponse { data: b"hi\xff".to_vec(), offset: 4 };
     assert_eq!(shape(&ConsoleView::new("a", &piece)), json!({"vm": "a", "offset": 4, "text": "hi\u{fffd}"}));

@@ -1,6 +1,6 @@
 //! VMs and their consoles.
 
-use super::{bytes, words};
+use super::{NicView, bytes, words};
 use crate::output::Object;
 use proto::{VmId, v1};
 use serde::Serialize;
@@ -24,6 +24,7 @@ pub struct VmView {
     revision: u64,
     ha_priority: u32,
     home: String,
+    nics: Vec<NicView>,
 }
 
 impl VmView {
@@ -56,6 +57,7 @@ impl From<v1::Vm> for VmView {
             revision: vm.revision,
             ha_priority: vm.ha_priority,
             home: vm.home,
+            nics: vm.nics.into_iter().map(NicView::from).collect(),
         }
     }
 }
@@ -64,7 +66,7 @@ impl Object for VmView {
     const KIND: &'static str = "Vm";
     const COLUMNS: &'static [&'static str] = &["NAME", "STATE", "HOST", "VCPUS", "MEMORY", "PROBLEM"];
     const WIDE: &'static [&'static str] =
-        &["ID", "EPOCH", "HA", "PRIORITY", "DISKS", "KERNEL", "INITRD", "CMDLINE", "HOME"];
+        &["ID", "EPOCH", "HA", "PRIORITY", "DISKS", "KERNEL", "INITRD", "CMDLINE", "HOME", "NICS"];
 
     fn name(&self) -> String {
         self.name.clone()
@@ -87,6 +89,7 @@ impl Object for VmView {
             self.initrd.clone(),
             self.cmdline.clone(),
             self.home.clone(),
+            words(&self.nics.iter().map(NicView::text).collect::<Vec<_>>()),
         ]
     }
 }

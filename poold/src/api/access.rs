@@ -136,6 +136,7 @@ const PUBLIC: &[(&str, Methods)] = &[
         "pool.v1.GroupService",
         &[("Create", OPERATE), ("List", VIEW), ("Show", VIEW), ("Change", OPERATE), ("Delete", OPERATE)],
     ),
+    ("pool.v1.NetworkService", &[("Create", OPERATE), ("List", VIEW), ("Show", VIEW), ("Delete", OPERATE)]),
     (
         "pool.v1.UserService",
         &[

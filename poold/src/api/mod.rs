@@ -7,6 +7,7 @@ pub mod groups;
 pub mod hosts;
 pub mod images;
 pub mod migrations;
+pub mod networks;
 pub mod pool;
 pub mod principal;
 pub mod status;

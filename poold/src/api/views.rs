@@ -2,7 +2,7 @@
 //!
 //! Names are resolved here: a message carries the name of a host or VM, and its id when the object is gone.
 
-use super::status;
+use super::{networks, status};
 use pool_state::{
     Outcome, PoolState, Rejection,
     state::{
@@ -87,6 +87,7 @@ pub fn vm(state: &PoolState, vm: &Vm) -> v1::Vm {
         revision: state.revision,
         ha_priority: vm.spec.priority.into(),
         home: vm.home.map(|home| state.host_name(home)).unwrap_or_default(),
+        nics: vm.spec.nics.iter().map(|nic| networks::nic(state, nic)).collect(),
     }
 }
 

@@ -94,6 +94,11 @@ fn create_command(state: &PoolState, request: CreateVmRequest) -> Result<Command
         .iter()
         .map(|disk| views::found(state.resolve_volume(disk)).map(|volume| volume.id))
         .collect();
+    let nets: Result<Vec<_>, Status> = request
+        .nets
+        .iter()
+        .map(|net| views::found(state.resolve_network(net)).map(|network| network.id))
+        .collect();
     Ok(Command::CreateVm(CreateVm {
         name: request.name,
         vcpus: request.vcpus,
@@ -104,6 +109,7 @@ fn create_command(state: &PoolState, request: CreateVmRequest) -> Result<Command
         cmdline: request.cmdline,
         ha,
         priority: priority(request.ha_priority)?,
+        nets: nets?,
     }))
 }
 

@@ -10,13 +10,14 @@ pub use govern::{Govern, NewCa, PoolChange};
 use crate::{
     state::{
         CertificateFingerprint, ContentHash, EpochStart, GroupRule, GroupStrength, HaPolicy,
-        MigrationOptions, MigrationRecord, MoveCause, Role, StopMode, TargetEndpoint,
+        MigrationOptions, MigrationRecord, MoveCause, NetworkAddressing, NetworkLink, Role, StopMode,
+        TargetEndpoint,
     },
     timing::Timing,
 };
 use proto::{
-    ByteCount, Epoch, GroupId, HostId, ImageId, Incarnation, IsrVersion, MigrationId, Sequence, TaskId,
-    TokenId, VmId, VolumeId,
+    ByteCount, Epoch, GroupId, HostId, ImageId, Incarnation, IsrVersion, MigrationId, NetworkId, Sequence,
+    TaskId, TokenId, VmId, VolumeId,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -328,6 +329,13 @@ pub enum Command {
         /// The group.
         group: GroupId,
     },
+    /// Creates a network. → `Outcome::Network`
+    CreateNetwork(CreateNetwork),
+    /// Deletes a network that no VM is on.
+    DeleteNetwork {
+        /// The network.
+        network: NetworkId,
+    },
     /// Creates a user, or a deleted one again; again with the same key changes nothing.
     CreateUser {
         /// Name.
@@ -482,6 +490,19 @@ pub struct CreateVm {
     pub ha: HaPolicy,
     /// Order of recovery, highest first.
     pub priority: u8,
+    /// Networks, one card each, in device order.
+    pub nets: Vec<NetworkId>,
+}
+
+/// Content of [`Command::CreateNetwork`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CreateNetwork {
+    /// Name.
+    pub name: String,
+    /// What carries it.
+    pub link: NetworkLink,
+    /// Addresses that the pool gives.
+    pub addressing: Option<NetworkAddressing>,
 }
 
 /// A change of an in-sync set, made against the epoch and version that the proposer saw.

@@ -133,6 +133,7 @@ impl Pool {
             cmdline: "console=ttyS0".into(),
             ha,
             priority: 0,
+            nets: Vec::new(),
         })
     }
 

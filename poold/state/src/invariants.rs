@@ -123,6 +123,12 @@ pub enum Violation {
         /// The migration.
         migration: MigrationId,
     },
+    /// A card's network exists, and nobody else has its addresses.
+    #[error("a card of {vm} is on no network, or shares an address")]
+    BadCard {
+        /// The VM.
+        vm: VmId,
+    },
 }
 
 /// Checks one state.
@@ -133,6 +139,7 @@ pub fn check(state: &PoolState) -> Result<(), Violation> {
     state.vms.values().try_for_each(|vm| check_vm(state, vm))?;
     state.volumes.values().try_for_each(|volume| check_volume(state, volume))?;
     check_capacity(state)?;
+    check_cards(state)?;
     check_migrations(state)?;
     check_tasks(state)?;
     check_bounds(state)
@@ -157,6 +164,27 @@ fn check_vm(state: &PoolState, vm: &Vm) -> Result<(), Violation> {
         let migration = state.migrations.get(&intent.migration);
         if !migration.is_some_and(|migration| migration.is_running() && migration.vm == vm.id) {
             return Err(Violation::IntentDiffers { migration: intent.migration });
+        }
+    }
+    Ok(())
+}
+
+fn check_cards(state: &PoolState) -> Result<(), Violation> {
+    let (mut macs, mut addresses) = (BTreeSet::new(), BTreeSet::new());
+    for vm in state.vms.values() {
+        for nic in &vm.spec.nics {
+            let fits = match (state.networks.get(&nic.network), nic.ip) {
+                (None, _) => false,
+                (Some(network), ip) => {
+                    let subnet = network.addressing.as_ref().map(|addressing| addressing.subnet);
+                    subnet.is_some() == ip.is_some()
+                        && ip.is_none_or(|ip| subnet.is_some_and(|subnet| subnet.contains_host(ip)))
+                        && ip.is_none_or(|ip| addresses.insert((nic.network, ip)))
+                }
+            };
+            if !fits || !macs.insert(nic.mac) {
+                return Err(Violation::BadCard { vm: vm.id });
+            }
         }
     }
     Ok(())

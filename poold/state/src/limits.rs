@@ -64,6 +64,14 @@ pub const VM_MEMORY_BYTES_MIN: u64 = 16 << 20;
 pub const VM_MEMORY_BYTES_MAX: u64 = 1 << 40;
 /// Disks of one VM: one virtio-mmio window and interrupt each.
 pub const VM_DISKS_MAX: usize = 8;
+/// Network cards of one VM: as many windows and interrupts as disks.
+pub const VM_NICS_MAX: usize = 8;
+/// Networks: each is a bridge at every host.
+pub const NETWORKS_MAX: usize = 256;
+/// Longest name of a network interface in bytes: the kernel's.
+pub const INTERFACE_BYTES_MAX: usize = 15;
+/// Name servers of one network: what fits into an answer of DHCP.
+pub const DNS_MAX: usize = 4;
 /// Smallest volume in bytes.
 pub const VOLUME_BYTES_MIN: u64 = 1 << 20;
 /// Largest volume in bytes: 64 TiB.

@@ -1,6 +1,6 @@
 //! What an accepted entry answers.
 
-use proto::{GroupId, HostId, ImageId, IsrVersion, MigrationId, TaskId, TokenId, VmId, VolumeId};
+use proto::{GroupId, HostId, ImageId, IsrVersion, MigrationId, NetworkId, TaskId, TokenId, VmId, VolumeId};
 use serde::{Deserialize, Serialize};
 
 /// The answer to an accepted entry: which object it created or changed.
@@ -22,6 +22,8 @@ pub enum Outcome {
     Vm(VmId),
     /// A group.
     Group(GroupId),
+    /// A network.
+    Network(NetworkId),
     /// A task that goes on, or has ended.
     Task(TaskId),
     /// A migration and its task.

@@ -5,10 +5,12 @@
 
 mod govern;
 mod guidance;
+mod network;
 mod words;
 
 pub use govern::GovernRejection;
 pub use guidance::RejectionClass;
+pub use network::NetworkRejection;
 pub use words::{Field, ObjectKind};
 
 use crate::{
@@ -24,6 +26,9 @@ pub enum Rejection {
     /// About what governs the pool.
     #[error(transparent)]
     Govern(#[from] GovernRejection),
+    /// About networks or cards.
+    #[error(transparent)]
+    Network(#[from] NetworkRejection),
     /// There is no pool yet.
     #[error("the pool is not initialised")]
     PoolNotInitialised,

@@ -85,6 +85,9 @@ fn describe_rest(state: &PoolState, command: &Command) -> Option<(&'static str, 
     let group = |id: &proto::GroupId| {
         state.groups.get(id).map_or_else(|| id.to_string(), |group| format!("group {}", group.name))
     };
+    let network = |id: &proto::NetworkId| {
+        state.networks.get(id).map_or_else(|| id.to_string(), |network| format!("network {}", network.name))
+    };
     let user = |name: &str| format!("user {name}");
     Some(match command {
         Command::CreateVm(create) => ("vm.create", format!("vm {}", create.name)),
@@ -99,6 +102,8 @@ fn describe_rest(state: &PoolState, command: &Command) -> Option<(&'static str, 
         Command::CreateGroup(create) => ("group.create", format!("group {}", create.name)),
         Command::ChangeGroup(change) => ("group.change", group(&change.group)),
         Command::DeleteGroup { group: id } => ("group.delete", group(id)),
+        Command::CreateNetwork(create) => ("network.create", format!("network {}", create.name)),
+        Command::DeleteNetwork { network: id } => ("network.delete", network(id)),
         Command::CreateUser { name, .. } => ("user.create", user(name)),
         Command::SetUserRole { name, .. } => ("user.role", user(name)),
         Command::RotateUser { name, .. } => ("user.rotate", user(name)),

@@ -7,8 +7,9 @@
 //! - `pool`, `hosts`, `tokens`, `images`, `volumes`: one kind of object each.
 //! - `vms`: creating, deleting and what an operator wants of a VM. `run`: starts, ends, restarts and recovery.
 //! - `migrations`: the moves. `tasks`: long operations and their ends.
-//! - `duty`, `groups`, `users`: what an operator asks of hosts, of placements, and who may ask. `moves`: tasks of the pool.
-//! - `govern`: settings, feature level, CA and access tokens. `ownership`: placements and epochs, which always change together. `audit`: who changed what.
+//! - `networks`: networks, and the cards of VMs. `duty`, `groups`, `users`: what an operator asks of hosts, of placements, and who may ask.
+//! - `govern`: settings, feature level, CA and access tokens. `ownership`: placements and epochs, which always change together. `audit`: who changed
+//!   what. `moves`: tasks of the pool.
 
 mod audit;
 mod duty;
@@ -18,6 +19,7 @@ mod hosts;
 mod images;
 mod migrations;
 mod moves;
+mod networks;
 mod ownership;
 mod placement;
 mod pool;
@@ -165,6 +167,8 @@ impl Change<'_> {
             Command::CreateGroup(create) => self.create_group(create),
             Command::ChangeGroup(change) => self.change_group(change),
             Command::DeleteGroup { group } => self.delete_group(*group),
+            Command::CreateNetwork(create) => self.create_network(create),
+            Command::DeleteNetwork { network } => self.delete_network(*network),
             Command::CreateUser { name, role, key_hash } => self.create_user(name, *role, *key_hash),
             Command::SetUserRole { name, role } => self.set_user_role(name, *role),
             Command::RotateUser { name, key_hash } => self.rotate_user(name, *key_hash),

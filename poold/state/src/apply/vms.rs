@@ -33,6 +33,7 @@ impl Change<'_> {
         }
         self.check_disks(&create.disks)?;
         let id = VmId(self.index);
+        let nics = self.new_nics(id, &create.nets)?;
         for disk in &create.disks {
             self.volume_mut(*disk)?.attached_to = Some(id);
         }
@@ -45,6 +46,7 @@ impl Change<'_> {
             cmdline: create.cmdline.clone(),
             ha: create.ha,
             priority: create.priority,
+            nics,
         };
         let vm = Vm {
             id,

@@ -52,6 +52,7 @@ impl Rejection {
             Self::NotEnoughHosts { .. } => "NOT_ENOUGH_HOSTS",
             Self::VolumeInUse { .. } => "VOLUME_IN_USE",
             Self::DuplicateDisk { .. } => "DUPLICATE_DISK",
+            Self::Network(rejection) => rejection.reason_code(),
             _ => self.reason_code_of_run(),
         }
     }
@@ -107,6 +108,7 @@ impl Rejection {
         match self {
             Self::Govern(inner) => inner.class(),
             Self::NotFound { .. } => RejectionClass::NotFound,
+            Self::Network(rejection) => rejection.class(),
             Self::BadTiming(_)
             | Self::Ambiguous { .. }
             | Self::BadName { .. }
@@ -137,6 +139,7 @@ impl Rejection {
             Self::Govern(inner) => inner.object(),
             Self::NotFound { kind, text } | Self::Ambiguous { kind, text, .. } => format!("{kind} {text}"),
             Self::NameTaken { kind, name } => format!("{kind} {name}"),
+            Self::Network(rejection) => rejection.object(),
             Self::RequestIdReused { request_id } => format!("request {request_id}"),
             Self::AddressTaken { host, .. }
             | Self::TokenUsed { host }
@@ -255,6 +258,7 @@ impl Rejection {
             Self::NotEnoughHosts { up, .. } => format!("choose at most {up} replicas, or add hosts"),
             Self::VolumeInUse { vm, .. } => format!("delete the VM first: `poolctl vm delete {vm}`"),
             Self::DuplicateDisk { .. } => "name each disk once".into(),
+            Self::Network(rejection) => rejection.remedy(),
             _ => self.remedy_of_run(),
         }
     }
@@ -324,6 +328,7 @@ fn not_found_code(kind: ObjectKind) -> &'static str {
         ObjectKind::Migration => "MIGRATION_NOT_FOUND",
         ObjectKind::Token => "TOKEN_NOT_FOUND",
         ObjectKind::Group => "GROUP_NOT_FOUND",
+        ObjectKind::Network => "NETWORK_NOT_FOUND",
         ObjectKind::User => "USER_NOT_FOUND",
         ObjectKind::Pool => "POOL_NOT_FOUND",
     }
@@ -332,6 +337,7 @@ fn not_found_code(kind: ObjectKind) -> &'static str {
 fn list_remedy(kind: ObjectKind) -> String {
     match kind {
         ObjectKind::Token => "see `poolctl host token list`".into(),
+        ObjectKind::Network => "see `poolctl net list`".into(),
         _ => format!("see `poolctl {kind} list`"),
     }
 }

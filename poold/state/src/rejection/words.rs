@@ -23,6 +23,8 @@ pub enum ObjectKind {
     Group,
     /// A user.
     User,
+    /// A network.
+    Network,
     /// The pool itself.
     Pool,
 }
@@ -41,6 +43,7 @@ impl ObjectKind {
             Self::Token => "token",
             Self::Group => "group",
             Self::User => "user",
+            Self::Network => "network",
             Self::Pool => "pool",
         }
     }

@@ -70,6 +70,8 @@ pub enum EventKind {
     HostDuty,
     /// A group was created, changed or deleted.
     Group,
+    /// A network was created or deleted.
+    Network,
     /// A user was created, changed or deleted.
     User,
     /// The pool's settings, feature level or certificate authority changed.
@@ -104,6 +106,7 @@ impl EventKind {
             Self::Task => "task.ended",
             Self::HostDuty => "host.duty",
             Self::Group => "group.changed",
+            Self::Network => "network.changed",
             Self::User => "user.changed",
             Self::PoolChanged => "pool.changed",
         }

@@ -10,6 +10,7 @@ pub mod group;
 pub mod host;
 pub mod image;
 pub mod migration;
+pub mod network;
 pub mod record;
 pub mod request;
 pub mod resolve;
@@ -29,6 +30,7 @@ pub use migration::{
     HandedVolume, Migration, MigrationOptions, MigrationOutcome, MigrationPhase, MigrationPolicy, MoveCause,
     MoveDirection, TargetEndpoint,
 };
+pub use network::{Network, NetworkAddressing, NetworkLink, Nic};
 pub use proto::{AttachmentSecret, CertificateFingerprint};
 pub use record::{BlackoutParts, MigrationRecord, PageCounts, RoundRecord};
 pub use request::{Answer, RequestTable};
@@ -39,7 +41,7 @@ pub use vm::{Desired, HaPolicy, Intent, StartCause, StopMode, Vm, VmSpec, VmStat
 pub use volume::{EpochStart, IsrMember, Volume, VolumeOwner};
 
 use crate::timing::Timing;
-use proto::{GroupId, HostId, ImageId, MigrationId, TaskId, TokenId, VmId, VolumeId};
+use proto::{GroupId, HostId, ImageId, MigrationId, NetworkId, TaskId, TokenId, VmId, VolumeId};
 use serde::{Deserialize, Serialize};
 
 /// Everything that the hosts of a pool agree on. Cloning costs a few reference counts.
@@ -67,6 +69,8 @@ pub struct PoolState {
     pub migrations: Table<MigrationId, Migration>,
     /// Rules about where VMs run.
     pub groups: Table<GroupId, Group>,
+    /// Networks.
+    pub networks: Table<NetworkId, Network>,
     /// Users by name, deleted ones included.
     pub users: Table<String, User>,
     /// Access tokens of users.

@@ -1,6 +1,6 @@
 //! From what an operator typed to an object: a name, an id such as `vm-17`, or a unique prefix of either.
 
-use super::{Group, Host, Image, Migration, PoolState, Table, Task, Vm, Volume};
+use super::{Group, Host, Image, Migration, Network, PoolState, Table, Task, Vm, Volume};
 use crate::rejection::{ObjectKind, Rejection};
 use std::fmt::Display;
 
@@ -53,6 +53,14 @@ impl PoolState {
     /// When none or several match.
     pub fn resolve_group(&self, text: &str) -> Result<&Group, Rejection> {
         resolve(ObjectKind::Group, text, named(&self.groups, |group| &group.name))
+    }
+
+    /// The network that is meant.
+    ///
+    /// # Errors
+    /// When none or several match.
+    pub fn resolve_network(&self, text: &str) -> Result<&Network, Rejection> {
+        resolve(ObjectKind::Network, text, named(&self.networks, |network| &network.name))
     }
 
     /// The task that is meant; tasks have no names.

@@ -2,7 +2,9 @@
 
 use super::{Desired, HaPolicy, Host, HostState, MigrationOutcome, PoolState, StartCause, Vm, VmState};
 use crate::rejection::{ObjectKind, Rejection};
-use proto::{ByteCount, Epoch, GroupId, HostId, ImageId, MigrationId, TaskId, TokenId, VmId, VolumeId};
+use proto::{
+    ByteCount, Epoch, GroupId, HostId, ImageId, MigrationId, NetworkId, TaskId, TokenId, VmId, VolumeId,
+};
 use std::collections::BTreeMap;
 
 macro_rules! lookup {
@@ -44,6 +46,9 @@ impl PoolState {
     lookup!(
         /// A group by id.
         group, groups, GroupId, super::Group, Group);
+    lookup!(
+        /// A network by id.
+        network, networks, NetworkId, super::Network, Network);
 
     /// Hosts that are not removed.
     pub fn members(&self) -> impl Iterator<Item = &Host> {

@@ -10,6 +10,7 @@
 //! ```
 //! A state is never stored: [`PoolState::vm_state`](crate::PoolState::vm_state) derives it from the fields.
 
+use super::network::Nic;
 use proto::{ByteCount, Epoch, HostId, ImageId, MigrationId, TaskId, VmId, VolumeId};
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -72,6 +73,8 @@ pub struct VmSpec {
     pub ha: HaPolicy,
     /// Order of recovery, highest first.
     pub priority: u8,
+    /// Network cards in device order.
+    pub nics: Vec<Nic>,
 }
 
 /// What happens to a VM when its host is lost or its process dies.

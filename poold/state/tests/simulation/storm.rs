@@ -151,6 +151,7 @@ impl Storm {
             cmdline: "console=ttyS0".to_owned(),
             ha: HaPolicy::Restart,
             priority: 100,
+            nets: Vec::new(),
         }));
         let Outcome::Vm(vm) = created else { panic!("a VM") };
         self.apply(Command::StartVm { vm, host: None });

@@ -153,6 +153,7 @@ impl World {
             cmdline: String::new(),
             ha,
             priority: number as u8,
+            nets: Vec::new(),
         }));
         let Some(Outcome::Vm(vm)) = vm else { panic!("a VM") };
         self.commit(Command::StartVm { vm, host: None });

@@ -7,6 +7,7 @@ mod groups;
 mod hosts;
 mod membership;
 mod migrations;
+mod networks;
 mod pool;
 mod random;
 mod reclaim;
