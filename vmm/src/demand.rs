@@ -21,7 +21,7 @@ use proto::limits::BLOCK_BYTES;
 use std::fs::File;
 use std::io::{self, Read};
 use std::ops::Range;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -209,12 +209,7 @@ impl Drop for Demand {
 }
 
 fn open() -> io::Result<OwnedFd> {
-    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
-    // SAFETY: no memory is involved.
-    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
-    let fd = i32::try_from(Errno::result(fd)?).map_err(io::Error::other)?;
-    // SAFETY: just opened, and nobody else has it.
-    let uffd = unsafe { OwnedFd::from_raw_fd(fd) };
+    let uffd = crate::host::userfaultfd()?;
     let mut api = Api { api: UFFD_API, features: UFFD_FEATURE_MISSING_SHMEM, ioctls: 0 };
     // SAFETY: a valid descriptor and a structure of the size that the request names.
     checked(unsafe { ioctl_with_mut_ref(&uffd, UFFDIO_API(), &mut api) })?;

@@ -4,10 +4,11 @@
 //! ```text
 //!  Machine ─┬─ memory   one memfd; pages by dense index; bitmap of device writes
 //!           ├─ vcpu     threads in KVM_RUN; stop, lease check
-//!           ├─ bus      serial console, reset ports, virtio-mmio windows ── virtio  block device on a `BlockBackend`
+//!           ├─ bus      serial console, reset ports, virtio-mmio windows ── virtio  disks on a `BlockBackend`, cards on a tap
 //!           ├─ boot     PVH ELF, bzImage
 //!           ├─ dirty    KVM's log, cleared range by range
 //!           ├─ demand   missing pages, brought when they are touched
+//!           ├─ host     /dev/kvm and userfaultfd, opened before a process gives up its rights
 //!           └─ state    everything but memory, as bytes
 //! ```
 //! Invariants: no input of a guest, an operator or a peer panics; every write to guest memory leaves a dirty bit while
@@ -23,6 +24,7 @@ mod cpu;
 pub mod demand;
 mod devices;
 mod dirty;
+pub mod host;
 pub mod machine;
 pub mod memory;
 pub mod state;

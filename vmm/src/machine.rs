@@ -14,18 +14,20 @@ use crate::console::ConsoleRing;
 use crate::cpu::{Topology, cpuid_of};
 use crate::devices;
 use crate::dirty::{self, DeviceWrites};
+use crate::host;
 use crate::memory::{Memory, MemoryError};
 use crate::state::{
     MachineState, SerialRegisters, StateError, restore_chips, restore_vcpu, save_chips, save_vcpu,
 };
 use crate::vcpu::{GuestExit, Vcpu, install_kick, place};
-use crate::virtio::{BlockBackend, MmioTransport, Worker};
+use crate::virtio::{BlockBackend, LinkState, MmioTransport, NetConfig, Worker};
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY};
 use kvm_bindings::{kvm_pit_config, kvm_userspace_memory_region};
-use kvm_ioctls::{Cap, Kvm, VmFd};
+use kvm_ioctls::{Cap, VmFd};
 use proto::{ByteCount, PageIndex};
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
@@ -50,6 +52,8 @@ pub struct MachineConfig {
     pub memory_file: Option<File>,
     /// Disks in the order of their names, with the id that the guest may ask for.
     pub disks: Vec<(String, Arc<dyn BlockBackend>)>,
+    /// Network cards, each with its tap.
+    pub nics: Vec<(NetConfig, OwnedFd)>,
     /// Where console output goes.
     pub console: ConsoleRing,
     /// The lease's end on CLOCK_BOOTTIME in nanoseconds; no vCPU enters the guest past it.
@@ -126,7 +130,7 @@ impl Machine {
             action: "install the kick signal",
             source: io::Error::from_raw_os_error(error.errno()),
         })?;
-        let kvm_fd = Kvm::new().map_err(kvm("open /dev/kvm"))?;
+        let kvm_fd = host::kvm().map_err(kvm("open /dev/kvm"))?;
         let vm = kvm_fd.create_vm().map_err(kvm("create a machine"))?;
         vm.set_tss_address(TSS_ADDRESS).map_err(kvm("set the TSS address"))?;
         vm.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(kvm("set the identity map"))?;
@@ -235,6 +239,16 @@ impl Machine {
             device.device().resume();
         }
         self.vcpus.iter().for_each(Vcpu::run);
+    }
+
+    /// Plugs the cables of all network cards in or out.
+    pub fn set_link(&self, state: LinkState) {
+        self.bus.devices().iter().for_each(|device| device.device().set_link(state));
+    }
+
+    /// Tells the networks where the cards are now; nothing while their cables are out.
+    pub fn announce(&self) {
+        self.bus.devices().iter().for_each(|device| device.device().announce());
     }
 
     /// Where each stopped vCPU stands, for whoever looks for the reason of a hang.

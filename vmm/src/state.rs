@@ -15,8 +15,8 @@ use kvm_ioctls::{VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
 /// Tells a state from anything else; the last byte is the version. Version 1: the first; 2: with the console; 3: devices
-/// of several kinds, the clock.
-const MAGIC: &[u8; 8] = b"vmstate\x03";
+/// of several kinds, the clock; 4: network cards.
+const MAGIC: &[u8; 8] = b"vmstate\x04";
 
 /// Largest encoded state in bytes: 64 vCPUs of 20 KiB, devices, a MiB of console, and as much again.
 pub const STATE_BYTES_MAX: usize = 4 << 20;

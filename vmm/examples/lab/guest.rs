@@ -60,6 +60,7 @@ impl Guest {
             memory: proto::ByteCount(shape.memory_mib << 20),
             memory_file: None,
             disks: shape.disks.clone(),
+            nics: Vec::new(),
             console: console.clone(),
             lease_deadline_ns: Arc::new(AtomicU64::new(u64::MAX)),
             exits: sender,

@@ -1,6 +1,7 @@
 //! What every virtio device is to its transport, whatever it does.
 
 use super::block::BlockState;
+use super::net::{LinkState, NetState};
 use serde::{Deserialize, Serialize};
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -42,6 +43,10 @@ pub trait VirtioDevice: Send + Sync + 'static {
     fn drain(&self, deadline: Instant) -> bool;
     /// Works again after `quiesce`.
     fn resume(&self);
+    /// Plugs its cable in or out; only network cards have one.
+    fn set_link(&self, _: LinkState) {}
+    /// Tells its network where it is now.
+    fn announce(&self) {}
     /// What moves with the machine beside registers and queues.
     fn save(&self) -> DeviceState;
     /// Looks whether a state is of such a device, and takes it over.
@@ -56,6 +61,7 @@ pub trait VirtioDevice: Send + Sync + 'static {
 pub enum DeviceState {
     Block(BlockState),
     Entropy,
+    Net(NetState),
 }
 
 /// Raises the device's interrupt; the transport reads the status from it.

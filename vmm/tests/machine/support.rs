@@ -110,6 +110,7 @@ impl Rig {
             memory: proto::ByteCount(memory),
             memory_file: None,
             disks,
+            nics: Vec::new(),
             console: console.clone(),
             lease_deadline_ns: lease.clone(),
             exits: sender,
