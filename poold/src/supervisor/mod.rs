@@ -8,7 +8,7 @@
 //!                            └───────────────────  unresponsive                     └── by a new daemon
 //! ```
 //!
-//! - [`process`]: one operating-system process: spawn, lock, pidfd, signals.
+//! - [`process`]: one operating-system process: spawn, lock, pidfd, signals. [`launch`]: with what rights and descriptors.
 //! - [`kept`]: memory of machines that have moved away.
 //! - [`machine`]: its gRPC service `Machine` on a unix socket.
 //! - [`monitor`]: the task that watches one process.
@@ -23,6 +23,7 @@
 //! Absent on purpose: any decision. What should run is for `reconcile` to say.
 
 mod kept;
+pub mod launch;
 mod machine;
 mod monitor;
 mod process;
@@ -30,6 +31,7 @@ mod process;
 mod tests;
 
 pub use kept::{KeptImage, KeptImages, budget as kept_budget};
+pub use launch::{Inheritance, Launch, Privilege};
 pub use machine::{Machine, MachineError};
 pub use process::{ProcessError, ProcessKey};
 
@@ -153,7 +155,7 @@ struct Table {
 
 struct Shared {
     vms: PathBuf,
-    binary: PathBuf,
+    launch: Launch,
     table: Mutex<Table>,
     changed: watch::Sender<u64>,
 }
@@ -171,12 +173,12 @@ impl Supervisor {
     ///
     /// # Errors
     /// The directory can't be made or read.
-    pub fn open(vms: PathBuf, binary: PathBuf) -> Result<Self, ProcessError> {
+    pub fn open(vms: PathBuf, launch: Launch) -> Result<Self, ProcessError> {
         std::fs::create_dir_all(&vms)
             .map_err(|source| ProcessError::Directory { path: vms.clone(), source })?;
         let found = process::scan(&vms)?;
         let shared =
-            Shared { vms, binary, table: Mutex::new(Table::default()), changed: watch::Sender::new(0) };
+            Shared { vms, launch, table: Mutex::new(Table::default()), changed: watch::Sender::new(0) };
         let supervisor = Self { shared: Arc::new(shared) };
         for process in found {
             match process {
@@ -194,21 +196,20 @@ impl Supervisor {
         Ok(supervisor)
     }
 
-    /// Starts the process of `key`, with memory that was kept for it, and waits until its socket answers. An existing one is left
-    /// as it is.
+    /// Starts the process of `key` with what it inherits and waits until its socket answers. An existing one is left as it is.
     ///
     /// # Errors
     /// It can't be started, or ends or stays silent during [`READY_TIMEOUT`]; then nothing of it is left.
-    pub async fn spawn(&self, key: ProcessKey, kept: Option<KeptImage>) -> Result<Machine, ProcessError> {
+    pub async fn spawn(&self, key: ProcessKey, inherited: Inheritance) -> Result<Machine, ProcessError> {
         if let Some(machine) = self.machine(key) {
             return Ok(machine);
         }
         let _starting = Starting::begin(self, key);
-        let (vms, binary) = (self.shared.vms.clone(), self.shared.binary.clone());
+        let (vms, launch) = (self.shared.vms.clone(), self.shared.launch.clone());
         let supervisor = self.clone();
         // Taken over on the same thread: a caller that gives up in between must not leave a process that nobody watches.
         let spawned = tokio::task::spawn_blocking(move || {
-            Process::spawn(&vms, &binary, key, kept.as_ref()).map(|process| supervisor.adopt(process))
+            Process::spawn(&vms, &launch, key, &inherited).map(|process| supervisor.adopt(process))
         });
         let machine = spawned.await.map_err(|source| ProcessError::Join { key, source })??;
         match self.wait_ready(key, &machine).await {
@@ -419,7 +420,8 @@ impl Supervisor {
         self.table().entries.get(&key).map_or_else(|| watch::channel(true).1, |entry| entry.gone.clone())
     }
 
-    fn directory(&self, key: ProcessKey) -> PathBuf {
+    /// The directory of a process.
+    pub fn directory(&self, key: ProcessKey) -> PathBuf {
         self.shared.vms.join(key.to_string())
     }
 

@@ -26,8 +26,11 @@ pub async fn run(
         () = exited(&process) => {}
         () = ask(&supervisor, &process, &machine, &poke) => {}
     }
-    process.reap();
-    let log_tail = tokio::task::spawn_blocking(move || process.log_tail()).await.unwrap_or_default();
+    let signal = process.reap();
+    let mut log_tail = tokio::task::spawn_blocking(move || process.log_tail()).await.unwrap_or_default();
+    if let Some(signal) = signal {
+        log_tail = format!("{log_tail} | ended by {signal}");
+    }
     supervisor.note_exit(key, log_tail);
     gone.send_replace(true);
 }

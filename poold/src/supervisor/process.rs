@@ -7,7 +7,7 @@
 //! A pid is only ever used through a pidfd, and a pidfd is taken only while the lock is seen held: it can't mean a
 //! stranger that got the same number later.
 
-use super::KeptImage;
+use super::{Inheritance, Launch};
 use proto::{Epoch, VmId};
 use std::{
     fmt, fs, io,
@@ -135,15 +135,15 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts `binary --dir VMS/KEY` in a session of its own.
+    /// Starts a process in `VMS/KEY` and in a session of its own. What it inherits is its alone then: taps end with it.
     ///
     /// # Errors
     /// [`ProcessError`]; then no new directory is left.
     pub fn spawn(
         vms: &Path,
-        binary: &Path,
+        launch: &Launch,
         key: ProcessKey,
-        kept: Option<&KeptImage>,
+        inherited: &Inheritance,
     ) -> Result<Self, ProcessError> {
         let directory = vms.join(key.to_string());
         let at = |source| ProcessError::Directory { path: directory.clone(), source };
@@ -153,7 +153,7 @@ impl Process {
             }
             made => made.map_err(at)?,
         }
-        let spawned = Self::spawn_in(&directory, binary, key, kept);
+        let spawned = Self::spawn_in(&directory, launch, key, inherited);
         if spawned.is_err() {
             let _ = fs::remove_dir_all(&directory);
         }
@@ -162,9 +162,9 @@ impl Process {
 
     fn spawn_in(
         directory: &Path,
-        binary: &Path,
+        launch: &Launch,
         key: ProcessKey,
-        kept: Option<&KeptImage>,
+        inherited: &Inheritance,
     ) -> Result<Self, ProcessError> {
         let at = |source| ProcessError::Directory { path: directory.to_owned(), source };
         let lock = fs::File::create_new(directory.join("lock")).map_err(at)?;
@@ -172,19 +172,15 @@ impl Process {
         let log = fs::File::create_new(directory.join("log")).map_err(at)?;
         let log_too = log.try_clone().map_err(at)?;
         let lock_fd = lock.as_raw_fd();
-        let mut command = Command::new(binary);
-        command.arg("--dir").arg(directory).current_dir("/");
+        let fds = inherited.fds();
+        let mut command = Command::new(&launch.binary);
+        command.args(launch.arguments(key, directory, inherited)).current_dir("/");
         command.stdin(Stdio::null()).stdout(log).stderr(log_too);
-        let kept_fds = kept.map(|kept| [kept.memory.as_raw_fd(), kept.index.as_raw_fd()]);
-        if let Some([memory, index]) = kept_fds {
-            command.arg("--kept-memory-fd").arg(memory.to_string());
-            command.arg("--kept-index-fd").arg(index.to_string());
-        }
         // SAFETY: `prepare_child` makes only async-signal-safe calls and allocates nothing.
-        unsafe { command.pre_exec(move || prepare_child(lock_fd, kept_fds)) };
+        unsafe { command.pre_exec(move || prepare_child(lock_fd, &fds)) };
         let child = command.spawn().map_err(|source| ProcessError::Spawn {
             key,
-            binary: binary.to_owned(),
+            binary: launch.binary.clone(),
             source,
         })?;
         let pid = child.id().cast_signed();
@@ -229,11 +225,15 @@ impl Process {
         while unsafe { libc::poll(&raw mut poll, 1, -1) } < 1 {}
     }
 
-    /// Takes the exit status if the process is a child of this daemon, so that no zombie stays.
-    pub fn reap(&self) {
-        use nix::sys::wait::{Id, WaitPidFlag, waitid};
+    /// Takes the exit status if the process is a child of this daemon, so that no zombie stays. Tells the signal that ended it:
+    /// SIGSYS means a forbidden system call, made where even its handler was shut off.
+    pub fn reap(&self) -> Option<nix::sys::signal::Signal> {
+        use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
         // A process found again has another parent; the error then says just that.
-        let _ = waitid(Id::PIDFd(self.pidfd.as_fd()), WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG);
+        match waitid(Id::PIDFd(self.pidfd.as_fd()), WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG) {
+            Ok(WaitStatus::Signaled(_, signal, _)) => Some(signal),
+            _ => None,
+        }
     }
 
     /// The end of its log as one line.
@@ -266,14 +266,14 @@ impl AsFd for Process {
 }
 
 /// Runs in the child between fork and exec.
-fn prepare_child(lock: RawFd, kept: Option<[RawFd; 2]>) -> io::Result<()> {
+fn prepare_child(lock: RawFd, inherited: &[RawFd]) -> io::Result<()> {
     let check = |result: i32| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
     let mut text = [0u8; 12];
     // SAFETY: system calls on plain numbers and on a buffer of this stack frame.
     unsafe {
         check(libc::setsid())?;
         check(libc::fcntl(lock, libc::F_SETFD, 0))?;
-        for fd in kept.iter().flatten() {
+        for fd in inherited {
             check(libc::fcntl(*fd, libc::F_SETFD, 0))?;
         }
         let digits = decimal(libc::getpid().unsigned_abs(), &mut text);

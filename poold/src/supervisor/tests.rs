@@ -1,7 +1,7 @@
 //! Real processes (a shell in place of the VM program): found again, seen ending, ended, never started twice.
 
 use super::{
-    ProcessError, ProcessKey, StopMode, Supervisor, is_overtaken,
+    Inheritance, Launch, Privilege, ProcessError, ProcessKey, StopMode, Supervisor, is_overtaken,
     process::{Found, Process, scan},
 };
 use proto::{
@@ -19,6 +19,11 @@ const KEY: ProcessKey = ProcessKey { vm: VmId(17), epoch: Epoch(3) };
 
 /// Time that anything here may take on a busy machine.
 const DEADLINE: Duration = Duration::from_secs(20);
+
+/// A start of a program that takes no other rights.
+fn launch(program: &Path) -> Launch {
+    Launch { binary: program.to_owned(), replica_dir: PathBuf::new(), privilege: Privilege::None }
+}
 
 struct Fixture {
     root: tempfile::TempDir,
@@ -44,7 +49,7 @@ impl Fixture {
     }
 
     fn supervisor(&self, program: &Path) -> Supervisor {
-        Supervisor::open(self.vms(), program.to_owned()).unwrap()
+        Supervisor::open(self.vms(), launch(program)).unwrap()
     }
 
     fn directory(&self) -> PathBuf {
@@ -82,7 +87,7 @@ async fn a_new_daemon_finds_the_process_and_sees_it_die() {
     let fixture = Fixture::new();
     let program = fixture.program("exec sleep 100");
     // What an earlier daemon started: its handle is forgotten, the process lives on.
-    let pid = Process::spawn(&fixture.vms(), &program, KEY, None).unwrap().pid();
+    let pid = Process::spawn(&fixture.vms(), &launch(&program), KEY, &Inheritance::default()).unwrap().pid();
     let supervisor = fixture.supervisor(&program);
     let found = supervisor.processes();
     assert_eq!(found.iter().map(|process| (process.key, process.pid)).collect::<Vec<_>>(), vec![(KEY, pid)]);
@@ -97,7 +102,8 @@ async fn a_new_daemon_finds_the_process_and_sees_it_die() {
 #[tokio::test]
 async fn the_process_has_a_session_of_its_own() {
     let fixture = Fixture::new();
-    let process = Process::spawn(&fixture.vms(), &fixture.program("exec sleep 100"), KEY, None).unwrap();
+    let process =
+        Process::spawn(&fixture.vms(), &launch(&fixture.program("exec sleep 100")), KEY, &Inheritance::default()).unwrap();
     let session = nix::unistd::getsid(Some(nix::unistd::Pid::from_raw(process.pid()))).unwrap();
     assert_eq!(session.as_raw(), process.pid());
     process.signal(libc::SIGKILL).unwrap();
@@ -109,7 +115,7 @@ async fn the_process_has_a_session_of_its_own() {
 async fn an_end_without_a_daemon_is_reported_and_the_epoch_is_not_started_again() {
     let fixture = Fixture::new();
     let program = fixture.program("echo it broke; exit 1");
-    let process = Process::spawn(&fixture.vms(), &program, KEY, None).unwrap();
+    let process = Process::spawn(&fixture.vms(), &launch(&program), KEY, &Inheritance::default()).unwrap();
     process.wait_exit();
     process.reap();
     let supervisor = fixture.supervisor(&program);
@@ -117,7 +123,7 @@ async fn an_end_without_a_daemon_is_reported_and_the_epoch_is_not_started_again(
     assert_eq!(gone.len(), 1);
     assert_eq!(gone[0].0, KEY);
     assert_eq!(gone[0].1.log_tail, "it broke");
-    let again = supervisor.spawn(KEY, None).await;
+    let again = supervisor.spawn(KEY, Inheritance::default()).await;
     assert!(matches!(again.map(|_| ()), Err(ProcessError::Exists { key: KEY })));
 }
 
@@ -125,7 +131,7 @@ async fn an_end_without_a_daemon_is_reported_and_the_epoch_is_not_started_again(
 async fn a_program_that_ends_at_once_leaves_its_words_but_no_directory() {
     let fixture = Fixture::new();
     let supervisor = fixture.supervisor(&fixture.program("echo no kvm; exit 3"));
-    match supervisor.spawn(KEY, None).await.map(|_| ()) {
+    match supervisor.spawn(KEY, Inheritance::default()).await.map(|_| ()) {
         Err(ProcessError::EndedAtStart { key: KEY, log_tail }) => assert_eq!(log_tail, "no kvm"),
         other => panic!("{other:?}"),
     }
@@ -137,7 +143,7 @@ async fn a_program_that_ends_at_once_leaves_its_words_but_no_directory() {
 async fn a_missing_program_leaves_no_directory() {
     let fixture = Fixture::new();
     let supervisor = fixture.supervisor(Path::new("/does/not/exist"));
-    let spawned = supervisor.spawn(KEY, None).await.map(|_| ());
+    let spawned = supervisor.spawn(KEY, Inheritance::default()).await.map(|_| ());
     assert!(matches!(spawned, Err(ProcessError::Spawn { .. })), "{spawned:?}");
     assert!(!fixture.directory().exists());
 }
@@ -146,7 +152,7 @@ async fn a_missing_program_leaves_no_directory() {
 async fn a_process_that_ignores_everything_but_sigkill_is_ended() {
     let fixture = Fixture::new();
     let program = fixture.program("trap '' TERM; echo deaf; while :; do sleep 1; done");
-    let process = Process::spawn(&fixture.vms(), &program, KEY, None).unwrap();
+    let process = Process::spawn(&fixture.vms(), &launch(&program), KEY, &Inheritance::default()).unwrap();
     let deadline = std::time::Instant::now() + DEADLINE;
     while process.log_tail() != "deaf" {
         assert!(std::time::Instant::now() < deadline, "the program never came to its trap");
@@ -164,7 +170,7 @@ async fn a_process_that_ignores_everything_but_sigkill_is_ended() {
 async fn a_silent_process_is_unresponsive_and_not_absent() {
     let fixture = Fixture::new();
     let program = fixture.program("exec sleep 100");
-    Process::spawn(&fixture.vms(), &program, KEY, None).unwrap();
+    Process::spawn(&fixture.vms(), &launch(&program), KEY, &Inheritance::default()).unwrap();
     let supervisor = fixture.supervisor(&program);
     until(&supervisor, "unresponsive", |supervisor| {
         supervisor.processes().first().is_some_and(|process| !process.responsive)

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use vmm::virtio::LinkState;
 
 /// Why the vCPUs stand still.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -28,6 +29,16 @@ pub enum Hold {
     Shutdown,
 }
 
+impl Hold {
+    /// Whether the VM has no place on its networks meanwhile: another copy may have it, now or soon.
+    fn unplugs(self) -> bool {
+        match self {
+            Self::Boot | Self::Lease | Self::Incoming | Self::Shutdown => true,
+            Self::Operator | Self::Outgoing | Self::Starved | Self::Throttle => false,
+        }
+    }
+}
+
 /// Vcpus that can be stopped and started; `vmm::Machine` in the process, a recorder in tests.
 pub trait Vcpus {
     /// Why they could not.
@@ -36,6 +47,8 @@ pub trait Vcpus {
     fn pause(&self) -> Result<(), Self::Error>;
     /// Lets all vCPUs execute.
     fn resume(&self) -> Result<(), Self::Error>;
+    /// Plugs the cables of its network cards in or out.
+    fn set_link(&self, state: LinkState);
 }
 
 impl Vcpus for vmm::Machine {
@@ -49,6 +62,10 @@ impl Vcpus for vmm::Machine {
         Self::resume(self);
         Ok(())
     }
+
+    fn set_link(&self, state: LinkState) {
+        Self::set_link(self, state);
+    }
 }
 
 /// The gate of one machine.
@@ -57,18 +74,20 @@ pub struct RunGate<M> {
     machine: Option<Arc<M>>,
     holds: BTreeSet<Hold>,
     running: bool,
+    link: LinkState,
 }
 
 impl<M: Vcpus> RunGate<M> {
     /// A gate without a machine, held by the given reasons.
     pub fn new(holds: impl IntoIterator<Item = Hold>) -> Self {
-        Self { machine: None, holds: holds.into_iter().collect(), running: false }
+        Self { machine: None, holds: holds.into_iter().collect(), running: false, link: LinkState::Down }
     }
 
     /// Puts the (paused) machine behind the gate; it runs at once if nothing holds it.
     pub fn install(&mut self, machine: Arc<M>) -> Result<(), M::Error> {
         self.machine = Some(machine);
         self.running = false;
+        self.link = LinkState::Down;
         self.settle()
     }
 
@@ -97,18 +116,29 @@ impl<M: Vcpus> RunGate<M> {
 
     fn settle(&mut self) -> Result<(), M::Error> {
         let Some(machine) = &self.machine else { return Ok(()) };
+        let link = if self.holds.iter().any(|hold| hold.unplugs()) { LinkState::Down } else { LinkState::Up };
+        let machine = machine.clone();
         let wanted = self.holds.is_empty();
-        if wanted == self.running {
-            return Ok(());
+        // Before the vCPUs: in, so that no frame of theirs is lost; out, because one of them may not stop.
+        if self.link != link {
+            machine.set_link(link);
+            self.link = link;
         }
-        // A pause that fails leaves `running` set, so that the next hold tries again.
-        if wanted {
-            machine.resume()?
-        } else {
-            machine.pause()?
+        if wanted != self.running {
+            // A pause that fails leaves `running` set, so that the next hold tries again.
+            if wanted {
+                machine.resume()?
+            } else {
+                machine.pause()?
+            }
+            self.running = wanted;
         }
-        self.running = wanted;
         Ok(())
+    }
+
+    /// Whether the cables of its network cards are in.
+    pub fn link(&self) -> LinkState {
+        self.link
     }
 }
 
@@ -121,6 +151,7 @@ mod tests {
     #[derive(Default)]
     struct Recorder {
         calls: Mutex<Vec<&'static str>>,
+        links: Mutex<Vec<LinkState>>,
         stuck: AtomicBool,
     }
 
@@ -139,6 +170,10 @@ mod tests {
             self.calls.lock().unwrap().push("resume");
             Ok(())
         }
+
+        fn set_link(&self, state: LinkState) {
+            self.links.lock().unwrap().push(state);
+        }
     }
 
     #[test]
@@ -155,6 +190,36 @@ mod tests {
         assert!(!gate.is_running(), "the lease must not undo the migration's pause");
         gate.release(Hold::Outgoing).unwrap();
         assert_eq!(*machine.calls.lock().unwrap(), ["resume", "pause", "resume"]);
+    }
+
+    #[test]
+    fn the_cable_is_out_while_another_copy_may_have_the_place() {
+        let machine = Arc::new(Recorder::default());
+        let mut gate = RunGate::new([Hold::Boot, Hold::Lease]);
+        gate.install(machine.clone()).unwrap();
+        gate.release(Hold::Boot).unwrap();
+        assert_eq!(gate.link(), LinkState::Down);
+        gate.release(Hold::Lease).unwrap();
+        for (hold, link) in [
+            (Hold::Operator, LinkState::Up),
+            (Hold::Throttle, LinkState::Up),
+            (Hold::Outgoing, LinkState::Up),
+            (Hold::Starved, LinkState::Up),
+            (Hold::Lease, LinkState::Down),
+            (Hold::Incoming, LinkState::Down),
+            (Hold::Shutdown, LinkState::Down),
+        ] {
+            gate.hold(hold).unwrap();
+            assert_eq!(gate.link(), link, "{hold:?}");
+            gate.release(hold).unwrap();
+            assert_eq!(gate.link(), LinkState::Up, "after {hold:?}");
+        }
+        let changes = machine.links.lock().unwrap().len();
+        assert_eq!(changes, 7, "told once of each change");
+        // It is taken out also when a vCPU does not stop.
+        machine.stuck.store(true, Ordering::SeqCst);
+        assert!(gate.hold(Hold::Lease).is_err());
+        assert_eq!(gate.link(), LinkState::Down);
     }
 
     #[test]

@@ -6,11 +6,14 @@
 //!                                   └── status, console ────────┼─ machine   KVM
 //!                                                               └─ outgoing, incoming   both ends of a migration
 //! ```
+//! Before any of this runs, it gives up what it does not need of the host: [`confine`].
+//!
 //! Invariants: it outlives the daemon and needs it only for leases and decisions; a directory is used once, so an epoch
 //! never runs twice; the process ends with its machine.
 
 mod attachment;
 mod clock;
+mod confine;
 mod console;
 mod directory;
 mod disk;
@@ -19,6 +22,7 @@ mod gate;
 mod incoming;
 mod kept;
 mod lease;
+mod nics;
 mod outgoing;
 mod process;
 mod request;
@@ -29,10 +33,11 @@ mod volumes;
 
 use anyhow::Context as _;
 use clap::Parser;
+use confine::{ConfineArguments, Views};
 use console::ConsoleSource;
 use directory::Directory;
 use kept::KeptMemory;
-use process::Process;
+use process::{Inherited, Process};
 use proto::v1::machine_server::MachineServer;
 use service::{MachineService, REQUESTS_MAX};
 use std::os::fd::RawFd;
@@ -63,6 +68,12 @@ struct Arguments {
     /// Open file with the hashes of its pages.
     #[arg(long, requires = "kept_memory_fd")]
     kept_index_fd: Option<RawFd>,
+    /// What is left to it of the host's rights.
+    #[command(flatten)]
+    confine: ConfineArguments,
+    /// An open tap, for the next network card; may be repeated.
+    #[arg(long = "tap", value_name = "FD")]
+    taps: Vec<RawFd>,
 }
 
 fn main() -> ExitCode {
@@ -78,7 +89,9 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> anyhow::Result<()> {
-    let directory = Directory::claim(&arguments.dir)?;
+    vmm::host::open_early();
+    let views = confine::enter(&arguments.dir, &arguments.confine).context("confine this process")?;
+    let directory = Directory::claim(views.own())?;
     let kept = arguments.kept_memory_fd.zip(arguments.kept_index_fd);
     let kept = kept.map(|(memory, index)| KeptMemory::inherit(memory, index)).transpose()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -86,14 +99,15 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("start the runtime")?;
-    runtime.block_on(serve(&directory, kept))
+    let inherited = Inherited { taps: nics::inherited(&arguments.taps)?, kept };
+    runtime.block_on(serve(&directory, views, inherited))
 }
 
 /// Serves until the process is over, and ends it.
-async fn serve(directory: &Directory, kept: Option<KeptMemory>) -> anyhow::Result<()> {
+async fn serve(directory: &Directory, views: Views, inherited: Inherited) -> anyhow::Result<()> {
     let console = ConsoleRing::default();
     let (requests, inbox) = mpsc::channel(REQUESTS_MAX);
-    let (mut process, status) = Process::new(console.clone(), kept);
+    let (mut process, status) = Process::new(console.clone(), views, inherited);
     let service = MachineService::new(requests, status, ConsoleSource::new(console));
     let socket = directory.listen()?;
     let (over, is_over) = oneshot::channel::<()>();

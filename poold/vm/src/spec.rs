@@ -1,11 +1,14 @@
 //! The machine's configuration, checked: what comes out of here fits the VMM and the store.
 
 use crate::attachment::Attachment;
+use crate::confine::Views;
 use crate::lease::LeaseGuard;
+use crate::nics;
 use crate::request::Refusal;
 use proto::{ByteCount, Epoch, VmId, v1};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+use vmm::virtio::NetConfig;
 
 /// vCPUs of one machine; what its interrupt controller addresses in the simplest mode.
 const VCPUS_MAX: u32 = 64;
@@ -18,6 +21,9 @@ const MEMORY_BYTES_MAX: u64 = 1 << 40;
 
 /// Disks of one machine: one window and one interrupt each.
 const DISKS_MAX: usize = 8;
+
+/// Network cards of one machine: a window and an interrupt each, beside those of disks.
+const NICS_MAX: usize = 8;
 
 /// Longest kernel command line in bytes: what x86 kernels accept.
 const CMDLINE_BYTES_MAX: usize = 2047;
@@ -37,6 +43,7 @@ pub struct MachineSpec {
     pub initrd: Option<PathBuf>,
     pub cmdline: String,
     pub disks: Vec<Attachment>,
+    pub nics: Vec<NetConfig>,
     pub lease: LeaseNeed,
     pub replica_socket: PathBuf,
     pub migration_ip: IpAddr,
@@ -66,7 +73,7 @@ impl MachineSpec {
     ///
     /// # Errors
     /// The first field that is unusable.
-    pub fn from_message(config: &v1::MachineConfig) -> Result<Self, Refusal> {
+    pub fn from_message(config: &v1::MachineConfig, views: &Views) -> Result<Self, Refusal> {
         check(config.vm_id != 0, "vm_id", || "is missing".to_owned())?;
         check(config.epoch != 0, "epoch", || "is missing".to_owned())?;
         check((1..=VCPUS_MAX).contains(&config.vcpus), "vcpus", || {
@@ -82,6 +89,9 @@ impl MachineSpec {
         })?;
         check(config.fence_exit_ms <= FENCE_EXIT_MS_MAX, "fence_exit_ms", || {
             format!("{} is more than {FENCE_EXIT_MS_MAX}", config.fence_exit_ms)
+        })?;
+        check(config.nics.len() <= NICS_MAX, "nics", || {
+            format!("{} network cards are more than {NICS_MAX}", config.nics.len())
         })?;
         check(config.volumes.len() <= DISKS_MAX, "volumes", || {
             format!("{} disks are more than {DISKS_MAX}", config.volumes.len())
@@ -102,12 +112,13 @@ impl MachineSpec {
             epoch: Epoch(config.epoch),
             vcpus: config.vcpus,
             memory: ByteCount(memory),
-            kernel: optional_path("kernel_path", &config.kernel_path)?,
-            initrd: optional_path("initrd_path", &config.initrd_path)?,
+            kernel: optional_path("kernel_path", &config.kernel_path, views)?,
+            initrd: optional_path("initrd_path", &config.initrd_path, views)?,
             cmdline: config.cmdline.clone(),
             disks,
+            nics: config.nics.iter().map(nics::from_message).collect::<Result<_, _>>()?,
             lease,
-            replica_socket: PathBuf::from(&config.replica_socket),
+            replica_socket: path("replica_socket", &config.replica_socket, views)?,
             migration_ip,
         })
     }
@@ -126,18 +137,25 @@ fn check_distinct(disks: &[Attachment]) -> Result<(), Refusal> {
     Ok(())
 }
 
-fn optional_path(field: &'static str, text: &str) -> Result<Option<PathBuf>, Refusal> {
-    if text.is_empty() {
-        return Ok(None);
-    }
-    let path = Path::new(text);
-    check(path.is_absolute(), field, || format!("`{text}` is not an absolute path"))?;
-    Ok(Some(path.to_owned()))
+fn optional_path(field: &'static str, text: &str, views: &Views) -> Result<Option<PathBuf>, Refusal> {
+    if text.is_empty() { Ok(None) } else { path(field, text, views).map(Some) }
+}
+
+/// A path of the host as this process sees it.
+fn path(field: &'static str, text: &str, views: &Views) -> Result<PathBuf, Refusal> {
+    views.inside(Path::new(text)).ok_or_else(|| Refusal::Invalid {
+        field,
+        problem: format!("`{text}` is not in a directory that this process can see"),
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn views() -> Views {
+        Views::jailed(Path::new("/vms/vm-7-e2"), Some(Path::new("/data/run")))
+    }
 
     fn config() -> v1::MachineConfig {
         v1::MachineConfig {
@@ -145,10 +163,10 @@ mod tests {
             epoch: 2,
             vcpus: 1,
             memory_bytes: 64 << 20,
-            kernel_path: "/images/kernel".to_owned(),
+            kernel_path: "/vms/vm-7-e2/kernel".to_owned(),
             volumes: vec![crate::attachment::fixture(3)],
             fence_exit_ms: 500,
-            replica_socket: "/run/replica.sock".to_owned(),
+            replica_socket: "/data/run/replica.sock".to_owned(),
             migration_ip: "127.0.0.1".to_owned(),
             ..v1::MachineConfig::default()
         }
@@ -156,16 +174,18 @@ mod tests {
 
     #[test]
     fn a_complete_configuration_passes() {
-        let spec = MachineSpec::from_message(&config()).unwrap();
+        let spec = MachineSpec::from_message(&config(), &views()).unwrap();
         assert_eq!((spec.vm, spec.epoch, spec.disks.len()), (VmId(7), Epoch(2), 1));
         assert_eq!(spec.lease, LeaseNeed::Required { fence_exit_ns: 500_000_000 });
         assert_eq!(spec.initrd, None);
+        assert_eq!(spec.kernel.as_deref(), Some(Path::new("/kernel")));
+        assert_eq!(spec.replica_socket, Path::new("/run/replica.sock"));
     }
 
     #[test]
     fn each_unusable_field_is_named() {
         type Spoil = fn(&mut v1::MachineConfig);
-        let cases: [(&str, Spoil); 10] = [
+        let cases: [(&str, Spoil); 12] = [
             ("vm_id", |config| config.vm_id = 0),
             ("epoch", |config| config.epoch = 0),
             ("vcpus", |config| config.vcpus = 65),
@@ -174,13 +194,15 @@ mod tests {
             ("fence_exit_ms", |config| config.fence_exit_ms = u64::MAX),
             ("migration_ip", |config| config.migration_ip = "here".to_owned()),
             ("kernel_path", |config| config.kernel_path = "images/kernel".to_owned()),
+            ("initrd_path", |config| config.initrd_path = "/etc/shadow".to_owned()),
+            ("replica_socket", |config| config.replica_socket = "/run/other.sock".to_owned()),
             ("volumes", |config| config.volumes = vec![crate::attachment::fixture(3); 9]),
             ("volumes", |config| config.volumes = vec![crate::attachment::fixture(3); 2]),
         ];
         for (expected, spoil) in cases {
             let mut config = config();
             spoil(&mut config);
-            match MachineSpec::from_message(&config) {
+            match MachineSpec::from_message(&config, &views()) {
                 Err(Refusal::Invalid { field, .. }) => assert_eq!(field, expected),
                 other => panic!("{expected}: {other:?}"),
             }

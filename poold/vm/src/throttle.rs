@@ -131,6 +131,8 @@ mod tests {
     impl Vcpus for Counter {
         type Error = String;
 
+        fn set_link(&self, _: vmm::virtio::LinkState) {}
+
         fn pause(&self) -> Result<(), String> {
             self.pauses.fetch_add(1, Ordering::SeqCst);
             Ok(())

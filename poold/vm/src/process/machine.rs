@@ -10,6 +10,7 @@ use crate::volumes::VolumeSet;
 use migrate::{Identity, IdentityError};
 use proto::{Epoch, v1};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, mpsc as std_mpsc};
 use tokio::sync::{mpsc, watch};
 use vmm::{ConsoleRing, GuestExit, Machine, MachineConfig, MachineError};
@@ -65,12 +66,14 @@ impl Vm {
         &self,
         console: ConsoleRing,
         exits: std_mpsc::Sender<GuestExit>,
+        taps: Vec<OwnedFd>,
     ) -> MachineConfig {
         MachineConfig {
             vcpus: self.spec.vcpus,
             memory: self.spec.memory,
             memory_file: None,
             disks: self.volumes.backends(),
+            nics: self.spec.nics.iter().cloned().zip(taps).collect(),
             console,
             lease_deadline_ns: self.fence.deadline(),
             exits,

@@ -22,11 +22,13 @@ mod stop;
 mod take_back;
 
 use crate::clock::boot_time;
+use crate::confine::Views;
 use crate::console::Keyboard;
 use crate::kept::{GivenIndex, KeptMemory};
 use crate::lease::{BootTime, Placement};
+use crate::nics;
 use crate::request::{Refusal, Reply, Request};
-use crate::spec::MachineSpec;
+use crate::spec::{MachineSpec, check};
 use machine::{ConfigureError, Vm};
 use migrate::Identity;
 use migration::Part;
@@ -34,9 +36,11 @@ use phase::Phase;
 use proto::{Epoch, v1};
 use start::StartError;
 use std::future::Future;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
+use vmm::virtio::LinkState;
 use vmm::{ConsoleRing, GuestExit, Machine};
 
 /// Events that may wait: each long piece of work has one in flight, watchers wait for room.
@@ -67,9 +71,22 @@ enum Event {
     LeaseMoved,
 }
 
+/// Descriptors from the daemon.
+pub struct Inherited {
+    /// For the machine's cards, in their order.
+    pub taps: Vec<OwnedFd>,
+    /// Memory of the machine from before.
+    pub kept: Option<KeptMemory>,
+}
+
 /// The owner of everything.
 pub struct Process {
     phase: Phase,
+    views: Views,
+    /// For the machine's cards, in their order.
+    taps: Vec<OwnedFd>,
+    /// Whether their cables were in at the last look.
+    link: LinkState,
     vm: Option<Vm>,
     part: Option<Part>,
     /// Memory of the machine from before, until it comes in.
@@ -88,12 +105,20 @@ pub struct Process {
 }
 
 impl Process {
-    /// An empty process, with memory that was kept for it, and where its status appears.
-    pub fn new(console: ConsoleRing, kept: Option<KeptMemory>) -> (Self, watch::Receiver<v1::MachineStatus>) {
+    /// An empty process with what it has inherited, and where its status appears.
+    pub fn new(
+        console: ConsoleRing,
+        views: Views,
+        inherited: Inherited,
+    ) -> (Self, watch::Receiver<v1::MachineStatus>) {
+        let Inherited { taps, kept } = inherited;
         let (events, inbox) = mpsc::channel(EVENTS_MAX);
         let (status, published) = watch::channel(v1::MachineStatus::default());
         let process = Self {
             phase: Phase::Empty,
+            views,
+            taps,
+            link: LinkState::Down,
             vm: None,
             part: None,
             kept,
@@ -123,7 +148,23 @@ impl Process {
                 Some(event) = self.inbox.recv() => self.event(event).await,
                 _ = renewal.tick() => {}
             }
+            self.follow_link();
             self.publish();
+        }
+    }
+
+    /// Announces the cards whenever their cables have been put in: after a boot, an arrival, a lease that came back.
+    fn follow_link(&mut self) {
+        let Some(vm) = &self.vm else { return };
+        // While somebody works the gate, the next look sees what came of it.
+        let Ok(gate) = vm.gate.try_lock() else { return };
+        let link = gate.link();
+        drop(gate);
+        if std::mem::replace(&mut self.link, link) == LinkState::Down
+            && link == LinkState::Up
+            && let Some(machine) = vm.machine.clone()
+        {
+            nics::announce(machine);
         }
     }
 
@@ -196,7 +237,10 @@ impl Process {
         if !matches!(self.phase, Phase::Empty) {
             return Err(self.wrong_state("Configure"));
         }
-        let spec = MachineSpec::from_message(&config)?;
+        let spec = MachineSpec::from_message(&config, &self.views)?;
+        check(spec.nics.len() == self.taps.len(), "nics", || {
+            format!("{} cards, and {} taps were inherited", spec.nics.len(), self.taps.len())
+        })?;
         let failed =
             |error: ConfigureError| Refusal::Failed { action: "Configure", cause: error.to_string() };
         let identity = Identity::generate().map_err(|error| failed(error.into()))?;

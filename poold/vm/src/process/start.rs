@@ -9,6 +9,7 @@ use crate::gate::Hold;
 use crate::request::{Refusal, Reply};
 use crate::volumes::{DiskError, VolumeSet};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 use vmm::{BootConfig, GuestExit, Machine, MachineConfig, MachineError};
@@ -83,9 +84,11 @@ impl Process {
 
     /// What the machine is built from, with somebody who waits for the guest's end.
     pub(super) fn blueprint(&self, action: &'static str) -> Result<MachineConfig, Refusal> {
-        let exits = watch_guest(self.events.clone())
-            .map_err(|error: io::Error| Refusal::Failed { action, cause: error.to_string() })?;
-        Ok(self.vm(action)?.blueprint(self.console.clone(), exits))
+        let failed = |error: io::Error| Refusal::Failed { action, cause: error.to_string() };
+        let exits = watch_guest(self.events.clone()).map_err(failed)?;
+        // The process keeps its own: an attempt that fails may be made again.
+        let taps = self.taps.iter().map(OwnedFd::try_clone).collect::<io::Result<_>>().map_err(failed)?;
+        Ok(self.vm(action)?.blueprint(self.console.clone(), exits, taps))
     }
 
     pub(super) fn started(&mut self, started: Result<Arc<Machine>, StartError>) {

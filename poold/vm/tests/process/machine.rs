@@ -1,6 +1,6 @@
 //! The real process with the probe guest under KVM, on a store of one replica.
 
-use crate::support::{Host, VM, VmProcess, until};
+use crate::support::{Host, UID, VM, VmProcess, until};
 use proto::v1;
 use std::time::{Duration, Instant};
 
@@ -34,6 +34,7 @@ async fn a_guest_boots_pauses_resumes_and_stops() {
     assert_stands(&process, "paused").await;
     client.resume(v1::MachineChangeRequest {}).await.unwrap();
     process.wait_beats(2).await;
+    assert_confined(process.pid());
     assert_overhead(process.pid());
 
     let answer = client.stop(v1::MachineStopRequest { force: false }).await.unwrap().into_inner();
@@ -86,13 +87,16 @@ async fn a_start_that_fails_says_why() {
     let mut client = process.client.clone();
     let refused = client.start(v1::MachineStartRequest {}).await.unwrap_err();
     assert_eq!(refused.code(), tonic::Code::FailedPrecondition);
-    let no_kernel = v1::MachineConfig { kernel_path: "/nowhere/kernel".to_owned(), ..host.config(1, "") };
+    let good = host.config(1, "");
+    let outside = v1::MachineConfig { kernel_path: "/etc/passwd".to_owned(), ..good.clone() };
+    assert_eq!(client.configure(outside).await.unwrap_err().code(), tonic::Code::InvalidArgument);
+    let no_kernel = v1::MachineConfig { kernel_path: format!("{}-absent", good.kernel_path), ..good };
     client.configure(no_kernel).await.unwrap();
     let refused = client.start(v1::MachineStartRequest {}).await.unwrap_err();
-    assert!(refused.message().contains("/nowhere/kernel"), "{refused}");
+    assert!(refused.message().contains("/kernel-absent"), "{refused}");
     let status = process.status().await;
     assert_eq!(status.state, "failed");
-    assert!(status.error.contains("/nowhere/kernel"), "{}", status.error);
+    assert!(status.error.contains("/kernel-absent"), "{}", status.error);
 }
 
 /// The guest says nothing more, and the process says why.
@@ -142,4 +146,28 @@ async fn an_exempt_guest_needs_no_lease_and_outlives_updates_for_other_owners() 
     let bad = v1::VolumeAttachment { secret: Vec::new(), ..host.attachment() };
     let refused = client.update_volumes(v1::UpdateVolumesRequest { volumes: vec![bad] }).await.unwrap_err();
     assert_eq!(refused.code(), tonic::Code::InvalidArgument);
+}
+
+/// What the kernel says of the rights of a process that runs a guest.
+fn assert_confined(pid: u32) {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let field = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
+        line.unwrap_or_else(|| panic!("no {name} in {status}"))
+            .split_whitespace()
+            .collect::<Vec<_>>()
+            .join(" ")
+    };
+    assert_eq!((field("NoNewPrivs:"), field("Seccomp:")), ("1".to_owned(), "2".to_owned()));
+    if nix::unistd::Uid::effective().is_root() {
+        assert_eq!(field("Uid:"), format!("{UID} {UID} {UID} {UID}"));
+        assert_eq!(field("Groups:"), "");
+        for set in ["CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:"] {
+            assert_eq!(u64::from_str_radix(&field(set), 16), Ok(0), "{set}");
+        }
+        let root = std::fs::read_dir(format!("/proc/{pid}/root")).unwrap();
+        let mut seen: Vec<_> = root.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        seen.sort();
+        assert_eq!(seen, ["kernel", "machine.sock", "pid", "run"]);
+    }
 }

@@ -27,6 +27,9 @@ pub const VM: u64 = 7;
 const DISK: ByteCount = ByteCount(8 << 20);
 const HOST: HostId = HostId(1);
 
+/// User of the VM processes where the tests run as root.
+pub const UID: u32 = 0x7000_0007;
+
 /// The probe guest, built once in a process.
 pub fn probe() -> &'static Path {
     static PATH: OnceLock<PathBuf> = OnceLock::new();
@@ -118,8 +121,13 @@ impl Host {
         pool.ownership.lock().unwrap().isr =
             vec![IsrMember { host: HOST, incarnation: server.incarnation() }];
         let anywhere = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-        server.serve(&root.path().join("replica.sock"), anywhere).await.unwrap();
+        std::fs::create_dir(root.path().join("run")).unwrap();
+        server.serve(&root.path().join("run/replica.sock"), anywhere).await.unwrap();
         Self { pool, server, root }
+    }
+
+    fn replica_dir(&self) -> PathBuf {
+        self.root.path().join("run")
     }
 
     /// A new owner: the next epoch with a secret of its own.
@@ -165,11 +173,17 @@ impl Host {
             host_name: "h1".to_owned(),
             vcpus: 1,
             memory_bytes: 64 << 20,
-            kernel_path: probe().display().to_string(),
+            kernel_path: self
+                .root
+                .path()
+                .join(format!("vm-{VM}-e{epoch}"))
+                .join("kernel")
+                .display()
+                .to_string(),
             cmdline: cmdline.to_owned(),
             volumes: vec![self.attachment()],
             fence_exit_ms: 3_000,
-            replica_socket: self.root.path().join("replica.sock").display().to_string(),
+            replica_socket: self.replica_dir().join("replica.sock").display().to_string(),
             epoch,
             migration_ip: Ipv4Addr::LOCALHOST.to_string(),
             ..v1::MachineConfig::default()
@@ -185,8 +199,12 @@ impl Host {
     pub async fn spawn_with(&self, name: &str, kept: Option<[File; 2]>) -> VmProcess {
         let directory = self.root.path().join(name);
         std::fs::create_dir(&directory).unwrap();
+        std::fs::copy(probe(), directory.join("kernel")).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_poold-vm"));
-        command.arg("--dir").arg(&directory);
+        command.arg("--dir").arg(&directory).arg("--replica-dir").arg(self.replica_dir());
+        if nix::unistd::Uid::effective().is_root() {
+            command.args(["--uid", &UID.to_string()]);
+        }
         if let Some(files) = &kept {
             let [memory, index] = files.each_ref().map(File::as_raw_fd);
             command.args(["--kept-memory-fd", &memory.to_string(), "--kept-index-fd", &index.to_string()]);
