@@ -6,6 +6,7 @@
 //!                                           ├─ consensus  Raft: propose, read, watch PoolState
 //!                                           └─ node       what this host does for the pool
 //!                                                ├─ reconcile + supervisor   VM processes
+//!                                                ├─ network                  bridges, NAT, taps
 //!                                                ├─ lease                    alive or fenced
 //!                                                ├─ replica                  block store server
 //!                                                └─ images, agent            files, host to host
@@ -25,6 +26,7 @@ pub mod images;
 pub mod join;
 pub mod lease;
 pub mod metrics;
+pub mod network;
 pub mod node;
 pub mod reconcile;
 pub mod replica;

@@ -13,16 +13,18 @@ use crate::{
     agent::{AgentApi, Agents},
     api::{
         Principal, consoles::ConsoleApi, events::EventApi, groups::GroupApi, images::ImageApi,
-        migrations::MigrationApi, status, tasks::TaskApi, users::UserApi, vms::VmApi, volumes::VolumeApi,
+        migrations::MigrationApi, networks::NetworkApi, status, tasks::TaskApi, users::UserApi, vms::VmApi,
+        volumes::VolumeApi,
     },
     cli::MemoryProof,
     consensus::{Consensus, HostClients, ProposeError, ProposeMeta, ReadError},
     images::{self, ImageError, ImageStore},
     lease::{self, LeaderHandle, LeaseApi, LeaseClient},
     metrics::{self, Sources},
+    network::Networks,
     reconcile::{self, Executor},
     replica::{self, ReplicaError},
-    supervisor::{self, ProcessError, Supervisor},
+    supervisor::{self, Launch, Privilege, ProcessError, Supervisor},
 };
 use pool_state::{Command, Outcome, PoolState, Timing};
 use proto::{
@@ -32,9 +34,9 @@ use proto::{
         RequestMeta, agent_service_server::AgentServiceServer, console_service_server::ConsoleServiceServer,
         event_service_server::EventServiceServer, group_service_server::GroupServiceServer,
         image_service_server::ImageServiceServer, lease_service_server::LeaseServiceServer,
-        migration_service_server::MigrationServiceServer, task_service_server::TaskServiceServer,
-        user_service_server::UserServiceServer, vm_service_server::VmServiceServer,
-        volume_service_server::VolumeServiceServer,
+        migration_service_server::MigrationServiceServer, network_service_server::NetworkServiceServer,
+        task_service_server::TaskServiceServer, user_service_server::UserServiceServer,
+        vm_service_server::VmServiceServer, volume_service_server::VolumeServiceServer,
     },
 };
 use std::{io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
@@ -265,6 +267,19 @@ impl Node {
     }
 }
 
+/// How VM processes are started here. Says what an operator loses who runs the daemon without root.
+fn launch(context: &NodeContext, binary: PathBuf) -> Launch {
+    let privilege = Privilege::of_this_process();
+    if privilege == Privilege::None {
+        tracing::warn!(
+            "poold is not root: VM processes run as its own user, with a filter of system calls and Landlock but without \
+             a user and a root directory of their own, and VMs with networks do not start here"
+        );
+    }
+    let replica_dir = reconcile::replica_dir(&context.data_dir);
+    Launch { binary, replica_dir, privilege }
+}
+
 /// Starts the node. The host must be a member of the pool and consensus must run. Metrics are served where they are wanted.
 ///
 /// # Errors
@@ -275,11 +290,14 @@ pub async fn run(context: NodeContext, metrics_port: Option<TcpListener>) -> Res
     let boot_id = read_boot_id()?;
     let images = ImageStore::open(context.data_dir.join("images"))?;
     let replica = replica::start(&context, &boot_id).await?;
-    let supervisor = Supervisor::open(context.data_dir.join("vms"), binary)?;
+    let launch = launch(&context, binary);
+    let networks = Networks::new(context.clone(), launch.privilege);
+    let supervisor = Supervisor::open(context.data_dir.join("vms"), launch)?;
     let (leader, leader_queue) = LeaderHandle::new();
     let lease = LeaseClient::default();
     let agents = Agents::new(context.host, context.clients.clone(), supervisor.clone());
-    let executor = Executor::new(context.clone(), supervisor.clone(), images.clone(), lease.clone());
+    let executor =
+        Executor::new(context.clone(), supervisor.clone(), images.clone(), lease.clone(), networks.clone());
     let routes = routes(&context, &supervisor, &images, &agents, &leader);
 
     let mut tasks = JoinSet::new();
@@ -288,6 +306,7 @@ pub async fn run(context: NodeContext, metrics_port: Option<TcpListener>) -> Res
     let identity = lease::LeaseIdentity { boot_id, incarnation: replica.incarnation() };
     tasks.spawn(lease::run_client(context.clone(), supervisor.clone(), leader.clone(), lease, identity));
     tasks.spawn(reconcile::run(Arc::new(executor)));
+    tasks.spawn(networks.run(supervisor.clone()));
     tasks.spawn(crate::facts::run(context.clone()));
     if let Some(listener) = metrics_port {
         let sources = Sources { context: context.clone(), supervisor: supervisor.clone() };
@@ -315,6 +334,7 @@ fn routes(
         .add_service(TaskServiceServer::new(TaskApi::new(context.clone())))
         .add_service(EventServiceServer::new(EventApi::new(context.clone())))
         .add_service(GroupServiceServer::new(GroupApi::new(context.clone())))
+        .add_service(NetworkServiceServer::new(NetworkApi::new(context.clone())))
         .add_service(UserServiceServer::new(UserApi::new(context.clone())))
         .add_service(ConsoleServiceServer::new(ConsoleApi::new(context.clone(), agents.clone())))
         .add_service(AgentServiceServer::new(agent).max_decoding_message_size(GRPC_MESSAGE_BYTES_MAX))

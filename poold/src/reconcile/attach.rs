@@ -3,7 +3,7 @@
 use crate::node::NodeContext;
 use pool_state::{
     PoolState,
-    state::{EpochStart, HaPolicy, Vm, Volume},
+    state::{EpochStart, HaPolicy, Nic, Vm, Volume},
 };
 use proto::{
     Epoch, HostId,
@@ -44,12 +44,33 @@ pub fn machine_config(
         replica_socket: replica_socket(&context.data_dir).display().to_string(),
         epoch: epoch.0,
         migration_ip: context.address.ip().to_string(),
+        nics: vm.spec.nics.iter().map(|nic| card(state, vm, nic)).collect(),
     }
+}
+
+/// A network card of the VM.
+fn card(state: &PoolState, vm: &Vm, nic: &Nic) -> v1::NicConfig {
+    let mut config = v1::NicConfig { mac: nic.mac.0.to_vec(), ..v1::NicConfig::default() };
+    // A network in use is not deleted.
+    let addressing = state.networks.get(&nic.network).and_then(|network| network.addressing.as_ref());
+    if let (Some(ip), Some(addressing)) = (nic.ip, addressing) {
+        config.ip = ip.to_string();
+        config.subnet = addressing.subnet.to_string();
+        config.gateway = addressing.gateway.map(|gateway| gateway.to_string()).unwrap_or_default();
+        config.dns = addressing.dns.iter().map(ToString::to_string).collect();
+        config.host_name.clone_from(&vm.name);
+    }
+    config
 }
 
 /// Unix socket of this host's block replica server.
 pub fn replica_socket(data_dir: &Path) -> std::path::PathBuf {
-    data_dir.join("run").join("replica.sock")
+    replica_dir(data_dir).join("replica.sock")
+}
+
+/// Its directory, which VM processes see; nothing else may be in it.
+pub fn replica_dir(data_dir: &Path) -> std::path::PathBuf {
+    data_dir.join("run")
 }
 
 /// The VM's volumes as the state has them, in device order, for a process at host `me`.

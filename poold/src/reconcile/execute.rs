@@ -13,9 +13,11 @@ use crate::{
     consensus::{ProposeError, ReadError},
     images::{ImageError, ImageStore},
     lease::LeaseClient,
+    network::{NetworkError, Networks},
     node::{NodeContext, ReportError},
     supervisor::{
-        KeptImages, Machine, MachineError, ProcessError, ProcessKey, StopMode, Supervisor, kept_budget,
+        Inheritance, KeptImage, KeptImages, Machine, MachineError, ProcessError, ProcessKey, StopMode,
+        Supervisor, kept_budget, launch,
     },
 };
 use pool_state::{
@@ -30,6 +32,8 @@ use proto::{
 };
 use std::{
     collections::BTreeMap,
+    io,
+    path::Path,
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
@@ -48,6 +52,17 @@ pub enum ActionError {
     /// A file to boot from is not usable.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// A network of the VM is not ready here.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
+    /// They can't be put where the process sees them.
+    #[error("{key} can't be given its kernel and initrd: {source}; check the disk of this host")]
+    GiveFiles {
+        /// Which.
+        key: ProcessKey,
+        /// Why.
+        source: io::Error,
+    },
     /// The entry was not accepted.
     #[error(transparent)]
     Report(#[from] ReportError),
@@ -94,6 +109,7 @@ pub struct Executor {
     supervisor: Supervisor,
     images: ImageStore,
     lease: LeaseClient,
+    networks: Networks,
     /// What each process was last given as its volumes.
     digests: Mutex<BTreeMap<ProcessKey, VolumesDigest>>,
     /// Memory of VMs that have moved away.
@@ -102,8 +118,14 @@ pub struct Executor {
 
 impl Executor {
     /// An executor for this host.
-    pub fn new(context: NodeContext, supervisor: Supervisor, images: ImageStore, lease: LeaseClient) -> Self {
-        Self { context, supervisor, images, lease, digests: Mutex::default(), kept: KeptImages::default() }
+    pub fn new(
+        context: NodeContext,
+        supervisor: Supervisor,
+        images: ImageStore,
+        lease: LeaseClient,
+        networks: Networks,
+    ) -> Self {
+        Self { context, supervisor, images, lease, networks, digests: Mutex::default(), kept: KeptImages::default() }
     }
 
     /// This host.
@@ -191,6 +213,9 @@ impl Executor {
             Err(ActionError::Process(
                 error @ (ProcessError::Spawn { .. } | ProcessError::EndedAtStart { .. }),
             )) => error.to_string(),
+            Err(ActionError::Network(error @ (NetworkError::NotReady { .. } | NetworkError::NotRoot))) => {
+                error.to_string()
+            }
             Err(ActionError::Machine(error @ MachineError::Failed { call: "Configure", .. }))
             | Err(ActionError::Machine(error @ MachineError::Refused { call: "Configure", .. })) => {
                 error.to_string()
@@ -214,7 +239,8 @@ impl Executor {
         let state = state.as_ref();
         let vm = state.vm(key.vm)?;
         let files = self.boot_files(state, vm).await?;
-        let machine = self.supervisor.spawn(key, None).await?;
+        let machine = self.spawn(state, vm, key, None).await?;
+        let files = self.give_files(key, files).await?;
         self.configure(state, vm, key, &machine, files).await?;
         self.lease.pass_on(&self.supervisor, key).await;
         self.note(key, machine.start().await)
@@ -244,6 +270,22 @@ impl Executor {
         let budget =
             host.map(|host| kept_budget(host.vm_memory, state.free_memory(host))).unwrap_or_default();
         self.kept.trim(budget, |vm| state.vms.contains(&vm));
+    }
+
+    /// Starts the process, with a tap for each card and with memory that was kept for it.
+    async fn spawn(
+        &self,
+        state: &PoolState,
+        vm: &Vm,
+        key: ProcessKey,
+        kept: Option<KeptImage>,
+    ) -> Result<Machine, ActionError> {
+        // One that is there has its taps.
+        let taps = match self.supervisor.machine(key) {
+            Some(_) => Vec::new(),
+            None => self.networks.taps(state, vm, key).await?,
+        };
+        Ok(self.supervisor.spawn(key, Inheritance { taps, kept }).await?)
     }
 
     /// Gives the process its machine unless it has one.
@@ -278,6 +320,22 @@ impl Executor {
         })
     }
 
+    /// Puts the files into the directory of the process, which sees no other.
+    async fn give_files(&self, key: ProcessKey, files: BootFiles) -> Result<BootFiles, ActionError> {
+        let directory = self.supervisor.directory(key);
+        let give = move |name: &str, path: String| match path.as_str() {
+            "" => Ok(path),
+            path => {
+                launch::give_file(&directory, name, Path::new(path)).map(|given| given.display().to_string())
+            }
+        };
+        let given = tokio::task::spawn_blocking(move || {
+            Ok(BootFiles { kernel: give("kernel", files.kernel)?, initrd: give("initrd", files.initrd)? })
+        });
+        let given = given.await.unwrap_or_else(|error| Err(io::Error::other(error)));
+        given.map_err(|source| ActionError::GiveFiles { key, source })
+    }
+
     async fn boot_file(&self, state: &PoolState, image: Option<ImageId>) -> Result<String, ActionError> {
         let Some(image) = image else { return Ok(String::new()) };
         let path = self.images.verify(state.image(image)?.blake3).await?;
@@ -304,7 +362,7 @@ impl Executor {
         let key = ProcessKey { vm: vm.id, epoch: migration.to_epoch() };
         let not_ready = |what| ActionError::NotReady { migration: migration.id, what };
         let source = migration.source_fingerprint.ok_or_else(|| not_ready("certificate of the source"))?;
-        let machine = self.supervisor.spawn(key, self.kept.take(vm.id)).await?;
+        let machine = self.spawn(state, vm, key, self.kept.take(vm.id)).await?;
         // The guest's memory comes from the source: nothing is booted from a file.
         self.configure(state, vm, key, &machine, BootFiles::default()).await?;
         self.lease.pass_on(&self.supervisor, key).await;

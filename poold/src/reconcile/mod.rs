@@ -24,7 +24,7 @@ mod observe;
 mod schedule;
 mod trace;
 
-pub use attach::replica_socket;
+pub use attach::{replica_dir, replica_socket};
 pub use execute::Executor;
 
 use crate::node::unix_ms;
