@@ -166,6 +166,8 @@ fn guest_line(line: Line) -> Option<GuestLine> {
         Line::Disk { acked } => GuestLine::Acked { counter: acked, errors: 0 },
         Line::Beat { acked, errors, .. } => GuestLine::Acked { counter: acked, errors },
         Line::Error(text) => GuestLine::Error { text },
+        // Says nothing of memory and disk.
+        Line::Address(_) | Line::Net { .. } => return None,
     })
 }
 

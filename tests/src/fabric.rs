@@ -81,6 +81,34 @@ impl Fabric {
         }
     }
 
+    /// Gives a host a bridge `guest0` for VMs; those of all hosts are on one switch, apart from the hosts' own.
+    pub(crate) fn add_guest_bridge(&self, index: usize) -> Result<()> {
+        let Self::Namespaces { tag } = self else {
+            bail!("only a pool in namespaces has bridges for guests")
+        };
+        let (switch, host) = (guest_switch(tag), host_namespace(tag, index));
+        if ip(&["-n", &switch, "link", "show", "dev", GUEST_SWITCH]).is_err() {
+            ip(&["-n", &switch, "link", "add", "name", GUEST_SWITCH, "type", "bridge"])?;
+            ip(&["-n", &switch, "addr", "add", GUEST_SWITCH_ADDRESS, "dev", GUEST_SWITCH])?;
+            ip(&["-n", &switch, "link", "set", "dev", GUEST_SWITCH, "up"])?;
+        }
+        let port = format!("g{}", index + 1);
+        ip(&[
+            "link", "add", "name", &port, "netns", &switch, "type", "veth", "peer", "name", "eth1", "netns",
+            &host,
+        ])?;
+        ip(&["-n", &switch, "link", "set", "dev", &port, "master", GUEST_SWITCH, "up"])?;
+        ip(&["-n", &host, "link", "add", "name", "guest0", "type", "bridge"])?;
+        ip(&["-n", &host, "link", "set", "dev", "guest0", "up"])?;
+        ip(&["-n", &host, "link", "set", "dev", "eth1", "master", "guest0", "up"])
+    }
+
+    /// The network namespace of a host, and of the switch that guests of all hosts are on.
+    pub(crate) fn namespaces(&self, index: usize) -> Result<(String, String)> {
+        let Self::Namespaces { tag } = self else { bail!("a pool on loopback has no namespaces") };
+        Ok((host_namespace(tag, index), guest_switch(tag)))
+    }
+
     /// A command that runs `program` at a host.
     pub(crate) fn at_host(&self, index: usize, program: &std::path::Path) -> Command {
         match self {
@@ -154,6 +182,17 @@ impl Fabric {
             remove_namespaces(tag);
         }
     }
+}
+
+/// The bridge of the guests' switch.
+const GUEST_SWITCH: &str = "guests0";
+
+/// Its address, in the subnet that tests give to their guests.
+const GUEST_SWITCH_ADDRESS: &str = "10.7.0.254/24";
+
+/// The guests' switch shares a namespace with that of the hosts.
+fn guest_switch(tag: &str) -> String {
+    format!("{tag}-sw")
 }
 
 fn host_namespace(tag: &str, index: usize) -> String {

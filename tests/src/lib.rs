@@ -19,6 +19,7 @@ pub mod binaries;
 pub mod fabric;
 pub mod host;
 pub mod leftovers;
+pub mod links;
 #[cfg(feature = "machine")]
 pub mod machine;
 pub mod output;

@@ -409,6 +409,22 @@ impl Pool {
         self.fabric.cut(&[&all])
     }
 
+    /// Gives every host a bridge `guest0`, all on one switch.
+    ///
+    /// # Errors
+    /// When the pool is not in namespaces.
+    pub fn connect_guests(&self) -> Result<()> {
+        (0..self.hosts.len()).try_for_each(|host| self.fabric.add_guest_bridge(host))
+    }
+
+    /// Names of the network namespaces of a host (by position), and of the guests' switch.
+    ///
+    /// # Errors
+    /// When the pool is not in namespaces.
+    pub fn namespaces(&self, host: usize) -> Result<(String, String)> {
+        self.fabric.namespaces(host)
+    }
+
     fn init_first(&self) -> Result<()> {
         let host = &self.hosts[0];
         let (data, listen) = (host.data_dir.to_string_lossy().into_owned(), host.address.to_string());

@@ -20,6 +20,17 @@ pub enum Line {
         /// The counter.
         acked: u64,
     },
+    /// The network has given the guest this address.
+    Address(String),
+    /// Datagrams of the network card since boot.
+    Net {
+        /// To its peer.
+        sent: u64,
+        /// Came back from there.
+        echoed: u64,
+        /// Of others, answered.
+        answered: u64,
+    },
     /// A sign of life.
     Beat {
         /// Number of the beat, from boot.
@@ -60,6 +71,12 @@ pub fn parse_line(line: &str) -> Option<Line> {
             verified: get("verified")?,
             errors: get("errors")?,
         }),
+        "net" => match rest.strip_prefix("net ip=") {
+            Some(address) => Some(Line::Address(address.to_owned())),
+            None => {
+                Some(Line::Net { sent: get("sent")?, echoed: get("echoed")?, answered: get("answered")? })
+            }
+        },
         "disk" => Some(Line::Disk { acked: get("acked")? }),
         word if word.starts_with("beat=") => Some(Line::Beat {
             beat: get("beat")?,
@@ -86,6 +103,12 @@ pub struct Summary {
     pub pass: u64,
     /// Highest acknowledged counter of the last boot.
     pub acked: u64,
+    /// Its address, once the network has given one.
+    pub address: String,
+    /// Datagrams sent to its peer since the last boot.
+    pub net_sent: u64,
+    /// Echoes of them that came back.
+    pub net_echoed: u64,
     /// Everything that the guest complained about.
     pub errors: Vec<String>,
 }
@@ -109,6 +132,8 @@ impl Summary {
                     summary.acked = summary.acked.max(*acked);
                     summary.count_errors(*errors, "at a beat");
                 }
+                Line::Address(address) => summary.address.clone_from(address),
+                Line::Net { sent, echoed, .. } => (summary.net_sent, summary.net_echoed) = (*sent, *echoed),
                 Line::Error(error) => summary.errors.push(error.clone()),
             }
         }

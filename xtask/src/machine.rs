@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 
 /// A program and Debian's package with it.
 const BUILD_TOOLS: [(&str, &str); 1] = [("cc", "gcc libc6-dev")];
-const RUN_TOOLS: [(&str, &str); 2] = [("ip", "iproute2"), ("nsenter", "util-linux")];
+const RUN_TOOLS: [(&str, &str); 3] = [("ip", "iproute2"), ("nsenter", "util-linux"), ("nft", "nftables")];
 
 const BENCH_TOOLS: [(&str, &str); 1] = [("qemu-system-x86_64", "qemu-system-x86")];
 

@@ -125,7 +125,15 @@ impl Executor {
         lease: LeaseClient,
         networks: Networks,
     ) -> Self {
-        Self { context, supervisor, images, lease, networks, digests: Mutex::default(), kept: KeptImages::default() }
+        Self {
+            context,
+            supervisor,
+            images,
+            lease,
+            networks,
+            digests: Mutex::default(),
+            kept: KeptImages::default(),
+        }
     }
 
     /// This host.

@@ -67,7 +67,8 @@ impl Launch {
         if self.privilege == Privilege::Root {
             arguments.extend(["--uid".into(), uid_of(key).to_string().into()]);
         }
-        let mut pass_on = |argument: &str, fd: RawFd| arguments.extend([argument.into(), fd.to_string().into()]);
+        let mut pass_on =
+            |argument: &str, fd: RawFd| arguments.extend([argument.into(), fd.to_string().into()]);
         inherited.taps.iter().for_each(|tap| pass_on("--tap", tap.as_raw_fd()));
         if let Some(kept) = &inherited.kept {
             pass_on("--kept-memory-fd", kept.memory.as_raw_fd());

@@ -102,8 +102,13 @@ async fn a_new_daemon_finds_the_process_and_sees_it_die() {
 #[tokio::test]
 async fn the_process_has_a_session_of_its_own() {
     let fixture = Fixture::new();
-    let process =
-        Process::spawn(&fixture.vms(), &launch(&fixture.program("exec sleep 100")), KEY, &Inheritance::default()).unwrap();
+    let process = Process::spawn(
+        &fixture.vms(),
+        &launch(&fixture.program("exec sleep 100")),
+        KEY,
+        &Inheritance::default(),
+    )
+    .unwrap();
     let session = nix::unistd::getsid(Some(nix::unistd::Pid::from_raw(process.pid()))).unwrap();
     assert_eq!(session.as_raw(), process.pid());
     process.signal(libc::SIGKILL).unwrap();

@@ -11,7 +11,8 @@
 //! PROBE ERROR memory page=7 …                           an inconsistency; also counted in `errors`
 //! ```
 //! Parameters on the command line: `wss=64M` (working set), `rate=20M` (bytes of it per second, judged by a TSC of 2 GHz;
-//! 0: as fast as it goes), `disk=1` (0: leave the disk alone), `turns=N` (power off after N turns; 0: never).
+//! 0: as fast as it goes), `disk=1` (0: leave the disk alone), `turns=N` (power off after N turns; 0: never), `net=1` (use the
+//! network card), `peer=10.7.0.2` (send this address datagrams).
 //!
 //! Everything is polled: the guest needs no interrupts.
 
@@ -20,10 +21,12 @@
 
 mod disk;
 mod memory;
+mod net;
 mod params;
 mod runtime;
 mod serial;
 mod start;
+mod tcp;
 mod virtio;
 
 use core::arch::global_asm;
@@ -55,6 +58,7 @@ extern "C" fn guest_main(start_info: u64) -> ! {
     });
     let (counter, verified) = journal.as_ref().map_or((0, 0), |journal| (journal.counter(), journal.verified()));
     say!("PROBE boot disk_counter=", counter, " verified=", verified, " errors=", errors);
+    let mut net = if params.net { net::Net::open(params.peer) } else { None };
     let mut beat = 0_u64;
     loop {
         walker.turn(PAGES_PER_TURN, params.rate, &mut errors);
@@ -68,6 +72,9 @@ extern "C" fn guest_main(start_info: u64) -> ! {
                     say!("PROBE ERROR disk status=", u64::from(status));
                 }
             }
+        }
+        if let Some(net) = net.as_mut() {
+            net.turn(&mut errors);
         }
         beat += 1;
         let acked = journal.as_ref().map_or(0, disk::Journal::counter);

@@ -8,6 +8,10 @@ pub struct Params {
     pub rate: u64,
     /// Whether to use the disk.
     pub disk: bool,
+    /// Whether to use the network card.
+    pub net: bool,
+    /// Who is sent datagrams; zero: nobody.
+    pub peer: [u8; 4],
     /// Turns until it powers itself off; 0: never.
     pub turns: u64,
 }
@@ -15,21 +19,36 @@ pub struct Params {
 impl Params {
     /// Reads them.
     pub fn parse(cmdline: &[u8]) -> Self {
-        let mut params = Self { working_set: 16 << 20, rate: 0, disk: false, turns: 0 };
+        let mut params = Self { working_set: 16 << 20, rate: 0, disk: false, net: false, peer: [0; 4], turns: 0 };
         for word in cmdline.split(|&byte| byte == b' ') {
             let Some(at) = word.iter().position(|&byte| byte == b'=') else { continue };
             let (key, value) = word.split_at(at);
+            if key == b"peer" {
+                params.peer = address(&value[1..]).unwrap_or_default();
+                continue;
+            }
             let Some(value) = size(&value[1..]) else { continue };
             match key {
                 b"wss" => params.working_set = value,
                 b"rate" => params.rate = value,
                 b"disk" => params.disk = value != 0,
+                b"net" => params.net = value != 0,
                 b"turns" => params.turns = value,
                 _ => {}
             }
         }
         params
     }
+}
+
+/// An IPv4 address.
+fn address(text: &[u8]) -> Option<[u8; 4]> {
+    let mut address = [0; 4];
+    let mut parts = text.split(|&byte| byte == b'.');
+    for byte in &mut address {
+        *byte = u8::try_from(size(parts.next()?)?).ok()?;
+    }
+    Some(address)
 }
 
 /// A number with an optional K, M or G.
