@@ -168,6 +168,7 @@ impl Work<'_> {
         for id in self.state.vms.keys().copied().collect::<Vec<_>>() {
             let Some(vm) = self.state.vms.get_mut(&id) else { continue };
             vm.epoch = Epoch(vm.epoch.0 + JUMP);
+            vm.older_process = None;
             vm.running_epoch = None;
             vm.start_cause = StartCause::Recovery;
         }

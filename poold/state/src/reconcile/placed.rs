@@ -28,7 +28,7 @@ impl Local<'_> {
             return;
         }
         if let Some(mode) = vm.reboot {
-            actions.push(HostAction::Stop { vm: vm.id, epoch: vm.epoch, mode });
+            actions.push(HostAction::Stop { vm: vm.id, epoch: process.epoch, mode });
             return;
         }
         if is_arriving(process) {

@@ -329,3 +329,16 @@ fn a_vm_that_was_given_back_moves_again_from_its_old_process() {
     let kept = ObservedVm { migration: Some(source), ..step.sends(SourcePhase::Committed) };
     assert_eq!(step.at_source(kept), []);
 }
+
+#[test]
+fn a_vm_that_was_given_back_is_stopped_in_its_old_process() {
+    let mut step = Move::committed();
+    let (vm, epoch) = (step.vm, step.pool.migration(step.id).source_process);
+    step.pool.accept(Command::MigrationReclaim { migration: step.id });
+    step.pool.runs(vm);
+    step.pool.accept(Command::StopVm { vm, mode: StopMode::Force });
+    let runs = ObservedVm { state: ProcessState::Running, ..step.sends(SourcePhase::Aborted) };
+    let stops = |action: &HostAction| matches!(action, HostAction::Stop { vm: of, epoch: process, .. } if (*of, *process) == (vm, epoch));
+    let actions = step.at_source(runs);
+    assert!(actions.iter().any(stops), "{actions:?}");
+}
