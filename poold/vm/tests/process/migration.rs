@@ -2,6 +2,7 @@
 
 use crate::support::{Host, VmProcess, until};
 use proto::v1;
+use std::path::Path;
 use std::time::Duration;
 
 pub const LONG: Duration = Duration::from_secs(600);
@@ -22,14 +23,20 @@ impl Pair {
 
     /// With a guest that does this.
     pub async fn with_guest(cmdline: &str) -> (Self, v1::StartOutgoingRequest) {
-        Self::with_initrd(cmdline, String::new()).await
+        Self::with_initrd(cmdline, None).await
     }
 
-    /// With this file in its memory, too.
-    pub async fn with_initrd(cmdline: &str, initrd_path: String) -> (Self, v1::StartOutgoingRequest) {
+    /// With this content in its memory, too.
+    pub async fn with_initrd(cmdline: &str, initrd: Option<&[u8]>) -> (Self, v1::StartOutgoingRequest) {
         let host = Host::new().await;
         let source = host.spawn("vm-7-e1").await;
-        let config = v1::MachineConfig { initrd_path, ..host.config(1, cmdline) };
+        let mut config = host.config(1, cmdline);
+        if let Some(content) = initrd {
+            // Beside its kernel: it sees nothing else.
+            let path = Path::new(&config.kernel_path).with_file_name("initrd");
+            std::fs::write(&path, content).unwrap();
+            config.initrd_path = path.display().to_string();
+        }
         source.boot(config, LONG).await;
         source.wait_beats(3).await;
         let target = host.spawn("vm-7-e2").await;
