@@ -1,10 +1,8 @@
-//! What governs a pool changes while it works: versions, settings, the certificate authority; and a host that is starved is not
-//! taken for dead.
+//! What governs a pool changes while it works: versions, settings, the certificate authority.
 
 use anyhow::{Context, Result};
 use std::fs;
-use std::time::{Duration, Instant};
-use tests::vms::PROBE_LIGHT;
+use std::time::Duration;
 use tests::wait::wait_for;
 use tests::{Pool, pool::Timing, serial};
 
@@ -100,30 +98,4 @@ fn authority(pool: &Pool, token: &str) -> Result<()> {
     pool.host(1).restart_daemon()?;
     pool.host(0).restart_daemon()?;
     wait_for(SOON, "the hosts find together", || Ok(pool.poolctl(&["host", "uncordon", "h3"])?.code == 0))
-}
-
-#[test]
-fn a_host_that_is_starved_for_ten_seconds_is_not_taken_for_dead() -> Result<()> {
-    let _turn = serial();
-    let pool = Pool::builder().timing(Timing::Default).start()?;
-    let leader = pool.leader()?.name().to_owned();
-    let before = pool.start_probe("web", "64MiB", PROBE_LIGHT, Some(&leader))?;
-    let epoch = pool.vm("web")?["epoch"].clone();
-    // Neither the daemon that leads nor its VM gets any CPU.
-    let host = pool.host_named(&leader)?;
-    host.stop_all()?;
-    let start = Instant::now();
-    wait_for(Duration::from_secs(20), "ten seconds without CPU", || {
-        Ok(start.elapsed() > Duration::from_secs(10))
-    })?;
-    host.cont_all()?;
-    let now = pool.wait_beats("web", 5, Duration::from_secs(60))?;
-    assert_eq!(now.boots, before.boots, "it was started anew");
-    let vm = pool.vm("web")?;
-    assert_eq!((vm["host"].as_str(), &vm["epoch"]), (Some(leader.as_str()), &epoch), "{vm}");
-    let bundle = pool.dir().join("bundle.json");
-    pool.poolctl(&["support", "bundle", bundle.to_str().context("a path is text")?])?.ok()?;
-    let events = fs::read_to_string(bundle)?;
-    assert!(!events.contains("host.lost"), "it was declared lost");
-    Ok(())
 }
