@@ -21,6 +21,25 @@ unsafe extern "C" fn memcpy(to: *mut u8, from: *const u8, len: usize) -> *mut u8
 }
 
 #[unsafe(no_mangle)]
+unsafe extern "C" fn memmove(to: *mut u8, from: *const u8, len: usize) -> *mut u8 {
+    if (to as usize).wrapping_sub(from as usize) >= len {
+        // SAFETY: what is read later is not written before, though the ranges may overlap.
+        return unsafe { memcpy(to, from, len) };
+    }
+    // SAFETY: the caller owns both ranges; from the last byte to the first nothing is written that is still to be read.
+    unsafe {
+        asm!(
+            "std",
+            "rep movsb",
+            "cld",
+            inout("rcx") len => _, inout("rdi") to.add(len - 1) => _, inout("rsi") from.add(len - 1) => _,
+            options(nostack)
+        );
+    }
+    to
+}
+
+#[unsafe(no_mangle)]
 unsafe extern "C" fn memcmp(left: *const u8, right: *const u8, len: usize) -> i32 {
     for at in 0..len {
         // SAFETY: the caller owns `len` bytes at both.
