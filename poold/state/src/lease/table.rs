@@ -11,7 +11,7 @@ use crate::{command::Command, state::HostState, timing::Timing};
 use proto::HostId;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Missed renewals after which a host is suspected by the brake.
+/// Missed renewals after which a host is suspected by the brake, and after which the leader itself counts as stalled.
 const SUSPECT_RENEWALS: u64 = 3;
 
 /// What the leader knows of each host's renewals. Times are a monotonic clock of the leader in milliseconds.
@@ -118,8 +118,8 @@ impl LeaseTable {
         let since_ms = self.leading_since_ms?;
         let idle_ms = self.ticked_ms.map_or(0, |ticked_ms| now_ms.saturating_sub(ticked_ms));
         self.ticked_ms = Some(now_ms);
-        // Ticks come far more often than renewals.
-        if idle_ms <= self.timing.lease_renew_ms {
+        // A tick that is a little late is no stall: the others were heard between.
+        if idle_ms <= self.timing.lease_renew_ms.saturating_mul(SUSPECT_RENEWALS) {
             return Some(since_ms);
         }
         let later = |at_ms: u64| at_ms.saturating_add(idle_ms).min(now_ms);
