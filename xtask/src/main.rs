@@ -55,7 +55,7 @@ enum Command {
         /// Only lists the scenarios
         #[arg(long)]
         list: bool,
-        /// Only those that are part of `cargo xtask test`
+        /// Only the quick ones
         #[arg(long)]
         quick: bool,
         /// Which ones; all of them by default

@@ -38,8 +38,7 @@ fn check(steps: &mut Steps) -> Result<()> {
     steps.step("chaos", || {
         let mut campaign = Command::new(folder.join("chaos"));
         build::run(prebuilt(campaign.args(["--seed", CHAOS_SEED, "--minutes", CHAOS_MINUTES])))
-    })?;
-    steps.step("lab", lab::quick)
+    })
 }
 
 /// Here what needs no KVM, in the lab the rest.
