@@ -72,7 +72,9 @@ impl Source {
         match format.unwrap_or(found) {
             DiskFormat::Raw => Ok(Self { size: file_bytes, kind: Kind::Raw(file) }),
             DiskFormat::Qcow2 => {
-                let image = Qcow2::<ImageFile>::builder_path(path).open(DenyImplicitOpenGate::default())?;
+                // The file itself, not its path: the gate refuses every path, this one too.
+                let storage = ImageFile::try_from(file.try_clone()?)?;
+                let image = Qcow2::<ImageFile>::builder(storage).open(DenyImplicitOpenGate::default())?;
                 let image = Box::new(FormatAccess::new(image));
                 let file_bytes = whole_clusters(&file, &head, file_bytes)?;
                 Ok(Self { size: image.size(), kind: Kind::Qcow2 { image, file_bytes } })

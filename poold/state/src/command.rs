@@ -4,22 +4,23 @@
 //! of a migration) name the epoch or migration that they are about, so that a late one is rejected.
 
 mod govern;
+mod guests;
 mod volumes;
 
 pub use govern::{Govern, NewCa, PoolChange};
+pub use guests::{ChangeGroup, CreateGroup, CreateNetwork, CreateVm};
 pub use volumes::{LoanEnd, ServiceEnd, VolumeCommand};
 
 use crate::{
     state::{
-        CertificateFingerprint, ContentHash, EpochStart, GroupRule, GroupStrength, HaPolicy,
-        MigrationOptions, MigrationRecord, MoveCause, NetworkAddressing, NetworkLink, Role, StopMode,
-        TargetEndpoint,
+        CertificateFingerprint, ContentHash, EpochStart, MigrationOptions, MigrationRecord, MoveCause, Role,
+        StopMode, TargetEndpoint,
     },
     timing::Timing,
 };
 use proto::{
-    ByteCount, CpuProfile, Epoch, GroupId, HostCpu, HostId, ImageId, Incarnation, IsrVersion, MigrationId,
-    NetworkId, Sequence, TaskId, TokenId, VmId, VolumeId,
+    ByteCount, Epoch, GroupId, HostCpu, HostId, ImageId, Incarnation, IsrVersion, MigrationId, NetworkId,
+    Sequence, TaskId, TokenId, VmId, VolumeId,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -386,36 +387,6 @@ pub enum Command {
     Govern(Govern),
 }
 
-/// Content of [`Command::CreateGroup`].
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct CreateGroup {
-    /// Name.
-    pub name: String,
-    /// What it says.
-    pub rule: GroupRule,
-    /// Whether it may be broken.
-    pub strength: GroupStrength,
-    /// Its VMs.
-    pub vms: Vec<VmId>,
-    /// Its hosts.
-    pub hosts: Vec<HostId>,
-}
-
-/// Content of [`Command::ChangeGroup`].
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ChangeGroup {
-    /// The group.
-    pub group: GroupId,
-    /// VMs that enter.
-    pub add_vms: Vec<VmId>,
-    /// VMs that leave.
-    pub remove_vms: Vec<VmId>,
-    /// Hosts that enter.
-    pub add_hosts: Vec<HostId>,
-    /// Hosts that leave.
-    pub remove_hosts: Vec<HostId>,
-}
-
 /// Content of [`Command::InitPool`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InitPool {
@@ -485,44 +456,6 @@ pub enum RemoveMode {
     Drained,
     /// The operator confirms that the lost host is dead: its VMs become failed and may be started elsewhere.
     ConfirmDead,
-}
-
-/// Content of [`Command::CreateVm`].
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct CreateVm {
-    /// Name.
-    pub name: String,
-    /// Virtual CPUs.
-    pub vcpus: u32,
-    /// Memory, a multiple of 4 KiB.
-    pub memory: ByteCount,
-    /// Volumes in device order.
-    pub disks: Vec<VolumeId>,
-    /// Kernel.
-    pub kernel: Option<ImageId>,
-    /// Initial RAM disk.
-    pub initrd: Option<ImageId>,
-    /// Kernel command line.
-    pub cmdline: String,
-    /// What happens when its host is lost.
-    pub ha: HaPolicy,
-    /// Order of recovery, highest first.
-    pub priority: u8,
-    /// Networks, one card each, in device order.
-    pub nets: Vec<NetworkId>,
-    /// Which features the guest sees; none: what the pool says.
-    pub cpu_profile: Option<CpuProfile>,
-}
-
-/// Content of [`Command::CreateNetwork`].
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct CreateNetwork {
-    /// Name.
-    pub name: String,
-    /// What carries it.
-    pub link: NetworkLink,
-    /// Addresses that the pool gives.
-    pub addressing: Option<NetworkAddressing>,
 }
 
 /// A change of an in-sync set, made against the epoch and version that the proposer saw.

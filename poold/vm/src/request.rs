@@ -22,7 +22,7 @@ pub type Reply = oneshot::Sender<Result<v1::MachineStatus, Refusal>>;
 #[derive(Debug)]
 pub enum Request {
     /// Gives the process its machine.
-    Configure(v1::MachineConfig, Reply),
+    Configure(Box<v1::MachineConfig>, Reply),
     /// Boots it.
     Start(Reply),
     /// Stops the vCPUs for the operator.

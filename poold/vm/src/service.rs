@@ -64,7 +64,7 @@ impl machine_server::Machine for MachineService {
         &self,
         request: tonic::Request<v1::MachineConfig>,
     ) -> Result<Response<v1::MachineStatus>, Status> {
-        self.ask(|reply| Request::Configure(request.into_inner(), reply)).await
+        self.ask(|reply| Request::Configure(Box::new(request.into_inner()), reply)).await
     }
 
     async fn status(

@@ -171,7 +171,7 @@ impl Process {
     async fn request(&mut self, request: Request) {
         match request {
             Request::Configure(config, reply) => {
-                let done = self.configure(config);
+                let done = self.configure(*config);
                 self.answer(reply, done);
             }
             Request::Start(reply) => self.start(reply),

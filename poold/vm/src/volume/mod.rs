@@ -136,7 +136,7 @@ impl VolumeProcess {
     fn request(&mut self, request: Request) {
         match request {
             Request::Configure(config, reply) => {
-                let done = self.configure(config);
+                let done = self.configure(*config);
                 self.answer(reply, done);
             }
             Request::Start(reply) => self.start(reply),
