@@ -64,14 +64,15 @@ fn real_clients_read_and_write_a_volume_and_nothing_is_left_when_it_is_stopped()
 #[test]
 fn what_was_written_is_served_by_another_host_when_process_and_host_are_killed() -> Result<()> {
     let _turn = serial();
-    let pool = Pool::builder().timing(Timing::Fast).start()?;
+    let pool = Pool::builder().timing(Timing::Default).start()?;
     pool.json(&["volume", "create", "data", "--size", "16MiB"])?;
     let uri = pool.serve_nbd("data", "h1")?;
     qemu_io(&uri, &["write -P 0x11 0 4M", "write -P 0x22 4M 4M", "flush"])?;
     let first = pool.dir().join("first");
     copy_out(&uri, &first)?;
 
-    // The daemon's death is not the clients' business; the process's is cured by the daemon, at the same address.
+    // The daemon's death is not the clients' business for as long as a lease lasts, which is why this pool has the default one; the
+    // process's is cured by the daemon, at the same address.
     let host = pool.host_named("h1")?;
     let process = *host.volume_processes().first().context("a process serves")?;
     host.kill9_daemon()?;

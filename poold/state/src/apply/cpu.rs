@@ -122,7 +122,10 @@ mod tests {
         let hosts = pool.hosts();
         for (host, cpu) in hosts.iter().zip(cpus) {
             pool.accept(Command::SetHostCpu { host: *host, cpu });
+            let version = "0.2.0".to_owned();
+            pool.accept(Command::Govern(Govern::SetHostVersion { host: *host, version, feature_level: 2 }));
         }
+        pool.accept(Command::Govern(Govern::RaiseFeatureLevel { level: 2 }));
         (pool, hosts)
     }
 
