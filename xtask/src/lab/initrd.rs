@@ -120,7 +120,7 @@ impl Contents<'_> {
             }
             let path = std::env::current_exe().context("find the running program")?;
             all.push((BUILT.to_owned(), Program { name: "xtask".to_owned(), path }));
-            all.push((BUILT.to_owned(), built.get(Kind::Example, "tests-lab")?));
+            all.push((BUILT.to_owned(), built.get(Kind::Example, "tests-stock_guest")?));
         }
         if self.needs(Need::Tests) {
             all.push((tests.clone(), built.get(Kind::Test, "vm-process")?));

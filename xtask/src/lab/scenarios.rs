@@ -84,7 +84,7 @@ pub static SCENARIOS: [Scenario; 12] = [
         about: "a stock Debian in a pool of three hosts: boots from its disk, moves four times under load, reboots, power button",
         seconds: 900,
         needs: &[Need::Pool, Need::Debian],
-        script: "/lab/target/debug/tests-lab 4 && test -s $LAB_DETAILS",
+        script: "/lab/target/debug/tests-stock_guest 4 && test -s $LAB_DETAILS",
         ..SCENARIO
     },
     Scenario {
@@ -93,7 +93,7 @@ pub static SCENARIOS: [Scenario; 12] = [
         seconds: 3000,
         usual: false,
         needs: &[Need::Pool, Need::Debian],
-        script: "/lab/target/debug/tests-lab 50 && test -s $LAB_DETAILS",
+        script: "/lab/target/debug/tests-stock_guest 50 && test -s $LAB_DETAILS",
         ..SCENARIO
     },
     Scenario {
