@@ -30,8 +30,6 @@ const L1_OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 /// Entries that are looked at: of a disk of 64 TiB with the usual clusters of 64 KiB, 512 MiB each.
 const L1_ENTRIES_MAX: usize = 1 << 17;
 
-const CUT_OFF: &str = "the image is not whole: its file was cut off";
-
 /// Most clusters of a qcow2 file's mapping in one step: its answer is of one kind for all of them.
 const RUN_BYTES_MAX: u64 = 1 << 30;
 
@@ -98,10 +96,7 @@ impl Source {
         let len = len.max(1);
         match mapping {
             Mapping::Zero { .. } | Mapping::Eof { .. } => Ok((Run::Zero, len)),
-            Mapping::Raw { offset: at, .. } if at.saturating_add(len) > *file_bytes => Err(io::Error::new(
-                io::ErrorKind::UnexpectedEof,
-                "the image is not whole: its file was cut off",
-            )),
+            Mapping::Raw { offset: at, .. } if at.saturating_add(len) > *file_bytes => Err(cut_off()),
             _ => Ok((Run::Data, len)),
         }
     }
@@ -121,25 +116,28 @@ impl Source {
     }
 }
 
+fn cut_off() -> io::Error {
+    io::Error::new(io::ErrorKind::UnexpectedEof, "the image is not whole: its file was cut off")
+}
+
 /// The length of a qcow2 file up to the end of its last cluster, which may be written in part.
 ///
 /// # Errors
 /// A table lies behind the end of the file: what is lost with it would read as zeros.
 fn whole_clusters(file: &File, head: &[u8], file_bytes: u64) -> io::Result<u64> {
-    let cut = || io::Error::new(io::ErrorKind::UnexpectedEof, CUT_OFF);
     let field = |at: usize, len: usize| {
-        let bytes = head.get(at..at + len).ok_or_else(cut)?;
+        let bytes = head.get(at..at + len).ok_or_else(cut_off)?;
         Ok::<u64, io::Error>(bytes.iter().fold(0, |number, byte| number << 8 | u64::from(*byte)))
     };
     let cluster_bits = field(CLUSTER_BITS_AT, 4)?.min(CLUSTER_BITS_MAX);
     let end = file_bytes.next_multiple_of(1 << cluster_bits);
     let tables = usize::try_from(field(L1_SIZE_AT, 4)?).map_err(io::Error::other)?;
     let mut table = vec![0; tables.min(L1_ENTRIES_MAX) * 8];
-    file.read_exact_at(&mut table, field(L1_OFFSET_AT, 8)?).map_err(|_| cut())?;
+    file.read_exact_at(&mut table, field(L1_OFFSET_AT, 8)?).map_err(|_| cut_off())?;
     for entry in table.chunks_exact(8) {
         let entry = entry.iter().fold(0, |number, byte| number << 8 | u64::from(*byte));
         if (entry & L1_OFFSET_MASK).saturating_add(1 << cluster_bits) > end {
-            return Err(cut());
+            return Err(cut_off());
         }
     }
     Ok(end)
