@@ -11,16 +11,22 @@ use proto::{
         console_service_server::ConsoleService,
     },
 };
-use std::{pin::Pin, time::Duration};
+use std::{
+    pin::Pin,
+    time::{Duration, Instant},
+};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 
 /// Pieces of live output ahead of a slow reader.
 const PIECES_AHEAD: usize = 16;
 
 /// Between two attempts to find the process of a VM that has just moved or is starting again.
 const REOPEN_INTERVAL: Duration = Duration::from_millis(200);
+
+/// So long a VM may be without a process before a request says so: it is moving, or starting again.
+const PROCESS_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Name of a sitting at a keyboard in bytes: room for a UUID in any notation.
 const SESSION_BYTES_MAX: usize = 64;
@@ -39,6 +45,28 @@ impl ConsoleApi {
     pub fn new(context: NodeContext, agents: Agents) -> Self {
         Self { context, agents }
     }
+
+    /// Asks the process of a VM, wherever it is by then: a VM that moves has its process at neither place for a moment.
+    async fn ask_process<T, F>(&self, vm: VmId, ask: impl Fn(HostId) -> F) -> Result<T, Status>
+    where
+        F: Future<Output = Result<T, Status>>,
+    {
+        let deadline = Instant::now() + PROCESS_PATIENCE;
+        loop {
+            let (host, _) = place_of(&self.context.consensus.local(), vm)?;
+            match ask(host).await {
+                Err(status) if is_away(&status) && Instant::now() < deadline => {
+                    tokio::time::sleep(REOPEN_INTERVAL).await;
+                }
+                answer => return answer,
+            }
+        }
+    }
+}
+
+/// Whether the process may be there at another look.
+fn is_away(status: &Status) -> bool {
+    matches!(status.code(), Code::FailedPrecondition | Code::Unavailable)
 }
 
 /// Where a VM's console is: changes with every start and move.
@@ -84,8 +112,7 @@ impl ConsoleService for ConsoleApi {
         require_user(&request)?;
         let state = self.context.fresh().await;
         let vm = views::found(state.resolve_vm(&request.get_ref().r#ref))?.id;
-        let (host, _) = place_of(&state, vm)?;
-        let log = self.agents.console_log(host, vm).await?;
+        let log = self.ask_process(vm, |host| self.agents.console_log(host, vm)).await?;
         Ok(Response::new(ConsoleLogResponse { data: log.data, offset: log.offset }))
     }
 
@@ -112,9 +139,9 @@ impl ConsoleService for ConsoleApi {
         }
         let state = self.context.consensus.local();
         let vm = views::found(state.resolve_vm(&r#ref))?.id;
-        let (host, _) = place_of(&state, vm)?;
         let request = AgentConsoleType { vm_id: vm.0, session, offset, data };
-        let next_offset = self.agents.console_type(host, request).await?;
+        let next_offset =
+            self.ask_process(vm, |host| self.agents.console_type(host, request.clone())).await?;
         Ok(Response::new(ConsoleTypeResponse { next_offset }))
     }
 }

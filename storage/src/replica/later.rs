@@ -10,7 +10,7 @@
 use super::map::Content;
 use super::reader::Reader;
 use super::state::{Replica, WriteRefused};
-use crate::log::disk::full;
+use crate::log::disk::{aligned, full};
 use crate::log::{Location, block_checksum};
 use bytes::{Bytes, BytesMut};
 use proto::limits::BLOCK_BYTES;
@@ -65,7 +65,11 @@ impl Reader {
         }
         let is_one = runs.len() == 1 && runs[0].checksums.len() * BLOCK_BYTES == len;
         // One run is the read as it is; several are put together.
-        let data = if is_one { BytesMut::new() } else { BytesMut::zeroed(len) };
+        let mut data = BytesMut::new();
+        if !is_one {
+            data = aligned(len);
+            data.resize(len, 0);
+        }
         let state = GatheringState { data, missing: runs.len(), failed: false, done: Some(Box::new(done)) };
         let (reader, state) = (self.clone(), Mutex::new(state));
         let gathering = Arc::new(Gathering { reader, volume, epoch, blocks, state });

@@ -38,10 +38,12 @@ fn allocate(len: usize) -> BytesMut {
     buffer.split_off(skip)
 }
 
-/// A buffer of [`aligned`] that is full; a large one is used again when nobody needs its content any more.
+/// A buffer that is full; a large one of [`aligned`] is used again when nobody needs its content any more.
 #[must_use]
 pub fn full(buffer: BytesMut) -> Bytes {
-    if buffer.len() < LARGE_FROM_BYTES || buffer.capacity() < LARGE_BYTES {
+    // A buffer that was made elsewhere, or had to grow, may begin anywhere.
+    let is_kept = buffer.len() >= LARGE_FROM_BYTES && buffer.capacity() >= LARGE_BYTES && is_aligned(&buffer);
+    if !is_kept {
         return buffer.freeze();
     }
     Bytes::from_owner(Large(buffer))
@@ -90,6 +92,17 @@ mod tests {
         let unaligned = vec![0; 8192];
         let at = unaligned.as_ptr().align_offset(ALIGNMENT) + 1;
         assert!(!is_aligned(&unaligned[at..]));
+    }
+
+    #[test]
+    fn a_buffer_that_was_made_elsewhere_is_not_handed_out() {
+        let mut elsewhere = aligned(LARGE_BYTES + 1);
+        elsewhere.resize(LARGE_BYTES + 1, 0);
+        let shifted = elsewhere.split_off(1);
+        assert!(shifted.len() == LARGE_BYTES && !is_aligned(&shifted));
+        drop(full(shifted));
+        let buffers: Vec<BytesMut> = (0..=KEPT_MAX).map(|_| aligned(LARGE_BYTES)).collect();
+        assert!(buffers.iter().all(|buffer| is_aligned(buffer)));
     }
 
     #[test]
