@@ -33,12 +33,16 @@ const OF_THE_HOST: [RangeInclusive<u32>; 12] = [
     0xc001_0117..=0xc001_0117,
 ];
 
+/// Orders to KVM rather than registers: each write makes it put the time at which this host's clock began into guest memory, where a
+/// guest reads it right after. Given at the other host it would change memory that has moved already.
+const ORDERS: [RangeInclusive<u32>; 2] = [0x11..=0x11, 0x4b56_4d00..=0x4b56_4d00];
+
 /// Bytes of a filter's bitmap: more registers than any range above has.
 const BITMAP_BYTES: usize = 4;
 
 /// Whether a register moves with the guest.
 pub(crate) fn moves(msr: u32) -> bool {
-    !REFUSED.iter().chain(&OF_THE_HOST).any(|range| range.contains(&msr))
+    !REFUSED.iter().chain(&OF_THE_HOST).chain(&ORDERS).any(|range| range.contains(&msr))
 }
 
 /// Refuses the guest what does not move. A kernel without filters (before 5.10) refuses most of it by itself.
@@ -82,7 +86,7 @@ mod tests {
         ] {
             assert!(moves(msr), "{msr:#x}");
         }
-        for msr in [0xc1, 0x186, 0x38f, 0x345, 0x10a, 0x480, 0xc001_0004, 0xc001_0117] {
+        for msr in [0xc1, 0x186, 0x38f, 0x345, 0x10a, 0x480, 0xc001_0004, 0xc001_0117, 0x11, 0x4b56_4d00] {
             assert!(!moves(msr), "{msr:#x}");
         }
         assert!(REFUSED.iter().all(|range| (range.end() - range.start()) as usize / 8 < BITMAP_BYTES));

@@ -1,9 +1,10 @@
 //! A Linux guest that is worked through its serial console.
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
 use proto::PageIndex;
 use proto::limits::BLOCK_BYTES;
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Seek as _, SeekFrom};
 use std::os::unix::fs::FileExt as _;
@@ -31,6 +32,10 @@ const ROUNDS_WHILE_RUNNING: u32 = 2;
 
 /// Pages that are compared at once.
 const COPY_PAGES: usize = 256;
+
+/// Of pages that differ so many are shown, with so many bytes of each.
+const SHOWN_PAGES: usize = 8;
+const SHOWN_BYTES: usize = 32;
 
 /// What to build a guest from.
 pub struct Shape {
@@ -219,27 +224,38 @@ pub struct Hop {
     pub last_pages: u64,
 }
 
-/// Fails with the first page that differs: its dirty bit was lost.
+/// Fails with the pages that differ: their dirty bits were lost, or loading the state has changed them.
 fn prove_equal(from: &Memory, to: &Memory) -> Result<()> {
     let all = PageIndex(0)..PageIndex(from.page_count());
+    let mut differing = BTreeMap::new();
     let (mut here, mut there) = (vec![0; COPY_PAGES * BLOCK_BYTES], vec![0; COPY_PAGES * BLOCK_BYTES]);
     for range in from.resident(all.clone())?.into_iter().chain(to.resident(all)?) {
         for first in (range.start.0..range.end.0).step_by(COPY_PAGES) {
             let bytes = usize::try_from(range.end.0 - first)?.min(COPY_PAGES) * BLOCK_BYTES;
             from.read_pages(PageIndex(first), &mut here[..bytes])?;
             to.read_pages(PageIndex(first), &mut there[..bytes])?;
-            let differs = (0..bytes)
-                .step_by(BLOCK_BYTES)
-                .find(|at| here[*at..][..BLOCK_BYTES] != there[*at..][..BLOCK_BYTES]);
-            if let Some(at) = differs {
-                bail!(
-                    "page {} differs after the copy: its dirty bit was lost",
-                    first + (at / BLOCK_BYTES) as u64
-                );
+            let pages = here[..bytes].chunks(BLOCK_BYTES).zip(there[..bytes].chunks(BLOCK_BYTES));
+            for (page, (here, there)) in (first..).zip(pages).filter(|(_, (here, there))| here != there) {
+                differing.insert(page, difference(here, there));
             }
         }
     }
+    ensure!(
+        differing.is_empty(),
+        "pages that differ, {} in all (page, offset, here, there, bytes that differ): {:x?}",
+        differing.len(),
+        differing.iter().take(SHOWN_PAGES).collect::<Vec<_>>()
+    );
     Ok(())
+}
+
+/// Where two pages first differ, with what stands there on both sides, and how many bytes of theirs do.
+fn difference(here: &[u8], there: &[u8]) -> (usize, Vec<u8>, Vec<u8>, usize) {
+    let differs = |(_, (here, there)): &(usize, (&u8, &u8))| here != there;
+    let at: Vec<usize> = here.iter().zip(there).enumerate().filter(differs).map(|(at, _)| at).collect();
+    let first = at.first().copied().unwrap_or_default() / SHOWN_BYTES * SHOWN_BYTES;
+    let shown = first..first + SHOWN_BYTES;
+    (first, here[shown.clone()].to_vec(), there[shown].to_vec(), at.len())
 }
 
 fn find(bytes: &[u8], wanted: &[u8]) -> Option<usize> {
