@@ -10,8 +10,8 @@ use imago::{
 };
 use std::{
     fs::{self, File},
-    io::{self, Read as _},
-    os::unix::fs::FileExt as _,
+    io::{self, Read as _, Seek as _, SeekFrom},
+    os::unix::fs::{FileExt as _, FileTypeExt as _},
     path::{Path, PathBuf},
 };
 
@@ -57,16 +57,19 @@ impl Source {
     /// Opens an image; without a format it is what its first bytes say.
     ///
     /// # Errors
-    /// It is no file, or no image of this format.
+    /// It is neither file nor block device, or no image of this format.
     pub fn open(path: &Path, format: Option<DiskFormat>) -> io::Result<Self> {
         let mut file = File::open(path)?;
-        if !file.metadata()?.is_file() {
-            return Err(io::Error::other("it is not a regular file"));
+        let kind = file.metadata()?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(io::Error::other("it is neither a regular file nor a block device"));
         }
+        // The length of a block device is known to its end only.
+        let file_bytes = file.seek(SeekFrom::End(0))?;
+        file.rewind()?;
         let mut head = Vec::new();
         file.by_ref().take(64).read_to_end(&mut head)?;
         let found = if head.starts_with(&QCOW2_MAGIC) { DiskFormat::Qcow2 } else { DiskFormat::Raw };
-        let file_bytes = file.metadata()?.len();
         match format.unwrap_or(found) {
             DiskFormat::Raw => Ok(Self { size: file_bytes, kind: Kind::Raw(file) }),
             DiskFormat::Qcow2 => {

@@ -149,7 +149,12 @@ impl Guest {
     pub fn complaints(&mut self) -> Result<String> {
         // Levels 0 to 3 of the raw log, and what is printed beside a warning.
         let signs = "^<[0-3]>|WARNING:|BUG:|Call Trace|soft lockup|nobody cared|I/O error";
-        self.command(&format!("dmesg -r | grep -E '{signs}' | grep -v '{NO_PCI}' || true"))
+        let found = self.command(&format!("dmesg -r | grep -E '{signs}' | grep -v '{NO_PCI}' || true"))?;
+        if found.is_empty() {
+            return Ok(found);
+        }
+        // With what stands around it.
+        self.command(&format!("dmesg -r | grep -E -B 25 -A 25 '{signs}'"))
     }
 
     /// All that it has printed.

@@ -18,7 +18,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_SEG_MAX,
-    VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
+    VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK,
+    VIRTIO_BLK_S_UNSUPP,
 };
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
@@ -26,6 +27,9 @@ use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
 
 /// Data segments of one request, so that it fits in the queue with header and status.
 const SEGMENTS_MAX: u32 = 64;
+
+/// Sectors of a block of the store.
+const SECTORS_PER_BLOCK: u16 = (proto::limits::BLOCK_BYTES / SECTOR as usize) as u16;
 
 /// Bytes of the configuration space up to and including `max_write_zeroes_seg`.
 const CONFIG_BYTES: usize = 60;
@@ -194,6 +198,7 @@ impl VirtioDevice for BlockDevice {
             VIRTIO_F_VERSION_1,
             VIRTIO_BLK_F_FLUSH,
             VIRTIO_BLK_F_BLK_SIZE,
+            VIRTIO_BLK_F_TOPOLOGY,
             VIRTIO_BLK_F_SEG_MAX,
             VIRTIO_BLK_F_DISCARD,
             VIRTIO_BLK_F_WRITE_ZEROES,
@@ -208,11 +213,15 @@ impl VirtioDevice for BlockDevice {
         put(0, &(self.shared.backend.capacity_bytes() / SECTOR).to_le_bytes());
         put(8, &(REQUEST_BYTES_MAX as u32).to_le_bytes());
         put(12, &SEGMENTS_MAX.to_le_bytes());
-        put(20, &(proto::limits::BLOCK_BYTES as u32).to_le_bytes());
+        // Partition tables of disks from elsewhere count in sectors of 512 bytes: a guest that was told otherwise would not find
+        // their partitions. It is told what the store works in: physical_block_exp, then min_io_size in sectors.
+        put(20, &(SECTOR as u32).to_le_bytes());
+        put(24, &[SECTORS_PER_BLOCK.ilog2() as u8]);
+        put(26, &SECTORS_PER_BLOCK.to_le_bytes());
         // max_discard_sectors, max_discard_seg, discard_sector_alignment
         put(36, &DISCARD_SECTORS_MAX.to_le_bytes());
         put(40, &1_u32.to_le_bytes());
-        put(44, &(proto::limits::BLOCK_BYTES as u32 / SECTOR as u32).to_le_bytes());
+        put(44, &u32::from(SECTORS_PER_BLOCK).to_le_bytes());
         // max_write_zeroes_sectors, max_write_zeroes_seg, write_zeroes_may_unmap
         put(48, &DISCARD_SECTORS_MAX.to_le_bytes());
         put(52, &1_u32.to_le_bytes());
