@@ -7,8 +7,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
 
+use tests::disks::has_volatile_disks;
 use tests::pool::Timing;
-use tests::{Network, Pool, VmSpec};
+use tests::{DiskKind, Network, Pool, VmSpec};
 
 use crate::collector::Collector;
 use crate::finale;
@@ -65,6 +66,11 @@ impl Config {
     }
 }
 
+/// Disks whose power can be cut, where the machine has them.
+fn disk_kind() -> DiskKind {
+    if has_volatile_disks() { DiskKind::Volatile } else { DiskKind::Memory }
+}
+
 /// Runs a campaign and judges it.
 ///
 /// # Errors
@@ -96,7 +102,7 @@ pub fn run_watched(config: &Config, drive: impl FnOnce(&Pool, &Recorder) -> Resu
         .network(Network::Namespaces)
         .timing(config.timing)
         .vm_memory_bytes(1 << 30)
-        .disk_bytes(HOST_DISK_BYTES)
+        .disk(disk_kind(), HOST_DISK_BYTES)
         .start()?;
     let stop_watching = AtomicBool::new(false);
     let (_pace, ticks) = mpsc::channel();
@@ -166,8 +172,8 @@ impl Faults<'_> {
     fn inject(self) {
         let end = Instant::now() + self.config.duration;
         let lost_ms = u64::try_from(self.config.lost().as_millis()).unwrap_or(u64::MAX);
-        let plan =
-            Plan::new(self.config.seed, Scale { hosts: self.config.hosts, vms: self.vms.len(), lost_ms });
+        let scale = Scale { hosts: self.config.hosts, vms: self.vms.len(), lost_ms, disk: disk_kind() };
+        let plan = Plan::new(self.config.seed, scale);
         let (_pace, ticks) = mpsc::channel();
         let mut number = 0;
         for step in plan {

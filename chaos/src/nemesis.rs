@@ -57,7 +57,11 @@ pub fn strike(pool: &Pool, vms: &[String], fault: Fault, announce: impl FnOnce(&
         }
         Fault::ColdBoot { order, .. } => {
             announce("all hosts");
-            cold_stop(pool, order)?
+            cold_stop(pool, order, Host::kill9_host)?
+        }
+        Fault::CutAllPower { order, .. } => {
+            announce("all hosts");
+            cold_stop(pool, order, Host::cut_power)?
         }
         Fault::CutHalves { side, .. } => {
             let all = 0..pool.hosts().len();
@@ -68,6 +72,7 @@ pub fn strike(pool: &Pool, vms: &[String], fault: Fault, announce: impl FnOnce(&
         }
         Fault::KillDaemon { victim, .. }
         | Fault::KillHost { victim, .. }
+        | Fault::CutPower { victim, .. }
         | Fault::StopHost { victim, .. }
         | Fault::StopDaemon { victim, .. }
         | Fault::CutHost { victim, .. }
@@ -95,10 +100,8 @@ fn strike_vm(process: VmProcess, fault: Fault) -> Result<Undo> {
 }
 
 /// Every host at once, and the order in which they come back.
-fn cold_stop(pool: &Pool, order: u64) -> Result<Undo> {
-    for host in pool.hosts() {
-        host.kill9_host()?;
-    }
+fn cold_stop(pool: &Pool, order: u64, stop: impl Fn(&Host) -> Result<()>) -> Result<Undo> {
+    pool.hosts().iter().try_for_each(stop)?;
     let mut hosts: Vec<usize> = (0..pool.hosts().len()).collect();
     hosts.shuffle(&mut StdRng::seed_from_u64(order));
     Ok(Undo::StartDaemons(hosts))
@@ -124,6 +127,10 @@ fn strike_host(pool: &Pool, host: &Host, fault: Fault) -> Result<Undo> {
         }
         Fault::KillHost { .. } => {
             host.kill9_host()?;
+            Undo::StartDaemons(vec![index])
+        }
+        Fault::CutPower { .. } => {
+            host.cut_power()?;
             Undo::StartDaemons(vec![index])
         }
         Fault::StopHost { .. } => {
@@ -159,9 +166,11 @@ fn strike_host(pool: &Pool, host: &Host, fault: Fault) -> Result<Undo> {
             injure::flip_bits(host.data_dir(), bits)?;
             Undo::Nothing
         }
-        Fault::KillVm { .. } | Fault::StopVm { .. } | Fault::ColdBoot { .. } | Fault::CutHalves { .. } => {
-            unreachable!("strikes no single host")
-        }
+        Fault::KillVm { .. }
+        | Fault::StopVm { .. }
+        | Fault::ColdBoot { .. }
+        | Fault::CutAllPower { .. }
+        | Fault::CutHalves { .. } => unreachable!("strikes no single host"),
     })
 }
 

@@ -1,5 +1,6 @@
 //! The schedule of faults: a pure function of the seed.
 
+use ::tests::DiskKind;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde::{Deserialize, Serialize};
@@ -37,6 +38,10 @@ pub enum Fault {
     CutHost { victim: Victim, away_ms: u64 },
     /// kill -9 of everything at once; the daemons are started again after the time, in an order drawn from `order`.
     ColdBoot { order: u64, away_ms: u64 },
+    /// The power of the host is cut: all its processes are gone, and what was not synced to its disk; back after the time.
+    CutPower { victim: Victim, away_ms: u64 },
+    /// The power of all hosts is cut at once; they are back after the time, in an order drawn from `order`.
+    CutAllPower { order: u64, away_ms: u64 },
     /// SIGSTOP of the process of a VM alone; SIGCONT after the time.
     StopVm { vm: usize, away_ms: u64 },
     /// The pool falls apart for the time: hosts (by position) whose bit is set in `side` on one side, the rest on the other.
@@ -67,6 +72,8 @@ impl Fault {
             Self::StopDaemon { .. } => "stop daemon",
             Self::CutHost { .. } => "cut host",
             Self::ColdBoot { .. } => "cold boot",
+            Self::CutPower { .. } => "cut power",
+            Self::CutAllPower { .. } => "cut all power",
             Self::StopVm { .. } => "stop vm process",
             Self::CutHalves { .. } => "cut halves",
             Self::CutOneWay { .. } => "cut one way",
@@ -88,6 +95,8 @@ impl Fault {
             | Self::StopDaemon { away_ms, .. }
             | Self::CutHost { away_ms, .. }
             | Self::ColdBoot { away_ms, .. }
+            | Self::CutPower { away_ms, .. }
+            | Self::CutAllPower { away_ms, .. }
             | Self::StopVm { away_ms, .. }
             | Self::CutHalves { away_ms, .. }
             | Self::CutOneWay { away_ms, .. }
@@ -120,6 +129,8 @@ pub struct Scale {
     pub vms: usize,
     /// Time after which the pool declares a host lost: absences are drawn around it.
     pub lost_ms: u64,
+    /// What the hosts' disks are: power is cut only of those that forget.
+    pub disk: DiskKind,
 }
 
 /// The endless sequence of steps of a seed.
@@ -164,7 +175,7 @@ impl Plan {
 
     fn fault(&mut self) -> Fault {
         let (victim, away_ms) = (self.victim(), self.away_ms());
-        match self.random.random_range(0..24) {
+        let fault = match self.random.random_range(0..28) {
             0..3 => Fault::KillDaemon { victim, away_ms },
             3 => Fault::KillDaemon { victim: Victim::Leader, away_ms },
             4..6 => Fault::KillVm { vm: self.vm() },
@@ -181,7 +192,18 @@ impl Plan {
             19..21 => Fault::CutOneWay { victim, to: self.host(), away_ms },
             21 => Fault::CutPair { victim, other: self.host(), away_ms },
             22 => Fault::FillDisk { victim, away_ms },
-            _ => Fault::SlowLink { victim, kbit_per_s: self.random.random_range(5_000..50_000), away_ms },
+            23 => Fault::SlowLink { victim, kbit_per_s: self.random.random_range(5_000..50_000), away_ms },
+            24..27 => Fault::CutPower { victim, away_ms },
+            _ => Fault::CutAllPower { order: self.random.random(), away_ms },
+        };
+        match fault {
+            Fault::CutPower { victim, away_ms } if self.scale.disk == DiskKind::Memory => {
+                Fault::KillHost { victim, away_ms }
+            }
+            Fault::CutAllPower { order, away_ms } if self.scale.disk == DiskKind::Memory => {
+                Fault::ColdBoot { order, away_ms }
+            }
+            fault => fault,
         }
     }
 
@@ -210,7 +232,7 @@ mod tests {
     use super::*;
     use std::collections::BTreeSet;
 
-    const SCALE: Scale = Scale { hosts: 3, vms: 2, lost_ms: 3000 };
+    const SCALE: Scale = Scale { hosts: 3, vms: 2, lost_ms: 3000, disk: DiskKind::Volatile };
 
     #[test]
     fn a_seed_has_one_plan_and_another_seed_another() {
@@ -224,7 +246,7 @@ mod tests {
         let steps: Vec<Step> = Plan::new(1, SCALE).take(600).collect();
         let kinds: BTreeSet<&str> = steps.iter().map(|step| step.fault.kind()).collect();
         // Bits are turned by scenarios only: a second fault may take the good replicas away.
-        assert_eq!(kinds.len(), 15, "{kinds:?}");
+        assert_eq!(kinds.len(), 17, "{kinds:?}");
         let aways: Vec<u64> = steps.iter().map(|step| step.fault.away_ms()).filter(|&ms| ms > 0).collect();
         assert!(aways.iter().any(|&ms| ms < SCALE.lost_ms / 3) && aways.iter().any(|&ms| ms > SCALE.lost_ms));
         assert!(steps.iter().any(|step| step.also.is_some()));

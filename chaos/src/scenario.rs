@@ -97,6 +97,10 @@ pub enum Blow {
     FlipBits,
     /// kill -9 of everything at every host.
     ColdBoot,
+    /// The power of the host: what was not synced is gone, too.
+    CutPower,
+    /// The power of every host.
+    CutAllPower,
 }
 
 /// One step.
@@ -328,6 +332,8 @@ impl<'a> Case<'a> {
             Blow::FillDisk => Fault::FillDisk { victim, away_ms },
             Blow::FlipBits => Fault::FlipBits { victim, bits: 32 },
             Blow::ColdBoot => Fault::ColdBoot { order: self.number as u64, away_ms },
+            Blow::CutPower => Fault::CutPower { victim, away_ms },
+            Blow::CutAllPower => Fault::CutAllPower { order: self.number as u64, away_ms },
         };
         let number = self.number;
         self.number += 1;

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use crate::disks::Disk;
 use crate::process::{ProcessId, VmProcess, vm_processes_below, volume_processes_below};
 
 /// Bytes of a daemon's log that an error shows.
@@ -19,6 +20,7 @@ pub struct Host {
     pub(crate) index: usize,
     pub(crate) name: String,
     pub(crate) data_dir: PathBuf,
+    pub(crate) disk: Option<Disk>,
     pub(crate) log_path: PathBuf,
     pub(crate) address: SocketAddr,
     /// How to start the daemon: program and arguments.
@@ -127,6 +129,15 @@ impl Host {
             process.signal(Signal::SIGKILL)?;
         }
         processes.iter().try_for_each(|process| process.kill9())
+    }
+
+    /// Cuts the power: every process is gone, and what was not synced to a volatile disk with them.
+    ///
+    /// # Errors
+    /// When something doesn't die, or the disk is of another kind.
+    pub fn cut_power(&self) -> Result<()> {
+        self.kill9_host()?;
+        self.disk.as_ref().context("the host has no disk of its own")?.cut_power()
     }
 
     /// SIGSTOP to the VM processes and to the daemon: the host hangs.

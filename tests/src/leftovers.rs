@@ -70,9 +70,10 @@ pub(crate) fn remove_run(dir: &Path) {
     fs::remove_dir_all(dir).ok();
 }
 
-fn unmount_below(dir: &Path) {
+/// Unmounts what is mounted at `dir` or below, the latest first.
+pub(crate) fn unmount_below(dir: &Path) {
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
-    for path in mounts.lines().filter_map(|line| line.split(' ').nth(1)).map(Path::new) {
+    for path in mounts.lines().rev().filter_map(|line| line.split(' ').nth(1)).map(Path::new) {
         if path.starts_with(dir) {
             nix::mount::umount2(path, nix::mount::MntFlags::MNT_DETACH).ok();
         }

@@ -16,6 +16,7 @@
 //! Deliberately absent: mocks, a client library of its own (the command line is the interface under test), async code.
 
 pub mod binaries;
+pub mod disks;
 pub mod fabric;
 pub mod host;
 pub mod leftovers;
@@ -32,6 +33,7 @@ pub mod vms;
 pub mod wait;
 
 pub use binaries::{Binaries, build_probe};
+pub use disks::DiskKind;
 pub use fabric::Network;
 pub use host::Host;
 pub use output::Output;

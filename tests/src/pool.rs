@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::Duration;
 
+use crate::disks::{Disk, DiskKind};
 use crate::fabric::{Fabric, Network};
 use crate::leftovers::{self, RUNS_DIR, Run};
 use crate::output::{self, Output};
@@ -47,7 +48,7 @@ pub struct PoolBuilder {
     timing: Timing,
     vm_memory_bytes: Option<u64>,
     feature_level: Option<u32>,
-    disk_bytes: Option<u64>,
+    disk: Option<(DiskKind, u64)>,
     root: PathBuf,
     binaries: Option<Binaries>,
     keep: bool,
@@ -99,7 +100,14 @@ impl PoolBuilder {
     /// Gives each host a disk of this size, a tmpfs (no limit). Needs root.
     #[must_use]
     pub fn disk_bytes(mut self, bytes: u64) -> Self {
-        self.disk_bytes = Some(bytes);
+        self.disk = Some((DiskKind::Memory, bytes));
+        self
+    }
+
+    /// Gives each host a disk of this kind and size (no limit). Needs root.
+    #[must_use]
+    pub fn disk(mut self, kind: DiskKind, bytes: u64) -> Self {
+        self.disk = Some((kind, bytes));
         self
     }
 
@@ -167,7 +175,7 @@ impl Pool {
             timing: Timing::Default,
             vm_memory_bytes: None,
             feature_level: None,
-            disk_bytes: None,
+            disk: None,
             root: PathBuf::from(RUNS_DIR),
             binaries: None,
             keep: false,
@@ -275,9 +283,8 @@ impl Pool {
         let name = format!("h{}", index + 1);
         let data_dir = self.run.dir.join(&name);
         fs::create_dir_all(&data_dir)?;
-        if let Some(bytes) = self.settings.disk_bytes {
-            mount_disk(&data_dir, bytes)?;
-        }
+        let mount = |(kind, bytes)| Disk::mount(kind, bytes, &self.run.dir, &data_dir);
+        let disk = self.settings.disk.map(mount).transpose()?;
         let mut serve = self.fabric.at_host(index, &self.binaries.poold);
         serve.arg("serve").arg("--data").arg(&data_dir);
         // A lost write must be found whichever page it hit.
@@ -289,6 +296,7 @@ impl Pool {
             serve: words.map(ToOwned::to_owned).collect(),
             name,
             data_dir,
+            disk,
             address,
             daemon: Mutex::new(None),
         });
@@ -486,16 +494,4 @@ impl Pool {
             }
         }
     }
-}
-
-fn mount_disk(dir: &Path, bytes: u64) -> Result<()> {
-    let options = format!("size={bytes},mode=0700");
-    nix::mount::mount(
-        Some("pool-tests"),
-        dir,
-        Some("tmpfs"),
-        nix::mount::MsFlags::empty(),
-        Some(options.as_str()),
-    )
-    .with_context(|| format!("mount a tmpfs at {}; a pool with small disks needs root", dir.display()))
 }
