@@ -27,4 +27,5 @@ pub mod page;
 pub mod plan;
 pub mod report;
 pub mod scenario;
+pub mod teeth;
 pub mod workload;

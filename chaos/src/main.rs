@@ -6,6 +6,7 @@ use chaos::campaign::{self, Config};
 use chaos::observation;
 use chaos::report::{self, Report, Verdict};
 use chaos::scenario;
+use chaos::teeth::{self, Bite, Bounds};
 use clap::{Parser, Subcommand, ValueEnum};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -48,6 +49,20 @@ enum Command {
         /// Folder of the run
         dir: PathBuf,
     },
+    /// Runs campaigns against programs that do without one safety rule each: every one must be caught
+    Teeth {
+        /// Rules to do without; all by default
+        rules: Vec<String>,
+        /// Seed of the first campaign of each
+        #[arg(long, default_value_t = 20_261_125)]
+        seed: u64,
+        /// Minutes of faults in each campaign
+        #[arg(long, default_value_t = 1.0)]
+        minutes: f64,
+        /// Campaigns until a rule counts as not missed
+        #[arg(long, default_value_t = 5)]
+        campaigns: u32,
+    },
     /// Runs scenarios of chaos/scenarios by name, or all of them
     Scenario {
         /// Names, or `all`; none lists them
@@ -69,6 +84,9 @@ fn main() -> Result<ExitCode> {
             return tell(&report, &dir);
         }
         Some(Command::Scenario { names }) => return scenarios(&names),
+        Some(Command::Teeth { rules, seed, minutes, campaigns }) => {
+            return bite(&rules, Bounds { seed, minutes, campaigns });
+        }
         None => {}
     }
     let seed = arguments.seed.unwrap_or_else(rand::random);
@@ -122,6 +140,16 @@ fn scenarios(names: &[String]) -> Result<ExitCode> {
         worst = worst.min(report.verdict);
     }
     Ok(ExitCode::from(worst.exit_code()))
+}
+
+/// Does without one rule after the other; fails when one is not missed.
+fn bite(rules: &[String], bounds: Bounds) -> Result<ExitCode> {
+    let dir = tests::binaries::target_dir()?.join("../chaos/teeth");
+    let mut all_caught = true;
+    for sabotage in teeth::chosen(rules)? {
+        all_caught &= teeth::try_out(sabotage, bounds, &dir)? == Bite::Caught;
+    }
+    Ok(if all_caught { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn tell(report: &Report, dir: &Path) -> Result<ExitCode> {

@@ -21,6 +21,12 @@ fn main() -> ExitCode {
     } else {
         logs.init()
     }
+    if let Some(sabotage) = proto::Sabotage::chosen() {
+        tracing::error!(
+            without = sabotage.name(),
+            "this build is for chaos campaigns only: a safety rule is left out"
+        );
+    }
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(WORKER_THREADS).enable_all().build();
     let result = match runtime {

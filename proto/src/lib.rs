@@ -7,6 +7,7 @@
 //! - [`net`]: hardware addresses and subnets.
 //! - [`listen`]: addresses of NBD servers.
 //! - [`limits`]: bounds that both ends of a connection rely on.
+//! - [`sabotage`]: safety rules that a build for chaos campaigns can leave out.
 //!
 //! Absent on purpose: conversions between generated messages and the state of a crate. They belong to the crate
 //! that owns the state.
@@ -16,6 +17,7 @@ pub mod ids;
 pub mod limits;
 pub mod listen;
 pub mod net;
+pub mod sabotage;
 pub mod units;
 
 /// Generated code of package `pool.v1`.
@@ -30,4 +32,5 @@ pub use cpu::{CpuFeatures, CpuProfile, HostCpu};
 pub use ids::*;
 pub use listen::ListenAddress;
 pub use net::{Ipv4Subnet, MacAddress};
+pub use sabotage::Sabotage;
 pub use units::ByteCount;

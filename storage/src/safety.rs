@@ -4,6 +4,9 @@
 //! out: the simulation must then go red, which shows that both the rule and the simulation are needed. Elsewhere
 //! [`Rule::holds`] is the constant `true`.
 
+#[cfg(not(test))]
+use proto::Sabotage;
+
 /// A rule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Rule {
@@ -42,12 +45,19 @@ pub enum Rule {
 }
 
 impl Rule {
-    /// Whether the rule holds: always, but for a test that has taken it out.
+    /// Whether the rule holds: always, but in a build that can be sabotaged.
     #[cfg(not(test))]
     #[inline]
     #[must_use]
-    pub const fn holds(self) -> bool {
-        true
+    pub fn holds(self) -> bool {
+        !match self {
+            Self::PromiseIsDurable => Sabotage::PromiseNotSynced.is_on(),
+            Self::EpochIsChecked => Sabotage::EpochUnchecked.is_on(),
+            Self::LeavesByCommit => Sabotage::LeaveWithoutCommit.is_on(),
+            Self::DivergentTailIsCut => Sabotage::DivergentTailKept.is_on(),
+            Self::AllMembersAcknowledge => Sabotage::AcknowledgedEarly.is_on(),
+            _ => false,
+        }
     }
 
     /// Whether the rule holds: always, but for a test that has taken it out.

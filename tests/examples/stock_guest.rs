@@ -9,12 +9,15 @@ use serde_json::{Value, json};
 use std::io::Write as _;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
-use tests::{Network, Pool, wait_until};
+use tests::{Network, Pool, output, wait_until};
 
 /// The disk with Debian, as the lab machine shows it.
 const DISK: &str = "/dev/vda";
 
 const VM: &str = "debian";
+
+/// Longest import of the disk: a gibibyte to three replicas, all of it interpreted.
+const IMPORT_DEADLINE: Duration = Duration::from_secs(900);
 
 /// Longest wait for a boot or a shutdown: systemd, interpreted twice.
 const BOOT_PATIENCE: Duration = Duration::from_secs(240);
@@ -152,7 +155,8 @@ fn run(moves: u32) -> Result<Value> {
     let say = |what: &str| println!("{:6.1} s: {what}", began.elapsed().as_secs_f64());
     let pool = Pool::builder().name("lab").network(Network::Namespaces).start()?;
     say("three hosts");
-    pool.poolctl(&["volume", "import", "root", DISK, "--replicas", "3"])?.ok()?;
+    let mut import = pool.poolctl_command(&["volume", "import", "root", DISK, "--replicas", "3"]);
+    output::run(&mut import, IMPORT_DEADLINE)?.ok()?;
     say("the disk is imported");
     pool.json(&["vm", "create", VM, "--vcpus", "2", "--memory", "512MiB", "--disk", "root"])?;
     let started = Instant::now();

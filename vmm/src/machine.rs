@@ -25,7 +25,7 @@ use crate::virtio::{BlockBackend, LinkState, MmioTransport, NetConfig, Worker};
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY};
 use kvm_bindings::{KVM_IRQCHIP_IOAPIC, kvm_irqchip, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, VmFd};
-use proto::{ByteCount, CpuFeatures, PageIndex};
+use proto::{ByteCount, CpuFeatures, PageIndex, Sabotage};
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -459,9 +459,15 @@ impl Machine {
                 source: io::Error::other(error),
             })?;
             let first_word = usize::try_from((start - region_first.0) / 64).expect("the region is mapped");
-            self.device_writes.clear(slot, first_word, &words[skip..]);
+            let whole: Vec<u64>;
+            let mut words = &words[skip..];
+            if Sabotage::DirtyBitsLost.is_on() {
+                whole = words.iter().map(|word| if *word == 0 { 0 } else { u64::MAX }).collect();
+                words = &whole;
+            }
+            self.device_writes.clear(slot, first_word, words);
             let slot = u32::try_from(slot).expect("two slots");
-            dirty::clear(&self.vm, slot, start - region_first.0, count, &words[skip..])
+            dirty::clear(&self.vm, slot, start - region_first.0, count, words)
                 .map_err(system("clear the dirty log"))?;
         }
         Ok(())

@@ -15,6 +15,8 @@ pub enum Profile {
     Dev,
     /// Optimised.
     Release,
+    /// As `Dev`, and can be told to do without a safety rule.
+    Sabotage,
 }
 
 /// A cargo command in the workspace.
@@ -59,15 +61,23 @@ pub fn everything(profile: Profile) -> Result<PathBuf> {
 }
 
 fn build(profile: Profile, targets: &[&str]) -> Result<PathBuf> {
-    let folder = if profile == Profile::Release { "release" } else { "debug" };
-    let folder = tests::binaries::target_root().join(folder);
+    let root = tests::binaries::target_root();
+    let folder = match profile {
+        Profile::Dev => root.join("debug"),
+        Profile::Release => root.join("release"),
+        Profile::Sabotage => root.join("sabotage/debug"),
+    };
     if is_prebuilt() {
         return Ok(folder);
     }
     let mut command = cargo(&["build"]);
     command.args(ALL_PACKAGES).args(targets);
-    if profile == Profile::Release {
-        command.arg("--release");
+    match profile {
+        Profile::Dev => {}
+        Profile::Release => _ = command.arg("--release"),
+        Profile::Sabotage => {
+            command.args(["--features", "chaos/sabotage", "--target-dir"]).arg(root.join("sabotage"));
+        }
     }
     run(&mut command)?;
     tests::build_probe()?;

@@ -82,7 +82,7 @@ pub static SCENARIOS: [Scenario; 12] = [
     Scenario {
         name: "pool",
         about: "a stock Debian in a pool of three hosts: boots from its disk, moves four times under load, reboots, power button",
-        seconds: 900,
+        seconds: 1800,
         needs: &[Need::Pool, Need::Debian],
         script: "/lab/target/debug/tests-stock_guest 4 && test -s $LAB_DETAILS",
         ..SCENARIO

@@ -20,7 +20,7 @@ use crate::request::{Refusal, Reply};
 use crate::spec::check;
 use crate::volumes::{LastSequences, VolumeSet};
 use migrate::{Outcome, Rehash, ResumedParts, TargetConfig, TargetHandle, TargetPhase, TargetTask};
-use proto::{Epoch, MigrationId, v1};
+use proto::{Epoch, MigrationId, Sabotage, v1};
 use std::fs::File;
 use std::sync::Arc;
 use std::time::Instant;
@@ -94,6 +94,10 @@ impl Process {
         tracing::info!(%migration, address = %handle.address(), "waits for a migration");
         let phase = handle.phase();
         self.forward(phase.clone(), || Event::MigrationMoved);
+        if Sabotage::ResumeBeforeCommit.is_on() {
+            let gate = self.vm("PrepareIncoming")?.gate.clone();
+            tokio::spawn(resume_early(phase.clone(), gate));
+        }
         let answer = endpoint(&handle);
         if let Some(vm) = &mut self.vm {
             vm.machine = Some(machine);
@@ -232,6 +236,16 @@ async fn run_here(
     // Beside the answer: the source may be gone, and the daemon waits for this machine only.
     tokio::spawn(async move { handle.send_resumed(parts).await });
     Ok(())
+}
+
+/// What must never happen.
+async fn resume_early(mut phase: watch::Receiver<TargetPhase>, gate: SharedGate<Machine>) {
+    let ready = phase.wait_for(|phase| matches!(phase, TargetPhase::Ready { .. })).await.is_ok();
+    if ready
+        && let Err(error) = with_gate(&gate, |gate: &mut RunGate<Machine>| gate.release(Hold::Incoming)).await
+    {
+        tracing::error!(%error, "it does not run before its commit");
+    }
 }
 
 fn endpoint(handle: &TargetHandle) -> v1::PrepareIncomingResponse {
