@@ -56,6 +56,10 @@ object_id!(
     VolumeId, "vol-"
 );
 object_id!(
+    /// A snapshot of a volume.
+    SnapshotId, "snap-"
+);
+object_id!(
     /// An imported kernel, initrd or disk image.
     ImageId, "img-"
 );

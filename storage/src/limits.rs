@@ -4,8 +4,11 @@ use crate::wire::DATA_BYTES_MAX;
 use proto::limits::BLOCK_BYTES;
 
 /// Cost in bytes of the writes that an owner may have in flight: bounds its memory while a replica is slow or away, and how
-/// far the members of an in-sync set can be apart.
-pub const WINDOW_BYTES: usize = 16 << 20;
+/// far the members of an in-sync set can be apart. Small in unit tests and the simulation, so that what it bounds is let go there.
+pub const WINDOW_BYTES: usize = if cfg!(test) { 1 << 20 } else { 16 << 20 };
+
+/// Snapshots of a volume: a read of a block that was never written looks at the layer of each, and their list fits in a frame.
+pub const SNAPSHOTS_MAX: usize = 128;
 
 const _: () = assert!(WINDOW_BYTES >= DATA_BYTES_MAX);
 

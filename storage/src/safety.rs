@@ -42,6 +42,18 @@ pub enum Rule {
     ReadsAwaitWrites,
     /// A flush is over when every member has reported it durable.
     FlushIsDurable,
+    /// A snapshot is taken when every member has made it durable.
+    SnapshotIsDurable,
+    /// A replica that was away gets the snapshots that it lacks.
+    SnapshotsFollow,
+    /// What a loss of power has cut off is not found again by a later run.
+    LostBatchesStayLost,
+    /// A segment is given back only behind a durable checkpoint.
+    SegmentAwaitsCheckpoint,
+    /// A page of the map is the one that the page above leads to, and no older one.
+    PageIsTheLatest,
+    /// When durable batches are gone, nothing counts but what was known before them.
+    GapIsDistrusted,
 }
 
 impl Rule {
@@ -80,7 +92,7 @@ impl Rule {
 #[cfg(test)]
 impl Rule {
     /// All of them.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 22] = [
         Self::PromiseIsDurable,
         Self::EpochIsChecked,
         Self::SessionIsChecked,
@@ -97,6 +109,12 @@ impl Rule {
         Self::SourceHoldsAll,
         Self::ReadsAwaitWrites,
         Self::FlushIsDurable,
+        Self::SnapshotIsDurable,
+        Self::SnapshotsFollow,
+        Self::LostBatchesStayLost,
+        Self::SegmentAwaitsCheckpoint,
+        Self::GapIsDistrusted,
+        Self::PageIsTheLatest,
     ];
 }
 

@@ -1,6 +1,8 @@
 //! What owner, replica and the pool say to each other about a volume.
 
-use proto::{AttachmentSecret, ByteCount, Epoch, HostId, Incarnation, IsrVersion, Sequence, VolumeId};
+use proto::{
+    AttachmentSecret, ByteCount, Epoch, HostId, Incarnation, IsrVersion, Sequence, SnapshotId, VolumeId,
+};
 use serde::{Deserialize, Serialize};
 use std::future::Future;
 use std::pin::Pin;
@@ -129,4 +131,52 @@ pub struct Tail {
     pub epoch: Epoch,
     /// Its sequence.
     pub sequence: Sequence,
+}
+
+/// An operation of an owner in the order of its writes, that writes nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VolumeOp {
+    /// What was written before is kept under this id.
+    Snapshot { snapshot: SnapshotId },
+    /// A snapshot is needed no more.
+    DeleteSnapshot { snapshot: SnapshotId },
+    /// The volume holds again what a snapshot holds.
+    Revert { snapshot: SnapshotId },
+    /// The first operation of a volume that begins with what a snapshot of another one holds; `at`: where that one was taken.
+    Clone { origin: VolumeId, snapshot: SnapshotId, at: Tail },
+}
+
+/// What is read of a volume.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum View {
+    /// What it holds now.
+    Live,
+    /// What it held then.
+    Snapshot(SnapshotId),
+}
+
+/// A snapshot as a replica has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotInfo {
+    /// Its id.
+    pub snapshot: SnapshotId,
+    /// The operation that made it. One of the same id made by another operation is another snapshot.
+    pub tail: Tail,
+    /// The snapshot that it goes back to.
+    pub parent: Option<SnapshotId>,
+    /// What it does not share with that one was written after this.
+    pub begun: Sequence,
+}
+
+/// The snapshots of a volume, in the order in which they were taken, and what the volume itself goes back to.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Lineage {
+    /// Its snapshots.
+    pub snapshots: Vec<SnapshotInfo>,
+    /// The snapshot that its present content goes back to.
+    pub parent: Option<SnapshotId>,
+    /// What it does not share with that one was written after this.
+    pub begun: Sequence,
+    /// The operation that made the volume a clone.
+    pub cloned_at: Option<Tail>,
 }

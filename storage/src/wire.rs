@@ -3,13 +3,13 @@
 //! One stream serves one volume's owner. Requests with an id are answered once; writes and flushes are answered by watermarks.
 //! An unknown or malformed frame ends the connection.
 
-use crate::types::{AttachRefused, ProposalError, Tail, VolumeProposal, VolumeView};
+use crate::types::{AttachRefused, Lineage, ProposalError, Tail, View, VolumeOp, VolumeProposal, VolumeView};
 use proto::limits::BLOCK_BYTES;
-use proto::{AttachmentSecret, BlockIndex, Epoch, Incarnation, Sequence, VolumeId};
+use proto::{AttachmentSecret, BlockIndex, Epoch, Incarnation, Sequence, SnapshotId, VolumeId};
 use serde::{Deserialize, Serialize};
 
 /// Version of the protocol; both sides must speak the same. Version 1: the first. Version 2: the longest tail is brought to
-/// other members write by write; void blocks are listed; an attachment tells whether the disk is full.
+/// other members write by write; void blocks are listed; an attachment tells whether the disk is full. Version 3: snapshots, repairs.
 pub const WIRE_VERSION: u32 = 3;
 
 /// Longest header in bytes: a list of changed blocks is the longest.
@@ -21,8 +21,11 @@ pub const DATA_BYTES_MAX: usize = 1 << 20;
 /// Header bytes before the peer has attached: a stranger can't make us allocate more.
 pub const HELLO_BYTES_MAX: usize = 1 << 10;
 
-/// Blocks in one answer to `Changed` or `Voided`.
+/// Blocks in one answer to `Changed`, `Voided` or `Allocated`.
 pub const CHANGED_MAX: usize = 4096;
+
+/// Blocks that one `Verify` reads: some milliseconds of the disk.
+pub const VERIFY_MAX: usize = 256;
 
 const _: () = assert!(CHANGED_MAX * 10 < HEADER_BYTES_MAX);
 const _: () = assert!(DATA_BYTES_MAX.is_multiple_of(BLOCK_BYTES));
@@ -49,22 +52,46 @@ pub enum Request {
     Attach { id: RequestId, volume: VolumeId, epoch: Epoch, secret: AttachmentSecret },
     /// The next write in order; `zero`: no data follows.
     Write { sequence: Sequence, first: BlockIndex, count: u32, zero: bool },
+    /// The next operation in order that writes nothing.
+    Op { sequence: Sequence, op: VolumeOp },
     /// Make everything durable.
     Flush,
     /// Read blocks.
-    Read { id: RequestId, first: BlockIndex, count: u32 },
+    Read { id: RequestId, view: View, first: BlockIndex, count: u32 },
     /// One block with its version, for a resync.
-    Fetch { id: RequestId, block: BlockIndex },
+    Fetch { id: RequestId, view: View, block: BlockIndex },
+    /// Intact content of blocks that are damaged.
+    Repair { id: RequestId, first: BlockIndex },
+    /// Read what a view does not share with the snapshot below it, from a block on, and compare it with its checksums.
+    Verify { id: RequestId, view: View, from: BlockIndex },
+    /// Blocks of a view that hold data, from a block on and before another.
+    Allocated { id: RequestId, view: View, from: BlockIndex, end: BlockIndex },
     /// A block of a resync; `zero`: no data follows.
     Copy { id: RequestId, block: BlockIndex, version: WireVersion, zero: bool },
-    /// Blocks whose present content was written after one sequence and up to another, from a block on.
-    Changed { id: RequestId, after: Sequence, upto: Sequence, from: BlockIndex },
+    /// Blocks in which a view differs from a snapshot, or from nothing, and whose content was written after one sequence and up
+    /// to another, from a block on.
+    Changed {
+        id: RequestId,
+        view: View,
+        since: Option<SnapshotId>,
+        after: Sequence,
+        upto: Sequence,
+        from: BlockIndex,
+    },
     /// Void blocks, from a block on.
     Voided { id: RequestId, from: BlockIndex },
     /// The write that follows a sequence.
     NextWrite { id: RequestId, after: Sequence },
     /// The next write in order, as an owner before issued it; `zero`: no data follows.
     Extend { id: RequestId, tail: Tail, first: BlockIndex, count: u32, zero: bool },
+    /// The same for an operation that writes nothing.
+    ExtendOp { id: RequestId, tail: Tail, op: VolumeOp },
+    /// Void everything since a snapshot, or all; what is written after `begun` is copied.
+    Rebase { id: RequestId, parent: Option<SnapshotId>, begun: Sequence },
+    /// What was copied is this snapshot.
+    Freeze { id: RequestId, snapshot: SnapshotId, tail: Tail },
+    /// There is no such snapshot.
+    Forget { id: RequestId, snapshot: SnapshotId },
     /// Void everything after a position.
     Truncate { id: RequestId, cut: Tail },
     /// Live writes go on after this position.
@@ -80,10 +107,17 @@ impl Request {
     #[must_use]
     pub fn with_id(mut self, new: RequestId) -> Self {
         match &mut self {
-            Self::Hello { .. } | Self::Write { .. } | Self::Flush => {}
+            Self::Hello { .. } | Self::Write { .. } | Self::Op { .. } | Self::Flush => {}
             Self::Attach { id, .. }
             | Self::Read { id, .. }
             | Self::Fetch { id, .. }
+            | Self::Repair { id, .. }
+            | Self::Verify { id, .. }
+            | Self::Allocated { id, .. }
+            | Self::ExtendOp { id, .. }
+            | Self::Rebase { id, .. }
+            | Self::Freeze { id, .. }
+            | Self::Forget { id, .. }
             | Self::Copy { id, .. }
             | Self::Changed { id, .. }
             | Self::Voided { id, .. }
@@ -123,6 +157,8 @@ pub enum Answer {
         full: bool,
         /// The highest epoch that was promised before; the asker's own after an attempt whose answer was lost.
         before: Epoch,
+        /// Its snapshots.
+        lineage: Lineage,
     },
     /// Not attached.
     AttachRefused(AttachRefused),
@@ -136,6 +172,10 @@ pub enum Answer {
     Blocks { blocks: Vec<BlockIndex>, full: bool },
     /// A write; the data follows unless it is zero.
     Write { tail: Tail, first: BlockIndex, count: u32, zero: bool },
+    /// An operation that writes nothing.
+    Op { tail: Tail, op: VolumeOp },
+    /// Blocks that were verified, those that are damaged, and where to go on.
+    Verified { checked: u64, damaged: Vec<BlockIndex>, next: Option<BlockIndex> },
     /// A proposal's result.
     Proposed(Result<VolumeView, ProposalError>),
     /// The content is damaged here; ask another replica.

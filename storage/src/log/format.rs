@@ -1,12 +1,14 @@
 //! The bytes of a batch.
 
 use super::SegmentId;
+use crate::map::{PageKey, TreeId};
+use crate::types::VolumeOp;
 use proto::limits::BLOCK_BYTES;
-use proto::{BlockIndex, Epoch, Sequence, VolumeId};
+use proto::{BlockIndex, Epoch, Sequence, SnapshotId, VolumeId};
 use serde::{Deserialize, Serialize};
 
-/// Tells a batch from anything else; the last byte is the version. Version 1: the first.
-const MAGIC: &[u8; 8] = b"poolseg\x01";
+/// Tells a batch from anything else; the last byte is the version. Version 1: the first. Version 2: map pages, snapshots.
+const MAGIC: &[u8; 8] = b"poolseg\x02";
 
 /// Magic, length of the encoded header, and its hash.
 const PREFIX_BYTES: usize = 8 + 4 + 32;
@@ -17,10 +19,10 @@ pub const BATCH_BLOCKS_MAX: usize = 1024;
 /// Records of a batch.
 pub const BATCH_RECORDS_MAX: usize = 1024;
 
-/// Longest header in bytes: records of 64 bytes, and 10 for each block's checksum.
-pub const HEADER_BYTES_MAX: usize = 128 << 10;
+/// Longest header in bytes: records of 96 bytes, and 32 for each block's checksum, and its key if it is a page.
+pub const HEADER_BYTES_MAX: usize = 160 << 10;
 
-const _: () = assert!(BATCH_RECORDS_MAX * 64 + BATCH_BLOCKS_MAX * 10 + 4096 <= HEADER_BYTES_MAX);
+const _: () = assert!(BATCH_RECORDS_MAX * 96 + BATCH_BLOCKS_MAX * 32 + 4096 <= HEADER_BYTES_MAX);
 
 /// What a record does.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,6 +42,19 @@ pub enum RecordKind {
     Copy { checksums: Vec<u64> },
     /// The same of a block that is zero there.
     CopyZero,
+    /// Blocks that are known already, at another place: what cleaning has moved, or a repair has put back.
+    Moved { checksums: Vec<u64> },
+    /// Pages of maps, with what they are. Nothing at replay: a checkpoint leads to them.
+    Pages { keys: Vec<PageKey>, checksums: Vec<u64> },
+    /// An operation in order that writes nothing.
+    Op(VolumeOp),
+    /// Everything since a snapshot, or all, is void, and the layer of the volume begins anew there; it holds what is written after
+    /// `begun`. The replica is incomplete until `Complete`.
+    Rebase { parent: Option<SnapshotId>, begun: Sequence },
+    /// What the volume holds is a snapshot, and complete up to the record's sequence.
+    Freeze { snapshot: SnapshotId },
+    /// There is no such snapshot.
+    Forget { snapshot: SnapshotId },
 }
 
 impl RecordKind {
@@ -47,8 +62,19 @@ impl RecordKind {
     #[must_use]
     pub fn checksums(&self) -> &[u64] {
         match self {
-            Self::Write { checksums } | Self::Copy { checksums } => checksums,
-            Self::Zero | Self::Truncate | Self::Complete | Self::Delete | Self::CopyZero => &[],
+            Self::Write { checksums }
+            | Self::Copy { checksums }
+            | Self::Moved { checksums }
+            | Self::Pages { checksums, .. } => checksums,
+            Self::Zero
+            | Self::Truncate
+            | Self::Complete
+            | Self::Delete
+            | Self::CopyZero
+            | Self::Op(_)
+            | Self::Rebase { .. }
+            | Self::Freeze { .. }
+            | Self::Forget { .. } => &[],
         }
     }
 }
@@ -58,8 +84,8 @@ impl RecordKind {
 pub struct Record {
     /// The volume.
     pub volume: VolumeId,
-    /// The snapshot layer; always 0 until there are snapshots.
-    pub layer: u32,
+    /// The layer that it makes, if it makes one; else 0.
+    pub layer: TreeId,
     /// Epoch of the write, as its owner issued it.
     pub epoch: Epoch,
     /// Sequence of the write.
@@ -169,14 +195,13 @@ impl BatchHeader {
         }
         let header: Self = postcard::from_bytes(body).map_err(|_| FormatError::BadHeader)?;
         let sound = header.records.iter().all(|record| match &record.kind {
-            RecordKind::Write { checksums } | RecordKind::Copy { checksums } => {
-                checksums.len() == record.count as usize
+            RecordKind::Write { checksums }
+            | RecordKind::Copy { checksums }
+            | RecordKind::Moved { checksums } => checksums.len() == record.count as usize,
+            RecordKind::Pages { keys, checksums } => {
+                checksums.len() == record.count as usize && keys.len() == checksums.len()
             }
-            RecordKind::Zero
-            | RecordKind::Truncate
-            | RecordKind::Complete
-            | RecordKind::Delete
-            | RecordKind::CopyZero => true,
+            _ => record.kind.checksums().is_empty(),
         });
         match sound {
             false => Err(FormatError::BadHeader),
@@ -200,7 +225,7 @@ mod tests {
     fn header() -> BatchHeader {
         let record = Record {
             volume: VolumeId(3),
-            layer: 0,
+            layer: TreeId(0),
             epoch: Epoch(2),
             sequence: Sequence(9),
             first: BlockIndex(5),

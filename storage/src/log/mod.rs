@@ -5,6 +5,8 @@
 //!  batch header: segment, LSN, hash of the previous batch, last durable LSN, records
 //!  record: volume, layer, epoch, sequence, kind, first block, count, 64-bit checksum of each block
 //! ```
+//! Replay begins where the last checkpoint ended; what is before is read by the map alone, and its segments may be gone.
+//!
 //! Invariants: a batch is found valid after a crash only if all of it is there; batches are chained by hash, so a stale batch
 //! of a recycled place is never taken for the next one. After a failed sync nothing more is written.
 
@@ -15,8 +17,8 @@ mod writer;
 
 pub use disk::{Disk, FileDisk};
 pub use format::{BatchHeader, Record, RecordKind, block_checksum};
-pub use replay::{Batch, Replay, ReplayedRecord, read_batch, replay};
-pub use writer::{LogEnd, LogWriter, Written};
+pub use replay::{Batch, Replay, Replayed, ReplayedRecord, read_batch, replay};
+pub use writer::{LogEnd, LogWriter, Room, Written};
 
 /// Bytes of a segment: large enough that file operations are rare, small enough that dead ones come back soon.
 pub const SEGMENT_BYTES: u64 = 64 << 20;

@@ -42,69 +42,101 @@ pub struct Batch {
     pub end: u64,
 }
 
-/// Reads all segments and hands each record to `take`.
+/// What replay hands out.
+pub enum Replayed {
+    /// The next record.
+    Record(ReplayedRecord),
+    /// Batches that were durable are gone: what they said is not known.
+    Gap,
+}
+
+/// Reads all segments from a place on, which ends a batch, and hands out each record.
 ///
 /// # Errors
-/// The folder or a file can't be read.
-pub fn replay(disk: &dyn Disk, mut take: impl FnMut(ReplayedRecord)) -> Result<Replay, LogError> {
-    let segments = disk.list().map_err(LogError::List)?;
-    let mut end = LogEnd { segment: None, offset: 0, lsn: 0, previous: [0; 32] };
+/// The folder can't be read.
+pub fn replay(disk: &dyn Disk, from: LogEnd, mut take: impl FnMut(Replayed)) -> Result<Replay, LogError> {
+    let all = disk.list().map_err(LogError::List)?;
+    let segments: Vec<SegmentId> =
+        all.iter().copied().filter(|segment| Some(*segment) >= from.segment).collect();
+    let mut end = from;
     let mut damage = Vec::new();
+    if from.segment.is_some() && segments.first().copied() != from.segment {
+        let segment = from.segment.unwrap_or(SegmentId(0));
+        damage.push(LogError::Damaged { segment, offset: 0, what: "the segment is gone".to_owned() });
+        take(Replayed::Gap);
+    }
     for (index, &segment) in segments.iter().enumerate() {
         // Data is verified where a crash may have torn it: in the last segment. Elsewhere each read verifies.
         let is_last = index + 1 == segments.len();
-        let mut offset = 0;
-        while let Ok(found) = read_batch(disk, segment, offset, is_last)? {
+        let begin = if Some(segment) == from.segment { from.offset } else { 0 };
+        let mut offset = begin;
+        while let Some(found) = next_batch(disk, segment, offset, is_last) {
             let chained = found.header.lsn == end.lsn + 1 && found.header.previous == end.previous;
-            // The oldest segments may have been removed; and after damage a later segment begins a new chain.
+            // After damage a later segment begins a new chain.
             let begins = offset == 0 && found.header.lsn > end.lsn;
             if !chained && !begins {
                 break;
             }
-            if !chained && index > 0 {
+            if !chained {
                 let what = format!("batches {} to {} are gone", end.lsn + 1, found.header.lsn - 1);
                 damage.push(LogError::Damaged { segment, offset, what });
+                take(Replayed::Gap);
             }
             offset = found.end;
             let (lsn, previous) = (found.header.lsn, found.hash);
             end = LogEnd { segment: Some(segment), offset, lsn, previous };
-            hand_out(found, segment, &mut take);
+            hand_out(found, segment, &mut |record| take(Replayed::Record(record)));
         }
     }
+    let mut is_damaged_at_end = false;
     for &segment in segments.last().into_iter().chain(&end.segment) {
         let offset = if end.segment == Some(segment) { end.offset } else { 0 };
-        if was_durable(disk, segment, offset, end.lsn + 1)? {
+        if let Some(lsn) = last_of_later(disk, segment, offset, end.lsn + 1) {
             let what = format!("batch {} was durable and is gone", end.lsn + 1);
             damage.push(LogError::Damaged { segment, offset, what });
+            take(Replayed::Gap);
+            end.lsn = end.lsn.max(lsn);
+            is_damaged_at_end = true;
             break;
         }
     }
-    if end.segment != segments.last().copied() {
+    if is_damaged_at_end {
+        // What is there is left as it is, and the log goes on in another segment.
+        end.segment = segments.last().copied();
+        end.offset = disk.segment_bytes();
+    } else if end.segment != segments.last().copied() {
         // Created but never written: it is the next place.
         end.segment = segments.last().copied();
         end.offset = 0;
     }
-    let next_segment = segments.last().map_or(1, |segment| segment.0 + 1);
+    let next_segment = all.last().map_or(1, |segment| segment.0 + 1);
     Ok(Replay { end, next_segment, damage })
 }
 
-/// Whether an intact header from `offset` on says that a batch was durable when it was written.
-fn was_durable(disk: &dyn Disk, segment: SegmentId, offset: u64, lsn: u64) -> Result<bool, LogError> {
+/// The batch at an offset, if there is one that counts. What can't be read is damage, as what does not match is.
+fn next_batch(disk: &dyn Disk, segment: SegmentId, offset: u64, may_be_torn: bool) -> Option<Batch> {
+    if let Ok(Ok(found)) = read_batch(disk, segment, offset, may_be_torn) {
+        return Some(found);
+    }
+    // Its header alone: if it was durable as a whole, only blocks of it are damaged, and their readers find that out.
+    let found = read_batch(disk, segment, offset, false).ok()?.ok()?;
+    last_of_later(disk, segment, found.end, found.header.lsn).map(|_| found)
+}
+
+/// The last batch that an intact header from `offset` on says of, if one says that a batch was durable when it was written.
+fn last_of_later(disk: &dyn Disk, segment: SegmentId, offset: u64, lsn: u64) -> Option<u64> {
     let mut bytes = vec![0; BLOCK_BYTES];
+    let (mut was_durable, mut last) = (false, 0);
     for offset in (offset..disk.segment_bytes()).step_by(BLOCK_BYTES) {
-        disk.read(segment, offset, &mut bytes).map_err(|source| LogError::Io {
-            action: "read",
-            segment,
-            source,
-        })?;
-        if BatchHeader::encoded_len(&bytes).is_ok()
-            && let Ok(found) = read_batch(disk, segment, offset, false)?
-            && found.header.durable_lsn >= lsn
+        if disk.read(segment, offset, &mut bytes).is_ok()
+            && BatchHeader::encoded_len(&bytes).is_ok()
+            && let Ok(Ok(found)) = read_batch(disk, segment, offset, false)
         {
-            return Ok(true);
+            was_durable |= found.header.durable_lsn >= lsn;
+            last = last.max(found.header.lsn);
         }
     }
-    Ok(false)
+    was_durable.then_some(last)
 }
 
 /// Reads the batch at an offset. `verify_data`: all of its content too. The inner error: there is none.

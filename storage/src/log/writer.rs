@@ -3,6 +3,7 @@
 use super::disk::Disk;
 use super::format::{BatchHeader, Record};
 use super::{Location, LogError, SegmentId};
+use crate::safety::Rule;
 use proto::limits::BLOCK_BYTES;
 use std::collections::BTreeSet;
 use std::io;
@@ -31,6 +32,18 @@ pub struct Written {
     pub data: Location,
 }
 
+/// What a batch may take of the disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Room {
+    /// All but a reserve: data of guests.
+    Data,
+    /// Everything: what cleaning, trimming, deleting and checkpoints write, all of which gives space back.
+    All,
+}
+
+/// Segments that guests' data leaves free: one to copy into, one for a checkpoint's pages, and one for trims meanwhile.
+const RESERVE_SEGMENTS: u64 = 3;
+
 /// Where replay found the log's end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LogEnd {
@@ -42,6 +55,11 @@ pub struct LogEnd {
     pub lsn: u64,
     /// Hash of its header.
     pub previous: [u8; 32],
+}
+
+impl LogEnd {
+    /// Nothing was ever written.
+    pub const BEGIN: Self = Self { segment: None, offset: 0, lsn: 0, previous: [0; 32] };
 }
 
 impl LogWriter {
@@ -67,23 +85,35 @@ impl LogWriter {
         self.segment
     }
 
+    /// Where the next batch follows.
+    #[must_use]
+    pub fn end(&self) -> LogEnd {
+        LogEnd { segment: self.segment, offset: self.offset, lsn: self.lsn, previous: self.previous }
+    }
+
+    /// The number for the next new segment.
+    #[must_use]
+    pub fn next_segment(&self) -> u64 {
+        self.next_segment
+    }
+
     /// Writes one batch; on return it survives the death of the process, not yet of the machine.
     ///
     /// # Errors
     /// `NoSpace` changes nothing and may be tried again. After any other error the log must not be used any more.
-    pub fn append(&mut self, records: Vec<Record>, data: &[&[u8]]) -> Result<Written, LogError> {
-        if self.is_fresh {
+    pub fn append(&mut self, records: Vec<Record>, data: &[&[u8]], room: Room) -> Result<Written, LogError> {
+        if self.is_fresh && Rule::LostBatchesStayLost.holds() {
             // Batches of the run before may lie beyond the end, where a loss of power has left them without those before them.
             // Were the same batch written again, as it is when an owner brings the same writes again, they would follow it.
             // No batch that was ever lost is empty.
-            self.write_batch(Vec::new(), &[])?;
+            self.write_batch(Vec::new(), &[], Room::All)?;
             self.sync()?;
             self.is_fresh = false;
         }
-        self.write_batch(records, data)
+        self.write_batch(records, data, room)
     }
 
-    fn write_batch(&mut self, records: Vec<Record>, data: &[&[u8]]) -> Result<Written, LogError> {
+    fn write_batch(&mut self, records: Vec<Record>, data: &[&[u8]], room: Room) -> Result<Written, LogError> {
         let data_bytes: usize = data.iter().map(|part| part.len()).sum();
         debug_assert_eq!(data_bytes % BLOCK_BYTES, 0);
         let header = |segment: SegmentId, log: &Self, records: Vec<Record>| BatchHeader {
@@ -100,7 +130,7 @@ impl LogWriter {
         if self.segment.is_none() || self.offset + needed > self.disk.segment_bytes() {
             // The old segment is durable before the new one exists: only the last one can have a torn tail.
             self.sync()?;
-            let segment = self.open_segment()?;
+            let segment = self.open_segment(room)?;
             encoded = header(segment, self, records).encode();
         }
         let segment = self.segment.expect("one was opened above");
@@ -132,7 +162,14 @@ impl LogWriter {
         Ok(())
     }
 
-    fn open_segment(&mut self) -> Result<SegmentId, LogError> {
+    fn open_segment(&mut self, room: Room) -> Result<SegmentId, LogError> {
+        if room == Room::Data {
+            let usage = self.disk.usage().map_err(LogError::List)?;
+            let free = usage.capacity.saturating_sub(usage.used);
+            if free < (1 + RESERVE_SEGMENTS) * self.disk.segment_bytes() {
+                return Err(LogError::NoSpace);
+            }
+        }
         let segment = SegmentId(self.next_segment);
         self.io("create", segment, |disk| disk.create(segment))?;
         self.next_segment += 1;
@@ -160,13 +197,14 @@ impl LogWriter {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::log::{FileDisk, RecordKind, replay};
+    use crate::log::{FileDisk, RecordKind, Replayed, replay};
+    use crate::map::TreeId;
     use proto::{BlockIndex, Epoch, Sequence, VolumeId};
 
     fn zero(sequence: u64) -> Vec<Record> {
         vec![Record {
             volume: VolumeId(1),
-            layer: 0,
+            layer: TreeId(0),
             epoch: Epoch(1),
             sequence: Sequence(sequence),
             first: BlockIndex(0),
@@ -178,7 +216,11 @@ mod tests {
     /// Opens the log; the sequences that it holds.
     fn open(disk: &Arc<dyn Disk>) -> (LogWriter, Vec<u64>) {
         let mut found = Vec::new();
-        let replayed = replay(&**disk, |replayed| found.push(replayed.record.sequence.0)).unwrap();
+        let replayed = replay(&**disk, LogEnd::BEGIN, |replayed| match replayed {
+            Replayed::Record(replayed) => found.push(replayed.record.sequence.0),
+            Replayed::Gap => unreachable!("nothing durable is lost"),
+        })
+        .unwrap();
         assert!(replayed.damage.is_empty(), "{:?}", replayed.damage);
         (LogWriter::new(disk.clone(), replayed.end, replayed.next_segment), found)
     }
@@ -188,10 +230,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let disk: Arc<dyn Disk> = Arc::new(FileDisk::open(dir.path(), None).unwrap());
         let (mut log, _) = open(&disk);
-        log.append(zero(1), &[]).unwrap();
+        log.append(zero(1), &[], Room::All).unwrap();
         log.sync().unwrap();
-        let lost = log.append(zero(2), &[]).unwrap().data;
-        log.append(zero(3), &[]).unwrap();
+        let lost = log.append(zero(2), &[], Room::All).unwrap().data;
+        log.append(zero(3), &[], Room::All).unwrap();
         // The last batch has reached the disk, the one before it has not.
         let header = u64::from(lost.offset) - BLOCK_BYTES as u64;
         disk.write(lost.segment, header, &[0; BLOCK_BYTES]).unwrap();
@@ -199,7 +241,7 @@ mod tests {
         assert_eq!(found, [1]);
         // As the first run had: the batch that follows is the same, byte for byte.
         log.sync().unwrap();
-        log.append(zero(2), &[]).unwrap();
+        log.append(zero(2), &[], Room::All).unwrap();
         assert_eq!(open(&disk).1, [1, 2]);
     }
 }

@@ -1,15 +1,19 @@
 //! The bytes of a page.
 //!
 //! ```text
-//!  0  magic u32, level u8, 3 zero bytes     8  volume u64     16  index u64     24  checksum u64 (blake3 of all the rest)
+//!  0  magic u32, level u8, 3 zero bytes     8  tree u64       16  index u64     24  checksum u64 (blake3 of all the rest)
+//! 32  newest sequence below, as the page above has it
 //!  leaf (level 0), from 256: 128 × 30       epoch u64 │ sequence u64 │ segment u32 │ block u16 │ checksum u64
 //!  node (level 1…4), from 256: 256 × 14     newest sequence u64 │ segment u32 │ block u16
+//!                   from 3840: 256 × 1      the first byte of the child's checksum
 //! ```
-//! Little-endian. An epoch of 0 in a leaf: the block was never written. Block 0xffff: a tombstone in a leaf, no child in a node.
+//! Little-endian. An epoch of 0 in a leaf: the block was never written. Block 0xffff: a tombstone in a leaf, no child in a node;
+//! 0xfffe: void. A sound page that is an older one of the same place in the tree shows by what the page above has of it.
 
 use crate::log::{Location, SEGMENT_BYTES, SegmentId};
 use proto::limits::BLOCK_BYTES;
-use proto::{Epoch, Sequence, VolumeId};
+use proto::{Epoch, Sequence};
+use serde::{Deserialize, Serialize};
 
 /// Bytes of a page: one block of the log.
 pub const PAGE_BYTES: usize = BLOCK_BYTES;
@@ -23,18 +27,26 @@ pub const NODE_CHILDREN: u64 = 256;
 /// Level of a root: enough for 2^39 blocks.
 pub const ROOT_LEVEL: u8 = 4;
 
-/// Tells a page from anything else; the last byte is the version. Version 1: the first.
-const MAGIC: u32 = u32::from_le_bytes(*b"pmp\x01");
+/// Tells a page from anything else; the last byte is the version. Version 1: the first. Version 2: of a tree, not of a volume;
+/// void blocks.
+const MAGIC: u32 = u32::from_le_bytes(*b"pmp\x02");
 
 const CHECKSUM_AT: usize = 24;
+const NEWEST_AT: usize = 32;
 const BODY_AT: usize = 256;
+const TAGS_AT: usize = PAGE_BYTES - NODE_CHILDREN as usize;
 const ENTRY_BYTES: usize = 30;
 const CHILD_BYTES: usize = 14;
 const NO_PLACE: u16 = 0xffff;
+const VOID: u16 = 0xfffe;
 
 const _: () = assert!(BODY_AT + LEAF_BLOCKS as usize * ENTRY_BYTES <= PAGE_BYTES);
-const _: () = assert!(BODY_AT + NODE_CHILDREN as usize * CHILD_BYTES <= PAGE_BYTES);
-const _: () = assert!(SEGMENT_BYTES / (BLOCK_BYTES as u64) < NO_PLACE as u64);
+const _: () = assert!(BODY_AT + NODE_CHILDREN as usize * CHILD_BYTES <= TAGS_AT);
+const _: () = assert!(SEGMENT_BYTES / (BLOCK_BYTES as u64) < VOID as u64);
+
+/// One tree of the store; never used twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct TreeId(pub u64);
 
 /// Version of a block: the write that made it. Ordered as the writes are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
@@ -69,20 +81,42 @@ impl From<Location> for Place {
     }
 }
 
+/// What a block holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Content {
+    /// Data at a place, with its checksum.
+    Data { place: Place, checksum: u64 },
+    /// Zeros: a tombstone.
+    Zero,
+    /// Nothing that counts; to be copied from another replica.
+    Void,
+}
+
+impl Content {
+    /// Where its data lies, if it has any.
+    #[must_use]
+    pub fn place(self) -> Option<Place> {
+        match self {
+            Self::Data { place, .. } => Some(place),
+            Self::Zero | Self::Void => None,
+        }
+    }
+}
+
 /// What is known of a block that was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Entry {
     /// The version.
     pub version: BlockVersion,
-    /// Where the content lies, and its checksum; `None` is a tombstone.
-    pub content: Option<(Place, u64)>,
+    /// The content.
+    pub content: Content,
 }
 
-/// Which page of a volume's tree.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+/// Which page of a tree.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct PageKey {
-    /// The volume.
-    pub volume: VolumeId,
+    /// The tree.
+    pub tree: TreeId,
     /// 0: a leaf.
     pub level: u8,
     /// Number among the pages of its level.
@@ -92,14 +126,14 @@ pub struct PageKey {
 impl PageKey {
     /// The leaf of a block.
     #[must_use]
-    pub fn leaf_of(volume: VolumeId, block: u64) -> Self {
-        Self { volume, level: 0, index: block / LEAF_BLOCKS }
+    pub fn leaf_of(tree: TreeId, block: u64) -> Self {
+        Self { tree, level: 0, index: block / LEAF_BLOCKS }
     }
 
-    /// The root of a volume.
+    /// The root of a tree.
     #[must_use]
-    pub fn root(volume: VolumeId) -> Self {
-        Self { volume, level: ROOT_LEVEL, index: 0 }
+    pub fn root(tree: TreeId) -> Self {
+        Self { tree, level: ROOT_LEVEL, index: 0 }
     }
 
     /// The node above, and the slot in it; `None` for a root.
@@ -176,14 +210,15 @@ impl Page {
             return Err(PageError::Damaged);
         }
         let found = (page.bytes[4], page.u64(8), page.u64(16));
-        if found == (key.level, key.volume.0, key.index) { Ok(page) } else { Err(PageError::OutOfPlace) }
+        if found == (key.level, key.tree.0, key.index) { Ok(page) } else { Err(PageError::OutOfPlace) }
     }
 
-    /// The bytes to be written.
-    pub fn encode(&mut self, key: PageKey) -> &[u8; PAGE_BYTES] {
+    /// The bytes to be written. `newest`: what the page above has of it.
+    pub fn encode(&mut self, key: PageKey, newest: Sequence) -> &[u8; PAGE_BYTES] {
+        self.put(NEWEST_AT, &newest.0.to_le_bytes());
         self.put(0, &MAGIC.to_le_bytes());
         self.bytes[4] = key.level;
-        self.put(8, &key.volume.0.to_le_bytes());
+        self.put(8, &key.tree.0.to_le_bytes());
         self.put(16, &key.index.to_le_bytes());
         let checksum = self.checksum();
         self.put(CHECKSUM_AT, &checksum.to_le_bytes());
@@ -194,6 +229,31 @@ impl Page {
     #[must_use]
     pub fn bytes(&self) -> &[u8; PAGE_BYTES] {
         &self.bytes
+    }
+
+    /// The checksum as it was last encoded.
+    #[must_use]
+    pub fn seal(&self) -> u64 {
+        self.u64(CHECKSUM_AT)
+    }
+
+    /// The newest sequence below, as it was last encoded.
+    #[must_use]
+    pub fn newest(&self) -> Sequence {
+        Sequence(self.u64(NEWEST_AT))
+    }
+
+    /// Whether a child is the one that was put there.
+    #[must_use]
+    pub fn has_child(&self, slot: usize, child: &Self) -> bool {
+        self.child(slot).newest == child.newest() && self.bytes[TAGS_AT + slot] == child.bytes[CHECKSUM_AT]
+    }
+
+    /// A child was put somewhere.
+    pub fn put_child(&mut self, slot: usize, place: Place, seal: u64) {
+        let child = self.child(slot);
+        self.set_child(slot, Child { place: Some(place), ..child });
+        self.bytes[TAGS_AT + slot] = seal.to_le_bytes()[0];
     }
 
     fn checksum(&self) -> u64 {
@@ -213,7 +273,11 @@ impl Page {
             return None;
         }
         let version = BlockVersion { epoch: Epoch(epoch), sequence: Sequence(self.u64(at + 8)) };
-        let content = self.place(at + 16).map(|place| (place, self.u64(at + 22)));
+        let content = match self.place(at + 16) {
+            Some(place) => Content::Data { place, checksum: self.u64(at + 22) },
+            None if self.u16(at + 20) == VOID => Content::Void,
+            None => Content::Zero,
+        };
         Some(Entry { version, content })
     }
 
@@ -230,8 +294,15 @@ impl Page {
         assert!(entry.version.epoch.0 > 0, "the first epoch is 1");
         self.put(at, &entry.version.epoch.0.to_le_bytes());
         self.put(at + 8, &entry.version.sequence.0.to_le_bytes());
-        self.put_place(at + 16, entry.content.map(|(place, _)| place));
-        let checksum = entry.content.map_or(0, |(_, checksum)| checksum);
+        self.put_place(at + 16, entry.content.place());
+        let checksum = match entry.content {
+            Content::Data { checksum, .. } => checksum,
+            Content::Zero => 0,
+            Content::Void => {
+                self.put(at + 20, &VOID.to_le_bytes());
+                0
+            }
+        };
         self.put(at + 22, &checksum.to_le_bytes());
     }
 
@@ -250,8 +321,8 @@ impl Page {
     }
 
     fn place(&self, at: usize) -> Option<Place> {
-        let block = u16::from_le_bytes([self.bytes[at + 4], self.bytes[at + 5]]);
-        (block != NO_PLACE).then(|| Place { segment: SegmentId(u64::from(self.u32(at))), block })
+        let block = self.u16(at + 4);
+        (block < VOID).then(|| Place { segment: SegmentId(u64::from(self.u32(at))), block })
     }
 
     fn put_place(&mut self, at: usize, place: Option<Place>) {
@@ -259,6 +330,10 @@ impl Page {
             place.map_or(0, |place| u32::try_from(place.segment.0).expect("fewer segments than 2^32"));
         self.put(at, &segment.to_le_bytes());
         self.put(at + 4, &place.map_or(NO_PLACE, |place| place.block).to_le_bytes());
+    }
+
+    fn u16(&self, at: usize) -> u16 {
+        u16::from_le_bytes([self.bytes[at], self.bytes[at + 1]])
     }
 
     fn u64(&self, at: usize) -> u64 {

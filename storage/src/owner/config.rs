@@ -3,7 +3,7 @@
 use crate::types::EpochStart;
 use proto::{
     AttachmentSecret, ByteCount, CertificateFingerprint, Epoch, HostId, Incarnation, IsrVersion, Sequence,
-    VolumeId,
+    SnapshotId, VolumeId,
 };
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -108,6 +108,10 @@ pub struct VolumeStatus {
     pub acknowledged: Sequence,
     /// The last write known to be durable on the whole in-sync set.
     pub durable: Sequence,
+    /// Reads that a replica could not serve since its content was damaged; another one did, if one could.
+    pub damaged_reads: u64,
+    /// Times that a replica was given intact content in the place of what was damaged.
+    pub repairs: u64,
 }
 
 /// An operation on a volume failed.
@@ -131,6 +135,18 @@ pub enum VolumeError {
     /// It was closed.
     #[error("the volume is closed")]
     Closed,
+    /// The volume has no such snapshot.
+    #[error("the volume has no snapshot {snapshot}")]
+    UnknownSnapshot { snapshot: SnapshotId },
+    /// It has too many.
+    #[error("the volume has {max} snapshots, the most that a volume may have; delete one first")]
+    TooManySnapshots { max: usize },
+    /// A clone is made of a volume that was never written.
+    #[error("the volume was written already; only an empty one becomes a clone")]
+    NotEmpty,
+    /// The host holds no in-sync replica, or can't be reached.
+    #[error("{host} has no in-sync replica of the volume")]
+    NoReplica { host: HostId },
     /// No in-sync replica has intact content.
     #[error("block {block} is damaged on every in-sync replica")]
     Damaged { block: u64 },

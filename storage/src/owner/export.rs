@@ -3,7 +3,7 @@
 use super::config::VolumeError;
 use super::handle::VolumeHandle;
 use crate::nbd::{Export, ExportError, Extent, ExtentKind, Zeroing};
-use crate::types::BoxFuture;
+use crate::types::{BoxFuture, View};
 use crate::wire::DATA_BYTES_MAX;
 use bytes::Bytes;
 
@@ -16,7 +16,10 @@ impl From<VolumeError> for ExportError {
             | VolumeError::Closed
             | VolumeError::NotActive
             | VolumeError::Draining => Self::Shutdown,
-            VolumeError::Damaged { .. } => Self::Io,
+            VolumeError::UnknownSnapshot { .. }
+            | VolumeError::TooManySnapshots { .. }
+            | VolumeError::NotEmpty => Self::Invalid,
+            VolumeError::Damaged { .. } | VolumeError::NoReplica { .. } => Self::Io,
         }
     }
 }
@@ -63,8 +66,22 @@ impl Export for VolumeHandle {
         })
     }
 
-    /// Everything counts as written: no client is misled by that, and owners know no better.
-    fn extents(&self, _offset: u64, len: u64) -> BoxFuture<'_, Result<Vec<Extent>, ExportError>> {
-        Box::pin(async move { Ok(vec![Extent { len, kind: ExtentKind::Data }]) })
+    fn extents(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Vec<Extent>, ExportError>> {
+        Box::pin(async move {
+            let runs = self.allocated(View::Live, offset, len).await?;
+            let mut extents = Vec::new();
+            let mut at = offset;
+            for run in runs {
+                if run.start > at {
+                    extents.push(Extent { len: run.start - at, kind: ExtentKind::Hole });
+                }
+                extents.push(Extent { len: run.end - run.start, kind: ExtentKind::Data });
+                at = run.end;
+            }
+            if offset + len > at {
+                extents.push(Extent { len: offset + len - at, kind: ExtentKind::Hole });
+            }
+            Ok(extents)
+        })
     }
 }

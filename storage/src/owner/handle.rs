@@ -4,11 +4,13 @@ use super::config::{ActivateError, ActivationStart, VolumeConfig, VolumeError, V
 use super::core::Owner;
 use super::task::{Message, VolumeTask};
 use crate::limits::{WINDOW_BYTES, write_cost};
+use crate::types::View;
 use crate::wire::DATA_BYTES_MAX;
 use bytes::{Bytes, BytesMut};
 use proto::limits::BLOCK_BYTES;
 use proto::{BlockIndex, Sequence};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use tokio::sync::{OwnedSemaphorePermit, RwLock, Semaphore, mpsc, oneshot, watch};
 
 /// Bytes of reads that may be on their way: bounds what their answers take.
@@ -20,7 +22,7 @@ const MESSAGES_MAX: usize = 256;
 /// Blocks of one zeroing write: a frame without data, but an entry in the replica's map for each block.
 const ZERO_BLOCKS_MAX: u64 = 4096;
 
-const BLOCK: u64 = BLOCK_BYTES as u64;
+pub(super) const BLOCK: u64 = BLOCK_BYTES as u64;
 const SECTOR: u64 = 512;
 
 /// A volume; clones are handles of the same one. When the last is dropped the volume is closed.
@@ -32,14 +34,14 @@ pub struct VolumeHandle {
     read_window: Arc<Semaphore>,
     /// Whole-block writes share it; a write that must first read its blocks has it alone.
     blocks: Arc<RwLock<()>>,
-    size: u64,
+    size: Arc<AtomicU64>,
 }
 
 impl VolumeHandle {
     /// Opens a volume, inactive: its replicas are connected, nothing is promised. Must be called inside a tokio runtime.
     #[must_use]
     pub fn open(config: VolumeConfig) -> Self {
-        let size = config.size.0;
+        let size = Arc::new(AtomicU64::new(config.size.0));
         let owner = Owner::new(config.clone());
         let (messages, queue) = mpsc::channel(MESSAGES_MAX);
         let (publish, published) = watch::channel(owner.status());
@@ -51,7 +53,7 @@ impl VolumeHandle {
     }
 
     /// Sends what `message` makes of the other end of an answer; waits for the answer.
-    async fn ask<T, E>(
+    pub(super) async fn ask<T, E>(
         &self,
         closed: E,
         message: impl FnOnce(oneshot::Sender<Result<T, E>>) -> Message,
@@ -75,8 +77,9 @@ impl VolumeHandle {
         self.ask(ActivateError::Closed, |answer| Message::Activate { config, start, answer }).await
     }
 
-    /// New replicas or addresses at the same epoch.
+    /// New replicas or addresses at the same epoch, or a larger size.
     pub async fn update(&self, config: VolumeConfig) {
+        self.size.fetch_max(config.size.0, Ordering::Relaxed);
         // A closed volume needs no update.
         let _ = self.messages.send(Message::Update { config }).await;
     }
@@ -84,7 +87,7 @@ impl VolumeHandle {
     /// Size in bytes.
     #[must_use]
     pub fn size_bytes(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::Relaxed)
     }
 
     /// Where it stands.
@@ -98,6 +101,14 @@ impl VolumeHandle {
     /// # Errors
     /// Out of range, fenced, closed, or damaged everywhere.
     pub async fn read(&self, offset: u64, len: usize) -> Result<Bytes, VolumeError> {
+        self.read_view(View::Live, offset, len).await
+    }
+
+    /// Reads what the volume or one of its snapshots holds.
+    ///
+    /// # Errors
+    /// As `read`, and an unknown snapshot.
+    pub async fn read_view(&self, view: View, offset: u64, len: usize) -> Result<Bytes, VolumeError> {
         self.check(offset, len as u64)?;
         let first = offset / BLOCK;
         let end = (offset + len as u64).div_ceil(BLOCK);
@@ -105,17 +116,17 @@ impl VolumeHandle {
         let mut at = first;
         while at < end {
             let count = (end - at).min((DATA_BYTES_MAX / BLOCK_BYTES) as u64);
-            data.extend_from_slice(&self.read_blocks(BlockIndex(at), count).await?);
+            data.extend_from_slice(&self.read_blocks(view, BlockIndex(at), count).await?);
             at += count;
         }
         let skip = usize::try_from(offset % BLOCK).expect("less than a block");
         Ok(data.freeze().slice(skip..skip + len))
     }
 
-    async fn read_blocks(&self, first: BlockIndex, count: u64) -> Result<Bytes, VolumeError> {
+    async fn read_blocks(&self, view: View, first: BlockIndex, count: u64) -> Result<Bytes, VolumeError> {
         let count = u32::try_from(count).expect("bounded by a frame");
         let permit = share(&self.read_window, count as usize * BLOCK_BYTES).await?;
-        self.ask(VolumeError::Closed, |answer| Message::Read { first, count, answer, permit }).await
+        self.ask(VolumeError::Closed, |answer| Message::Read { view, first, count, answer, permit }).await
     }
 
     /// Writes; acknowledged when every in-sync replica has it.
@@ -134,10 +145,11 @@ impl VolumeHandle {
         }
         let _alone = self.blocks.write().await;
         let start = offset / BLOCK * BLOCK;
-        let end = (offset + data.len() as u64).next_multiple_of(BLOCK).min(self.size.next_multiple_of(BLOCK));
+        let size = self.size_bytes();
+        let end = (offset + data.len() as u64).next_multiple_of(BLOCK).min(size.next_multiple_of(BLOCK));
         let len = usize::try_from(end - start).expect("a request fits in memory");
         let mut blocks = BytesMut::from(
-            &self.read(start, len.min(usize::try_from(self.size - start).unwrap_or(len))).await?[..],
+            &self.read(start, len.min(usize::try_from(size - start).unwrap_or(len))).await?[..],
         );
         blocks.resize(len, 0);
         let at = usize::try_from(offset - start).expect("less than a block");
@@ -247,11 +259,12 @@ impl VolumeHandle {
         }
     }
 
-    fn check(&self, offset: u64, len: u64) -> Result<(), VolumeError> {
+    pub(super) fn check(&self, offset: u64, len: u64) -> Result<(), VolumeError> {
+        let size = self.size_bytes();
         let sectors = offset.is_multiple_of(SECTOR) && len.is_multiple_of(SECTOR);
         match offset.checked_add(len) {
-            Some(end) if sectors && end <= self.size => Ok(()),
-            _ => Err(VolumeError::OutOfRange { offset, len, size: self.size }),
+            Some(end) if sectors && end <= size => Ok(()),
+            _ => Err(VolumeError::OutOfRange { offset, len, size }),
         }
     }
 }

@@ -11,7 +11,9 @@
 mod config;
 pub(crate) mod core;
 mod export;
+mod features;
 mod handle;
+pub(crate) mod lineage;
 mod link;
 pub(crate) mod rules;
 mod task;
@@ -23,4 +25,5 @@ pub use config::{
     ActivateError, ActivationStart, ReplicaEndpoint, ReplicaRoute, VolumeConfig, VolumeError, VolumeState,
     VolumeStatus,
 };
+pub use features::{Ranges, ScrubProgress};
 pub use handle::VolumeHandle;

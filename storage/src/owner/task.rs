@@ -1,9 +1,10 @@
 //! The task around an [`Owner`]: turns what happens into inputs, and does what the outputs say.
 
 use super::config::{ActivateError, ActivationStart, VolumeConfig, VolumeError, VolumeStatus};
-use super::core::{Command, CommandId, Generation, Input, Output, Owner, Reply, TICK};
+use super::core::{Command, CommandId, Generation, Input, Look, Looked, Output, Owner, Reply, TICK};
 use super::link::{FrameSender, LinkEvent, LinkEventKind, LinkTask};
 use crate::frames::{FRAMES_MAX, Frame};
+use crate::types::{Tail, View, VolumeOp};
 use crate::wire::Request;
 use bytes::Bytes;
 use proto::{BlockIndex, HostId, Sequence};
@@ -31,6 +32,7 @@ pub enum Message {
         config: VolumeConfig,
     },
     Read {
+        view: View,
         first: BlockIndex,
         count: u32,
         answer: Answer<Bytes, VolumeError>,
@@ -42,6 +44,20 @@ pub enum Message {
         data: Option<Bytes>,
         answer: Answer<(), VolumeError>,
         permit: OwnedSemaphorePermit,
+    },
+    Op {
+        op: VolumeOp,
+        answer: Answer<Tail, VolumeError>,
+    },
+    Look {
+        look: Look,
+        answer: Answer<Looked, VolumeError>,
+    },
+    Repair {
+        host: HostId,
+        first: BlockIndex,
+        data: Bytes,
+        answer: Answer<(), VolumeError>,
     },
     Flush {
         answer: Answer<(), VolumeError>,
@@ -60,6 +76,8 @@ enum Asker {
     Activate(Answer<Sequence, ActivateError>),
     Read(Answer<Bytes, VolumeError>),
     Done(Answer<(), VolumeError>),
+    Op(Answer<Tail, VolumeError>),
+    Look(Answer<Looked, VolumeError>),
     Drain(Answer<Sequence, VolumeError>),
 }
 
@@ -70,6 +88,8 @@ impl Asker {
             (Self::Activate(answer), Reply::Activated(result)) => _ = answer.send(result),
             (Self::Read(answer), Reply::Read(result)) => _ = answer.send(result),
             (Self::Done(answer), Reply::Done(result)) => _ = answer.send(result),
+            (Self::Op(answer), Reply::Operated(result)) => _ = answer.send(result),
+            (Self::Look(answer), Reply::Looked(result)) => _ = answer.send(result),
             (Self::Drain(answer), Reply::Drained(result)) => _ = answer.send(result),
             (_, reply) => unreachable!("{reply:?} answers another command"),
         }
@@ -171,8 +191,13 @@ impl VolumeTask {
             Message::Activate { config, start, answer } => {
                 (Command::Activate { config, start }, Asker::Activate(answer), None)
             }
-            Message::Read { first, count, answer, permit } => {
-                (Command::Read { first, count }, Asker::Read(answer), Some(permit))
+            Message::Read { view, first, count, answer, permit } => {
+                (Command::Read { view, first, count }, Asker::Read(answer), Some(permit))
+            }
+            Message::Op { op, answer } => (Command::Op { op }, Asker::Op(answer), None),
+            Message::Look { look, answer } => (Command::Look { look }, Asker::Look(answer), None),
+            Message::Repair { host, first, data, answer } => {
+                (Command::Repair { host, first, data }, Asker::Done(answer), None)
             }
             Message::Write { first, count, data, answer, permit } => {
                 (Command::Write { first, count, data }, Asker::Done(answer), Some(permit))

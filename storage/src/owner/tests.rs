@@ -2,8 +2,8 @@
 
 use super::*;
 use crate::types::{
-    AttachRefused, Attachment, Authority, BoxFuture, EpochStart, IsrMember, ProposalError, VolumeProposal,
-    VolumeView,
+    AttachRefused, Attachment, Authority, BoxFuture, EpochStart, IsrMember, ProposalError, View,
+    VolumeProposal, VolumeView,
 };
 use crate::{ReplicaOptions, ReplicaServer};
 use bytes::Bytes;
@@ -13,6 +13,8 @@ use std::net::{SocketAddr, UdpSocket};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tempfile::TempDir;
+
+mod features;
 
 const VOLUME: VolumeId = VolumeId(7);
 const SIZE: u64 = 16 << 20;
@@ -190,7 +192,8 @@ impl Cluster {
     /// What a replica holds, block by block.
     fn content(&self, index: usize) -> Vec<Option<Bytes>> {
         let store = &self.servers[index].as_ref().unwrap().store();
-        let blocks = store.read(VOLUME, self.pool.view().epoch, BlockIndex(0)..BlockIndex(64)).unwrap();
+        let blocks =
+            store.read(VOLUME, self.pool.view().epoch, View::Live, BlockIndex(0)..BlockIndex(64)).unwrap();
         blocks.into_iter().map(|block| block.unwrap().data).collect()
     }
 }

@@ -1,43 +1,42 @@
 //! The writing side of a store, without a thread: operations in, log batches out, askers told.
 //!
 //! ```text
-//!  gather(op) ──▶ checked by `Replica`, put into the batch ──▶ commit: append, sync if asked, index, tell
+//!  gather(op) ──▶ checked by `Replica`, put into the batch ──▶ commit: append, sync if asked, index, tell ──▶ upkeep
 //!  attach     ──▶ commit what was gathered, promise durably, new session
 //! ```
 //! Invariants: an asker is told what is in the log, never what is on its way; what was gathered before an attachment is in the
 //! log before the attachment is answered. After an error other than `NoSpace` the engine must not be used any more.
 
-use super::compact::Compaction;
-use super::live::LiveSegments;
+use super::catalog::Catalog;
+use super::checkpoint::{CheckpointError, Checkpoints};
+use super::gc::Cleaning;
 use super::op::{Attached, Op, OpError, OpKind, Refused, Told, Watermark};
 use super::promise::Promises;
-use super::reader::{Reader, Shared};
+use super::reader::Reader;
+use super::space::{Pressure, SpaceWatch};
 use super::state::{Replica, WriteRefused};
-use super::volume::{Volumes, apply};
+use super::upkeep::{Looks, Share};
 use crate::log::format::{BATCH_BLOCKS_MAX, BATCH_RECORDS_MAX};
 use crate::log::{
-    Disk, LogError, LogWriter, Record, RecordKind, ReplayedRecord, SegmentId, block_checksum, replay,
+    Disk, Location, LogEnd, LogError, LogWriter, Record, RecordKind, Replayed, ReplayedRecord, Room,
+    SegmentId, Written, block_checksum, replay,
 };
+use crate::map::TreeId;
 use crate::safety::Rule;
 use crate::types::Tail;
 use crate::wire::DATA_BYTES_MAX;
 use bytes::Bytes;
 use proto::limits::BLOCK_BYTES;
 use proto::{BlockIndex, Epoch, VolumeId};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
-
-/// Percent of the disk above which owners give their guests ENOSPC; the rest is for what is in flight and for resyncs.
-pub const FULL_PERCENT: u64 = 95;
-
-/// Percent below which a full disk counts as having space again: so far below that a resync does not fill it at once.
-const SPACE_AGAIN_PERCENT: u64 = 90;
-
-/// Batches between two looks at the disk's usage, which costs a system call.
-const USAGE_EVERY: u32 = 64;
+use std::time::Duration;
 
 /// Blocks of the largest operation.
 const OP_BLOCKS_MAX: usize = DATA_BYTES_MAX / BLOCK_BYTES;
+
+/// Pages of the map in memory: with what keeps them in order 256 MiB, whatever the volumes are.
+pub const MAP_PAGES_MAX: usize = 60_000;
 
 const _: () = assert!(OP_BLOCKS_MAX <= BATCH_BLOCKS_MAX);
 
@@ -45,16 +44,16 @@ const _: () = assert!(OP_BLOCKS_MAX <= BATCH_BLOCKS_MAX);
 pub struct Engine<T> {
     pub(super) log: LogWriter,
     promises: Promises,
-    pub(super) live: LiveSegments,
+    pub(super) checkpoints: Checkpoints,
     pub(super) reader: Reader,
     gathered: Gathered<T>,
-    full: bool,
-    until_usage: u32,
-    /// The segment that was written when dead ones were last looked for.
-    recycled_at: Option<SegmentId>,
-    /// The oldest segment, when that was looked for.
-    pub(super) oldest: Option<SegmentId>,
-    pub(super) compaction: Compaction,
+    pub(super) space: SpaceWatch,
+    /// All segments that exist.
+    pub(super) segments: BTreeSet<SegmentId>,
+    pub(super) cleaning: Cleaning,
+    /// The segment in which the last checkpoint ended, if there is one.
+    pub(super) checkpointed_at: Option<SegmentId>,
+    pub(super) looks: Looks,
 }
 
 /// What is gathered for one batch, and who is told when it is written.
@@ -62,7 +61,7 @@ struct Gathered<T> {
     records: Vec<Record>,
     data: Vec<Bytes>,
     blocks: usize,
-    /// Writes in order that are in this batch: the replicas count them only when it is written.
+    /// Operations in order that are in this batch: the replicas count them only when it is written.
     tails: HashMap<VolumeId, Tail>,
     marks: Vec<(VolumeId, T)>,
     dones: Vec<T>,
@@ -77,40 +76,94 @@ impl<T> Default for Gathered<T> {
 }
 
 impl<T> Engine<T> {
-    /// Replays the log.
+    /// Loads the last checkpoint and replays what the log has behind it.
     ///
     /// # Errors
     /// A file can't be read.
-    pub fn open(disk: Arc<dyn Disk>, promises: Promises) -> Result<Self, OpenError> {
-        let mut volumes = Volumes::new();
-        let mut live = LiveSegments::default();
-        let found = replay(&*disk, |record| apply(&mut volumes, &mut live, record))?;
+    pub fn open(
+        disk: Arc<dyn Disk>,
+        promises: Promises,
+        checkpoints: Checkpoints,
+    ) -> Result<Self, OpenError> {
+        let loaded = checkpoints.load(MAP_PAGES_MAX)?;
+        let (from, next_segment, catalog) = match loaded {
+            Some(loaded) => (loaded.end, loaded.next_segment, loaded.catalog),
+            None => (LogEnd::BEGIN, 1, Catalog::new(MAP_PAGES_MAX)),
+        };
+        let checkpointed_at = from.segment;
+        let reader = Reader::new(catalog, disk.clone());
+        let mut suspects = None;
+        let found = reader.change(|catalog| {
+            let pages = reader.pages();
+            replay(&*disk, from, |replayed| match replayed {
+                Replayed::Record(record) => catalog.apply(pages, record),
+                Replayed::Gap if !Rule::GapIsDistrusted.holds() => {}
+                Replayed::Gap => suspects = suspects.take().or_else(|| Some(catalog.positions())),
+            })
+        })?;
         for damage in &found.damage {
-            tracing::error!(%damage, "the log is damaged; reads of what is gone go to other replicas");
+            tracing::error!(%damage, "the log is damaged; the replicas on it are copied anew from there");
+        }
+        let mut must_save = suspects.is_some();
+        if let Some(suspects) = suspects {
+            reader.change(|catalog| catalog.distrust(&suspects));
         }
         for (volume, epoch) in promises.load().map_err(OpenError::Promises)? {
-            volumes.entry(volume).or_default().replica.promise(epoch);
+            match epoch {
+                Some(epoch) => reader.change(|catalog| catalog.volume(volume).replica.promise(epoch)),
+                None => {
+                    tracing::error!(%volume, "the promise is damaged; the replica is copied anew");
+                    must_save = true;
+                    reader.change(|catalog| {
+                        catalog.volume(volume);
+                        catalog.take_out(volume);
+                    });
+                }
+            }
         }
-        let log = LogWriter::new(disk.clone(), found.end, found.next_segment);
-        let reader = Reader::new(volumes, disk);
-        Ok(Self {
+        let segments = disk.list().map_err(LogError::List)?.into_iter().collect();
+        let log = LogWriter::new(disk, found.end, found.next_segment.max(next_segment));
+        let mut engine = Self {
             log,
             promises,
-            live,
+            checkpoints,
             reader,
             gathered: Gathered::default(),
-            full: false,
-            until_usage: 0,
-            recycled_at: None,
-            oldest: None,
-            compaction: Compaction::Idle { since: None },
-        })
+            space: SpaceWatch::default(),
+            segments,
+            cleaning: Cleaning::default(),
+            checkpointed_at,
+            looks: Looks::default(),
+        };
+        if must_save {
+            // What is not to be trusted must stay so, before anything new is promised or written.
+            engine.checkpoint()?;
+        }
+        Ok(engine)
     }
 
     /// For reading beside it.
     #[must_use]
     pub fn reader(&self) -> &Reader {
         &self.reader
+    }
+
+    /// How full the disk is.
+    #[must_use]
+    pub fn pressure(&self) -> Pressure {
+        self.space.pressure()
+    }
+
+    /// Bytes of data that the next commit writes.
+    #[must_use]
+    pub fn gathered_bytes(&self) -> usize {
+        self.gathered.blocks * BLOCK_BYTES
+    }
+
+    /// How long to wait after so many bytes were written, so that cleaning keeps up.
+    #[must_use]
+    pub fn pause(&self, bytes: usize) -> Duration {
+        self.space.pause(bytes)
     }
 
     /// Whether another operation fits into the batch.
@@ -120,15 +173,14 @@ impl<T> Engine<T> {
             && self.gathered.records.len() < BATCH_RECORDS_MAX
     }
 
-    /// Checks an operation and puts its records into the batch. What `Begin`, `Truncate` and `Complete` do must not mix with
-    /// what others do before and after them: they are batches of their own.
+    /// Checks an operation and puts its records into the batch. What does not write blocks must not mix with what others do
+    /// before and after it: such operations are batches of their own.
     ///
     /// # Errors
     /// The log can't be written.
     pub fn gather(&mut self, op: Op<T>, tell: &mut impl FnMut(T, Told)) -> Result<(), LogError> {
         let Op { volume, session, kind, asker } = op;
-        let is_alone =
-            matches!(kind, OpKind::Begin { .. } | OpKind::Truncate { .. } | OpKind::Complete { .. });
+        let is_alone = !matches!(kind, OpKind::Write { .. } | OpKind::Flush | OpKind::Copy { .. });
         if is_alone || !self.has_room() {
             self.commit(tell)?;
         }
@@ -137,17 +189,29 @@ impl<T> Engine<T> {
             replica.wrote(*tail);
         }
         let allowed = match &kind {
-            OpKind::Write { tail, .. } => replica.check_write(session, tail.sequence),
+            OpKind::Write { tail, .. } | OpKind::Op { tail, .. } => {
+                replica.check_write(session, tail.sequence)
+            }
             _ => replica.check(session),
         };
         if let Err(refused) = allowed {
             tell(asker, refusal(&kind, refused));
             return Ok(());
         }
+        self.take(volume, kind, asker);
+        if is_alone { self.commit(tell) } else { Ok(()) }
+    }
+
+    fn take(&mut self, volume: VolumeId, kind: OpKind, asker: T) {
+        let fresh = || self.reader.change(Catalog::fresh_tree);
         match kind {
             OpKind::Write { tail, first, count, data } => {
                 self.gathered.tails.insert(volume, tail);
                 self.gathered.push(volume, tail, first..BlockIndex(first.0 + u64::from(count)), data, false);
+                self.gathered.marks.push((volume, asker));
+            }
+            OpKind::Op { tail, op } => {
+                self.gathered.record(volume, tail, RecordKind::Op(op), fresh());
                 self.gathered.marks.push((volume, asker));
             }
             OpKind::Flush => {
@@ -159,14 +223,44 @@ impl<T> Engine<T> {
                 self.gathered.push(volume, tail, block..BlockIndex(block.0 + 1), data, true);
                 self.gathered.dones.push(asker);
             }
-            OpKind::Begin { last } => {
-                self.reader.change(volume, |volume| volume.replica.begin(last));
+            OpKind::Repair { first, data } => {
+                self.repair(volume, first, &data);
                 self.gathered.dones.push(asker);
             }
-            OpKind::Truncate { cut } => self.gathered.mark(volume, cut, RecordKind::Truncate, asker),
-            OpKind::Complete { tail } => self.gathered.mark(volume, tail, RecordKind::Complete, asker),
+            OpKind::Begin { last } => {
+                self.reader.change(|catalog| catalog.volume(volume).replica.begin(last));
+                self.gathered.dones.push(asker);
+            }
+            OpKind::Truncate { cut } => self.gathered.mark(volume, cut, RecordKind::Truncate, fresh(), asker),
+            OpKind::Rebase { parent, begun } => {
+                let kind = RecordKind::Rebase { parent, begun };
+                self.gathered.mark(volume, Tail::default(), kind, fresh(), asker);
+            }
+            OpKind::Freeze { snapshot, tail } => {
+                self.gathered.mark(volume, tail, RecordKind::Freeze { snapshot }, fresh(), asker);
+            }
+            OpKind::Forget { snapshot } => {
+                let kind = RecordKind::Forget { snapshot };
+                self.gathered.mark(volume, Tail::default(), kind, TreeId(0), asker);
+            }
+            OpKind::Complete { tail } => {
+                self.gathered.mark(volume, tail, RecordKind::Complete, TreeId(0), asker);
+            }
         }
-        if is_alone { self.commit(tell) } else { Ok(()) }
+    }
+
+    /// Puts intact content in the place of what is damaged.
+    fn repair(&mut self, volume: VolumeId, first: BlockIndex, data: &Bytes) {
+        for (at, block) in (0..data.len()).step_by(BLOCK_BYTES).zip(first.0..) {
+            let content = data.slice(at..at + BLOCK_BYTES);
+            for found in self.reader.damaged_like(volume, BlockIndex(block), &content) {
+                self.gathered.blocks += 1;
+                self.gathered.records.push(found);
+                self.gathered.data.push(content.clone());
+                self.gathered.sync = true;
+                self.reader.count_repair();
+            }
+        }
     }
 
     /// Promises an epoch and lets its owner in.
@@ -182,8 +276,7 @@ impl<T> Engine<T> {
         if Rule::PromiseIsABarrier.holds() {
             self.commit(tell)?;
         }
-        self.until_usage = 0;
-        self.look_at_usage();
+        self.space.look_now(self.reader.disk());
         match self.replica(volume).check_attach(epoch) {
             Err(refused) => return Ok(Err(refused.into())),
             Ok(true) => {
@@ -193,12 +286,13 @@ impl<T> Engine<T> {
             }
             Ok(false) => {}
         }
-        let full = self.full;
-        Ok(Ok(self.reader.change(volume, |volume| {
-            let before = volume.replica.promised();
-            volume.replica.promise(epoch);
-            let (tail, incomplete) = (volume.replica.tail(), volume.replica.is_incomplete());
-            Attached { session: volume.replica.attach(), tail, incomplete, full, before }
+        let full = self.space.is_full();
+        Ok(Ok(self.reader.change(|catalog| {
+            let replica = &mut catalog.volume(volume).replica;
+            let before = replica.promised();
+            replica.promise(epoch);
+            let (tail, incomplete, session) = (replica.tail(), replica.is_incomplete(), replica.attach());
+            Attached { session, tail, incomplete, full, before, lineage: catalog.lineage(volume) }
         })))
     }
 
@@ -213,7 +307,7 @@ impl<T> Engine<T> {
         tell: &mut impl FnMut(T, Told),
     ) -> Result<(), LogError> {
         self.commit(tell)?;
-        self.gathered.mark(volume, Tail::default(), RecordKind::Delete, asker);
+        self.gathered.mark(volume, Tail::default(), RecordKind::Delete, TreeId(0), asker);
         self.commit(tell)?;
         if let Err(error) = self.promises.remove(volume) {
             // It is found at the next start, and removed then.
@@ -222,104 +316,78 @@ impl<T> Engine<T> {
         Ok(())
     }
 
-    /// Writes the batch, syncs if asked, tells everybody.
+    /// Writes the batch, syncs if asked, tells everybody, and does a share of the upkeep.
     ///
     /// # Errors
     /// The log can't be written.
     pub fn commit(&mut self, tell: &mut impl FnMut(T, Told)) -> Result<(), LogError> {
-        self.look_at_usage();
+        self.space.look(self.reader.disk());
         let Gathered { records, data, marks, dones, sync, blocks, .. } = std::mem::take(&mut self.gathered);
+        let is_idle = records.is_empty() && marks.is_empty() && dones.is_empty();
         if !records.is_empty() {
             let parts: Vec<&[u8]> = data.iter().map(|part| &part[..]).collect();
-            match self.log.append(records.clone(), &parts) {
+            let room = if blocks > 0 { Room::Data } else { Room::All };
+            match self.append(records.clone(), &parts, room) {
                 Ok(written) => self.index(records, written.data),
                 Err(LogError::NoSpace) => {
-                    self.full = true;
+                    self.space.set_full();
                     no_space(marks, dones, tell);
-                    return Ok(());
+                    return self.upkeep(Share { blocks: 0, is_idle: false });
                 }
                 Err(error) => return Err(error),
             }
         }
         if sync {
-            self.log.sync()?;
-            self.reader.change_all(|volume| volume.durable = volume.replica.last_write().sequence);
+            self.sync()?;
         }
+        let full = self.space.is_full();
         for (volume, asker) in marks {
             let (replica, durable) = self.reader.position(volume);
             let written = replica.last_write().sequence;
-            tell(asker, Told::Mark(Watermark { written, durable, full: self.full, refused: None }));
+            // Taken out while the batch was applied: what it holds does not count.
+            let refused = (replica.is_broken()).then_some(Refused::Broken);
+            tell(asker, Told::Mark(Watermark { written, durable, full, refused }));
         }
         dones.into_iter().for_each(|asker| tell(asker, Told::Done(Ok(()))));
-        if self.recycled_at != self.log.segment() {
-            // What makes an old segment useless must be as durable as what is in it.
-            self.log.sync()?;
-            self.recycle();
-        }
-        self.compact(blocks)
+        self.upkeep(Share { blocks, is_idle })
+    }
+
+    pub(super) fn sync(&mut self) -> Result<(), LogError> {
+        self.log.sync()?;
+        self.reader.change(|catalog| {
+            catalog
+                .volumes
+                .values_mut()
+                .for_each(|volume| volume.durable = volume.replica.last_write().sequence);
+        });
+        Ok(())
     }
 
     fn replica(&self, volume: VolumeId) -> Replica {
         self.reader.position(volume).0
     }
 
-    pub(super) fn index(&mut self, records: Vec<Record>, first: crate::log::Location) {
-        let live = &mut self.live;
-        self.reader.write(|Shared { volumes }| {
+    pub(super) fn append(
+        &mut self,
+        records: Vec<Record>,
+        data: &[&[u8]],
+        room: Room,
+    ) -> Result<Written, LogError> {
+        let written = self.log.append(records, data, room);
+        self.segments.extend(self.log.segment());
+        written
+    }
+
+    pub(super) fn index(&mut self, records: Vec<Record>, first: Location) {
+        self.reader.change(|catalog| {
             let mut location = first;
             for record in records {
                 let data = location;
                 let bytes = record.kind.checksums().len() * BLOCK_BYTES;
                 location.offset += u32::try_from(bytes).expect("a batch is small");
-                apply(volumes, live, ReplayedRecord { record, data });
+                catalog.apply(self.reader.pages(), ReplayedRecord { record, data });
             }
         });
-    }
-
-    fn look_at_usage(&mut self) {
-        if self.until_usage > 0 {
-            self.until_usage -= 1;
-            return;
-        }
-        self.until_usage = USAGE_EVERY;
-        match self.reader.usage() {
-            Ok(usage) => {
-                let limit = if self.full { SPACE_AGAIN_PERCENT } else { FULL_PERCENT };
-                self.full = usage.used * 100 >= usage.capacity.saturating_mul(limit);
-            }
-            Err(error) => tracing::warn!(%error, "the disk's usage can't be read"),
-        }
-    }
-
-    /// Removes the oldest segments while nothing in them is needed. Only the oldest: a younger one may hold the record
-    /// that voids what an older one says. Everything that was written must be synced.
-    pub(super) fn recycle(&mut self) {
-        let current = self.log.segment();
-        self.recycled_at = current;
-        let segments = match self.reader.disk().list() {
-            Ok(segments) => segments,
-            Err(error) => {
-                tracing::warn!(%error, "segments can't be listed");
-                return;
-            }
-        };
-        let is_dead = |segment: &SegmentId| Some(*segment) != current && !self.live.is_needed(*segment);
-        let dead = segments.iter().take_while(|segment| is_dead(segment)).count();
-        self.oldest = segments.get(dead).copied();
-        if let Compaction::Working { segment, .. } = self.compaction
-            && self.oldest != Some(segment)
-        {
-            // What was left in it was written anew meanwhile.
-            self.compaction = Compaction::Idle { since: None };
-        }
-        for &segment in &segments[..dead] {
-            // No reader holds a location in it: the lock is taken to wait for those that still do.
-            let removed = self.reader.write(|_| self.reader.disk().remove(segment));
-            if let Err(error) = removed {
-                tracing::warn!(%error, segment = segment.0, "a dead segment can't be removed");
-                return;
-            }
-        }
     }
 }
 
@@ -332,18 +400,22 @@ pub enum OpenError {
     /// The promises can't be read.
     #[error("the promises can't be read: {0}")]
     Promises(#[source] std::io::Error),
+    /// The checkpoint can't be read.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
 }
 
 /// What is told about an operation that was not taken.
 fn refusal(kind: &OpKind, refused: WriteRefused) -> Told {
-    match (kind, refused) {
-        (OpKind::Write { .. } | OpKind::Flush, WriteRefused::Fenced { promised }) => {
+    let is_marked = matches!(kind, OpKind::Write { .. } | OpKind::Op { .. } | OpKind::Flush);
+    match refused {
+        WriteRefused::Fenced { promised } if is_marked => {
             Told::Mark(Watermark { refused: Some(Refused::Fenced { promised }), ..Watermark::default() })
         }
-        (OpKind::Write { .. } | OpKind::Flush, WriteRefused::Superseded | WriteRefused::Gap { .. }) => {
+        WriteRefused::Superseded | WriteRefused::Gap { .. } if is_marked => {
             Told::Mark(Watermark { refused: Some(Refused::Broken), ..Watermark::default() })
         }
-        (_, refused) => Told::Done(Err(refused.into())),
+        refused => Told::Done(Err(refused.into())),
     }
 }
 
@@ -365,9 +437,10 @@ impl<T> Gathered<T> {
     ) {
         let kind = match &data {
             Some(data) => {
-                let numbered = (blocks.start.0..).zip(data.chunks_exact(BLOCK_BYTES));
-                let checksums =
-                    numbered.map(|(index, block)| block_checksum(volume, BlockIndex(index), block)).collect();
+                let checksums = (blocks.start.0..)
+                    .zip(data.chunks_exact(BLOCK_BYTES))
+                    .map(|(block, content)| block_checksum(volume, BlockIndex(block), content))
+                    .collect();
                 if is_copy { RecordKind::Copy { checksums } } else { RecordKind::Write { checksums } }
             }
             None if is_copy => RecordKind::CopyZero,
@@ -375,17 +448,23 @@ impl<T> Gathered<T> {
         };
         let Tail { epoch, sequence } = tail;
         let count = u32::try_from(blocks.end.0 - blocks.start.0).expect("a request is small");
-        self.records.push(Record { volume, layer: 0, epoch, sequence, first: blocks.start, count, kind });
+        let (first, layer) = (blocks.start, TreeId(0));
+        self.records.push(Record { volume, layer, epoch, sequence, first, count, kind });
         if let Some(data) = data {
             self.blocks += data.len() / BLOCK_BYTES;
             self.data.push(data);
         }
     }
 
-    fn mark(&mut self, volume: VolumeId, tail: Tail, kind: RecordKind, asker: T) {
+    /// A record without data, durable when it is told of.
+    fn record(&mut self, volume: VolumeId, tail: Tail, kind: RecordKind, layer: TreeId) {
         let Tail { epoch, sequence } = tail;
-        self.records.push(Record { volume, layer: 0, epoch, sequence, first: BlockIndex(0), count: 0, kind });
+        self.records.push(Record { volume, layer, epoch, sequence, first: BlockIndex(0), count: 0, kind });
         self.sync = true;
+    }
+
+    fn mark(&mut self, volume: VolumeId, tail: Tail, kind: RecordKind, layer: TreeId, asker: T) {
+        self.record(volume, tail, kind, layer);
         self.dones.push(asker);
     }
 }

@@ -7,11 +7,13 @@
 //! Between the lookup and the disk a block may be overwritten and its segment become another one. What was read then fails its
 //! checksum, and is looked up again under the lock, which keeps segments where they are.
 
-use super::map::Content;
 use super::reader::Reader;
-use super::state::{Replica, WriteRefused};
+use super::state::WriteRefused;
+use super::views::Seen;
 use crate::log::disk::{aligned, full};
 use crate::log::{Location, block_checksum};
+use crate::map::Content;
+use crate::types::View;
 use bytes::{Bytes, BytesMut};
 use proto::limits::BLOCK_BYTES;
 use proto::{BlockIndex, Epoch, VolumeId};
@@ -24,6 +26,8 @@ pub type ReadResult = Result<io::Result<Bytes>, WriteRefused>;
 
 /// Blocks that lie together.
 struct Run {
+    /// Whose blocks they are, for their checksums.
+    volume: VolumeId,
     first: u64,
     location: Location,
     checksums: Vec<u64>,
@@ -34,6 +38,7 @@ struct Gathering {
     reader: Reader,
     volume: VolumeId,
     epoch: Epoch,
+    view: View,
     blocks: Range<BlockIndex>,
     state: Mutex<GatheringState>,
 }
@@ -51,12 +56,13 @@ impl Reader {
         &self,
         volume: VolumeId,
         epoch: Epoch,
+        view: View,
         blocks: Range<BlockIndex>,
         done: impl FnOnce(ReadResult) + Send + 'static,
     ) {
-        let runs = match self.runs(volume, epoch, blocks.clone()) {
+        let runs = match self.runs(volume, epoch, view, &blocks) {
             Ok(Some(runs)) => runs,
-            Ok(None) => return done(self.read_together(volume, epoch, blocks)),
+            Ok(None) => return done(self.read_together(volume, epoch, view, blocks)),
             Err(refused) => return done(Err(refused)),
         };
         let len = (blocks.end.0 - blocks.start.0) as usize * BLOCK_BYTES;
@@ -72,7 +78,7 @@ impl Reader {
         }
         let state = GatheringState { data, missing: runs.len(), failed: false, done: Some(Box::new(done)) };
         let (reader, state) = (self.clone(), Mutex::new(state));
-        let gathering = Arc::new(Gathering { reader, volume, epoch, blocks, state });
+        let gathering = Arc::new(Gathering { reader, volume, epoch, view, blocks, state });
         for run in runs {
             let gathering = gathering.clone();
             let (location, len) = (run.location, run.checksums.len() * BLOCK_BYTES);
@@ -90,34 +96,35 @@ impl Reader {
         &self,
         id: VolumeId,
         epoch: Epoch,
-        blocks: Range<BlockIndex>,
+        view: View,
+        blocks: &Range<BlockIndex>,
     ) -> Result<Option<Vec<Run>>, WriteRefused> {
-        let look = |volume: &super::volume::Volume| {
-            volume.replica.check_epoch(epoch)?;
-            let mut runs: Vec<Run> = Vec::new();
-            for block in blocks.start.0..blocks.end.0 {
-                let Some(entry) = volume.map.get(BlockIndex(block)) else { continue };
-                let (location, checksum) = match entry.content {
-                    Content::Data { location, checksum } => (location, checksum),
-                    Content::Zero => continue,
-                    Content::Void => return Ok(None),
-                };
-                match runs.last_mut() {
-                    Some(run) if run.is_followed_by(block, location) => run.checksums.push(checksum),
-                    _ => runs.push(Run { first: block, location, checksums: vec![checksum] }),
-                }
+        let seen = self.change(|catalog| self.see(catalog, id, epoch, view, blocks))?;
+        let mut runs: Vec<Run> = Vec::new();
+        for (block, seen) in (blocks.start.0..).zip(seen) {
+            let Ok(Seen { content, volume, .. }) = seen else { return Ok(None) };
+            let (location, checksum) = match content {
+                Content::Data { place, checksum } => (place.location(), checksum),
+                Content::Zero => continue,
+                Content::Void => return Ok(None),
+            };
+            match runs.last_mut() {
+                Some(run) if run.is_followed_by(volume, block, location) => run.checksums.push(checksum),
+                _ => runs.push(Run { volume, first: block, location, checksums: vec![checksum] }),
             }
-            Ok(Some(runs))
-        };
-        match self.with(id, look) {
-            Some(found) => found,
-            None => Replica::default().check_epoch(epoch).map(|()| Some(Vec::new())),
         }
+        Ok(Some(runs))
     }
 
     /// The same under the lock, on this thread.
-    fn read_together(&self, volume: VolumeId, epoch: Epoch, blocks: Range<BlockIndex>) -> ReadResult {
-        let found = self.read(volume, epoch, blocks)?;
+    fn read_together(
+        &self,
+        volume: VolumeId,
+        epoch: Epoch,
+        view: View,
+        blocks: Range<BlockIndex>,
+    ) -> ReadResult {
+        let found = self.read(volume, epoch, view, blocks)?;
         let mut data = BytesMut::with_capacity(found.len() * BLOCK_BYTES);
         for block in found {
             match block {
@@ -133,15 +140,17 @@ impl Reader {
 }
 
 impl Run {
-    fn is_followed_by(&self, block: u64, location: Location) -> bool {
+    fn is_followed_by(&self, volume: VolumeId, block: u64, location: Location) -> bool {
         let count = self.checksums.len() as u32;
-        block == self.first + u64::from(count) && location == self.location.after_blocks(count)
+        volume == self.volume
+            && block == self.first + u64::from(count)
+            && location == self.location.after_blocks(count)
     }
 
-    fn is_intact(&self, volume: VolumeId, data: &[u8]) -> bool {
+    fn is_intact(&self, data: &[u8]) -> bool {
         let blocks = (self.first..).zip(data.chunks_exact(BLOCK_BYTES)).zip(&self.checksums);
         blocks.into_iter().all(|((block, content), checksum)| {
-            block_checksum(volume, BlockIndex(block), content) == *checksum
+            block_checksum(self.volume, BlockIndex(block), content) == *checksum
         })
     }
 }
@@ -149,7 +158,7 @@ impl Run {
 impl Gathering {
     /// A run has been read.
     fn take(&self, run: &Run, result: io::Result<BytesMut>) {
-        let intact = result.ok().filter(|data| run.is_intact(self.volume, data));
+        let intact = result.ok().filter(|data| run.is_intact(data));
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.missing -= 1;
         match intact {
@@ -167,7 +176,7 @@ impl Gathering {
         let (data, failed) = (std::mem::take(&mut state.data), state.failed);
         drop(state);
         done(if failed {
-            self.reader.read_together(self.volume, self.epoch, self.blocks.clone())
+            self.reader.read_together(self.volume, self.epoch, self.view, self.blocks.clone())
         } else {
             Ok(Ok(full(data)))
         });

@@ -11,23 +11,10 @@ pub struct LiveSegments {
 }
 
 impl LiveSegments {
-    /// One more thing needs it.
-    pub fn retain(&mut self, segment: SegmentId) {
-        self.retain_blocks(segment, 1);
-    }
-
     /// So many more blocks of it are needed.
     pub fn retain_blocks(&mut self, segment: SegmentId, blocks: u64) {
         *self.counts.entry(segment).or_default() += blocks;
         self.total += blocks;
-    }
-
-    /// One thing less needs it.
-    ///
-    /// # Panics
-    /// When nothing does: something that is needed would be lost next.
-    pub fn release(&mut self, segment: SegmentId) {
-        self.release_blocks(segment, 1);
     }
 
     /// So many blocks of it are needed no more.
@@ -41,6 +28,12 @@ impl LiveSegments {
         if *count == 0 {
             self.counts.remove(&segment);
         }
+    }
+
+    /// Things and blocks of a segment that are needed.
+    #[must_use]
+    pub fn count(&self, segment: SegmentId) -> u64 {
+        self.counts.get(&segment).copied().unwrap_or(0)
     }
 
     /// Things and blocks that are needed of all segments.

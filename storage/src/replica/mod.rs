@@ -2,31 +2,47 @@
 //!
 //! ```text
 //!  connections ──Op──▶ store thread ── Engine ── LogWriter ──▶ segments
-//!                        │   └── Replica: may it?            volumes (shared, read-locked by readers)
-//!                        └── promises: one small file per volume, durable before the promise is spoken
+//!                        │   └── Replica: may it?            Catalog: volumes, layers, maps (shared with readers)
+//!                        └── small files: promises, one per volume, durable before the promise is spoken; checkpoints
 //! ```
-//! Everything but [`Store`] is without threads, so that the simulation runs the same code.
+//! Everything but [`Store`] is without threads, so that the simulation runs the same code. Where to look: [`engine`] writes,
+//! [`catalog`] says what records mean, [`layers`] how snapshots work, [`views`] what readers see of them, [`gc`] and [`upkeep`]
+//! give space back, [`checkpoint`] bounds a restart, [`space`] is about full disks.
 
-mod compact;
+mod catalog;
+mod checkpoint;
 mod engine;
 mod files;
+mod gc;
 mod later;
+mod layers;
 mod live;
-mod map;
 mod op;
 mod promise;
 mod reader;
 mod recent;
+mod space;
 mod state;
 mod store;
+mod upkeep;
+mod views;
 mod volume;
 
-pub use engine::{Engine, FULL_PERCENT, OpenError};
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+
+pub use crate::map::BlockVersion;
+pub use checkpoint::{CheckpointError, Checkpoints};
+pub use engine::{Engine, MAP_PAGES_MAX, OpenError};
 pub use files::{Folder, SmallFiles};
 pub use later::ReadResult;
-pub use map::BlockVersion;
 pub use op::{Attached, Op, OpError, OpKind, ReadBlock, Refused, Told, Watermark};
 pub use promise::Promises;
-pub use reader::{Reader, Usage};
+pub use reader::{Reader, RepairCounts, Usage, Verified};
+pub use recent::{RecentWrite, What};
+pub use space::{FULL_PERCENT, NO_NEW_VOLUMES_PERCENT, Pressure, THROTTLE_PERCENT, WARN_PERCENT};
 pub use state::{Replica, Session, WriteRefused};
 pub use store::{Store, StoreError, WatermarkSink};
+pub use views::Changes;

@@ -1,10 +1,10 @@
 //! What a replica is asked to do, and what it tells.
 
-use super::map::BlockVersion;
 use super::state::{Session, WriteRefused};
-use crate::types::Tail;
+use crate::map::BlockVersion;
+use crate::types::{Lineage, Tail, VolumeOp};
 use bytes::Bytes;
-use proto::{BlockIndex, Epoch, Sequence, VolumeId};
+use proto::{BlockIndex, Epoch, Sequence, SnapshotId, VolumeId};
 
 /// How much of an owner's writes a replica holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -83,12 +83,22 @@ pub struct Op<T> {
 pub enum OpKind {
     /// The next write in order; `tail` is its position. No data: zeros. Tells `Mark`.
     Write { tail: Tail, first: BlockIndex, count: u32, data: Option<Bytes> },
+    /// The next operation in order that is no write; durable when it is marked. Tells `Mark`.
+    Op { tail: Tail, op: VolumeOp },
     /// Makes everything durable. Tells `Mark`.
     Flush,
+    /// Intact content of blocks that are damaged here. Tells `Done`.
+    Repair { first: BlockIndex, data: Bytes },
     /// A block copied from another replica, kept if it is newer than what is here. No data: zeros. Tells `Done`.
     Copy { block: BlockIndex, version: BlockVersion, data: Option<Bytes> },
     /// Voids everything after a position, durably. Tells `Done`.
     Truncate { cut: Tail },
+    /// Everything since a snapshot is void; the layer of the volume begins anew on it. Tells `Done`.
+    Rebase { parent: Option<SnapshotId>, begun: Sequence },
+    /// What was copied is a snapshot, durably. Tells `Done`.
+    Freeze { snapshot: SnapshotId, tail: Tail },
+    /// A snapshot that nobody else has is none. Tells `Done`.
+    Forget { snapshot: SnapshotId },
     /// Live writes go on after this position. Tells `Done`.
     Begin { last: Tail },
     /// Nothing is missing up to this position; durable when told `Done`.
@@ -105,7 +115,7 @@ pub enum Told {
 }
 
 /// An owner has attached.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Attached {
     /// For its operations.
     pub session: Session,
@@ -117,6 +127,8 @@ pub struct Attached {
     pub full: bool,
     /// The highest epoch that was promised before this one asked.
     pub before: Epoch,
+    /// Its snapshots.
+    pub lineage: Lineage,
 }
 
 /// A block that was read, with the version that it has.

@@ -31,17 +31,16 @@ impl Promises {
         Self { files: Box::new(files) }
     }
 
-    /// All promises.
+    /// All promises; `None` for one that can't be read, or is damaged: an owner could be let in that must not.
     ///
     /// # Errors
-    /// One can't be read, or is damaged: an owner could be let in that must not.
-    pub fn load(&self) -> io::Result<HashMap<VolumeId, Epoch>> {
+    /// The folder can't be read.
+    pub fn load(&self) -> io::Result<HashMap<VolumeId, Option<Epoch>>> {
         let mut promises = HashMap::new();
         for name in self.files.list()? {
             let Ok(volume) = name.parse::<VolumeId>() else { continue };
-            let damaged =
-                || io::Error::new(io::ErrorKind::InvalidData, format!("the promise of {volume} is damaged"));
-            promises.insert(volume, parse(volume, &self.files.read(&name)?).ok_or_else(damaged)?);
+            let promise = self.files.read(&name).ok().and_then(|content| parse(volume, &content));
+            promises.insert(volume, promise);
         }
         Ok(promises)
     }
@@ -82,9 +81,9 @@ mod tests {
         let promises = Promises::new(Folder::open(dir.path()).unwrap());
         promises.save(VolumeId(7), Epoch(3)).unwrap();
         promises.save(VolumeId(7), Epoch(4)).unwrap();
-        assert_eq!(promises.load().unwrap(), HashMap::from([(VolumeId(7), Epoch(4))]));
+        assert_eq!(promises.load().unwrap(), HashMap::from([(VolumeId(7), Some(Epoch(4)))]));
         fs::write(dir.path().join("vol-7"), "9 0123456789abcdef").unwrap();
-        assert!(promises.load().is_err());
+        assert_eq!(promises.load().unwrap(), HashMap::from([(VolumeId(7), None)]));
         promises.remove(VolumeId(7)).unwrap();
         assert!(promises.load().unwrap().is_empty());
     }

@@ -1,4 +1,4 @@
-//! The latest writes of a volume in order, so that a new owner can bring other members up to the longest tail.
+//! The latest operations of a volume in order, so that a new owner can bring other members up to the longest tail.
 //!
 //! Members of the in-sync set differ by what an owner had in flight at most, which its window bounds; so much is kept.
 
@@ -6,12 +6,23 @@ use super::live::LiveSegments;
 use crate::limits::{WINDOW_BYTES, write_cost};
 use crate::log::Location;
 use crate::log::SegmentId;
-use crate::types::Tail;
+use crate::types::{Tail, VolumeOp};
 use proto::limits::BLOCK_BYTES;
 use proto::{BlockIndex, Sequence};
 use std::collections::VecDeque;
 
-/// A write.
+/// What an operation did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum What {
+    /// Wrote: where the first block's content lies, and the checksums of all.
+    Data { location: Location, checksums: Vec<u64> },
+    /// Wrote zeros.
+    Zeros,
+    /// Something else than a write.
+    Op(VolumeOp),
+}
+
+/// An operation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RecentWrite {
     /// Its position.
@@ -20,24 +31,31 @@ pub struct RecentWrite {
     pub first: BlockIndex,
     /// The number of blocks.
     pub count: u32,
-    /// Where the first block's content lies, and the checksums of all; `None` for zeros.
-    pub content: Option<(Location, Vec<u64>)>,
+    /// What it did.
+    pub what: What,
     /// The segment that holds the record.
     pub segment: SegmentId,
 }
 
 impl RecentWrite {
+    fn data_blocks(&self) -> usize {
+        match &self.what {
+            What::Data { checksums, .. } => checksums.len(),
+            What::Zeros | What::Op(_) => 0,
+        }
+    }
+
     /// Blocks of the log that it takes.
     fn blocks(&self) -> u64 {
-        self.content.as_ref().map_or(1, |(_, checksums)| checksums.len() as u64)
+        self.data_blocks().max(1) as u64
     }
 
     fn cost(&self) -> usize {
-        write_cost(self.content.as_ref().map_or(0, |(_, checksums)| checksums.len() * BLOCK_BYTES))
+        write_cost(self.data_blocks() * BLOCK_BYTES)
     }
 }
 
-/// The latest writes, without a gap.
+/// The latest operations, without a gap.
 #[derive(Debug, Default)]
 pub struct RecentWrites {
     writes: VecDeque<RecentWrite>,
@@ -45,7 +63,7 @@ pub struct RecentWrites {
 }
 
 impl RecentWrites {
-    /// The next write in order.
+    /// The next one in order.
     pub fn push(&mut self, write: RecentWrite, live: &mut LiveSegments) {
         live.retain_blocks(write.segment, write.blocks());
         self.cost += write.cost();
@@ -57,19 +75,24 @@ impl RecentWrites {
         }
     }
 
-    /// Whether this write is among them and its record in this segment.
+    /// All, in order.
+    pub fn iter(&self) -> impl Iterator<Item = &RecentWrite> {
+        self.writes.iter()
+    }
+
+    /// Whether this one is among them and its record in this segment.
     #[must_use]
     pub fn is_in(&self, tail: Tail, segment: SegmentId) -> bool {
         self.position(tail).is_some_and(|at| self.writes[at].segment == segment)
     }
 
-    /// A write was written again further on in the log.
+    /// One was written again further on in the log.
     pub fn moved(&mut self, tail: Tail, data: Location, live: &mut LiveSegments) {
         let Some(at) = self.position(tail) else { return };
         let write = &mut self.writes[at];
         live.retain_blocks(data.segment, write.blocks());
         live.release_blocks(std::mem::replace(&mut write.segment, data.segment), write.blocks());
-        if let Some((location, _)) = &mut write.content {
+        if let What::Data { location, .. } = &mut write.what {
             *location = data;
         }
     }
@@ -87,7 +110,7 @@ impl RecentWrites {
         self.cost = 0;
     }
 
-    /// The write that follows a sequence.
+    /// The one that follows a sequence.
     #[must_use]
     pub fn next_after(&self, sequence: Sequence) -> Option<&RecentWrite> {
         let at = self.writes.partition_point(|write| write.tail.sequence <= sequence);
@@ -106,7 +129,7 @@ mod tests {
             tail: Tail { epoch: Epoch(1), sequence: Sequence(sequence) },
             first: BlockIndex(0),
             count: blocks as u32,
-            content: Some((location, vec![0; blocks])),
+            what: What::Data { location, checksums: vec![0; blocks] },
             segment: SegmentId(sequence),
         }
     }

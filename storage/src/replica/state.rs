@@ -32,6 +32,8 @@ pub struct Replica {
     tail: Tail,
     /// While a resync is unfinished: everything up to here is complete.
     incomplete_after: Option<Tail>,
+    /// Taken out; nothing is told of it until an owner attaches anew.
+    broken: bool,
 }
 
 /// An operation was not taken; the owner must attach anew, or is over.
@@ -96,6 +98,7 @@ impl Replica {
     /// The owner of the promised epoch attaches; its earlier sessions are over.
     pub fn attach(&mut self) -> Session {
         self.sessions += 1;
+        self.broken = false;
         Session { epoch: self.promised, number: self.sessions }
     }
 
@@ -145,6 +148,34 @@ impl Replica {
     /// Live writes will go on after `last`: what lies between is being copied.
     pub fn begin(&mut self, last: Tail) {
         self.tail = last;
+    }
+
+    /// Something that was held is lost: nothing after `cut` counts, and no session goes on.
+    pub fn take_out(&mut self, cut: Tail) {
+        self.sessions += 1;
+        self.incomplete_after = Some(self.tail().min(cut));
+        self.broken = true;
+    }
+
+    /// Whether it was taken out since an owner has attached.
+    #[must_use]
+    pub fn is_broken(&self) -> bool {
+        self.broken
+    }
+
+    /// Whether an owner at `epoch` may read what is here.
+    ///
+    /// # Errors
+    /// A newer epoch was promised, or what is here is not what was.
+    pub fn check_read(&self, epoch: Epoch) -> Result<(), WriteRefused> {
+        self.check_epoch(epoch)?;
+        if self.broken { Err(WriteRefused::Superseded) } else { Ok(()) }
+    }
+
+    /// The position as it was kept.
+    #[must_use]
+    pub fn restored(tail: Tail, incomplete_after: Option<Tail>) -> Self {
+        Self { tail, incomplete_after, ..Self::default() }
     }
 
     /// Nothing is missing up to `tail`, or to the last write in order if that is later.
@@ -199,6 +230,15 @@ mod tests {
         assert!(matches!(replica.check_write(session, Sequence(1)), Err(WriteRefused::Gap { .. })));
         replica.wrote(tail(1, u64::MAX));
         assert!(matches!(replica.check_write(session, Sequence(0)), Err(WriteRefused::Gap { .. })));
+    }
+
+    #[test]
+    fn a_replica_that_has_lost_something_goes_on_with_nobody() {
+        let (mut replica, session) = attached(1);
+        replica.wrote(tail(1, 9));
+        replica.take_out(tail(1, 4));
+        assert_eq!((replica.tail(), replica.is_incomplete()), (tail(1, 4), true));
+        assert_eq!(replica.check_write(session, Sequence(10)), Err(WriteRefused::Superseded));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! The thread takes what is waiting, writes it as few batches (group commit), reports the watermarks, and syncs once for all
 //! that asked. A watermark is the only form of acknowledgement.
 
+use super::checkpoint::Checkpoints;
 use super::engine::Engine;
 use super::files::Folder;
 use super::op::{Attached, Op, OpError, OpKind, Told, Watermark};
@@ -17,6 +18,7 @@ use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::{mpsc, oneshot, watch};
 
 /// Operations that wait for the store's thread; each holds at most one frame of data.
@@ -101,15 +103,17 @@ impl Deref for Store {
 }
 
 impl Store {
-    /// Replays the log and starts the thread.
+    /// Loads the last checkpoint, replays the log behind it, and starts the thread.
     ///
     /// # Errors
     /// A file can't be read, or another process has the store open.
     pub fn open(dir: &Path, disk: Arc<dyn Disk>) -> Result<Self, StoreError> {
         let open = |cause: String| StoreError::Open { dir: dir.to_owned(), cause };
         let lock = lock(dir).map_err(|error| open(error.to_string()))?;
-        let folder = Folder::open(&dir.join("promises")).map_err(|error| open(error.to_string()))?;
-        let engine = Engine::open(disk, Promises::new(folder)).map_err(|error| open(error.to_string()))?;
+        let folder = |name| Folder::open(&dir.join(name)).map_err(|error| open(error.to_string()));
+        let (promises, checkpoints) = (folder("promises")?, folder("checkpoints")?);
+        let engine = Engine::open(disk, Promises::new(promises), Checkpoints::new(checkpoints));
+        let engine = engine.map_err(|error| open(error.to_string()))?;
         let reader = engine.reader().clone();
         let (messages, queue) = mpsc::channel(OPS_MAX);
         let (report, failed) = watch::channel(None);
@@ -191,8 +195,22 @@ impl Store {
 
 fn run(mut engine: Engine<Asker>, mut queue: mpsc::Receiver<Message>) -> Result<(), LogError> {
     let tell = &mut Asker::tell;
-    while let Some(first) = queue.blocking_recv() {
-        let mut next = Some(first);
+    loop {
+        let first = if engine.is_busy() {
+            match queue.try_recv() {
+                Err(TryRecvError::Empty) => {
+                    engine.commit(tell)?;
+                    continue;
+                }
+                received => received.ok(),
+            }
+        } else {
+            queue.blocking_recv()
+        };
+        if first.is_none() {
+            return Ok(());
+        }
+        let mut next = first;
         while let Some(message) = next {
             match message {
                 Message::Op(op) => engine.gather(op, tell)?,
@@ -201,13 +219,22 @@ fn run(mut engine: Engine<Asker>, mut queue: mpsc::Receiver<Message>) -> Result<
                     drop(done.send(engine.attach(volume, epoch, tell)?));
                 }
                 Message::Delete { volume, done } => engine.delete(volume, Asker::Done(done), tell)?,
-                Message::Close => return engine.commit(tell),
+                Message::Close => {
+                    engine.commit(tell)?;
+                    // The next start has nothing to replay.
+                    return engine.checkpoint();
+                }
             }
             next = if engine.has_room() { queue.try_recv().ok() } else { None };
         }
+        let written = engine.gathered_bytes();
         engine.commit(tell)?;
+        let pause = engine.pause(written);
+        if !pause.is_zero() {
+            // A nearly full disk: cleaning must keep up with what is written.
+            std::thread::sleep(pause);
+        }
     }
-    Ok(())
 }
 
 /// Locks the folder: two processes that append to one log would destroy it.

@@ -88,7 +88,10 @@ impl Connection {
                     }
                     send(answers, Response::Answer { id, answer }, Bytes::new()).await?;
                 }
-                (request, Some(owner)) => self.serve(owner, request, data, answers).await?,
+                (request, Some(owner)) => {
+                    let owner = if owner.reaches(&request) { owner } else { self.look_at_size(owner).await };
+                    self.serve(owner, request, data, answers).await?;
+                }
                 (_, None) => return Err(protocol("a request before the attachment")),
             }
         }
@@ -110,14 +113,24 @@ impl Connection {
             Ok(attached) => {
                 let blocks = attachment.size.0 / BLOCK_BYTES as u64;
                 self.owner = Some(Owner { volume, session: attached.session, blocks });
-                let Attached { tail, incomplete, full, before, .. } = attached;
-                Answer::Attached { tail, incomplete, full, before }
+                let Attached { tail, incomplete, full, before, lineage, .. } = attached;
+                Answer::Attached { tail, incomplete, full, before, lineage }
             }
             Err(OpError::Refused(WriteRefused::Fenced { promised })) => {
                 Answer::AttachRefused(AttachRefused::StaleEpoch { current: promised })
             }
             Err(error) => Answer::AttachRefused(AttachRefused::Store { cause: error.to_string() }),
         }
+    }
+
+    /// The volume may have grown since the owner attached.
+    async fn look_at_size(&mut self, mut owner: Owner) -> Owner {
+        let attachment = self.shared.authority.attachment(owner.volume, owner.session.epoch).await;
+        if let Ok(attachment) = attachment {
+            owner.blocks = owner.blocks.max(attachment.size.0 / BLOCK_BYTES as u64);
+            self.owner = Some(owner);
+        }
+        owner
     }
 
     async fn serve(
@@ -137,11 +150,11 @@ impl Connection {
                 let done = self.shared.store.begin(volume, session, kind).await;
                 self.answer_beside(answers, id, async { (of_result(done.wait().await), Bytes::new()) }).await
             }
-            Work::ReadBlocks { id, blocks } => {
+            Work::ReadBlocks { id, view, blocks } => {
                 // A place for the answer first: an owner that takes none is held up, and nothing is read for it.
                 let place = answers.clone().reserve_owned().await;
                 let place = place.map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
-                owner.read_later(&self.shared.store, blocks, move |answer, data| {
+                owner.read_later(&self.shared.store, view, blocks, move |answer, data| {
                     place.send((Response::Answer { id, answer }, data));
                 });
                 Ok(())

@@ -1,13 +1,16 @@
 //! What a request asks of the store, and what the store's results are on the wire; without I/O.
 
 use crate::replica::{
-    BlockVersion, OpError, OpKind, ReadBlock, Reader, Refused, Session, Watermark, WriteRefused,
+    BlockVersion, Changes, OpError, OpKind, ReadBlock, Reader, Refused, Session, Verified, Watermark, What,
+    WriteRefused,
 };
-use crate::types::{Tail, VolumeProposal};
-use crate::wire::{Answer, CHANGED_MAX, DATA_BYTES_MAX, Request, RequestId, Response, WireVersion};
+use crate::types::{Tail, View, VolumeProposal};
+use crate::wire::{
+    Answer, CHANGED_MAX, DATA_BYTES_MAX, Request, RequestId, Response, VERIFY_MAX, WireVersion,
+};
 use bytes::Bytes;
 use proto::limits::BLOCK_BYTES;
-use proto::{BlockIndex, Sequence, VolumeId};
+use proto::{BlockIndex, Sequence, SnapshotId, VolumeId};
 use std::io;
 use std::ops::Range;
 
@@ -30,7 +33,7 @@ pub enum Work {
     /// An operation with an answer; begun in the stream's order.
     Op { id: RequestId, kind: OpKind },
     /// Blocks to be read; in any order.
-    ReadBlocks { id: RequestId, blocks: Range<BlockIndex> },
+    ReadBlocks { id: RequestId, view: View, blocks: Range<BlockIndex> },
     /// Something else to read; in any order.
     Read { id: RequestId, reading: Reading },
     /// A change to be committed; in any order.
@@ -41,9 +44,13 @@ pub enum Work {
 #[derive(Debug)]
 pub enum Reading {
     /// One block with its version.
-    Block { block: BlockIndex },
-    /// Blocks that were written after one sequence and up to another.
-    Changed { after: Sequence, upto: Sequence, from: BlockIndex },
+    Block { view: View, block: BlockIndex },
+    /// Blocks to compare with their checksums.
+    Verify { view: View, from: BlockIndex },
+    /// Which blocks hold data.
+    Allocated { view: View, from: BlockIndex, end: BlockIndex },
+    /// Blocks in which a view differs from a snapshot, written after one sequence and up to another.
+    Changed { view: View, since: Option<SnapshotId>, after: Sequence, upto: Sequence, from: BlockIndex },
     /// Void blocks.
     Voided { from: BlockIndex },
     /// The write that follows a sequence.
@@ -77,38 +84,103 @@ impl Owner {
                 let tail = Tail { epoch: self.session.epoch, sequence };
                 Work::Stream(OpKind::Write { tail, first, count, data })
             }
+            Request::Op { sequence, op } => {
+                Work::Stream(OpKind::Op { tail: Tail { epoch: self.session.epoch, sequence }, op })
+            }
             Request::Flush => Work::Stream(OpKind::Flush),
+            Request::Propose { id, proposal } => Work::Propose { id, proposal },
+            Request::Read { .. }
+            | Request::Fetch { .. }
+            | Request::Verify { .. }
+            | Request::Allocated { .. }
+            | Request::Changed { .. }
+            | Request::Voided { .. }
+            | Request::NextWrite { .. } => self.plan_reading(request)?,
+            Request::Extend { .. }
+            | Request::ExtendOp { .. }
+            | Request::Copy { .. }
+            | Request::Repair { .. }
+            | Request::Truncate { .. }
+            | Request::Rebase { .. }
+            | Request::Freeze { .. }
+            | Request::Forget { .. }
+            | Request::Begin { .. }
+            | Request::Complete { .. } => self.plan_op(request, data)?,
+        })
+    }
+
+    fn plan_op(&self, request: Request, data: Bytes) -> Result<Work, ProtocolError> {
+        let (id, kind) = match request {
             Request::Extend { id, tail, first, count, zero } => {
                 let data = self.check_data(first, count, zero, data)?;
-                Work::Op { id, kind: OpKind::Write { tail, first, count, data } }
+                (id, OpKind::Write { tail, first, count, data })
             }
+            Request::ExtendOp { id, tail, op } => (id, OpKind::Op { tail, op }),
             Request::Copy { id, block, version, zero } => {
                 let data = self.check_data(block, 1, zero, data)?;
                 let WireVersion { epoch, sequence } = version;
-                let version = BlockVersion { epoch, sequence };
-                Work::Op { id, kind: OpKind::Copy { block, version, data } }
+                (id, OpKind::Copy { block, version: BlockVersion { epoch, sequence }, data })
             }
-            Request::Truncate { id, cut } => Work::Op { id, kind: OpKind::Truncate { cut } },
-            Request::Begin { id, last } => Work::Op { id, kind: OpKind::Begin { last } },
-            Request::Complete { id, tail } => Work::Op { id, kind: OpKind::Complete { tail } },
-            Request::Read { id, first, count } => {
+            Request::Repair { id, first } => {
+                let count = u32::try_from(data.len() / BLOCK_BYTES).map_err(|_| ProtocolError::WrongData)?;
+                let data = self.check_data(first, count, false, data)?.ok_or(ProtocolError::WrongData)?;
+                (id, OpKind::Repair { first, data })
+            }
+            Request::Truncate { id, cut } => (id, OpKind::Truncate { cut }),
+            Request::Rebase { id, parent, begun } => (id, OpKind::Rebase { parent, begun }),
+            Request::Freeze { id, snapshot, tail } => (id, OpKind::Freeze { snapshot, tail }),
+            Request::Forget { id, snapshot } => (id, OpKind::Forget { snapshot }),
+            Request::Begin { id, last } => (id, OpKind::Begin { last }),
+            Request::Complete { id, tail } => (id, OpKind::Complete { tail }),
+            _ => return Err(ProtocolError::Twice),
+        };
+        Ok(Work::Op { id, kind })
+    }
+
+    fn plan_reading(&self, request: Request) -> Result<Work, ProtocolError> {
+        let (id, reading) = match request {
+            Request::Read { id, view, first, count } => {
                 let end = self.check_range(first, count)?;
                 if count as usize * BLOCK_BYTES > DATA_BYTES_MAX {
                     return Err(ProtocolError::OutOfRange);
                 }
-                Work::ReadBlocks { id, blocks: first..end }
+                return Ok(Work::ReadBlocks { id, view, blocks: first..end });
             }
-            Request::Fetch { id, block } => {
+            Request::Fetch { id, view, block } => {
                 self.check_range(block, 1)?;
-                Work::Read { id, reading: Reading::Block { block } }
+                (id, Reading::Block { view, block })
             }
-            Request::Changed { id, after, upto, from } => {
-                Work::Read { id, reading: Reading::Changed { after, upto, from } }
+            Request::Verify { id, view, from } => (id, Reading::Verify { view, from }),
+            Request::Allocated { id, view, from, end } => {
+                (id, Reading::Allocated { view, from, end: BlockIndex(end.0.min(self.blocks)) })
             }
-            Request::Voided { id, from } => Work::Read { id, reading: Reading::Voided { from } },
-            Request::NextWrite { id, after } => Work::Read { id, reading: Reading::NextWrite { after } },
-            Request::Propose { id, proposal } => Work::Propose { id, proposal },
-        })
+            Request::Changed { id, view, since, after, upto, from } => {
+                (id, Reading::Changed { view, since, after, upto, from })
+            }
+            Request::Voided { id, from } => (id, Reading::Voided { from }),
+            Request::NextWrite { id, after } => (id, Reading::NextWrite { after }),
+            _ => return Err(ProtocolError::Twice),
+        };
+        Ok(Work::Read { id, reading })
+    }
+
+    /// Whether a request stays within what is known of the volume's size.
+    pub fn reaches(&self, request: &Request) -> bool {
+        let (first, count) = match request {
+            Request::Write { first, count, .. }
+            | Request::Read { first, count, .. }
+            | Request::Extend { first, count, .. } => (first, *count),
+            Request::Fetch { block, .. } | Request::Copy { block, .. } => (block, 1),
+            Request::Changed { .. }
+            | Request::Allocated { .. }
+            | Request::Verify { .. }
+            | Request::Begin { .. } => {
+                // Asked rarely, and about all of it.
+                return false;
+            }
+            _ => return true,
+        };
+        first.0.checked_add(u64::from(count)).is_none_or(|end| end <= self.blocks)
     }
 
     fn check_range(&self, first: BlockIndex, count: u32) -> Result<BlockIndex, ProtocolError> {
@@ -133,16 +205,20 @@ impl Owner {
     /// Reads; blocking.
     pub fn read(&self, reader: &Reader, reading: Reading) -> (Answer, Bytes) {
         let result = match reading {
-            Reading::Block { block } => self.read_block(reader, block),
+            Reading::Block { view, block } => self.read_block(reader, view, block),
             Reading::NextWrite { after } => self.read_next_write(reader, after),
-            Reading::Changed { after, upto, from } => {
+            Reading::Verify { view, from } => self.verify(reader, view, from),
+            Reading::Allocated { view, from, end } => {
+                Ok(self.listed(reader.allocated(self.volume, view, from..end, CHANGED_MAX)))
+            }
+            Reading::Changed { view, since, after, upto, from } => {
                 let written = Sequence(after.0.saturating_add(1))..=upto;
-                let blocks = reader.changed(self.volume, written, from..BlockIndex(self.blocks), CHANGED_MAX);
-                Ok((of_blocks(blocks), Bytes::new()))
+                let range = from..BlockIndex(self.blocks);
+                let changes = Changes { view, since, written, range, limit: CHANGED_MAX };
+                Ok(self.listed(reader.changed(self.volume, &changes)))
             }
             Reading::Voided { from } => {
-                let blocks = reader.voided(self.volume, from..BlockIndex(self.blocks), CHANGED_MAX);
-                Ok((of_blocks(blocks), Bytes::new()))
+                Ok(self.listed(reader.voided(self.volume, from..BlockIndex(self.blocks), CHANGED_MAX)))
             }
         };
         result.unwrap_or_else(|refused| (of_refusal(refused), Bytes::new()))
@@ -152,11 +228,12 @@ impl Owner {
     pub fn read_later(
         &self,
         reader: &Reader,
+        view: View,
         blocks: Range<BlockIndex>,
         done: impl FnOnce(Answer, Bytes) + Send + 'static,
     ) {
         let owner = *self;
-        reader.read_later(self.volume, self.session.epoch, blocks, move |result| {
+        reader.read_later(self.volume, self.session.epoch, view, blocks, move |result| {
             let (answer, data) = match result {
                 Ok(Ok(data)) => (Answer::Data, data),
                 Ok(Err(error)) => owner.damaged(&error),
@@ -166,9 +243,14 @@ impl Owner {
         });
     }
 
-    fn read_block(&self, reader: &Reader, block: BlockIndex) -> Result<(Answer, Bytes), WriteRefused> {
+    fn read_block(
+        &self,
+        reader: &Reader,
+        view: View,
+        block: BlockIndex,
+    ) -> Result<(Answer, Bytes), WriteRefused> {
         let end = BlockIndex(block.0.saturating_add(1));
-        let mut blocks = reader.read(self.volume, self.session.epoch, block..end)?;
+        let mut blocks = reader.read(self.volume, self.session.epoch, view, block..end)?;
         Ok(match blocks.pop() {
             Some(Ok(ReadBlock { version, data })) => {
                 let version = WireVersion { epoch: version.epoch, sequence: version.sequence };
@@ -183,7 +265,13 @@ impl Owner {
         Ok(match reader.next_write(self.volume, self.session.epoch, after)? {
             Ok(Some((write, data))) => {
                 let (tail, first, count) = (write.tail, write.first, write.count);
-                (Answer::Write { tail, first, count, zero: data.is_none() }, data.unwrap_or_default())
+                let answer = match write.what {
+                    What::Op(op) => Answer::Op { tail, op },
+                    What::Data { .. } | What::Zeros => {
+                        Answer::Write { tail, first, count, zero: data.is_none() }
+                    }
+                };
+                (answer, data.unwrap_or_default())
             }
             Ok(None) => {
                 let cause = format!("the write after {after} is not among the latest");
@@ -191,6 +279,23 @@ impl Owner {
             }
             Err(error) => self.damaged(&error),
         })
+    }
+
+    fn verify(&self, reader: &Reader, view: View, from: BlockIndex) -> Result<(Answer, Bytes), WriteRefused> {
+        let range = from..BlockIndex(self.blocks);
+        Ok(match reader.verify(self.volume, self.session.epoch, view, range, VERIFY_MAX)? {
+            Ok(Verified { checked, damaged, next }) => {
+                (Answer::Verified { checked, damaged, next }, Bytes::new())
+            }
+            Err(error) => self.damaged(&error),
+        })
+    }
+
+    fn listed(&self, blocks: io::Result<Vec<BlockIndex>>) -> (Answer, Bytes) {
+        match blocks {
+            Ok(blocks) => (of_blocks(blocks), Bytes::new()),
+            Err(error) => self.damaged(&error),
+        }
     }
 
     fn damaged(&self, error: &io::Error) -> (Answer, Bytes) {

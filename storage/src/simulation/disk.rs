@@ -22,7 +22,7 @@ pub struct SimDisk {
     state: Arc<Mutex<State>>,
 }
 
-#[derive(Default)]
+#[derive(Default, Clone)]
 struct State {
     segments: BTreeMap<SegmentId, Segment>,
     /// Removed since the last power cut, in this order: names become durable in order, or not at all.
@@ -32,6 +32,10 @@ struct State {
     durable_names: BTreeMap<String, usize>,
     /// No further segment can be created.
     is_full: bool,
+    /// Writes, syncs and changes of names until the power goes.
+    fuse: Option<u64>,
+    /// Pages that can't be read until they are written anew.
+    unreadable: BTreeSet<(SegmentId, u64)>,
 }
 
 #[derive(Default, Clone)]
@@ -57,9 +61,79 @@ impl SimDisk {
         act(&mut self.state.lock().unwrap())
     }
 
+    /// The power goes after so many more writes, syncs and changes of names.
+    pub fn set_fuse(&self, steps: Option<u64>) {
+        self.with(|state| state.fuse = steps);
+    }
+
+    /// Whether the power has gone.
+    pub fn has_no_power(&self) -> bool {
+        self.with(|state| state.fuse == Some(0))
+    }
+
+    /// The power was gone and is back: of the pages that were not synced those are there that `is_kept` says, by their place in
+    /// the order of segments and pages; of the small files only what was synced.
+    pub fn restore_power(&self, is_kept: impl Fn(usize) -> bool) {
+        self.with(|state| {
+            state.fuse = None;
+            let mut number = 0;
+            for segment in state.segments.values_mut() {
+                for (page, before) in std::mem::take(&mut segment.before) {
+                    if !is_kept(number) {
+                        segment.pages.remove(&page);
+                        segment.pages.extend(before.map(|content| (page, content)));
+                    }
+                    number += 1;
+                }
+            }
+            state.names.clone_from(&state.durable_names);
+        });
+    }
+
+    /// A copy that shares nothing.
+    pub fn fork(&self) -> Self {
+        Self { state: Arc::new(Mutex::new(self.with(|state| state.clone()))) }
+    }
+
     /// Fills the disk, or makes space.
     pub fn set_full(&self, is_full: bool) {
         self.with(|state| state.is_full = is_full);
+    }
+
+    /// A page is not what it should be, or can't be read; what was done to it, if there is one.
+    pub fn damage(&self, random: &mut Random) -> Option<&'static str> {
+        self.with(|state| {
+            let pages =
+                state.segments.iter().flat_map(|(id, segment)| segment.pages.keys().map(|page| (*id, *page)));
+            let pages: Vec<(SegmentId, u64)> = pages.collect();
+            if pages.is_empty() {
+                return None;
+            }
+            let (segment, page) = *random.pick(&pages);
+            let (from, from_page) = *random.pick(&pages);
+            let other = state.segments[&from].pages[&from_page].clone();
+            let here = state.segments.get_mut(&segment)?.pages.get_mut(&page)?;
+            Some(match random.below(4) {
+                0 => {
+                    state.unreadable.insert((segment, page));
+                    "page made unreadable"
+                }
+                1 => {
+                    *here = other;
+                    "write misdirected"
+                }
+                2 => {
+                    *here = vec![0; BLOCK_BYTES].into();
+                    "write lost"
+                }
+                _ => {
+                    let mut bytes = here.to_vec();
+                    bytes[random.below(BLOCK_BYTES as u64) as usize] ^= 1 << random.below(8);
+                    *here = bytes.into();
+                    "bit turned"
+                }
+            })
+        })
     }
 
     /// The power goes: of what was not synced some is there, some is not, and some is torn.
@@ -72,6 +146,18 @@ impl SimDisk {
 }
 
 impl State {
+    /// One more change of what is stored.
+    fn step(&mut self) -> io::Result<()> {
+        match &mut self.fuse {
+            None => Ok(()),
+            Some(0) => Err(io::Error::other("no power")),
+            Some(left) => {
+                *left -= 1;
+                Ok(())
+            }
+        }
+    }
+
     fn cut_segments(&mut self, random: &mut Random) {
         let back = random.below(self.removed.len() as u64 + 1) as usize;
         for (id, segment) in self.removed.drain(..).rev().take(back) {
@@ -126,6 +212,7 @@ impl Disk for SimDisk {
 
     fn create(&self, segment: SegmentId) -> io::Result<()> {
         self.with(|state| {
+            state.step()?;
             if state.is_full {
                 return Err(io::Error::from(io::ErrorKind::StorageFull));
             }
@@ -142,19 +229,22 @@ impl Disk for SimDisk {
 
     fn remove(&self, segment: SegmentId) -> io::Result<()> {
         self.with(|state| {
+            state.step()?;
             let removed = state.segments.remove(&segment).ok_or_else(missing)?;
             state.removed.push((segment, removed));
             Ok(())
         })
     }
 
-    fn write(&self, segment: SegmentId, offset: u64, bytes: &[u8]) -> io::Result<()> {
+    fn write(&self, id: SegmentId, offset: u64, bytes: &[u8]) -> io::Result<()> {
         assert!(offset.is_multiple_of(BLOCK_BYTES as u64) && bytes.len().is_multiple_of(BLOCK_BYTES));
         let bytes = Bytes::copy_from_slice(bytes);
         self.with(|state| {
-            let segment = state.segments.get_mut(&segment).ok_or_else(missing)?;
+            state.step()?;
+            let segment = state.segments.get_mut(&id).ok_or_else(missing)?;
             for (index, at) in (0..bytes.len()).step_by(BLOCK_BYTES).enumerate() {
                 let page = offset / BLOCK_BYTES as u64 + index as u64;
+                state.unreadable.remove(&(id, page));
                 let old = segment.pages.insert(page, bytes.slice(at..at + BLOCK_BYTES));
                 segment.before.entry(page).or_insert(old);
             }
@@ -162,12 +252,16 @@ impl Disk for SimDisk {
         })
     }
 
-    fn read(&self, segment: SegmentId, offset: u64, out: &mut [u8]) -> io::Result<()> {
+    fn read(&self, id: SegmentId, offset: u64, out: &mut [u8]) -> io::Result<()> {
         assert!(offset.is_multiple_of(BLOCK_BYTES as u64) && out.len().is_multiple_of(BLOCK_BYTES));
         self.with(|state| {
-            let segment = state.segments.get(&segment).ok_or_else(missing)?;
+            let segment = state.segments.get(&id).ok_or_else(missing)?;
             for (index, part) in out.chunks_exact_mut(BLOCK_BYTES).enumerate() {
-                match segment.pages.get(&(offset / BLOCK_BYTES as u64 + index as u64)) {
+                let page = offset / BLOCK_BYTES as u64 + index as u64;
+                if state.unreadable.contains(&(id, page)) {
+                    return Err(io::Error::from_raw_os_error(libc::EIO));
+                }
+                match segment.pages.get(&page) {
                     Some(page) => part.copy_from_slice(page),
                     None => part.fill(0),
                 }
@@ -178,13 +272,17 @@ impl Disk for SimDisk {
 
     fn sync(&self, segment: SegmentId) -> io::Result<()> {
         self.with(|state| {
+            state.step()?;
             state.segments.get_mut(&segment).ok_or_else(missing)?.before.clear();
             Ok(())
         })
     }
 
     fn usage(&self) -> io::Result<DiskUsage> {
-        Ok(DiskUsage { used: if self.with(|state| state.is_full) { 96 } else { 10 }, capacity: 100 })
+        Ok(DiskUsage {
+            used: if self.with(|state| state.is_full) { 96 << 20 } else { 10 << 20 },
+            capacity: 100 << 20,
+        })
     }
 }
 
@@ -202,6 +300,7 @@ impl SmallFiles for SimDisk {
 
     fn write(&self, name: &str, content: &[u8]) -> io::Result<()> {
         self.with(|state| {
+            state.step()?;
             let file = SmallFile { content: content.to_vec(), is_synced: false };
             match state.names.get(name) {
                 Some(index) => state.files[*index] = file,
@@ -216,6 +315,7 @@ impl SmallFiles for SimDisk {
 
     fn sync(&self, name: &str) -> io::Result<()> {
         self.with(|state| {
+            state.step()?;
             let index = *state.names.get(name).ok_or_else(missing)?;
             state.files[index].is_synced = true;
             Ok(())
@@ -224,6 +324,7 @@ impl SmallFiles for SimDisk {
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
         self.with(|state| {
+            state.step()?;
             let index = state.names.remove(from).ok_or_else(missing)?;
             state.names.insert(to.to_owned(), index);
             Ok(())
@@ -235,7 +336,10 @@ impl SmallFiles for SimDisk {
     }
 
     fn sync_names(&self) -> io::Result<()> {
-        self.with(|state| state.durable_names.clone_from(&state.names));
-        Ok(())
+        self.with(|state| {
+            state.step()?;
+            state.durable_names.clone_from(&state.names);
+            Ok(())
+        })
     }
 }

@@ -1,10 +1,12 @@
 //! What goes wrong, and how a run goes.
 
-use super::oracle::Violation;
+use super::oracle::{Blocks, Violation};
 use super::process::Role;
 use super::world::{BLOCKS, ProcessId, Stats, VOLUME, World};
-use crate::types::IsrMember;
-use proto::{BlockIndex, Epoch, HostId};
+use crate::replica::Engine;
+use crate::types::{IsrMember, View};
+use proto::{BlockIndex, Epoch, HostId, SnapshotId};
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 /// How long after the last fault everything must be in order again: an activation, two evictions and resyncs, some
@@ -28,6 +30,20 @@ pub fn run(seed: u64) -> Result<Stats, Violation> {
     let pause = world.random.millis(1, 500);
     world.run_until(world.now + pause);
     world.calm_down();
+    if let Err(violation) = settle(&mut world) {
+        return Err(violation);
+    }
+    // One disk is not what it should be, and all others are: it must be found and mended.
+    if world.damage() && settle(&mut world).is_ok() {
+        world.verify_all();
+        world.run_until(world.now + Duration::from_millis(500));
+        drop(settle(&mut world));
+    }
+    finish(world)
+}
+
+/// Lets everything come to rest.
+fn settle(world: &mut World) -> Result<(), Violation> {
     let calm = world.now;
     world.run_until(world.now + Duration::from_millis(500));
     world.is_quiet = true;
@@ -37,6 +53,10 @@ pub fn run(seed: u64) -> Result<Stats, Violation> {
         }
         world.run_until(world.now + Duration::from_millis(50));
     }
+    world.violation.clone().map_or(Ok(()), Err)
+}
+
+fn finish(mut world: World) -> Result<Stats, Violation> {
     if world.violation.is_none() {
         let equal = world.check_equal();
         world.check(equal);
@@ -79,7 +99,7 @@ impl World {
         self.take_over(process, None);
     }
 
-    fn current(&self) -> Option<ProcessId> {
+    pub fn current(&self) -> Option<ProcessId> {
         self.processes.iter().find(|(_, process)| process.epoch == self.pool.epoch).map(|(id, _)| *id)
     }
 
@@ -134,6 +154,17 @@ impl World {
                 self.hosts[&host].disk.set_full(true);
                 let full = self.random.millis(100, 4_000);
                 self.after(full, move |world| world.hosts[&host].disk.set_full(false));
+            }
+            94..96 => {
+                self.stats.add("slow disk");
+                let until = self.now + self.random.millis(100, 4_000);
+                if let Some(host) = self.hosts.get_mut(&host) {
+                    host.slow_until = until;
+                }
+            }
+            96..97 => {
+                self.stats.add("checkpoint");
+                self.checkpoint(host);
             }
             _ => {
                 self.stats.add("daemon paused");
@@ -211,6 +242,43 @@ impl World {
         self.after(down, move |world| world.start_host(host));
     }
 
+    fn checkpoint(&mut self, host: HostId) {
+        let Some(engine) = self.hosts.get_mut(&host).and_then(|host| host.engine.as_mut()) else { return };
+        if let Err(error) = engine.checkpoint() {
+            self.violation = Some(format!("{host} can't make a checkpoint: {error}"));
+        }
+    }
+
+    /// Damages some of a disk; whether there was anything to damage.
+    fn damage(&mut self) -> bool {
+        if !self.random.percent(50) {
+            return false;
+        }
+        self.is_quiet = false;
+        let host = self.any_host();
+        let is_restarted = self.random.percent(50);
+        if is_restarted {
+            self.stop_host(host);
+        }
+        for _ in 0..1 + self.random.below(6) {
+            let disk = self.hosts[&host].disk.clone();
+            if let Some(what) = disk.damage(&mut self.random) {
+                self.stats.add(what);
+            }
+        }
+        if is_restarted {
+            let down = self.random.millis(1, 800);
+            self.after(down, move |world| world.start_host(host));
+        }
+        true
+    }
+
+    fn verify_all(&mut self) {
+        for host in self.hosts.keys().copied().collect::<Vec<_>>() {
+            self.verify(host);
+        }
+    }
+
     fn partition(&mut self, host: HostId) {
         self.stats.add("partition");
         let others: Vec<HostId> = self.hosts.keys().copied().filter(|other| *other != host).collect();
@@ -269,21 +337,43 @@ impl World {
         let line = self.oracle.whole_line()?;
         for (id, host) in &self.hosts {
             let Some(engine) = &host.engine else { return Err(format!("{id} is down")) };
-            let blocks = BlockIndex(0)..BlockIndex(BLOCKS);
-            let blocks = engine.reader().read(VOLUME, self.pool.epoch, blocks);
-            let blocks = blocks.map_err(|refused| format!("{id}: {refused}"))?;
-            for (index, (block, (version, content))) in blocks.into_iter().zip(&line).enumerate() {
-                let block = block.map_err(|error| format!("{id}: {error}"))?;
-                let found =
-                    block.data.map_or(0, |data| u64::from_le_bytes(data[..8].try_into().expect("8 bytes")));
-                let held = (block.version.epoch, block.version.sequence);
-                if (held, found) != (*version, *content) {
-                    return Err(format!(
-                        "{id} holds {held:?} {found} in block {index}, {version:?} {content} was written"
-                    ));
-                }
+            let lineage = engine.reader().lineage(VOLUME);
+            let held: BTreeSet<SnapshotId> = lineage.snapshots.iter().map(|info| info.snapshot).collect();
+            let wanted: BTreeSet<SnapshotId> = line.snapshots.keys().copied().collect();
+            if held != wanted {
+                return Err(format!("{id} has the snapshots {held:?}, there should be {wanted:?}"));
+            }
+            check_view(*id, engine, self.pool.epoch, View::Live, &line.blocks)?;
+            for (snapshot, blocks) in &line.snapshots {
+                check_view(*id, engine, self.pool.epoch, View::Snapshot(*snapshot), blocks)?;
+            }
+            let (segments, most) = (engine.segments().len(), engine.segments_wanted());
+            if segments > most {
+                return Err(format!("{id} keeps {segments} segments, {most} are enough"));
             }
         }
         Ok(())
     }
+}
+
+fn check_view<T>(
+    id: HostId,
+    engine: &Engine<T>,
+    epoch: Epoch,
+    view: View,
+    wanted: &Blocks,
+) -> Result<(), Violation> {
+    let blocks = engine.reader().read(VOLUME, epoch, view, BlockIndex(0)..BlockIndex(BLOCKS));
+    let blocks = blocks.map_err(|refused| format!("{id}: {refused}"))?;
+    for (index, (block, (version, content))) in blocks.into_iter().zip(wanted).enumerate() {
+        let block = block.map_err(|error| format!("{id}: {view:?}: {error}"))?;
+        let found = block.data.map_or(0, |data| u64::from_le_bytes(data[..8].try_into().expect("8 bytes")));
+        let held = (block.version.epoch, block.version.sequence);
+        if (held, found) != (*version, *content) {
+            return Err(format!(
+                "{id} holds {held:?} {found} in block {index} of {view:?}, {version:?} {content} was written"
+            ));
+        }
+    }
+    Ok(())
 }

@@ -2,7 +2,9 @@
 
 use super::disk::SimDisk;
 use super::world::{ConnId, VOLUME, World};
-use crate::replica::{Attached, Engine, Op, OpError, OpKind, Promises, Reader, Told, WriteRefused};
+use crate::replica::{
+    Attached, Checkpoints, Engine, Op, OpError, OpKind, Promises, Reader, Told, WriteRefused,
+};
 use crate::server::work::{Owner as Attachment, Work, of_mark, of_result};
 use crate::types::{AttachRefused, ProposalError, VolumeProposal, VolumeView};
 use crate::wire::{Answer, Request, RequestId, Response};
@@ -51,6 +53,8 @@ pub struct Host {
     is_scheduled: bool,
     /// The daemon does nothing before.
     pub stalled_until: Duration,
+    /// Its disk takes its time until then.
+    pub slow_until: Duration,
     /// The highest epoch that it has promised to anybody.
     promised: Epoch,
     /// Counts the runs of the daemon.
@@ -67,6 +71,7 @@ impl Host {
             jobs: VecDeque::new(),
             is_scheduled: false,
             stalled_until: Duration::ZERO,
+            slow_until: Duration::ZERO,
             promised: Epoch(0),
             run: 0,
         }
@@ -86,7 +91,7 @@ impl World {
     pub fn start_host(&mut self, id: HostId) {
         let Some(host) = self.hosts.get_mut(&id).filter(|host| !host.is_up()) else { return };
         let disk = host.disk.clone();
-        match Engine::open(Arc::new(disk.clone()), Promises::new(disk)) {
+        match Engine::open(Arc::new(disk.clone()), Promises::new(disk.clone()), Checkpoints::new(disk)) {
             Ok(engine) => host.engine = Some(engine),
             Err(error) => {
                 self.violation = Some(format!("{id} can't open its store: {error}"));
@@ -163,10 +168,12 @@ impl World {
             Ok(Work::Op { id: request, kind }) => {
                 self.submit(host, owner, kind, Asker { conn: id, what: What::Answer(request) });
             }
-            Ok(Work::ReadBlocks { id: request, blocks }) => {
+            Ok(Work::ReadBlocks { id: request, view, blocks }) => {
                 self.read_beside(id, host, request, move |reader| {
                     let (tell, told) = std::sync::mpsc::channel();
-                    owner.read_later(reader, blocks, move |answer, data| tell.send((answer, data)).unwrap());
+                    owner.read_later(reader, view, blocks, move |answer, data| {
+                        tell.send((answer, data)).unwrap();
+                    });
                     told.try_recv().expect("a simulated disk reads at once")
                 });
             }
@@ -239,7 +246,8 @@ impl World {
     }
 
     fn schedule_engine(&mut self, id: HostId) {
-        let work = self.random.micros(20, 300);
+        let is_slow = self.hosts.get(&id).is_some_and(|host| host.slow_until > self.now);
+        let work = if is_slow { self.random.millis(5, 150) } else { self.random.micros(20, 300) };
         let Some(host) = self.hosts.get_mut(&id) else { return };
         if std::mem::replace(&mut host.is_scheduled, true) {
             return;
@@ -257,7 +265,7 @@ impl World {
         result: Result<Attached, OpError>,
     ) -> Answer {
         match result {
-            Ok(Attached { session, tail, incomplete, full, before }) => {
+            Ok(Attached { session, tail, incomplete, full, before, lineage }) => {
                 let promised = self.hosts[&host].promised;
                 if epoch < promised {
                     let what = format!("{host} promises epoch {epoch} after {promised}");
@@ -272,7 +280,7 @@ impl World {
                 if incomplete {
                     self.stats.add("attached while incomplete");
                 }
-                Answer::Attached { tail, incomplete, full, before }
+                Answer::Attached { tail, incomplete, full, before, lineage }
             }
             Err(OpError::Refused(WriteRefused::Fenced { promised })) => {
                 Answer::AttachRefused(AttachRefused::StaleEpoch { current: promised })

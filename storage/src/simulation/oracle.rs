@@ -5,9 +5,11 @@
 //! - an acknowledged write stays on the line; a flushed one also when all members have lost power;
 //! - a read finds, for each block, a version on the line that is not older than what was acknowledged, or found by a read
 //!   that had ended, when it began: linearizable, since versions of a block are ordered as its writes are;
-//! - an owner finds exactly the line up to its start: a prefix of what was issued.
+//! - an owner finds exactly the line up to its start: a prefix of what was issued;
+//! - a snapshot that was taken stays, holds what the line had then, and is gone when it was deleted.
 
-use proto::{BlockIndex, Epoch, Sequence};
+use crate::types::VolumeOp;
+use proto::{BlockIndex, Epoch, Sequence, SnapshotId};
 use std::collections::BTreeMap;
 
 /// Which write.
@@ -24,6 +26,20 @@ pub struct Issued {
     pub content: Content,
     pub acknowledged: bool,
     pub flushed: bool,
+    /// Set if it is no write.
+    pub op: Option<VolumeOp>,
+}
+
+/// What blocks hold, and by which versions.
+pub type Blocks = Vec<(Version, Content)>;
+
+/// What everybody should hold at some point of the line.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Line {
+    pub blocks: Blocks,
+    pub snapshots: BTreeMap<SnapshotId, Blocks>,
+    /// The last revert: older versions count only where a snapshot has brought them back.
+    reverted: Version,
 }
 
 impl Issued {
@@ -43,6 +59,8 @@ pub struct Oracle {
     starts: BTreeMap<Epoch, Sequence>,
     /// What the next read of each block must find at least.
     floors: Vec<Version>,
+    /// The last revert on the line that was acknowledged.
+    reverted: Version,
     /// Owners of these epochs and below may have been told of writes that a loss of power took.
     power_lost: Option<Epoch>,
 }
@@ -52,7 +70,7 @@ const NEVER: Version = (Epoch(0), Sequence(0));
 impl Oracle {
     pub fn new(blocks: usize) -> Self {
         let (issued, starts) = (BTreeMap::new(), BTreeMap::new());
-        Self { issued, starts, floors: vec![NEVER; blocks], power_lost: None }
+        Self { issued, starts, floors: vec![NEVER; blocks], reverted: NEVER, power_lost: None }
     }
 
     pub fn floors(&self) -> Vec<Version> {
@@ -79,6 +97,11 @@ impl Oracle {
         }
         let write = self.issued.get_mut(&version).expect("it was issued");
         write.acknowledged = true;
+        if write.op.is_some() {
+            // Such an operation is durable when it is acknowledged.
+            write.flushed = true;
+            return self.look_again(version.1.next());
+        }
         for block in write.first.0..write.first.0 + u64::from(write.count) {
             let floor = &mut self.floors[block as usize];
             *floor = (*floor).max(version);
@@ -126,14 +149,21 @@ impl Oracle {
         if let Some((version, write)) = lost {
             return Err(format!("epoch {epoch} starts at {start}: {version:?} is lost, {write:?}"));
         }
-        let line = self.line(start)?;
-        self.floors = line.iter().map(|(version, _)| *version).collect();
+        self.look_again(start)
+    }
+
+    /// Whoever reads now finds what the line has below a sequence.
+    fn look_again(&mut self, below: Sequence) -> Result<(), Violation> {
+        let line = self.line(below)?;
+        self.floors = line.blocks.iter().map(|(version, _)| *version).collect();
+        self.reverted = line.reverted;
         Ok(())
     }
 
-    /// Version and content of each block after all writes on the line below a sequence.
-    pub fn line(&self, below: Sequence) -> Result<Vec<(Version, Content)>, Violation> {
-        let mut blocks = vec![(NEVER, 0); self.floors.len()];
+    /// Version and content of each block after everything on the line below a sequence, and the snapshots.
+    pub fn line(&self, below: Sequence) -> Result<Line, Violation> {
+        let blocks = vec![(NEVER, 0); self.floors.len()];
+        let mut line = Line { blocks, snapshots: BTreeMap::new(), reverted: NEVER };
         let mut next = Sequence(1);
         let on_line = self.issued.iter().filter(|(version, _)| self.is_on_line(**version));
         for (version, write) in on_line.take_while(|(version, _)| version.1 < below) {
@@ -141,15 +171,28 @@ impl Oracle {
                 return Err(format!("write {next} is missing on the line before {version:?}"));
             }
             next = next.next();
-            for block in write.first.0..write.first.0 + u64::from(write.count) {
-                blocks[block as usize] = (*version, write.content);
+            match &write.op {
+                None => {
+                    for block in write.first.0..write.first.0 + u64::from(write.count) {
+                        line.blocks[block as usize] = (*version, write.content);
+                    }
+                }
+                Some(VolumeOp::Snapshot { snapshot }) => {
+                    line.snapshots.insert(*snapshot, line.blocks.clone());
+                }
+                Some(VolumeOp::DeleteSnapshot { snapshot }) => drop(line.snapshots.remove(snapshot)),
+                Some(VolumeOp::Revert { snapshot }) => {
+                    line.blocks.clone_from(&line.snapshots[snapshot]);
+                    line.reverted = *version;
+                }
+                Some(VolumeOp::Clone { .. }) => unreachable!("there is one volume"),
             }
         }
-        if next < below { Err(format!("nobody has issued write {next}")) } else { Ok(blocks) }
+        if next < below { Err(format!("nobody has issued write {next}")) } else { Ok(line) }
     }
 
     /// The line up to the last write on it.
-    pub fn whole_line(&self) -> Result<Vec<(Version, Content)>, Violation> {
+    pub fn whole_line(&self) -> Result<Line, Violation> {
         let on_line = self.issued.keys().filter(|version| self.is_on_line(**version));
         let last = on_line.map(|version| version.1).max().unwrap_or_default();
         self.line(last.next())
@@ -162,7 +205,10 @@ impl Oracle {
             return Ok(());
         }
         let versions = self.issued.range(floor..).filter(|(_, write)| write.covers(block));
-        let mut candidates = versions.filter(|(_, write)| write.content == found);
+        let reverted = self.reverted;
+        let mut candidates = versions.filter(|(version, write)| {
+            write.op.is_none() && write.content == found && (**version == floor || **version > reverted)
+        });
         match candidates.find(|(version, _)| self.is_on_line(**version)) {
             Some((version, _)) => {
                 let version = *version;
@@ -187,7 +233,7 @@ mod tests {
         let mut oracle = Oracle::new(1);
         for &(epoch, sequence, content) in writes {
             let (first, count) = (BlockIndex(0), 1);
-            let write = Issued { first, count, content, acknowledged: false, flushed: false };
+            let write = Issued { first, count, content, acknowledged: false, flushed: false, op: None };
             oracle.issued((Epoch(epoch), Sequence(sequence)), write);
         }
         oracle

@@ -1,14 +1,17 @@
 //! Owner processes and the guests in them.
 
-use super::oracle::{Content, Issued, Version};
+use super::oracle::{Blocks, Content, Issued, Version};
 use super::pool::secret;
+use super::snapshots::check_snapshot;
 use super::world::{BLOCKS, ConnId, ProcessId, VOLUME, World};
 use crate::limits::WINDOW_BYTES;
+use crate::owner::core::writes::WriteKind;
 use crate::owner::core::{Command, CommandId, Input, Output, Owner, Reply, TICK};
 use crate::owner::{ActivationStart, ReplicaEndpoint, ReplicaRoute, VolumeConfig, VolumeError, VolumeState};
+use crate::types::{View, VolumeOp};
 use bytes::Bytes;
 use proto::limits::BLOCK_BYTES;
-use proto::{BlockIndex, CertificateFingerprint, Epoch, HostId, Sequence};
+use proto::{BlockIndex, CertificateFingerprint, Epoch, HostId, Sequence, SnapshotId};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -19,10 +22,32 @@ const OPS_UNDER_WAY: usize = 8;
 
 /// What a guest waits for.
 #[derive(Debug)]
-enum Pending {
+pub enum Pending {
     Write,
-    Flush { covers: Vec<Version> },
-    Read { first: BlockIndex, floors: Vec<Version> },
+    Op(VolumeOp),
+    Flush {
+        covers: Vec<Version>,
+    },
+    Read {
+        first: BlockIndex,
+        floors: Vec<Version>,
+    },
+    ReadSnapshot {
+        snapshot: SnapshotId,
+        first: BlockIndex,
+        expected: Blocks,
+    },
+    /// A replica's blocks are compared with their checksums.
+    Verify {
+        host: HostId,
+        view: View,
+    },
+    /// Intact content for a replica that has it damaged.
+    Mend {
+        host: HostId,
+        first: BlockIndex,
+    },
+    Mended,
     Activate,
     Drain,
 }
@@ -52,11 +77,13 @@ pub struct Process {
     inputs: VecDeque<Input>,
     pub conns: BTreeMap<HostId, ConnId>,
     routes: BTreeSet<HostId>,
-    pending: BTreeMap<CommandId, Pending>,
-    commands: BTreeMap<CommandId, Version>,
+    pub pending: BTreeMap<CommandId, Pending>,
+    pub commands: BTreeMap<CommandId, Version>,
     last_issued: Sequence,
     /// The last write of the owner that has handed over to it.
     handed: Option<Sequence>,
+    /// Snapshots that its guest knows of.
+    pub snapshots: Vec<SnapshotId>,
 }
 
 impl Process {
@@ -85,7 +112,7 @@ fn block_of(content: Content, block: u64) -> Vec<u8> {
     bytes
 }
 
-fn content_of(bytes: &[u8], block: u64) -> Result<Content, String> {
+pub fn content_of(bytes: &[u8], block: u64) -> Result<Content, String> {
     let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
     match (word(0), word(8)) {
         (0, 0) => Ok(0),
@@ -137,6 +164,7 @@ impl World {
             commands: BTreeMap::new(),
             last_issued: Sequence(0),
             handed: None,
+            snapshots: Vec::new(),
         };
         self.processes.insert(id, process);
         self.command(id, Command::Update { config }, None);
@@ -167,7 +195,7 @@ impl World {
         }
     }
 
-    fn command(&mut self, id: ProcessId, command: Command, pending: Option<Pending>) {
+    pub fn command(&mut self, id: ProcessId, command: Command, pending: Option<Pending>) {
         let command_id = CommandId(self.fresh_id());
         let Some(process) = self.processes.get_mut(&id) else { return };
         process.pending.extend(pending.map(|pending| (command_id, pending)));
@@ -215,11 +243,12 @@ impl World {
             for (sequence, write) in owner.in_flight().filter(|(sequence, _)| *sequence > process.last_issued)
             {
                 let version = (process.epoch, sequence);
-                let data = write.data.as_ref();
+                let data = write.data();
                 let content =
                     data.map_or(0, |data| u64::from_le_bytes(data[..8].try_into().expect("8 bytes")));
                 let (first, count) = (write.first, write.count);
-                let issued = Issued { first, count, content, acknowledged: false, flushed: false };
+                let op = if let WriteKind::Op(op) = &write.kind { Some(op.clone()) } else { None };
+                let issued = Issued { first, count, content, acknowledged: false, flushed: false, op };
                 self.oracle.issued(version, issued);
                 process.commands.insert(write.id, version);
             }
@@ -282,10 +311,30 @@ impl World {
                     self.check(result);
                 }
             }
+            (Pending::Op(op), Reply::Operated(Ok(tail))) => self.operated(id, command, &op, tail),
+            (Pending::ReadSnapshot { snapshot, first, expected }, Reply::Read(Ok(data))) => {
+                self.stats.add("snapshot read");
+                let result = check_snapshot(snapshot, first, &expected, &data);
+                self.check(result);
+            }
+            (Pending::Verify { host, view }, Reply::Looked(Ok(looked))) => {
+                self.verified(id, host, view, looked)
+            }
+            (Pending::Mend { host, first }, Reply::Read(Ok(data))) => {
+                self.command(id, Command::Repair { host, first, data }, Some(Pending::Mended));
+            }
+            (Pending::Mended, Reply::Done(Ok(()))) => self.stats.add("damaged block mended"),
             (Pending::Write, Reply::Done(Err(VolumeError::NoSpace))) => self.stats.add("write without space"),
             (Pending::Activate, Reply::Activated(result)) => self.activated(id, result.is_ok()),
             (Pending::Drain, Reply::Drained(Ok(last))) => self.drained(id, last),
-            (_, Reply::Done(Err(_)) | Reply::Read(Err(_)) | Reply::Drained(Err(_))) => {
+            (
+                _,
+                Reply::Done(Err(_))
+                | Reply::Read(Err(_))
+                | Reply::Drained(Err(_))
+                | Reply::Operated(Err(_))
+                | Reply::Looked(Err(_)),
+            ) => {
                 self.stats.add("operation failed");
                 self.look_after(id);
             }
@@ -337,7 +386,10 @@ impl World {
             return;
         };
         let is_paused = process.paused_until > self.now;
-        if !is_paused && process.pending.len() < OPS_UNDER_WAY && !self.is_quiet {
+        // A guest that goes back waits for it.
+        let is_reverting = |pending: &Pending| matches!(pending, Pending::Op(VolumeOp::Revert { .. }));
+        let is_reverting = process.pending.values().any(is_reverting);
+        if !is_paused && !is_reverting && process.pending.len() < OPS_UNDER_WAY && !self.is_quiet {
             let count = 1 + self.random.below(4);
             let first = BlockIndex(self.random.below(BLOCKS - count + 1));
             match self.random.below(100) {
@@ -346,7 +398,9 @@ impl World {
                     let command = Command::Write { first, count: count as u32, data: None };
                     self.command(id, command, Some(Pending::Write));
                 }
-                62..75 => {
+                62..66 => self.take_snapshot(id),
+                66..68 => self.use_snapshot(id),
+                68..77 => {
                     let covers = self.oracle.acknowledged_writes();
                     self.command(id, Command::Flush, Some(Pending::Flush { covers }));
                 }
@@ -370,7 +424,11 @@ impl World {
 
     fn read(&mut self, id: ProcessId, first: BlockIndex, count: u32) {
         let floors = self.oracle.floors();
-        self.command(id, Command::Read { first, count }, Some(Pending::Read { first, floors }));
+        self.command(
+            id,
+            Command::Read { view: View::Live, first, count },
+            Some(Pending::Read { first, floors }),
+        );
     }
 
     /// A hand-over begins: the guest stops, and the volume is brought to rest.

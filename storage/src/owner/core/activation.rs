@@ -16,7 +16,7 @@ use super::{Owner, State};
 use crate::owner::config::{ActivateError, ActivationStart, VolumeConfig, VolumeError, VolumeState};
 use crate::owner::rules::{Candidate, Recovery, Standing, plan_recovery};
 use crate::safety::Rule;
-use crate::types::{IsrMember, Tail, VolumeProposal, VolumeView};
+use crate::types::{IsrMember, Lineage, Tail, VolumeProposal, VolumeView};
 use crate::wire::{Answer, Request, RequestId};
 use bytes::Bytes;
 use proto::{Epoch, HostId, Sequence};
@@ -44,6 +44,8 @@ pub struct Activation {
     unusable: BTreeSet<HostId>,
     /// Of a reclaim: a member had not promised the epoch that must never have been active.
     was_never_active: bool,
+    /// The snapshots of the member with the longest tail: of all, when they are equal.
+    lineage: Lineage,
 }
 
 #[derive(Debug)]
@@ -121,6 +123,7 @@ impl Owner {
             phase: Phase::Gathering,
             unusable: BTreeSet::new(),
             was_never_active: false,
+            lineage: Lineage::default(),
         }));
     }
 
@@ -217,10 +220,16 @@ impl Owner {
         if !has_waited && !recovery.missing.is_empty() {
             return;
         }
-        match activation.start {
+        let start = activation.start;
+        let was_never_active = activation.was_never_active;
+        let lineage = self.peers.get(&recovery.source).map(|peer| peer.lineage.clone());
+        if let State::Activating(activation) = &mut self.state {
+            activation.lineage = lineage.unwrap_or_default();
+        }
+        match start {
             ActivationStart::Recover => {}
             ActivationStart::Handover { last } => return self.take_over(&recovery, last),
-            ActivationStart::Reclaim { never, .. } if !activation.was_never_active => {
+            ActivationStart::Reclaim { never, .. } if !was_never_active => {
                 return self.fail_activation(ActivateError::MayHaveBeenActive { epoch: never });
             }
             ActivationStart::Reclaim { last, .. } => return self.take_over(&recovery, last),
@@ -314,17 +323,23 @@ impl Owner {
         let State::Activating(activation) = &mut self.state else { return };
         let Phase::Extending { source, behind, .. } = &mut activation.phase else { return };
         let Some(extension) = behind.get_mut(&target).filter(|_| source.0 == host) else { return };
-        let Answer::Write { tail, first, count, zero } = answer else {
-            // Without what it lacks the member can't stay; or the source is damaged, and what it alone has is not acknowledged.
-            let unusable = if matches!(answer, Answer::Damaged) { host } else { target };
-            activation.unusable.insert(unusable);
-            activation.phase = Phase::Gathering;
-            return;
+        let (tail, request) = match answer {
+            Answer::Write { tail, first, count, zero } => {
+                (tail, Request::Extend { id: RequestId(0), tail, first, count, zero })
+            }
+            Answer::Op { tail, op } => (tail, Request::ExtendOp { id: RequestId(0), tail, op }),
+            answer => {
+                // Without what it lacks the member can't stay; or the source is damaged, and what it alone has is not
+                // acknowledged.
+                let unusable = if matches!(answer, Answer::Damaged) { host } else { target };
+                activation.unusable.insert(unusable);
+                activation.phase = Phase::Gathering;
+                return;
+            }
         };
         if tail.sequence <= extension.sent {
             return;
         }
-        let request = Request::Extend { id: RequestId(0), tail, first, count, zero };
         extension.waiting.insert(after.next(), (tail, request, data));
         let mut ready = Vec::new();
         while let Some(write) = extension.waiting.remove(&extension.sent.next()) {
@@ -368,6 +383,7 @@ impl Owner {
         let State::Activating(activation) = std::mem::replace(&mut self.state, State::Inactive) else {
             return;
         };
+        let lineage = activation.lineage;
         for (host, peer) in &mut self.peers {
             peer.away_since = self.now;
             peer.joining = None;
@@ -385,6 +401,6 @@ impl Owner {
             }
         }
         self.reply(activation.id, Reply::Activated(Ok(last)));
-        self.state = State::Active(Box::new(Active::new(activation.view, last)));
+        self.state = State::Active(Box::new(Active::new(activation.view, last, lineage)));
     }
 }

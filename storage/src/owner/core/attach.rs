@@ -50,7 +50,9 @@ impl Owner {
         match purpose {
             Purpose::Propose => self.proposal_unanswered(),
             Purpose::Read(id) => self.read_failed(id, host),
+            Purpose::Look(id) => self.look_failed(id, host),
             // Whoever needs these looks at the connection.
+            Purpose::Repair(id) => self.repair_failed(host, id),
             Purpose::Attach | Purpose::FetchWrite { .. } | Purpose::Extend { .. } | Purpose::Sync { .. } => {}
         }
     }
@@ -89,6 +91,8 @@ impl Owner {
             Purpose::Attach => self.attached(host, answer),
             Purpose::Propose => self.proposed(answer),
             Purpose::Read(id) => self.read_answered(id, host, answer, data),
+            Purpose::Look(id) => self.looked(id, host, answer),
+            Purpose::Repair(id) => self.repaired(host, id, &answer),
             Purpose::FetchWrite { target, after } => self.write_fetched(host, target, after, answer, data),
             Purpose::Extend { tail } => self.extended(host, tail, &answer),
             Purpose::Sync { target, generation: of, ask } => {
@@ -143,8 +147,9 @@ impl Owner {
         let retry_at = self.now + RETRY;
         let Some(peer) = self.peers.get_mut(&host) else { return };
         match answer {
-            Answer::Attached { tail, incomplete, full, before } => {
+            Answer::Attached { tail, incomplete, full, before, lineage } => {
                 peer.full = full;
+                peer.lineage = lineage;
                 peer.become_part(Part::Attached(Standing { tail, incomplete }));
                 self.note_promise(host, before);
             }
@@ -169,7 +174,9 @@ impl Owner {
         }
         for (host, purpose) in expired {
             match purpose {
-                Purpose::Propose | Purpose::Read(_) => self.lost(host, purpose),
+                Purpose::Propose | Purpose::Read(_) | Purpose::Look(_) | Purpose::Repair(_) => {
+                    self.lost(host, purpose);
+                }
                 _ => self.drop_connection(host),
             }
         }

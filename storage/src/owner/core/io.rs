@@ -1,9 +1,10 @@
 //! What goes into an owner, and what comes out.
 
 use crate::owner::config::{ActivateError, ActivationStart, ReplicaRoute, VolumeConfig, VolumeError};
+use crate::types::{Lineage, Tail, View, VolumeOp};
 use crate::wire::{Request, Response};
 use bytes::Bytes;
-use proto::{BlockIndex, HostId, Incarnation, Sequence};
+use proto::{BlockIndex, HostId, Incarnation, Sequence, SnapshotId};
 
 /// Which connection to a host: what comes of an older one is ignored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -36,9 +37,15 @@ pub enum Command {
     /// New replicas or addresses at the same epoch. Not answered.
     Update { config: VolumeConfig },
     /// Read blocks; at most a frame. Answered by `Read`.
-    Read { first: BlockIndex, count: u32 },
+    Read { view: View, first: BlockIndex, count: u32 },
     /// Write blocks; no data: zeros. Answered by `Done`.
     Write { first: BlockIndex, count: u32, data: Option<Bytes> },
+    /// Have an operation done in the order of the writes. Answered by `Operated` when it is durable everywhere.
+    Op { op: VolumeOp },
+    /// Ask a replica something about blocks. Answered by `Looked`.
+    Look { look: Look },
+    /// Give a host's replica intact content in the place of what is damaged there. Answered by `Done`.
+    Repair { host: HostId, first: BlockIndex, data: Bytes },
     /// Make what is acknowledged durable. Answered by `Done`.
     Flush,
     /// Finish what is under way and take no more. Answered by `Drained`.
@@ -47,6 +54,30 @@ pub enum Command {
     Resume,
     /// Let the volume go. Not answered; everything else is.
     Close,
+}
+
+/// A question about blocks that any in-sync replica can answer, or one of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Look {
+    /// Which of these hold data.
+    Allocated { view: View, from: BlockIndex, end: BlockIndex },
+    /// In which a view differs from a snapshot.
+    Changed { view: View, since: SnapshotId, from: BlockIndex },
+    /// Whether this host's replica matches its checksums.
+    Verify { host: HostId, view: View, from: BlockIndex },
+    /// Which snapshots there are, and which hosts are in sync.
+    Lineage,
+}
+
+/// The answer to a question about blocks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Looked {
+    /// These; more may follow after the last one if the list is full.
+    Blocks { blocks: Vec<BlockIndex>, full: bool },
+    /// The snapshots, and the in-sync set.
+    Lineage { lineage: Lineage, members: Vec<HostId> },
+    /// So many were verified, these are damaged, and there it goes on.
+    Verified { checked: u64, damaged: Vec<BlockIndex>, next: Option<BlockIndex> },
 }
 
 /// Something is to be done, in this order.
@@ -73,6 +104,10 @@ pub enum Reply {
     Done(Result<(), VolumeError>),
     /// What was read.
     Read(Result<Bytes, VolumeError>),
+    /// An operation is durable; where it is in the order of the writes.
+    Operated(Result<Tail, VolumeError>),
+    /// What a replica has answered.
+    Looked(Result<Looked, VolumeError>),
     /// The last write of this owner.
     Drained(Result<Sequence, VolumeError>),
 }

@@ -13,6 +13,7 @@
 //! - [`activation`]: taking over.                - [`writes`]: writes, flushes, acknowledgement, drain.
 //! - [`reads`]: reads.                           - [`members`]: who is in the in-sync set, and proposals to change it.
 //! - [`slowness`]: members for which all wait. - [`resync`], [`syncing`]: making a replica equal.
+//! - [`snapshots`]: operations that write nothing, questions, repairs.
 //!
 //! Invariants: a write is acknowledged when every member of the in-sync set, and every replica that may have become one, has
 //! reported it written; a flush when they have reported it durable; in order. Nobody leaves the set but by a committed entry.
@@ -27,13 +28,14 @@ mod peer;
 mod reads;
 mod resync;
 mod slowness;
+mod snapshots;
 mod status;
 mod syncing;
 #[cfg(test)]
 mod tests;
 pub(crate) mod writes;
 
-pub use io::{Command, CommandId, Generation, Input, Output, Reply};
+pub use io::{Command, CommandId, Generation, Input, Look, Looked, Output, Reply};
 
 use super::config::{ActivateError, ReplicaRoute, VolumeConfig, VolumeError};
 use super::rules::Progress;
@@ -45,9 +47,10 @@ use members::{Proposal, Unsettled};
 use peer::{Ask, Peer, Purpose};
 use proto::{Epoch, HostId, Sequence};
 use reads::PendingRead;
+use snapshots::{PendingLook, RepairCounts};
 use std::collections::BTreeMap;
 use std::time::Duration;
-use writes::Active;
+use writes::{Active, WriteKind};
 
 /// How often an owner wants to be told that time has passed.
 pub const TICK: Duration = Duration::from_millis(100);
@@ -59,6 +62,8 @@ pub struct Owner {
     state: State,
     peers: BTreeMap<HostId, Peer>,
     reads: BTreeMap<CommandId, PendingRead>,
+    looks: BTreeMap<CommandId, PendingLook>,
+    repairs: RepairCounts,
     proposal: Option<Proposal>,
     /// No change is proposed before.
     propose_from: Duration,
@@ -88,6 +93,8 @@ impl Owner {
             state: State::Inactive,
             peers: BTreeMap::new(),
             reads: BTreeMap::new(),
+            looks: BTreeMap::new(),
+            repairs: RepairCounts::default(),
             proposal: None,
             propose_from: Duration::ZERO,
             unsettled: None,
@@ -143,8 +150,13 @@ impl Owner {
                     self.take_config(config);
                 }
             }
-            Command::Read { first, count } => self.read(id, first, count),
-            Command::Write { first, count, data } => self.write(id, first, count, data),
+            Command::Read { view, first, count } => self.read(id, view, first, count),
+            Command::Write { first, count, data } => {
+                self.write(id, first, count, data.map_or(WriteKind::Zeros, WriteKind::Data));
+            }
+            Command::Op { op } => self.operate(id, op),
+            Command::Look { look } => self.look(id, look),
+            Command::Repair { host, first, data } => self.repair(host, first, data, Some(id)),
             Command::Flush => self.flush(id),
             Command::Drain => self.drain(id),
             Command::Resume => self.resume(),
@@ -184,6 +196,7 @@ impl Owner {
         self.change_isr();
         self.advance_proposal();
         self.advance_reads();
+        self.advance_looks();
     }
 
     fn is_current(&self, host: HostId, generation: Generation) -> bool {
@@ -262,6 +275,9 @@ impl Owner {
         }
         for id in std::mem::take(&mut self.reads).into_keys() {
             self.reply(id, Reply::Read(Err(error.clone())));
+        }
+        for id in std::mem::take(&mut self.looks).into_keys() {
+            self.reply(id, Reply::Looked(Err(error.clone())));
         }
         self.proposal = None;
         for host in std::mem::take(&mut self.peers).into_keys() {

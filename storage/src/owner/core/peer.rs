@@ -12,7 +12,7 @@ use super::io::{CommandId, Generation};
 use super::resync::{Resync, SyncAsk};
 use super::slowness::Slowness;
 use crate::owner::rules::{Progress, Standing};
-use crate::types::Tail;
+use crate::types::{Lineage, Tail};
 use crate::wire::RequestId;
 use proto::{HostId, Incarnation, Sequence};
 use std::collections::{BTreeMap, VecDeque};
@@ -42,6 +42,10 @@ pub enum Purpose {
     Propose,
     /// To serve a read.
     Read(CommandId),
+    /// To have a question answered.
+    Look(CommandId),
+    /// To give it intact content; who waits for it.
+    Repair(Option<CommandId>),
     /// To bring a member up to the longest tail: the write after this one, from the source.
     FetchWrite { target: HostId, after: Sequence },
     /// The same: this write, to the target.
@@ -98,6 +102,8 @@ pub struct Peer {
     /// What it has confirmed, on this connection or the one before.
     pub progress: Progress,
     pub full: bool,
+    /// Its snapshots, when it attached.
+    pub lineage: Lineage,
     pub joining: Option<Joining>,
     /// Since when it does not stream.
     pub away_since: Duration,
@@ -113,6 +119,7 @@ impl Peer {
             part: Part::Idle,
             progress: Progress::default(),
             full: false,
+            lineage: Lineage::default(),
             joining: None,
             away_since: now,
             retry_at: now,

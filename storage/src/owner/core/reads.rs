@@ -5,10 +5,11 @@
 
 use super::io::{CommandId, Reply};
 use super::peer::{Peer, Purpose};
-use super::writes::Write;
+use super::writes::{Write, WriteKind};
 use super::{Owner, State};
 use crate::owner::config::VolumeError;
 use crate::safety::Rule;
+use crate::types::View;
 use crate::wire::{Answer, Request, RequestId};
 use bytes::Bytes;
 use proto::limits::BLOCK_BYTES;
@@ -26,6 +27,7 @@ const READ_RETRY: Duration = Duration::from_millis(50);
 /// A read under way.
 #[derive(Debug)]
 pub struct PendingRead {
+    view: View,
     first: BlockIndex,
     count: u32,
     state: ReadState,
@@ -46,17 +48,17 @@ enum ReadState {
 }
 
 impl Owner {
-    pub(super) fn read(&mut self, id: CommandId, first: BlockIndex, count: u32) {
-        if let Some(error) = self.refusal() {
+    pub(super) fn read(&mut self, id: CommandId, view: View, first: BlockIndex, count: u32) {
+        if let Some(error) = self.refusal().or_else(|| self.unknown(view)) {
             return self.reply(id, Reply::Read(Err(error)));
         }
         let state = ReadState::Idle { retry_at: self.now };
         let (failed, damaged) = (BTreeSet::new(), BTreeSet::new());
-        self.reads.insert(id, PendingRead { first, count, state, failed, damaged });
+        self.reads.insert(id, PendingRead { view, first, count, state, failed, damaged });
     }
 
     /// Members that a read may be served by, the nearest first.
-    fn readable(&self) -> Vec<HostId> {
+    pub(super) fn readable(&self) -> Vec<HostId> {
         let State::Active(active) = &self.state else { return Vec::new() };
         let mut hosts = self.nearest_first();
         hosts.retain(|host| active.is_member(*host) && self.peers.get(host).is_some_and(Peer::is_streaming));
@@ -100,7 +102,8 @@ impl Owner {
         let next = readable.iter().copied().find(|host| !read.failed.contains(host));
         let Some(host) = next else { return };
         read.state = ReadState::Asked;
-        let request = Request::Read { id: RequestId(0), first: read.first, count: read.count };
+        let request =
+            Request::Read { id: RequestId(0), view: read.view, first: read.first, count: read.count };
         self.ask(host, Purpose::Read(id), READ_TIMEOUT, request, Bytes::new());
     }
 
@@ -108,7 +111,11 @@ impl Owner {
         let Some(read) = self.reads.get_mut(&id) else { return };
         match answer {
             Answer::Data if data.len() == read.count as usize * BLOCK_BYTES => {
-                let blocks = read.first.0..read.first.0 + u64::from(read.count);
+                let (first, damaged) = (read.first, read.damaged.clone());
+                let blocks = first.0..first.0 + u64::from(read.count);
+                for host in damaged {
+                    self.repair(host, first, data.clone(), None);
+                }
                 let upto = self.in_flight_to(blocks).unwrap_or_default();
                 if let Some(read) = self.reads.get_mut(&id) {
                     read.state = ReadState::Held { data, upto };
@@ -116,6 +123,7 @@ impl Owner {
             }
             Answer::Damaged => {
                 read.damaged.insert(host);
+                self.repairs.damaged += 1;
                 self.read_failed(id, host);
             }
             answer => {
@@ -132,7 +140,9 @@ impl Owner {
             return None;
         }
         let touches = |write: &Write| {
-            write.first.0 < blocks.end && blocks.start < write.first.0 + u64::from(write.count)
+            // A revert changes everything.
+            matches!(write.kind, WriteKind::Op(_))
+                || write.first.0 < blocks.end && blocks.start < write.first.0 + u64::from(write.count)
         };
         let mut latest_first = active.in_flight.iter().rev();
         latest_first.find(|(_, write)| touches(write)).map(|(sequence, _)| *sequence)

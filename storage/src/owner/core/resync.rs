@@ -1,20 +1,22 @@
 //! Making one replica equal to the in-sync set, block by block, each with its own version.
 //!
 //! ```text
-//!  Truncating ──▶ Ready ──begin: live writes from here on──▶ Beginning ──▶ Copying ──▶ Completing ──▶ done
+//!  Truncating, Forgetting ──▶ for each snapshot that is missing: Rebasing ──▶ Copying ──▶ Freezing
+//!                         └─▶ Rebasing ──▶ Ready ──begin: live writes from here on──▶ Beginning ──▶ Copying ──▶ Completing ──▶ done
 //! ```
-//! The target is incomplete from the truncation to the completion; both are durable. What is copied: the blocks that the target
+//! A snapshot that is taken meanwhile ends the resync; the next one gets it in its turn. The target is incomplete from the truncation to the completion; both are durable. What is copied: the blocks that the target
 //! lost by the truncation, and those that the source has from writes after the cut. Both lists are walked page by page, so
 //! that memory does not grow with the volume.
 //!
 //! Invariant: a source holds everything up to the point at which the live writes began, and is in sync as long as it is read.
 
 use super::io::Generation;
+use crate::owner::lineage::{Leg, Plan};
 use crate::safety::Rule;
-use crate::types::Tail;
+use crate::types::{Tail, View};
 use crate::wire::{Answer, Request, RequestId, WireVersion};
 use bytes::Bytes;
-use proto::{BlockIndex, HostId, Sequence};
+use proto::{BlockIndex, HostId, Sequence, SnapshotId};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// Blocks on their way at a time: hides the round trip, and leaves room for the guest's own I/O.
@@ -24,6 +26,9 @@ pub const COPIES_IN_FLIGHT: usize = 16;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SyncAsk {
     Truncate,
+    Forget,
+    Rebase,
+    Freeze,
     Begin,
     Voided,
     Changed,
@@ -74,9 +79,12 @@ enum Step {
 #[derive(Debug)]
 enum Stage {
     Truncating { asked: bool },
+    Forgetting { asked: bool },
+    Rebasing { asked: bool },
     Ready,
     Beginning,
     Copying,
+    Freezing { asked: bool },
     Completing { asked: bool },
 }
 
@@ -84,6 +92,10 @@ enum Stage {
 #[derive(Debug)]
 pub struct Resync {
     cut: Tail,
+    forget: VecDeque<SnapshotId>,
+    legs: VecDeque<Leg>,
+    /// What is being made.
+    leg: Leg,
     stage: Stage,
     /// Live writes go on behind this; what is before is copied.
     last: Option<Tail>,
@@ -99,12 +111,15 @@ pub struct Resync {
 
 impl Resync {
     /// A resync of a replica that surely has everything up to `cut`, and nothing that counts after it.
-    pub fn new(cut: Tail) -> Self {
-        let stage =
-            if Rule::DivergentTailIsCut.holds() { Stage::Truncating { asked: false } } else { Stage::Ready };
-        Self {
+    pub fn new(cut: Tail, plan: Plan) -> Self {
+        let Plan { forget, mut legs } = plan;
+        let leg = legs.pop_front().expect("the volume itself is the last one");
+        let mut resync = Self {
             cut,
-            stage,
+            forget,
+            legs,
+            leg,
+            stage: Stage::Forgetting { asked: false },
             last: None,
             source: None,
             bad_sources: BTreeSet::new(),
@@ -113,7 +128,64 @@ impl Resync {
             queue: VecDeque::new(),
             under_way: BTreeMap::new(),
             copied: 0,
-        }
+        };
+        resync.forget_next();
+        resync
+    }
+
+    /// Snapshots that nobody else has go before the truncation: what lies on them does not end with them.
+    fn forget_next(&mut self) {
+        self.stage = match self.forget.front() {
+            Some(_) => Stage::Forgetting { asked: false },
+            None if Rule::DivergentTailIsCut.holds() => Stage::Truncating { asked: false },
+            None => return self.begin_leg(),
+        };
+    }
+
+    /// The leg begins.
+    fn begin_leg(&mut self) {
+        self.voided = List::default();
+        self.changed = List::default();
+        self.stage = match (self.leg.rebase, self.leg.view) {
+            (Some(_), _) => Stage::Rebasing { asked: false },
+            (None, View::Live) => Stage::Ready,
+            (None, View::Snapshot(_)) => Stage::Copying,
+        };
+    }
+
+    /// The position up to which this leg copies.
+    fn upto(&self) -> Option<Sequence> {
+        self.leg.tail.or(self.last).map(|tail| tail.sequence)
+    }
+
+    /// A request to the target that is answered before anything else is asked.
+    fn step(&mut self) -> Option<(SyncAsk, Request)> {
+        let id = RequestId(0);
+        let (asked, step) = match &mut self.stage {
+            Stage::Truncating { asked } => {
+                (asked, (SyncAsk::Truncate, Request::Truncate { id, cut: self.cut }))
+            }
+            Stage::Forgetting { asked } => {
+                let snapshot = *self.forget.front()?;
+                (asked, (SyncAsk::Forget, Request::Forget { id, snapshot }))
+            }
+            Stage::Rebasing { asked } => {
+                let begun = self.leg.rebase?;
+                (asked, (SyncAsk::Rebase, Request::Rebase { id, parent: self.leg.since, begun }))
+            }
+            Stage::Freezing { asked } => {
+                let (View::Snapshot(snapshot), Some(tail)) = (self.leg.view, self.leg.tail) else {
+                    return None;
+                };
+                (asked, (SyncAsk::Freeze, Request::Freeze { id, snapshot, tail }))
+            }
+            Stage::Completing { asked } => {
+                let tail = self.last.expect("the live writes have begun");
+                (asked, (SyncAsk::Complete, Request::Complete { id, tail }))
+            }
+            Stage::Ready | Stage::Beginning | Stage::Copying => return None,
+        };
+        (!std::mem::replace(asked, true)).then_some(step)
     }
 
     /// Whether the target gets the live writes.
@@ -138,7 +210,7 @@ impl Resync {
     /// The point up to which a source must hold everything, if one is needed.
     pub fn needs_source(&self) -> Option<Sequence> {
         match self.stage {
-            Stage::Copying => self.last.map(|last| last.sequence),
+            Stage::Copying => self.upto(),
             _ => None,
         }
     }
@@ -171,25 +243,11 @@ impl Resync {
 
     /// The next request, if there is something to ask.
     pub fn next_request(&mut self) -> Option<SyncRequest> {
-        let id = RequestId(0);
-        let of = |whom, ask, request| Some(SyncRequest { whom, ask, request, data: Bytes::new() });
-        match &mut self.stage {
-            Stage::Truncating { asked } => {
-                if std::mem::replace(asked, true) {
-                    return None;
-                }
-                of(Whom::Target, SyncAsk::Truncate, Request::Truncate { id, cut: self.cut })
-            }
-            Stage::Ready | Stage::Beginning => None,
-            Stage::Copying => self.next_copy(),
-            Stage::Completing { asked } => {
-                if std::mem::replace(asked, true) {
-                    return None;
-                }
-                let tail = self.last.expect("the live writes have begun");
-                of(Whom::Target, SyncAsk::Complete, Request::Complete { id, tail })
-            }
+        if let Stage::Copying = self.stage {
+            return self.next_copy();
         }
+        let (ask, request) = self.step()?;
+        Some(SyncRequest { whom: Whom::Target, ask, request, data: Bytes::new() })
     }
 
     fn next_copy(&mut self) -> Option<SyncRequest> {
@@ -209,8 +267,9 @@ impl Resync {
         let whom = Whom::Source(host, generation);
         if wants_more && self.voided.done && !self.changed.done && !self.changed.asked {
             self.changed.asked = true;
-            let upto = self.last.map_or(Sequence(u64::MAX), |last| last.sequence);
-            let request = Request::Changed { id, after: self.cut.sequence, upto, from: self.changed.from };
+            let upto = self.upto().unwrap_or(Sequence(u64::MAX));
+            let Leg { view, since, after, .. } = self.leg;
+            let request = Request::Changed { id, view, since, after, upto, from: self.changed.from };
             return Some(SyncRequest { whom, ask: SyncAsk::Changed, request, data: Bytes::new() });
         }
         if self.under_way.len() >= COPIES_IN_FLIGHT {
@@ -221,7 +280,7 @@ impl Resync {
             // Listed twice; the copy that is under way will do.
             return self.next_copy();
         }
-        let request = Request::Fetch { id, block };
+        let request = Request::Fetch { id, view: self.leg.view, block };
         Some(SyncRequest { whom, ask: SyncAsk::Fetch(block), request, data: Bytes::new() })
     }
 
@@ -241,7 +300,19 @@ impl Resync {
             return Ok(None);
         }
         match (ask, answer) {
-            (SyncAsk::Truncate, Answer::Done) => self.stage = Stage::Ready,
+            (SyncAsk::Truncate, Answer::Done) => self.begin_leg(),
+            (SyncAsk::Forget, Answer::Done) => {
+                self.forget.pop_front();
+                self.forget_next();
+            }
+            (SyncAsk::Rebase, Answer::Done) => {
+                self.leg.rebase = None;
+                self.begin_leg();
+            }
+            (SyncAsk::Freeze, Answer::Done) => {
+                self.leg = self.legs.pop_front().expect("the volume itself is the last one");
+                self.begin_leg();
+            }
             (SyncAsk::Begin, Answer::Done) => self.stage = Stage::Copying,
             (SyncAsk::Voided, Answer::Blocks { blocks, full }) => {
                 self.queue.extend(self.voided.take(blocks, full));
@@ -276,7 +347,7 @@ impl Resync {
     ) -> Option<SyncRequest> {
         // Never written at the source, and void or never written at the target: both read as zero. Or written since the live
         // writes began: then that write is on its way to the target, before the completion.
-        let is_live = self.last.is_some_and(|last| version.sequence > last.sequence);
+        let is_live = self.upto().is_some_and(|upto| version.sequence > upto);
         if version.sequence == Sequence(0) || is_live {
             self.under_way.remove(&block);
             self.end_copying();
@@ -294,7 +365,10 @@ impl Resync {
             && self.queue.is_empty()
             && self.under_way.is_empty();
         if is_copied {
-            self.stage = Stage::Completing { asked: false };
+            self.stage = match self.leg.view {
+                View::Snapshot(_) => Stage::Freezing { asked: false },
+                View::Live => Stage::Completing { asked: false },
+            };
         }
     }
 }

@@ -22,7 +22,17 @@ impl Owner {
         let (issued, acknowledged) = self.reached;
         let isr_version = self.view().map_or(self.config.isr_version, |view| view.isr_version);
         let Progress { written, durable } = acknowledged;
-        VolumeStatus { state, epoch, isr_version, issued, acknowledged: written, durable }
+        let (damaged_reads, repairs) = (self.repairs.damaged, self.repairs.repaired);
+        VolumeStatus {
+            state,
+            epoch,
+            isr_version,
+            issued,
+            acknowledged: written,
+            durable,
+            damaged_reads,
+            repairs,
+        }
     }
 }
 

@@ -5,6 +5,7 @@ use super::io::Generation;
 use super::peer::{Part, Peer, Purpose};
 use super::resync::{Resync, SyncAsk, SyncRequest, Whom};
 use super::{Owner, State};
+use crate::owner::lineage::plan;
 use crate::owner::rules::common_prefix;
 use crate::safety::Rule;
 use crate::types::Tail;
@@ -33,7 +34,8 @@ impl Owner {
                 continue;
             }
             let cut = common_prefix(standing.tail, &history).unwrap_or_default();
-            peer.become_part(Part::Syncing(Box::new(Resync::new(cut))));
+            let plan = plan(cut, &peer.lineage, &active.lineage);
+            peer.become_part(Part::Syncing(Box::new(Resync::new(cut, plan))));
         }
         for host in full {
             self.drop_connection(host);

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::owner::config::{ActivationStart, ReplicaEndpoint};
-use crate::types::{IsrMember, Tail, VolumeProposal};
+use crate::types::{IsrMember, Lineage, Tail, VolumeProposal};
 use crate::wire::Response;
 use proto::{AttachmentSecret, BlockIndex, ByteCount, Incarnation, IsrVersion, VolumeId};
 use std::collections::VecDeque;
@@ -95,7 +95,13 @@ impl Script {
                     Request::Attach { .. } => {
                         self.attached.push((self.now, host));
                         let tail = Tail { epoch: Epoch(0), sequence: Sequence(0) };
-                        Answer::Attached { tail, before: Epoch(0), incomplete: false, full: false }
+                        Answer::Attached {
+                            tail,
+                            before: Epoch(0),
+                            incomplete: false,
+                            full: false,
+                            lineage: Lineage::default(),
+                        }
                     }
                     Request::Propose { ref proposal, .. } => {
                         Answer::Proposed(Ok(self.commit(proposal.clone())))

@@ -9,9 +9,10 @@ use super::peer::Peer;
 use super::{Owner, State};
 use crate::limits::write_cost;
 use crate::owner::config::VolumeError;
+use crate::owner::lineage::{Operated, operate};
 use crate::owner::rules::{Progress, acknowledged, can_resume};
 use crate::safety::Rule;
-use crate::types::VolumeView;
+use crate::types::{Lineage, Tail, VolumeOp, VolumeView};
 use crate::wire::Request;
 use bytes::Bytes;
 use proto::{BlockIndex, HostId, Sequence};
@@ -27,19 +28,45 @@ pub struct Write {
     pub id: CommandId,
     pub first: BlockIndex,
     pub count: u32,
-    /// None: zeros.
-    pub data: Option<Bytes>,
+    pub kind: WriteKind,
+}
+
+/// What it writes.
+#[derive(Debug, Clone)]
+pub enum WriteKind {
+    Data(Bytes),
+    Zeros,
+    /// Nothing: something else happens in order.
+    Op(VolumeOp),
 }
 
 impl Write {
     pub fn cost(&self) -> usize {
-        write_cost(self.data.as_ref().map_or(0, Bytes::len))
+        write_cost(self.data().map_or(0, Bytes::len))
+    }
+
+    pub fn data(&self) -> Option<&Bytes> {
+        match &self.kind {
+            WriteKind::Data(data) => Some(data),
+            WriteKind::Zeros | WriteKind::Op(_) => None,
+        }
+    }
+
+    fn is_op(&self) -> bool {
+        matches!(self.kind, WriteKind::Op(_))
+    }
+
+    fn refused(&self, error: VolumeError) -> Reply {
+        if self.is_op() { Reply::Operated(Err(error)) } else { Reply::Done(Err(error)) }
     }
 
     pub fn request(&self, sequence: Sequence) -> (Request, Bytes) {
-        let zero = self.data.is_none();
-        let request = Request::Write { sequence, first: self.first, count: self.count, zero };
-        (request, self.data.clone().unwrap_or_default())
+        let (first, count) = (self.first, self.count);
+        match &self.kind {
+            WriteKind::Data(data) => (Request::Write { sequence, first, count, zero: false }, data.clone()),
+            WriteKind::Zeros => (Request::Write { sequence, first, count, zero: true }, Bytes::new()),
+            WriteKind::Op(op) => (Request::Op { sequence, op: op.clone() }, Bytes::new()),
+        }
     }
 }
 
@@ -54,6 +81,10 @@ pub struct Active {
     pub in_flight: VecDeque<(Sequence, Write)>,
     pub waiting: VecDeque<Write>,
     pub flushes: VecDeque<(Sequence, CommandId)>,
+    /// Operations that are written and not durable yet.
+    pub ops: Vec<(Tail, CommandId)>,
+    /// The snapshots, as they will be when everything that was issued is done.
+    pub lineage: Lineage,
     pub drain: Drain,
 }
 
@@ -76,7 +107,7 @@ enum Space {
 }
 
 impl Active {
-    pub fn new(view: VolumeView, last: Sequence) -> Self {
+    pub fn new(view: VolumeView, last: Sequence, lineage: Lineage) -> Self {
         Self {
             view,
             start: last.next(),
@@ -85,6 +116,8 @@ impl Active {
             in_flight: VecDeque::new(),
             waiting: VecDeque::new(),
             flushes: VecDeque::new(),
+            ops: Vec::new(),
+            lineage,
             drain: Drain::No,
         }
     }
@@ -96,24 +129,31 @@ impl Active {
     /// Everything that still waits for a reply, with the error as its reply.
     pub fn into_replies(self, error: &VolumeError) -> impl Iterator<Item = (CommandId, Reply)> {
         let writes = self.in_flight.into_iter().map(|(_, write)| write).chain(self.waiting);
-        let ends = writes.map(|write| write.id).chain(self.flushes.into_iter().map(|(_, id)| id));
+        let writes: Vec<(CommandId, Reply)> =
+            writes.map(|write| (write.id, write.refused(error.clone()))).collect();
+        let flushes = self.flushes.into_iter().map(|(_, id)| id);
         let drain = if let Drain::Under { id } = self.drain { Some(id) } else { None };
-        let (end, drained) = (error.clone(), error.clone());
-        ends.map(move |id| (id, Reply::Done(Err(end.clone()))))
+        let (end, drained, op) = (error.clone(), error.clone(), error.clone());
+        writes
+            .into_iter()
+            .chain(flushes.map(move |id| (id, Reply::Done(Err(end.clone())))))
+            .chain(self.ops.into_iter().map(move |(_, id)| (id, Reply::Operated(Err(op.clone())))))
             .chain(drain.map(|id| (id, Reply::Drained(Err(drained)))))
     }
 }
 
 impl Owner {
-    pub(super) fn write(&mut self, id: CommandId, first: BlockIndex, count: u32, data: Option<Bytes>) {
+    pub(super) fn write(&mut self, id: CommandId, first: BlockIndex, count: u32, kind: WriteKind) {
         let refusal = self.refusal();
+        let write = Write { id, first, count, kind };
         let State::Active(active) = &mut self.state else {
-            return self.reply(id, Reply::Done(Err(refusal.unwrap_or(VolumeError::NotActive))));
+            let reply = write.refused(refusal.unwrap_or(VolumeError::NotActive));
+            return self.reply(id, reply);
         };
         if active.drain == Drain::No {
-            active.waiting.push_back(Write { id, first, count, data });
+            active.waiting.push_back(write);
         } else {
-            self.reply(id, Reply::Done(Err(VolumeError::Draining)));
+            self.reply(id, write.refused(VolumeError::Draining));
         }
     }
 
@@ -192,7 +232,7 @@ impl Owner {
             if active.view.isr.len() < min_isr {
                 return;
             }
-            let takes_space = active.waiting.front().is_some_and(|write| write.data.is_some());
+            let takes_space = active.waiting.front().is_some_and(|write| write.data().is_some());
             if takes_space && space == Space::Soon {
                 return;
             }
@@ -201,12 +241,30 @@ impl Owner {
                 self.reply(write.id, Reply::Done(Err(VolumeError::NoSpace)));
                 continue;
             }
+            if let WriteKind::Op(op) = &write.kind {
+                let at = Tail { epoch: active.view.epoch, sequence: active.issued.next() };
+                match operate(&mut active.lineage, op, at) {
+                    Ok(Operated::Now) => {}
+                    Ok(Operated::Before { at }) => {
+                        active.ops.push((at, write.id));
+                        continue;
+                    }
+                    Err(error) => {
+                        self.reply(write.id, Reply::Operated(Err(error)));
+                        continue;
+                    }
+                }
+            }
+            let is_op = write.is_op();
             active.issued = active.issued.next();
             let sequence = active.issued;
             let (cost, (request, data)) = (write.cost(), write.request(sequence));
             active.in_flight.push_back((sequence, write));
             for &host in &live {
                 self.send_write(host, sequence, cost, request.clone(), data.clone());
+            }
+            if is_op {
+                self.restart_resyncs();
             }
         }
     }
@@ -247,15 +305,28 @@ impl Owner {
         active.acknowledged.durable = active.acknowledged.durable.max(least.durable);
         let Progress { written, durable } = active.acknowledged;
         let flushed = if Rule::FlushIsDurable.holds() { durable } else { written };
+        let kept = if Rule::SnapshotIsDurable.holds() { durable } else { written };
+        let epoch = active.view.epoch;
         let mut done = Vec::new();
-        while let Some((_, write)) = active.in_flight.pop_front_if(|(sequence, _)| *sequence <= written) {
-            done.push(write.id);
+        while let Some((sequence, write)) =
+            active.in_flight.pop_front_if(|(sequence, _)| *sequence <= written)
+        {
+            if write.is_op() {
+                active.ops.push((Tail { epoch, sequence }, write.id));
+            } else {
+                done.push(write.id);
+            }
         }
         while let Some((_, id)) = active.flushes.pop_front_if(|(upto, _)| *upto <= flushed) {
             done.push(id);
         }
+        let ops: Vec<(Tail, CommandId)> =
+            active.ops.extract_if(.., |(tail, _)| tail.sequence <= kept).collect();
         for id in done {
             self.reply(id, Reply::Done(Ok(())));
+        }
+        for (tail, id) in ops {
+            self.reply(id, Reply::Operated(Ok(tail)));
         }
     }
 
@@ -264,7 +335,8 @@ impl Owner {
         let State::Active(active) = &self.state else { return };
         let is_idle = active.in_flight.is_empty() && active.waiting.is_empty();
         let drain = (active.drain != Drain::No && is_idle).then_some(active.issued);
-        let wanted = active.flushes.iter().map(|(upto, _)| *upto).chain(drain).max();
+        let ops = active.ops.iter().map(|(tail, _)| tail.sequence);
+        let wanted = active.flushes.iter().map(|(upto, _)| *upto).chain(ops).chain(drain).max();
         let hosts: Vec<HostId> = self.peers.keys().copied().filter(|host| self.is_required(*host)).collect();
         for host in hosts {
             let Some(peer) = self.peers.get_mut(&host).filter(|peer| peer.is_streaming()) else { continue };
@@ -289,7 +361,7 @@ impl Owner {
         let State::Active(active) = &mut self.state else { return };
         let Drain::Under { id } = active.drain else { return };
         let is_idle = active.in_flight.is_empty() && active.waiting.is_empty() && active.flushes.is_empty();
-        if is_idle && active.acknowledged.durable >= active.issued {
+        if is_idle && active.ops.is_empty() && active.acknowledged.durable >= active.issued {
             active.drain = Drain::Done;
             let last = active.issued;
             self.reply(id, Reply::Drained(Ok(last)));
