@@ -51,7 +51,8 @@ pub enum RecordKind {
     /// Everything since a snapshot, or all, is void, and the layer of the volume begins anew there; it holds what is written after
     /// `begun`. The replica is incomplete until `Complete`.
     Rebase { parent: Option<SnapshotId>, begun: Sequence },
-    /// What the volume holds is a snapshot, and complete up to the record's sequence.
+    /// What the volume holds is a snapshot, and nothing is missing up to the record's sequence. The replica stays incomplete until
+    /// `Complete`.
     Freeze { snapshot: SnapshotId },
     /// There is no such snapshot.
     Forget { snapshot: SnapshotId },

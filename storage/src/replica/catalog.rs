@@ -119,7 +119,7 @@ impl Catalog {
             }
             RecordKind::Freeze { snapshot } => {
                 self.forget_voids(pages, id)?;
-                self.volume(id).replica.complete(tail);
+                self.volume(id).replica.reached(tail);
                 self.snapshot(id, *snapshot, tail, record.layer);
             }
             RecordKind::Forget { snapshot } => self.forget(id, *snapshot),

@@ -3,9 +3,9 @@
 //! ```text
 //!             attach (higher epoch: promised durably first)
 //!  complete ─────────────────────────────────────────────▶ complete, next session
-//!     │ truncate(cut)                      ▲ complete(tail)
-//!     ▼                                    │
-//!  incomplete: counts up to `cut` ── begin(last), writes behind it, copies
+//!     │ truncate(cut)                                      ▲ complete(tail)
+//!     ▼                                                    │
+//!  incomplete: counts up to `cut` ── reached(snapshot): up to there ── begin(last), writes behind it, copies
 //! ```
 //! Invariants: a promise is never lowered (I2); operations are taken of the latest session only; writes are taken in order
 //! without a gap; what is reported as held is a prefix of what the owners issued.
@@ -150,10 +150,17 @@ impl Replica {
         self.tail = last;
     }
 
-    /// Something that was held is lost: nothing after `cut` counts, and no session goes on.
+    /// A resync has come up to a snapshot: everything up to there is held, and the resync goes on. It stays unfinished, or what
+    /// `begin` skips would count as held after a break.
+    pub fn reached(&mut self, tail: Tail) {
+        self.truncate(tail);
+    }
+
+    /// Something that was held is lost: nothing after `cut` counts, and no session goes on. What is written next would leave a gap
+    /// until a resync has said where it begins.
     pub fn take_out(&mut self, cut: Tail) {
         self.sessions += 1;
-        self.incomplete_after = Some(self.tail().min(cut));
+        self.truncate(self.tail().min(cut));
         self.broken = true;
     }
 
@@ -239,6 +246,18 @@ mod tests {
         replica.take_out(tail(1, 4));
         assert_eq!((replica.tail(), replica.is_incomplete()), (tail(1, 4), true));
         assert_eq!(replica.check_write(session, Sequence(10)), Err(WriteRefused::Superseded));
+        let next = replica.attach();
+        assert!(matches!(replica.check_write(next, Sequence(10)), Err(WriteRefused::Gap { .. })));
+    }
+
+    #[test]
+    fn a_resync_that_has_reached_a_snapshot_is_not_finished() {
+        let (mut replica, _) = attached(2);
+        replica.truncate(tail(1, 40));
+        replica.reached(tail(1, 60));
+        replica.begin(tail(2, 90));
+        replica.wrote(tail(2, 91));
+        assert_eq!((replica.tail(), replica.is_incomplete()), (tail(1, 60), true));
     }
 
     #[test]
