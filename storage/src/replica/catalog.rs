@@ -194,7 +194,8 @@ impl Catalog {
         Ok(())
     }
 
-    /// The record holds the content of blocks that are known already: whatever layer they are in finds them there now.
+    /// The record holds the content of blocks that are known already: all layers that they are in find them there now. More than
+    /// one has the same block where a resync has filled what was void in the upper one.
     fn relocate(&mut self, pages: &dyn PageReader, record: &Record, data: Location) -> Result<(), MapError> {
         let version = BlockVersion { epoch: record.epoch, sequence: record.sequence };
         let trees = self.layers.of(record.volume);
@@ -209,9 +210,7 @@ impl Catalog {
                 entry.version == version && sum == Some(*checksum)
             };
             for tree in &trees {
-                if self.maps.relocate(pages, *tree, block, is_same, to)? {
-                    break;
-                }
+                self.maps.relocate(pages, *tree, block, is_same, to)?;
             }
         }
         Ok(())

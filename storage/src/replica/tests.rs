@@ -1,5 +1,6 @@
 //! Snapshots, checkpoints, damage and full disks, on a store in memory.
 
+use super::BlockVersion;
 use super::op::OpKind;
 use super::testing::{EPOCH, SEGMENT_BLOCKS, Store};
 use crate::log::SegmentId;
@@ -259,6 +260,27 @@ fn a_repair_takes_what_matches_and_nothing_else() {
     let verified = store.engine.reader().verify(VOLUME, EPOCH, View::Live, BlockIndex(0)..BlockIndex(9), 9);
     let verified = verified.unwrap().unwrap();
     assert_eq!((verified.checked, verified.damaged), (1, Vec::new()));
+}
+
+#[test]
+fn a_block_that_two_layers_have_is_repaired_in_both() {
+    let mut store = Store::new();
+    store.write(VOLUME, 3, 1, Some(7));
+    let cut = store.operate(VOLUME, snapshot(5));
+    store.write(VOLUME, 3, 1, Some(8));
+    // A resync voids the block and copies it as it was before the snapshot.
+    store.op(VOLUME, OpKind::Truncate { cut });
+    let version = BlockVersion { epoch: EPOCH, sequence: Sequence(1) };
+    let data = Some(Bytes::from(vec![7; BLOCK_BYTES]));
+    store.op(VOLUME, OpKind::Copy { block: BlockIndex(3), version, data });
+    store.op(VOLUME, OpKind::Complete { tail: cut });
+    assert_eq!(store.disk.damage(&[7; BLOCK_BYTES]), 2);
+    let data = Bytes::from(vec![7; BLOCK_BYTES]);
+    store.op(VOLUME, OpKind::Repair { first: BlockIndex(3), data });
+    for _ in 0..2 {
+        assert_eq!((store.read(VOLUME, 3), store.read_snapshot(VOLUME, 5, 3)), (Some(7), Some(7)));
+        store.reopen();
+    }
 }
 
 #[test]
