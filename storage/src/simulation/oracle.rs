@@ -100,7 +100,18 @@ impl Oracle {
         if write.op.is_some() {
             // Such an operation is durable when it is acknowledged.
             write.flushed = true;
+            // An owner that does not know yet that it is over may tell of it when a later one has long gone on from there.
+            let is_later =
+                |(other, write): (&Version, &Issued)| write.acknowledged && self.is_on_line(*other);
+            let later = (std::ops::Bound::Excluded(version), std::ops::Bound::Unbounded);
+            if self.issued.range(later).any(is_later) {
+                return Ok(());
+            }
             return self.look_again(version.1.next());
+        }
+        if version < self.reverted {
+            // Told of as late as that; a revert of a later owner has taken it back.
+            return Ok(());
         }
         for block in write.first.0..write.first.0 + u64::from(write.count) {
             let floor = &mut self.floors[block as usize];
@@ -262,6 +273,30 @@ mod tests {
         let mut oracle = oracle(&[(1, 1, 11), (1, 2, 12)]);
         oracle.read(0, 12, &oracle.floors()).unwrap();
         assert!(oracle.read(0, 11, &oracle.floors()).is_err());
+    }
+
+    #[test]
+    fn a_late_word_of_an_owner_that_is_over_does_not_undo_a_revert() {
+        let mut oracle = oracle(&[(1, 1, 11)]);
+        let op = |op| Issued {
+            first: BlockIndex(0),
+            count: 0,
+            content: 0,
+            acknowledged: false,
+            flushed: false,
+            op,
+        };
+        let snapshot = SnapshotId(1);
+        oracle.issued((Epoch(1), Sequence(2)), op(Some(VolumeOp::Snapshot { snapshot })));
+        let write = Issued { count: 1, content: 13, ..op(None) };
+        oracle.issued((Epoch(1), Sequence(3)), write);
+        oracle.started(Epoch(2), Sequence(4)).unwrap();
+        oracle.issued((Epoch(2), Sequence(4)), op(Some(VolumeOp::Revert { snapshot })));
+        oracle.acknowledged((Epoch(2), Sequence(4))).unwrap();
+        oracle.acknowledged((Epoch(1), Sequence(2))).unwrap();
+        oracle.acknowledged((Epoch(1), Sequence(3))).unwrap();
+        oracle.read(0, 11, &oracle.floors()).unwrap();
+        assert!(oracle.read(0, 13, &oracle.floors()).is_err());
     }
 
     #[test]
