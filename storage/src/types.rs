@@ -134,7 +134,7 @@ pub struct Tail {
 }
 
 /// An operation of an owner in the order of its writes, that writes nothing.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum VolumeOp {
     /// What was written before is kept under this id.
     Snapshot { snapshot: SnapshotId },

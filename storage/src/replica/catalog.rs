@@ -104,7 +104,7 @@ impl Catalog {
                 let volume = self.volumes.get_mut(&id).expect("it was just made, if there was none");
                 if tail > volume.replica.last_write() {
                     volume.replica.wrote(tail);
-                    let what = What::Op(op.clone());
+                    let what = What::Op(*op);
                     let segment = data.segment;
                     let write = RecentWrite { tail, first: record.first, count: 0, what, segment };
                     volume.recent.push(write, &mut self.kept);

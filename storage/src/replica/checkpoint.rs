@@ -269,7 +269,7 @@ impl DiskWrite {
                 checksums: checksums.clone(),
             },
             What::Zeros => DiskWhat::Zeros,
-            What::Op(op) => DiskWhat::Op(op.clone()),
+            What::Op(op) => DiskWhat::Op(*op),
         };
         let (tail, first, count) = (write.tail, write.first.0, write.count);
         Self { tail, first, count, segment: write.segment.0, what }

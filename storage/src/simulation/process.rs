@@ -247,7 +247,7 @@ impl World {
                 let content =
                     data.map_or(0, |data| u64::from_le_bytes(data[..8].try_into().expect("8 bytes")));
                 let (first, count) = (write.first, write.count);
-                let op = if let WriteKind::Op(op) = &write.kind { Some(op.clone()) } else { None };
+                let op = if let WriteKind::Op(op) = &write.kind { Some(*op) } else { None };
                 let issued = Issued { first, count, content, acknowledged: false, flushed: false, op };
                 self.oracle.issued(version, issued);
                 process.commands.insert(write.id, version);

@@ -79,7 +79,7 @@ impl World {
     pub fn take_snapshot(&mut self, id: ProcessId) {
         let snapshot = SnapshotId(self.fresh_id());
         let op = VolumeOp::Snapshot { snapshot };
-        self.command(id, Command::Op { op: op.clone() }, Some(Pending::Op(op)));
+        self.command(id, Command::Op { op }, Some(Pending::Op(op)));
     }
 
     /// Reads a snapshot, deletes it, or goes back to it.
@@ -98,11 +98,11 @@ impl World {
         match self.random.below(4) {
             0 => {
                 let op = VolumeOp::DeleteSnapshot { snapshot };
-                self.command(id, Command::Op { op: op.clone() }, Some(Pending::Op(op)));
+                self.command(id, Command::Op { op }, Some(Pending::Op(op)));
             }
             1 if is_idle => {
                 let op = VolumeOp::Revert { snapshot };
-                self.command(id, Command::Op { op: op.clone() }, Some(Pending::Op(op)));
+                self.command(id, Command::Op { op }, Some(Pending::Op(op)));
             }
             _ => {
                 let process = &self.processes[&id];

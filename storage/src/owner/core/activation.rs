@@ -14,9 +14,10 @@ use super::peer::{Part, Peer, Purpose};
 use super::writes::{Active, Drain};
 use super::{Owner, State};
 use crate::owner::config::{ActivateError, ActivationStart, VolumeConfig, VolumeError, VolumeState};
+use crate::owner::lineage::operate;
 use crate::owner::rules::{Candidate, Recovery, Standing, plan_recovery};
 use crate::safety::Rule;
-use crate::types::{IsrMember, Lineage, Tail, VolumeProposal, VolumeView};
+use crate::types::{IsrMember, Lineage, Tail, VolumeOp, VolumeProposal, VolumeView};
 use crate::wire::{Answer, Request, RequestId};
 use bytes::Bytes;
 use proto::{Epoch, HostId, Sequence};
@@ -347,14 +348,22 @@ impl Owner {
             ready.push(write);
         }
         for (tail, request, data) in ready {
-            self.ask(target, Purpose::Extend { tail }, ANSWER_TIMEOUT, request, data);
+            let op = if let Request::ExtendOp { op, .. } = request { Some(op) } else { None };
+            self.ask(target, Purpose::Extend { tail, op }, ANSWER_TIMEOUT, request, data);
         }
     }
 
-    /// A member has taken a write that it lacked.
-    pub(super) fn extended(&mut self, host: HostId, tail: Tail, answer: &Answer) {
+    /// A member has taken a write that it lacked, or an operation.
+    pub(super) fn extended(&mut self, host: HostId, tail: Tail, op: Option<VolumeOp>, answer: &Answer) {
         if !matches!(answer, Answer::Done) {
             self.unexpected(host, answer);
+            return self.drop_connection(host);
+        }
+        let Some(peer) = self.peers.get_mut(&host) else { return };
+        if let Some(op) = op
+            && let Err(error) = operate(&mut peer.lineage, &op, tail)
+        {
+            tracing::warn!(%error, %host, volume = %self.config.volume, "a member has done what makes no sense");
             return self.drop_connection(host);
         }
         let Some(peer) = self.peers.get_mut(&host) else { return };

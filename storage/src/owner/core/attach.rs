@@ -94,7 +94,7 @@ impl Owner {
             Purpose::Look(id) => self.looked(id, host, answer),
             Purpose::Repair(id) => self.repaired(host, id, &answer),
             Purpose::FetchWrite { target, after } => self.write_fetched(host, target, after, answer, data),
-            Purpose::Extend { tail } => self.extended(host, tail, &answer),
+            Purpose::Extend { tail, op } => self.extended(host, tail, op, &answer),
             Purpose::Sync { target, generation: of, ask } => {
                 let from = (target != host).then_some((host, generation));
                 self.sync_answered(target, of, ask, from, answer, data);

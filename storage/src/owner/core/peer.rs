@@ -12,7 +12,7 @@ use super::io::{CommandId, Generation};
 use super::resync::{Resync, SyncAsk};
 use super::slowness::Slowness;
 use crate::owner::rules::{Progress, Standing};
-use crate::types::{Lineage, Tail};
+use crate::types::{Lineage, Tail, VolumeOp};
 use crate::wire::RequestId;
 use proto::{HostId, Incarnation, Sequence};
 use std::collections::{BTreeMap, VecDeque};
@@ -48,8 +48,8 @@ pub enum Purpose {
     Repair(Option<CommandId>),
     /// To bring a member up to the longest tail: the write after this one, from the source.
     FetchWrite { target: HostId, after: Sequence },
-    /// The same: this write, to the target.
-    Extend { tail: Tail },
+    /// The same: this write, or this operation, to the target.
+    Extend { tail: Tail, op: Option<VolumeOp> },
     /// To resync a replica: asked of it or of its source.
     Sync { target: HostId, generation: Generation, ask: SyncAsk },
 }
@@ -102,7 +102,7 @@ pub struct Peer {
     /// What it has confirmed, on this connection or the one before.
     pub progress: Progress,
     pub full: bool,
-    /// Its snapshots, when it attached.
+    /// Its snapshots, when it attached and with what it has been sent since that it lacked.
     pub lineage: Lineage,
     pub joining: Option<Joining>,
     /// Since when it does not stream.

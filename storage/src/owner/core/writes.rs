@@ -65,7 +65,7 @@ impl Write {
         match &self.kind {
             WriteKind::Data(data) => (Request::Write { sequence, first, count, zero: false }, data.clone()),
             WriteKind::Zeros => (Request::Write { sequence, first, count, zero: true }, Bytes::new()),
-            WriteKind::Op(op) => (Request::Op { sequence, op: op.clone() }, Bytes::new()),
+            WriteKind::Op(op) => (Request::Op { sequence, op: *op }, Bytes::new()),
         }
     }
 }
