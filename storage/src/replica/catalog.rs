@@ -35,9 +35,13 @@ impl Catalog {
         Self { maps: Maps::new(BTreeMap::new(), BTreeMap::new(), pages_max), ..Self::default() }
     }
 
-    /// Where everybody stands.
-    pub fn positions(&self) -> HashMap<VolumeId, Tail> {
-        self.volumes.iter().map(|(id, volume)| (*id, volume.replica.tail())).collect()
+    /// Where everybody stands, or stood before, whichever is less. `before`: of an earlier moment, if there was one.
+    pub fn least_positions(&self, before: Option<&HashMap<VolumeId, Tail>>) -> HashMap<VolumeId, Tail> {
+        let least = |(id, volume): (&VolumeId, &Volume)| {
+            let (here, nowhere) = (volume.replica.tail(), Tail::default());
+            (*id, before.map_or(here, |before| here.min(before.get(id).copied().unwrap_or(nowhere))))
+        };
+        self.volumes.iter().map(least).collect()
     }
 
     /// A part of the log is lost: nothing counts but what was known before it.
@@ -332,7 +336,7 @@ impl Catalog {
         volume.cloned_at = volume.cloned_at.filter(|_| parent.is_some());
         if let Some(volume) = self.volumes.get_mut(&id) {
             volume.recent.clear(&mut self.kept);
-            volume.replica.truncate(below.map(|below| below.tail).unwrap_or_default());
+            volume.replica.reached(below.map(|below| below.tail).unwrap_or_default());
         }
         self.put_on(id, tree, below.map(|below| below.tree), begun);
     }

@@ -98,7 +98,7 @@ impl<T> Engine<T> {
             replay(&*disk, from, |replayed| match replayed {
                 Replayed::Record(record) => catalog.apply(pages, record),
                 Replayed::Gap if !Rule::GapIsDistrusted.holds() => {}
-                Replayed::Gap => suspects = suspects.take().or_else(|| Some(catalog.positions())),
+                Replayed::Gap => suspects = Some(catalog.least_positions(suspects.as_ref())),
             })
         })?;
         for damage in &found.damage {

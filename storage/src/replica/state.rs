@@ -34,6 +34,8 @@ pub struct Replica {
     incomplete_after: Option<Tail>,
     /// Taken out; nothing is told of it until an owner attaches anew.
     broken: bool,
+    /// What was held after this is lost, and only a resync that begins there makes it good.
+    lost_after: Option<Tail>,
 }
 
 /// An operation was not taken; the owner must attach anew, or is over.
@@ -141,8 +143,9 @@ impl Replica {
 
     /// Everything after `cut` is void; a resync begins.
     pub fn truncate(&mut self, cut: Tail) {
-        self.incomplete_after = Some(cut);
-        self.tail = cut;
+        // What was lost while the log was read again: this resync of then did not know of it.
+        self.lost_after = self.lost_after.filter(|lost| cut > *lost);
+        self.reached(cut);
     }
 
     /// Live writes will go on after `last`: what lies between is being copied.
@@ -150,17 +153,20 @@ impl Replica {
         self.tail = last;
     }
 
-    /// A resync has come up to a snapshot: everything up to there is held, and the resync goes on. It stays unfinished, or what
+    /// A resync has come up to a snapshot, or goes on from one: everything up to there is held. It stays unfinished, or what
     /// `begin` skips would count as held after a break.
     pub fn reached(&mut self, tail: Tail) {
-        self.truncate(tail);
+        self.tail = tail;
+        self.incomplete_after = Some(self.lost_after.map_or(tail, |lost| tail.min(lost)));
     }
 
     /// Something that was held is lost: nothing after `cut` counts, and no session goes on. What is written next would leave a gap
     /// until a resync has said where it begins.
     pub fn take_out(&mut self, cut: Tail) {
+        let cut = self.tail().min(cut);
         self.sessions += 1;
-        self.truncate(self.tail().min(cut));
+        self.lost_after = Some(cut);
+        self.reached(cut);
         self.broken = true;
     }
 
@@ -187,7 +193,7 @@ impl Replica {
 
     /// Nothing is missing up to `tail`, or to the last write in order if that is later.
     pub fn complete(&mut self, tail: Tail) {
-        self.incomplete_after = None;
+        self.incomplete_after = self.lost_after;
         self.tail = self.tail.max(tail);
     }
 }
@@ -258,6 +264,21 @@ mod tests {
         replica.begin(tail(2, 90));
         replica.wrote(tail(2, 91));
         assert_eq!((replica.tail(), replica.is_incomplete()), (tail(1, 60), true));
+    }
+
+    #[test]
+    fn what_is_lost_is_made_good_only_by_a_resync_that_begins_there() {
+        let (mut replica, _) = attached(1);
+        replica.wrote(tail(1, 9));
+        replica.take_out(tail(1, 4));
+        // Of before, in the log.
+        replica.truncate(tail(1, 7));
+        replica.reached(tail(1, 8));
+        replica.complete(tail(1, 9));
+        assert_eq!((replica.tail(), replica.is_incomplete()), (tail(1, 4), true));
+        replica.truncate(tail(1, 4));
+        replica.complete(tail(1, 9));
+        assert_eq!((replica.tail(), replica.is_incomplete()), (tail(1, 9), false));
     }
 
     #[test]
