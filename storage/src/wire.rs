@@ -184,4 +184,6 @@ pub enum Answer {
     Fenced { promised: Epoch },
     /// Not possible.
     Failed { cause: String },
+    /// The owner is out of step, or the replica has lost what it held: attach anew.
+    Broken,
 }

@@ -8,7 +8,6 @@ use super::op::ReadBlock;
 use super::recent::{RecentWrite, What};
 use super::state::{Replica, WriteRefused};
 use super::views::{Changes, Seen};
-use super::volume::Volume;
 use crate::log::{Disk, Location, Record, SegmentId, block_checksum};
 use crate::map::{BlockVersion, Content, MapError, PAGE_BYTES, PageReader, Place};
 use crate::types::{Lineage, View};
@@ -116,6 +115,12 @@ impl Reader {
         })
     }
 
+    /// Whether the replica was taken out since an owner has attached: nothing that it holds counts.
+    #[must_use]
+    pub fn is_lost(&self, volume: VolumeId) -> bool {
+        self.look(|catalog| catalog.volumes.get(&volume).is_some_and(|volume| volume.replica.is_broken()))
+    }
+
     /// A volume's snapshots.
     #[must_use]
     pub fn lineage(&self, volume: VolumeId) -> Lineage {
@@ -202,6 +207,7 @@ impl Reader {
         let seen = seen.collect();
         if lost {
             lose_map(catalog, id);
+            return Err(WriteRefused::Superseded);
         }
         Ok(seen)
     }
@@ -318,8 +324,7 @@ impl Reader {
     /// There is no such view or snapshot here, or its map can't be read.
     pub fn changed(&self, volume: VolumeId, changes: &Changes) -> io::Result<Vec<BlockIndex>> {
         let is_empty = |catalog: &Catalog| !catalog.volumes.contains_key(&volume);
-        let is_lost = |volume: &Volume| volume.replica.is_broken();
-        if self.look(|catalog| catalog.volumes.get(&volume).is_some_and(is_lost)) {
+        if self.is_lost(volume) {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "the replica must be copied anew"));
         }
         if changes.view == View::Live && changes.since.is_none() && self.look(is_empty) {
@@ -346,7 +351,13 @@ impl Reader {
         range: Range<BlockIndex>,
         limit: usize,
     ) -> io::Result<Vec<BlockIndex>> {
-        self.change(|catalog| catalog.voided(self.pages(), volume, range, limit)).map_err(of_map)
+        self.change(|catalog| {
+            let voided = catalog.voided(self.pages(), volume, range, limit);
+            if voided.is_err() {
+                lose_map(catalog, volume);
+            }
+            voided.map_err(of_map)
+        })
     }
 
     /// Which of some blocks of a view hold data, ascending.
@@ -392,6 +403,9 @@ impl Reader {
                     false
                 }
             });
+            if result.is_err() {
+                lose_map(catalog, volume);
+            }
             result.map(|()| blocks)
         })
     }
@@ -447,7 +461,7 @@ impl Reader {
     }
 }
 
-/// A volume whose map can't be read holds nothing that counts; its owner learns of it with the next operation in order.
+/// A volume whose map can't be read holds nothing that counts; its owner learns of it with the next answer.
 fn lose_map(catalog: &mut Catalog, id: VolumeId) {
     tracing::error!(volume = %id, "the replica has lost its map and must be copied anew");
     catalog.take_out(id);

@@ -221,7 +221,12 @@ impl Owner {
                 Ok(self.listed(reader.voided(self.volume, from..BlockIndex(self.blocks), CHANGED_MAX)))
             }
         };
-        result.unwrap_or_else(|refused| (of_refusal(refused), Bytes::new()))
+        match result {
+            Err(refused) => (of_refusal(refused), Bytes::new()),
+            // Not a block alone: its owner must know at once, and not with the next write.
+            Ok((Answer::Damaged, _)) if reader.is_lost(self.volume) => (Answer::Broken, Bytes::new()),
+            Ok(answer) => answer,
+        }
     }
 
     /// Reads blocks and tells `done`, here or on a thread of the disk's.
@@ -312,7 +317,7 @@ fn of_blocks(blocks: Vec<BlockIndex>) -> Answer {
 fn of_refusal(refused: WriteRefused) -> Answer {
     match refused {
         WriteRefused::Fenced { promised } => Answer::Fenced { promised },
-        refused => Answer::Failed { cause: refused.to_string() },
+        WriteRefused::Superseded | WriteRefused::Gap { .. } => Answer::Broken,
     }
 }
 

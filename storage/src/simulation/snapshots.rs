@@ -58,8 +58,6 @@ impl World {
             let look = Look::Verify { host, view, from: BlockIndex(0) };
             self.command(id, Command::Look { look }, Some(Pending::Verify { host, view }));
         }
-        // A replica that has lost its map shows it at the next operation in order.
-        self.command(id, Command::Flush, Some(Pending::Flush { covers: Vec::new() }));
     }
 
     pub fn verified(&mut self, id: ProcessId, host: HostId, view: View, looked: Looked) {

@@ -87,6 +87,10 @@ impl Owner {
         {
             return self.fence(promised);
         }
+        if let Answer::Broken = answer {
+            self.drop_connection(host);
+            return self.lost(host, purpose);
+        }
         match purpose {
             Purpose::Attach => self.attached(host, answer),
             Purpose::Propose => self.proposed(answer),
