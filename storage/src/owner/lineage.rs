@@ -128,7 +128,9 @@ pub fn plan(cut: Tail, have: &Lineage, want: &Lineage) -> Plan {
     let mut is_void = here.1 > cut.sequence;
     let mut legs = VecDeque::new();
     let mut go = |view, base: (Option<SnapshotId>, Sequence), tail: Option<Tail>| {
-        let continues = base == here && !is_void;
+        // What it has let go although nobody else did is not to be had out of what it has written since.
+        let is_beyond = tail.is_some_and(|tail| tail.sequence < after);
+        let continues = base == here && !is_void && !is_beyond;
         let rebase = (!continues).then_some(base.1);
         let from = if continues { after } else { Sequence(0) };
         legs.push_back(Leg { view, since: base.0, rebase, after: from, tail });
@@ -187,6 +189,9 @@ mod tests {
         let expected = [(View::Snapshot(SnapshotId(1)), None, 50), (View::Live, None, 60)];
         assert_eq!(legs(50, &have, &want), expected);
         assert_eq!(legs(70, &want, &want), [(View::Live, None, 70)], "it has it");
+        // It has deleted it, alone.
+        let expected = [(View::Snapshot(SnapshotId(1)), Some(0), 0), (View::Live, None, 60)];
+        assert_eq!(legs(70, &have, &want), expected);
     }
 
     #[test]
