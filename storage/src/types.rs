@@ -164,7 +164,7 @@ pub struct SnapshotInfo {
     pub tail: Tail,
     /// The snapshot that it goes back to.
     pub parent: Option<SnapshotId>,
-    /// What it does not share with that one was written after this.
+    /// Where what it does not share with that one begins: there, or with a revert that came later.
     pub begun: Sequence,
 }
 
@@ -175,7 +175,7 @@ pub struct Lineage {
     pub snapshots: Vec<SnapshotInfo>,
     /// The snapshot that its present content goes back to.
     pub parent: Option<SnapshotId>,
-    /// What it does not share with that one was written after this.
+    /// Where what it does not share with that one begins: there, or with a revert that came later.
     pub begun: Sequence,
     /// The operation that made the volume a clone.
     pub cloned_at: Option<Tail>,

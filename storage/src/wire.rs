@@ -86,7 +86,7 @@ pub enum Request {
     Extend { id: RequestId, tail: Tail, first: BlockIndex, count: u32, zero: bool },
     /// The same for an operation that writes nothing.
     ExtendOp { id: RequestId, tail: Tail, op: VolumeOp },
-    /// Void everything since a snapshot, or all; what is written after `begun` is copied.
+    /// Void everything since a snapshot, or all, and begin anew there; `begun`: where the layer began, that snapshot or a revert.
     Rebase { id: RequestId, parent: Option<SnapshotId>, begun: Sequence },
     /// What was copied is this snapshot.
     Freeze { id: RequestId, snapshot: SnapshotId, tail: Tail },

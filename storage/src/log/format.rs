@@ -48,8 +48,8 @@ pub enum RecordKind {
     Pages { keys: Vec<PageKey>, checksums: Vec<u64> },
     /// An operation in order that writes nothing.
     Op(VolumeOp),
-    /// Everything since a snapshot, or all, is void, and the layer of the volume begins anew there; it holds what is written after
-    /// `begun`. The replica is incomplete until `Complete`.
+    /// Everything since a snapshot, or all, is void, and the layer of the volume begins anew there, as it did elsewhere with that
+    /// snapshot or a revert, `begun`. The replica is incomplete until `Complete`.
     Rebase { parent: Option<SnapshotId>, begun: Sequence },
     /// What the volume holds is a snapshot, and nothing is missing up to the record's sequence. The replica stays incomplete until
     /// `Complete`.

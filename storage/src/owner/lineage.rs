@@ -69,18 +69,21 @@ fn freeze(lineage: &mut Lineage, snapshot: SnapshotId, tail: Tail) {
     (lineage.parent, lineage.begun) = (Some(snapshot), tail.sequence);
 }
 
-/// What lay on it lies on what it lay on.
+/// What lay on it lies on what it lay on. What went on from it goes on from there; a revert stays one, or a replica that has not
+/// seen it would keep what it took back.
 fn forget(lineage: &mut Lineage, snapshot: SnapshotId) {
     let Some(at) = lineage.snapshots.iter().position(|info| info.snapshot == snapshot) else { return };
     let gone = lineage.snapshots.remove(at);
-    for info in &mut lineage.snapshots {
-        if info.parent == Some(snapshot) {
-            (info.parent, info.begun) = (gone.parent, gone.begun);
+    let moved = |parent: &mut Option<SnapshotId>, begun: &mut Sequence| {
+        if *parent == Some(snapshot) {
+            *parent = gone.parent;
+            if *begun == gone.tail.sequence {
+                *begun = gone.begun;
+            }
         }
-    }
-    if lineage.parent == Some(snapshot) {
-        (lineage.parent, lineage.begun) = (gone.parent, gone.begun);
-    }
+    };
+    lineage.snapshots.iter_mut().for_each(|info| moved(&mut info.parent, &mut info.begun));
+    moved(&mut lineage.parent, &mut lineage.begun);
 }
 
 /// One step of a resync.
@@ -210,6 +213,17 @@ mod tests {
         assert_eq!(legs(50, &have, &want), [(View::Live, Some(60), 0)]);
         // The revert was its own alone.
         assert_eq!(legs(50, &want, &have), [(View::Live, Some(10), 0)]);
+    }
+
+    #[test]
+    fn a_revert_counts_also_when_its_snapshot_is_deleted() {
+        let revert = VolumeOp::Revert { snapshot: SnapshotId(1) };
+        let delete = VolumeOp::DeleteSnapshot { snapshot: SnapshotId(1) };
+        let have = lineage(&[(10, snapshot(1))]);
+        let want = lineage(&[(10, snapshot(1)), (31, revert), (33, delete), (38, snapshot(2))]);
+        let expected = [(View::Snapshot(SnapshotId(2)), Some(31), 0), (View::Live, None, 38)];
+        assert_eq!(legs(24, &have, &want), expected, "it has what was taken back");
+        assert_eq!(legs(35, &lineage(&[(10, snapshot(1)), (31, revert), (33, delete)]), &want)[0].1, None);
     }
 
     #[test]

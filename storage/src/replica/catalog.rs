@@ -15,6 +15,14 @@ use proto::limits::BLOCK_BYTES;
 use proto::{BlockIndex, Sequence, SnapshotId, VolumeId};
 use std::collections::{BTreeMap, HashMap};
 
+/// How a layer begins.
+enum Begin {
+    /// It goes on from what lies below, and holds what is written after this.
+    On(Sequence),
+    /// What was above before counts no more.
+    Anew(Sequence),
+}
+
 /// Everything that is known.
 #[derive(Default)]
 pub struct Catalog {
@@ -57,7 +65,7 @@ impl Catalog {
         let layers = &mut self.layers;
         self.volumes.entry(id).or_insert_with(|| {
             let top = layers.fresh();
-            layers.add(top, Layer { volume: id, parent: None, begun: Sequence(0) });
+            layers.add(top, Layer::base(id));
             Volume::new(top)
         })
     }
@@ -85,7 +93,7 @@ impl Catalog {
     /// A volume's replica is of no use any more: it holds nothing that counts.
     pub fn take_out(&mut self, id: VolumeId) {
         let top = self.layers.fresh();
-        self.layers.add(top, Layer { volume: id, parent: None, begun: Sequence(0) });
+        self.layers.add(top, Layer::base(id));
         let Some(volume) = self.volumes.get_mut(&id) else { return };
         volume.recent.clear(&mut self.kept);
         volume.snapshots.clear();
@@ -227,7 +235,7 @@ impl Catalog {
             VolumeOp::DeleteSnapshot { snapshot } => self.forget(id, *snapshot),
             VolumeOp::Revert { snapshot } => match self.volume(id).snapshots.get(snapshot).copied() {
                 Some(Snapshot { tree: parent, .. }) => {
-                    self.put_on(id, tree, Some(parent), tail.sequence);
+                    self.put_on(id, tree, Some(parent), Begin::Anew(tail.sequence));
                 }
                 None => self.take_out(id),
             },
@@ -237,7 +245,7 @@ impl Catalog {
                 match origin.filter(|origin| origin.tail == *at) {
                     Some(Snapshot { tree: parent, .. }) => {
                         self.volume(id).cloned_at = Some(tail);
-                        self.put_on(id, tree, Some(parent), Sequence(0));
+                        self.put_on(id, tree, Some(parent), Begin::On(Sequence(0)));
                     }
                     // This replica lacks what the clone begins with, and must get it from another one.
                     None => self.take_out(id),
@@ -250,7 +258,7 @@ impl Catalog {
         let volume = self.volume(id);
         let below = volume.top;
         volume.snapshots.insert(snapshot, Snapshot { tail, tree: below });
-        self.put_on(id, tree, Some(below), tail.sequence);
+        self.put_on(id, tree, Some(below), Begin::On(tail.sequence));
     }
 
     fn forget(&mut self, id: VolumeId, snapshot: SnapshotId) {
@@ -259,8 +267,12 @@ impl Catalog {
     }
 
     /// The volume is written to a new layer from now on.
-    fn put_on(&mut self, id: VolumeId, tree: TreeId, parent: Option<TreeId>, begun: Sequence) {
-        self.layers.add(tree, Layer { volume: id, parent, begun });
+    fn put_on(&mut self, id: VolumeId, tree: TreeId, parent: Option<TreeId>, begin: Begin) {
+        let (begun, anew) = match begin {
+            Begin::On(at) => (at, Sequence(0)),
+            Begin::Anew(at) => (at, at),
+        };
+        self.layers.add(tree, Layer { volume: id, parent, begun, anew });
         self.volume(id).top = tree;
         self.is_restructured = true;
     }
@@ -284,16 +296,21 @@ impl Catalog {
         if cut.sequence == Sequence(0) {
             // Nothing that is here counts: it is let go without a look at it.
             self.volume(id).snapshots.clear();
-            self.put_on(id, fresh, None, Sequence(0));
+            self.put_on(id, fresh, None, Begin::On(Sequence(0)));
             return Ok(());
         }
-        while let Some(layer) = self.layers.get(top).filter(|layer| layer.begun > cut.sequence) {
+        let is_void = |layer: &Layer| layer.begun.max(layer.anew) > cut.sequence;
+        while let Some(layer) = self.layers.get(top).filter(is_void) {
             let below = layer.parent.filter(|below| self.layers.get(*below).is_some_and(|l| l.volume == id));
             match below {
                 // Its snapshot was voided: it is written again.
-                Some(below) if self.volume(id).snapshot_of(below).is_none() => top = below,
+                Some(below) if layer.anew <= cut.sequence && self.volume(id).snapshot_of(below).is_none() => {
+                    top = below;
+                }
+                // What was there at the cut is gone: everything is copied anew.
                 _ => {
-                    self.put_on(id, fresh, layer.parent, cut.sequence);
+                    let base = self.since_snapshot(id, top).last().and_then(|(_, layer)| layer.parent);
+                    self.put_on(id, fresh, base, Begin::Anew(cut.sequence));
                     return Ok(());
                 }
             }
@@ -338,7 +355,11 @@ impl Catalog {
             volume.recent.clear(&mut self.kept);
             volume.replica.reached(below.map(|below| below.tail).unwrap_or_default());
         }
-        self.put_on(id, tree, below.map(|below| below.tree), begun);
+        let from = below.map(|below| below.tail.sequence).unwrap_or_default();
+        self.put_on(id, tree, below.map(|below| below.tree), Begin::On(from));
+        if begun != from {
+            self.layers.begins_anew(tree, begun);
+        }
     }
 
     /// A layer and those below it, down to the first one below it that a snapshot names.

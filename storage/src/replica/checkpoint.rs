@@ -70,6 +70,7 @@ struct DiskLayer {
     volume: u64,
     parent: Option<u64>,
     begun: u64,
+    anew: u64,
     /// Segment and block of the root page, and its checksum.
     root: Option<(u64, u16, u64)>,
 }
@@ -180,6 +181,7 @@ impl DiskCheckpoint {
             volume: layer.volume.0,
             parent: layer.parent.map(|parent| parent.0),
             begun: layer.begun.0,
+            anew: layer.anew.0,
             root: roots
                 .get(&tree)
                 .copied()
@@ -207,8 +209,8 @@ impl DiskCheckpoint {
         let live = self.live.iter().map(|(segment, count)| (SegmentId(*segment), *count)).collect();
         let layers = self.layers.into_iter().map(|layer| {
             let parent = layer.parent.map(TreeId);
-            let (volume, begun) = (VolumeId(layer.volume), Sequence(layer.begun));
-            (TreeId(layer.tree), Layer { volume, parent, begun })
+            let (volume, begun, anew) = (VolumeId(layer.volume), Sequence(layer.begun), Sequence(layer.anew));
+            (TreeId(layer.tree), Layer { volume, parent, begun, anew })
         });
         let mut catalog = Catalog {
             layers: Layers::new(layers, self.last_tree),

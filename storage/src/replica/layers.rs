@@ -23,6 +23,16 @@ pub struct Layer {
     pub parent: Option<TreeId>,
     /// It holds what was written after this.
     pub begun: Sequence,
+    /// The revert, or the cut of a resync, with which it began anew on what lies below; 0: it goes on from there. What it takes in
+    /// from above may have begun anew later.
+    pub anew: Sequence,
+}
+
+impl Layer {
+    /// One that nothing lies below.
+    pub fn base(volume: VolumeId) -> Self {
+        Self { volume, parent: None, begun: Sequence(0), anew: Sequence(0) }
+    }
 }
 
 /// All layers of a store.
@@ -97,8 +107,25 @@ impl Layers {
         self.all.iter().filter(move |(_, layer)| layer.parent == Some(tree)).map(|(tree, _)| *tree)
     }
 
+    /// It is filled by a resync, and began with this operation.
+    pub fn begins_anew(&mut self, tree: TreeId, at: Sequence) {
+        if let Some(layer) = self.all.get_mut(&tree) {
+            layer.anew = at;
+        }
+    }
+
+    /// Everything in one layer is in the one below now.
+    pub fn merged(&mut self, tree: TreeId, into: TreeId) {
+        let anew = self.get(tree).map(|layer| layer.anew).unwrap_or_default();
+        if let Some(below) = self.all.get_mut(&into) {
+            below.anew = below.anew.max(anew);
+        }
+        self.move_children(tree, into);
+        self.remove(tree);
+    }
+
     /// Everything that lies on one layer lies on another one now.
-    pub fn move_children(&mut self, from: TreeId, to: TreeId) {
+    fn move_children(&mut self, from: TreeId, to: TreeId) {
         self.all
             .values_mut()
             .filter(|layer| layer.parent == Some(from))

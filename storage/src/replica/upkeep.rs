@@ -252,7 +252,6 @@ impl Catalog {
                 snapshot.tree = into;
             });
         }
-        self.layers.move_children(tree, into);
-        self.layers.remove(tree);
+        self.layers.merged(tree, into);
     }
 }

@@ -141,19 +141,20 @@ impl Catalog {
         Lineage { snapshots, parent, begun, cloned_at: volume.cloned_at }
     }
 
-    /// The snapshot that a layer lies on, and where what is above it begins.
+    /// The snapshot that a layer lies on, and where what is above it begins: there, or where it began anew.
     fn base_of(&self, volume: &Volume, tree: TreeId) -> (Option<SnapshotId>, Sequence) {
-        let mut begun = Sequence(0);
+        let mut anew = Sequence(0);
         for (at, (below, layer)) in self.layers.chain(tree).enumerate() {
             if at > 0
                 && let Some(snapshot) = volume.snapshot_of(below)
             {
-                return (Some(snapshot), begun);
+                let tail = volume.snapshots[&snapshot].tail;
+                return (Some(snapshot), anew.max(tail.sequence));
             }
-            begun = layer.begun;
+            anew = anew.max(layer.anew);
         }
         // Of a clone: what it was made of is no snapshot of its own.
-        (None, if volume.cloned_at.is_some() { Sequence(0) } else { begun })
+        (None, anew)
     }
 
     /// Records that would put some content in the place of each block that should hold it, whatever is there.
