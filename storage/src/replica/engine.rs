@@ -211,7 +211,10 @@ impl<T> Engine<T> {
                 self.gathered.marks.push((volume, asker));
             }
             OpKind::Op { tail, op } => {
+                let sync = self.gathered.sync;
                 self.gathered.record(volume, tail, RecordKind::Op(op), fresh());
+                // At once, as its owner counts on it: it waits for that and does not ask for it.
+                self.gathered.sync = sync || Rule::SnapshotIsDurable.holds();
                 self.gathered.marks.push((volume, asker));
             }
             OpKind::Flush => {

@@ -77,9 +77,14 @@ fn a_volume_keeps_its_promises_under_faults() {
 /// Seeds that suffice to show that a rule is needed: ten times what the most hidden one takes.
 const SEEDS_PER_RULE: u64 = 5_000;
 
+/// Shown by tests of their own. A run would have to write the same batch again in the place of one that was cut off, with another
+/// one of that time right behind it; and to misdirect an older page of a map to where the latest one of it is, while pages are
+/// written by checkpoints alone, of which a run has few.
+const SHOWN_ELSEWHERE: [Rule; 2] = [Rule::LostBatchesStayLost, Rule::PageIsTheLatest];
+
 #[test]
 fn without_any_of_these_rules_a_promise_is_broken() {
-    for rule in Rule::ALL {
+    for rule in Rule::ALL.into_iter().filter(|rule| !SHOWN_ELSEWHERE.contains(rule)) {
         match run_all(0..SEEDS_PER_RULE, Some(rule)) {
             Err((seed, violation)) => eprintln!("{rule:?}: seed {seed}: {violation}"),
             Ok(_) => {
