@@ -30,9 +30,7 @@ pub fn run(seed: u64) -> Result<Stats, Violation> {
     let pause = world.random.millis(1, 500);
     world.run_until(world.now + pause);
     world.calm_down();
-    if let Err(violation) = settle(&mut world) {
-        return Err(violation);
-    }
+    settle(&mut world)?;
     // One disk is not what it should be, and all others are: it must be found and mended.
     if world.damage() && settle(&mut world).is_ok() {
         world.verify_all();

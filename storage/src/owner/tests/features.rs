@@ -54,10 +54,11 @@ async fn snapshots_are_kept_by_all_replicas_and_by_those_that_were_away() {
     let unknown = volume.read_view(View::Snapshot(first), at(1), BLOCK_BYTES).await;
     assert_eq!(unknown, Err(VolumeError::UnknownSnapshot { snapshot: first }));
     let changed = volume.changed(View::Live, second, 0).await.unwrap();
-    assert_eq!((changed.ranges, changed.next), (vec![at(1)..at(2)], None));
+    let only = |ranges: &[std::ops::Range<u64>]| ranges.first().filter(|_| ranges.len() == 1).cloned();
+    assert_eq!((only(&changed.ranges), changed.next), (Some(at(1)..at(2)), None));
     volume.revert(second).await.unwrap();
     assert_eq!(volume.read(at(1), BLOCK_BYTES).await.unwrap(), block(2));
-    assert_eq!(volume.allocated(View::Live, 0, SIZE).await.unwrap(), [at(1)..at(3)]);
+    assert_eq!(only(&volume.allocated(View::Live, 0, SIZE).await.unwrap()), Some(at(1)..at(3)));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
