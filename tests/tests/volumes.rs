@@ -186,9 +186,10 @@ fn a_volume_grows_and_is_limited_while_it_is_served() -> Result<()> {
     let uri = pool.serve_nbd("data", "h1")?;
     qemu_io(&uri, &["write -P 0x11 15M 1M"])?;
     pool.json(&["volume", "resize", "data", "32MiB"])?;
-    pool.json(&["volume", "nbd", "data", "--stop"])?;
-    let uri = pool.serve_nbd("data", "h2")?;
-    assert_eq!(tool("nbdinfo", &["--size", &uri])?.stdout.trim(), (32 << 20).to_string());
+    // The same process shows it to whoever connects from now on.
+    wait_for(PATIENCE, "the new size", || {
+        Ok(tool("nbdinfo", &["--size", &uri])?.stdout.trim() == (32 << 20).to_string())
+    })?;
     qemu_io(&uri, &["read -P 0x11 15M 1M", "read -P 0 16M 16M", "write -P 0x22 31M 1M", "flush"])?;
     qemu_io(&uri, &["read -P 0x22 31M 1M"])?;
     let refused = pool.poolctl(&["volume", "resize", "data", "16MiB"])?.expect_code(4)?;

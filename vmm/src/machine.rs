@@ -291,6 +291,11 @@ impl Machine {
         self.bus.devices().iter().for_each(|device| device.device().set_link(state));
     }
 
+    /// Shows the guest which disks have grown.
+    pub fn look_at_disks(&self) {
+        self.bus.devices().iter().for_each(|device| device.device().look_at_size());
+    }
+
     /// Tells the networks where the cards are now; nothing while their cables are out.
     pub fn announce(&self) {
         self.bus.devices().iter().for_each(|device| device.device().announce());

@@ -91,11 +91,6 @@ impl Attachment {
         })
     }
 
-    /// Size of the disk.
-    pub fn size(&self) -> ByteCount {
-        self.size
-    }
-
     /// For the store; the local replica is reached at `replica_socket`.
     pub fn volume_config(&self, replica_socket: &Path) -> VolumeConfig {
         let endpoint = |replica: &Replica| ReplicaEndpoint {

@@ -15,19 +15,13 @@ use vmm::{BlockBackend, BlockCompletion, BlockError};
 pub struct VolumeDisk {
     volume: VolumeHandle,
     limiter: Arc<SharedLimiter>,
-    capacity_bytes: u64,
     runtime: Handle,
 }
 
 impl VolumeDisk {
-    /// A disk of this size on a volume; its requests run on `runtime`.
-    pub fn new(
-        volume: VolumeHandle,
-        limiter: Arc<SharedLimiter>,
-        capacity_bytes: u64,
-        runtime: Handle,
-    ) -> Self {
-        Self { volume, limiter, capacity_bytes, runtime }
+    /// A disk on a volume; its requests run on `runtime`.
+    pub fn new(volume: VolumeHandle, limiter: Arc<SharedLimiter>, runtime: Handle) -> Self {
+        Self { volume, limiter, runtime }
     }
 
     /// Runs a request that moves so many bytes, once the limits let it.
@@ -47,7 +41,7 @@ impl VolumeDisk {
 
 impl BlockBackend for VolumeDisk {
     fn capacity_bytes(&self) -> u64 {
-        self.capacity_bytes
+        self.volume.size_bytes()
     }
 
     fn read(&self, offset: u64, len: usize, done: BlockCompletion<Bytes>) {

@@ -40,7 +40,7 @@ const DISCARD_SECTORS_MAX: u32 = 1 << 18;
 /// The state of a device that moves with the machine; its queue is saved by the transport.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlockState {
-    /// Size of the disk in bytes; the target must offer the same.
+    /// Size of the disk in bytes, as the guest knows it; the target must offer as much.
     pub capacity_bytes: u64,
 }
 
@@ -61,6 +61,14 @@ struct Shared {
     backend: Arc<dyn BlockBackend>,
     interrupt: Interrupt,
     id: [u8; ID_BYTES],
+    shown: Mutex<Shown>,
+}
+
+/// What the guest is shown of the disk's size; it follows the backend's when the guest is told.
+#[derive(Clone, Copy)]
+struct Shown {
+    capacity_bytes: u64,
+    generation: u32,
 }
 
 /// A block device; clones are handles of the same one.
@@ -81,12 +89,18 @@ impl BlockDevice {
         let len = serial.len().min(ID_BYTES);
         id[..len].copy_from_slice(&serial.as_bytes()[..len]);
         let core = Core { queue: None, in_flight: 0, quiesced: false, generation: 0, broken: false };
-        let shared = Shared { core: Mutex::new(core), idle: Condvar::new(), ram, backend, interrupt, id };
+        let shown = Mutex::new(Shown { capacity_bytes: backend.capacity_bytes(), generation: 0 });
+        let shared =
+            Shared { core: Mutex::new(core), idle: Condvar::new(), ram, backend, interrupt, id, shown };
         Self { shared: Arc::new(shared) }
     }
 
     fn core(&self) -> MutexGuard<'_, Core> {
         self.shared.core.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn shown(&self) -> MutexGuard<'_, Shown> {
+        self.shared.shown.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes one request and starts it; `None` when there is none to take.
@@ -210,7 +224,7 @@ impl VirtioDevice for BlockDevice {
     fn config(&self) -> Vec<u8> {
         let mut config = vec![0; CONFIG_BYTES];
         let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
-        put(0, &(self.shared.backend.capacity_bytes() / SECTOR).to_le_bytes());
+        put(0, &(self.shown().capacity_bytes / SECTOR).to_le_bytes());
         put(8, &(REQUEST_BYTES_MAX as u32).to_le_bytes());
         put(12, &SEGMENTS_MAX.to_le_bytes());
         // Partition tables of disks from elsewhere count in sectors of 512 bytes: a guest that was told otherwise would not find
@@ -227,6 +241,21 @@ impl VirtioDevice for BlockDevice {
         put(52, &1_u32.to_le_bytes());
         put(56, &[1]);
         config
+    }
+
+    fn config_generation(&self) -> u32 {
+        self.shown().generation
+    }
+
+    /// Shows the guest that the disk has grown.
+    fn look_at_size(&self) {
+        let here = self.shared.backend.capacity_bytes();
+        let mut shown = self.shown();
+        if here > shown.capacity_bytes {
+            *shown = Shown { capacity_bytes: here, generation: shown.generation.wrapping_add(1) };
+            drop(shown);
+            self.shared.interrupt.raise(super::mmio::INTERRUPT_CONFIG);
+        }
     }
 
     fn activate(&self, mut queues: Vec<Queue>, _: u64) {
@@ -281,17 +310,22 @@ impl VirtioDevice for BlockDevice {
     fn resume(&self) {
         self.core().quiesced = false;
         self.shared.interrupt.raise_pending();
+        self.look_at_size();
         self.process();
     }
 
     fn save(&self) -> DeviceState {
-        DeviceState::Block(BlockState { capacity_bytes: self.shared.backend.capacity_bytes() })
+        DeviceState::Block(BlockState { capacity_bytes: self.shown().capacity_bytes })
     }
 
     fn restore(&self, state: &DeviceState) -> Result<(), String> {
         let here = self.shared.backend.capacity_bytes();
         match state {
-            DeviceState::Block(state) if state.capacity_bytes == here => Ok(()),
+            // One that has grown meanwhile shows it when the guest runs.
+            DeviceState::Block(state) if state.capacity_bytes <= here => {
+                self.shown().capacity_bytes = state.capacity_bytes;
+                Ok(())
+            }
             DeviceState::Block(state) => Err(format!(
                 "the disk has {here} bytes here and {} bytes at the source",
                 state.capacity_bytes

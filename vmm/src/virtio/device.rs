@@ -23,6 +23,12 @@ pub trait VirtioDevice: Send + Sync + 'static {
     fn features(&self) -> u64;
     /// The configuration space.
     fn config(&self) -> Vec<u8>;
+    /// Another number whenever the configuration space is not what it was: a driver that reads it in parts begins anew.
+    fn config_generation(&self) -> u32 {
+        0
+    }
+    /// What it is made of may have grown; only disks do.
+    fn look_at_size(&self) {}
     /// The guest has set the queues up, with these features.
     fn activate(&self, queues: Vec<Queue>, features: u64);
     /// The guest resets the device.

@@ -16,6 +16,9 @@ pub const WINDOW_BYTES: u64 = 0x1000;
 pub const QUEUE_NOTIFY: u64 = 0x50;
 /// Interrupt cause: the used ring moved on.
 pub const INTERRUPT_USED_RING: u32 = 1;
+
+/// The cause of an interrupt after the configuration space has changed.
+pub const INTERRUPT_CONFIG: u32 = 2;
 /// Entries of a queue: requests in flight of one device.
 pub const QUEUE_SIZE: u16 = 128;
 
@@ -156,6 +159,7 @@ impl MmioTransport {
             0x34 if registers.selected().is_some() => u32::from(QUEUE_SIZE),
             0x44 => registers.selected().map_or(0, |queue| u32::from(queue.ready())),
             0x60 => self.interrupt.status().load(Ordering::SeqCst),
+            0xfc => self.device.config_generation(),
             0x70 => {
                 let broken = if self.device.is_broken() { VIRTIO_CONFIG_S_NEEDS_RESET } else { 0 };
                 registers.status | broken

@@ -28,6 +28,10 @@ impl RamDisk {
     pub fn new(size: usize) -> Arc<Self> {
         Arc::new(Self { bytes: Mutex::new(vec![0; size]), flushes: AtomicU64::new(0) })
     }
+
+    pub fn grow(&self, size: usize) {
+        self.bytes.lock().unwrap().resize(size, 0);
+    }
 }
 
 impl BlockBackend for RamDisk {
