@@ -26,7 +26,7 @@ const _: () = assert!(CONSOLE_RING_BYTES + 4096 <= GRPC_MESSAGE_BYTES_MAX);
 pub fn is_valid_name(name: &str) -> bool {
     let bytes = name.as_bytes();
     let ends = [bytes.first(), bytes.last()];
-    let id_prefixes = ["host-", "vm-", "vol-", "img-", "task-", "mig-", "token-", "group-", "net-"];
+    let id_prefixes = ["host-", "vm-", "vol-", "snap-", "img-", "task-", "mig-", "token-", "group-", "net-"];
     let is_id_form = id_prefixes.iter().any(|prefix| {
         name.strip_prefix(prefix)
             .is_some_and(|rest| !rest.is_empty() && rest.bytes().all(|b| b.is_ascii_digit()))

@@ -114,6 +114,18 @@ pub enum Command {
     AddToIsr(IsrChange),
     /// Creates a stopped VM. → `Outcome::Vm`
     CreateVm(CreateVm),
+    /// Makes a VM like another one, with clones of its disks. → `Outcome::Task`
+    CloneVm {
+        /// The other one.
+        vm: VmId,
+        /// Name of the new one.
+        name: String,
+    },
+    /// The leader has the next step of a VM's copy done. → `Outcome::Task`
+    StepVmClone {
+        /// The task of the copy.
+        task: TaskId,
+    },
     /// Deletes a stopped VM; its volumes stay.
     DeleteVm {
         /// The VM.

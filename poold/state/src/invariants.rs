@@ -2,8 +2,8 @@
 //! them after each entry; production code does not need them.
 
 use crate::{
-    limits::{AUDIT_MAX, EPOCH_HISTORY_MAX, EVENTS_MAX, REQUESTS_MAX},
-    state::{Holder, HostDuty, Migration, MigrationPhase, PoolState, TaskKind, Vm, Volume},
+    limits::{AUDIT_MAX, EPOCH_HISTORY_MAX, EVENTS_MAX, REQUESTS_MAX, VOLUME_DEPTH_MAX},
+    state::{Holder, HostDuty, Migration, MigrationPhase, PoolState, SnapshotState, TaskKind, Vm, Volume},
 };
 use proto::{ByteCount, Epoch, HostId, MigrationId, TaskId, VmId, VolumeId};
 use std::collections::BTreeSet;
@@ -129,6 +129,12 @@ pub enum Violation {
         /// The migration.
         migration: MigrationId,
     },
+    /// A volume lists its snapshots and no others, oldest first.
+    #[error("the snapshots of {volume} are not those that it lists, or too many")]
+    BadSnapshots {
+        /// The volume.
+        volume: VolumeId,
+    },
     /// A card's network exists, and nobody else has its addresses.
     #[error("a card of {vm} is on no network, or shares an address")]
     BadCard {
@@ -148,6 +154,7 @@ pub fn check(state: &PoolState) -> Result<(), Violation> {
     check_cards(state)?;
     check_migrations(state)?;
     check_tasks(state)?;
+    check_listed(state)?;
     check_bounds(state)
 }
 
@@ -207,6 +214,7 @@ fn check_volume(state: &PoolState, volume: &Volume) -> Result<(), Violation> {
         return Err(Violation::SecretWithoutOwner { volume: id });
     }
     check_owner(state, volume)?;
+    check_snapshots(state, volume)?;
     let members: BTreeSet<HostId> = volume.isr.iter().map(|member| member.host).collect();
     let replicas: BTreeSet<HostId> = volume.replicas.iter().copied().collect();
     let distinct = members.len() == volume.isr.len() && replicas.len() == volume.replicas.len();
@@ -220,6 +228,13 @@ fn check_volume(state: &PoolState, volume: &Volume) -> Result<(), Violation> {
     if ascends && ends { Ok(()) } else { Err(Violation::BadHistory { volume: id }) }
 }
 
+fn check_snapshots(state: &PoolState, volume: &Volume) -> Result<(), Violation> {
+    let listed = |id| state.snapshots.get(id).is_some_and(|snapshot| snapshot.volume == volume.id);
+    let fits = volume.snapshots.iter().all(listed) && volume.snapshots.is_sorted_by(|a, b| a < b);
+    let bounded = volume.snapshots.len() <= VOLUME_DEPTH_MAX;
+    if fits && bounded { Ok(()) } else { Err(Violation::BadSnapshots { volume: volume.id }) }
+}
+
 /// A volume belongs to the VM that has it, or to its own process, never to both.
 fn check_owner(state: &PoolState, volume: &Volume) -> Result<(), Violation> {
     let service = volume.service.as_ref().map(|service| service.host);
@@ -230,6 +245,18 @@ fn check_owner(state: &PoolState, volume: &Volume) -> Result<(), Violation> {
     };
     let member = |host: HostId| state.hosts.get(&host).is_some_and(crate::state::Host::is_member);
     if fits && service.is_none_or(member) { Ok(()) } else { Err(Violation::WrongOwner { volume: volume.id }) }
+}
+
+/// No snapshot is without its volume.
+fn check_listed(state: &PoolState) -> Result<(), Violation> {
+    let listed: usize = state.volumes.values().map(|volume| volume.snapshots.len()).sum();
+    let lost = || state.snapshots.values().find(|it| !state.volumes.contains(&it.volume));
+    match lost().or_else(|| state.snapshots.values().next()) {
+        Some(example) if listed != state.snapshots.len() => {
+            Err(Violation::BadSnapshots { volume: example.volume })
+        }
+        _ => Ok(()),
+    }
 }
 
 fn check_capacity(state: &PoolState) -> Result<(), Violation> {
@@ -288,7 +315,19 @@ fn check_tasks(state: &PoolState) -> Result<(), Violation> {
                 let service = state.volumes.get(&volume).and_then(|volume| volume.service.as_ref());
                 service.is_some_and(|service| service.task == Some(task.id))
             }
-            TaskKind::VolumeImport { volume } | TaskKind::VolumeExport { volume } => {
+            TaskKind::SnapshotTake { snapshot } | TaskKind::SnapshotDelete { snapshot } => {
+                let state = state.snapshots.get(&snapshot).map(|snapshot| snapshot.state);
+                state == Some(SnapshotState::Taking { task: task.id })
+                    || state == Some(SnapshotState::Deleting { task: Some(task.id) })
+            }
+            TaskKind::VolumeRewrite { volume, .. } => {
+                let rewriting = state.volumes.get(&volume).and_then(|volume| volume.rewriting);
+                rewriting.is_some_and(|rewriting| rewriting.task == task.id)
+            }
+            TaskKind::VmClone { .. } => state.clonings.contains(&task.id),
+            TaskKind::VolumeImport { volume }
+            | TaskKind::VolumeExport { volume }
+            | TaskKind::VolumeCopy { volume } => {
                 let service = state.volumes.get(&volume).and_then(|volume| volume.service.as_ref());
                 service.and_then(|service| service.loan).is_some_and(|loan| loan.task == task.id)
             }
@@ -299,7 +338,9 @@ fn check_tasks(state: &PoolState) -> Result<(), Violation> {
     }
     let ended = |id: &TaskId| state.tasks.get(id).is_none_or(|task| !task.is_running());
     let services = state.volumes.values().filter_map(|volume| volume.service.as_ref()?.task);
-    match state.vms.values().filter_map(|vm| vm.task).chain(services).find(ended) {
+    let clonings = state.clonings.values().map(|cloning| cloning.task);
+    let waited = state.vms.values().filter_map(|vm| vm.task).chain(services).chain(clonings);
+    match waited.into_iter().find(ended) {
         Some(task) => Err(Violation::OrphanedTask { task }),
         None => Ok(()),
     }

@@ -10,6 +10,10 @@ pub const TOKENS_MAX: usize = 256;
 pub const VMS_MAX: usize = 10_000;
 /// Volumes: about 400 bytes each with their history.
 pub const VOLUMES_MAX: usize = 20_000;
+/// Snapshots of all volumes: about 150 bytes each.
+pub const SNAPSHOTS_MAX: usize = 50_000;
+/// Snapshots of one volume and of those that it was cloned from: as many layers as the store looks through for a block.
+pub const VOLUME_DEPTH_MAX: usize = 128;
 /// Images.
 pub const IMAGES_MAX: usize = 1_000;
 /// Tasks kept, ended ones included; the oldest ended ones go first.

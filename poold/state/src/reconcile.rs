@@ -29,11 +29,11 @@ pub use observed::{
     GuestExit, ObservedMigration, ObservedVm, ProcessState, SourcePhase, TargetPhase, VolumesDigest,
 };
 
-pub use services::{ObservedService, reconcile_services};
+pub use services::{ObservedService, reconcile_services, reconcile_work};
 
 use crate::{
     command::{Command, LastSequence},
-    state::{PoolState, StopMode},
+    state::{PoolState, StopMode, VolumeWork},
 };
 use proto::{Epoch, HostId, MigrationId, VmId, VolumeId};
 
@@ -146,6 +146,15 @@ pub enum HostAction {
         volume: VolumeId,
         /// What is handed over.
         digest: VolumesDigest,
+    },
+    /// Have the owner of a volume do what is to be done next, and report it.
+    Work {
+        /// The volume.
+        volume: VolumeId,
+        /// Its epoch.
+        epoch: Epoch,
+        /// What.
+        work: VolumeWork,
     },
     /// Propose a command.
     Report(Command),

@@ -5,7 +5,7 @@ use crate::{
     command::{Command, Govern},
     state::{AuditRecord, PoolState},
 };
-use proto::{HostId, TaskId, VmId, VolumeId};
+use proto::{HostId, SnapshotId, TaskId, VmId, VolumeId};
 
 /// Principals whose changes are recorded; those of hosts are reports, which the events show.
 const USER_PREFIX: &str = "user-";
@@ -44,6 +44,10 @@ fn host(state: &PoolState, id: HostId) -> String {
 
 fn volume(state: &PoolState, id: VolumeId) -> String {
     state.volumes.get(&id).map_or_else(|| id.to_string(), |volume| format!("volume {}", volume.name))
+}
+
+fn snapshot(state: &PoolState, id: SnapshotId) -> String {
+    format!("snapshot {}", state.snapshot_name(id))
 }
 
 fn task(state: &PoolState, id: TaskId) -> String {
@@ -87,6 +91,21 @@ fn describe(state: &PoolState, command: &Command) -> Option<(&'static str, Strin
         Command::Volume(VolumeCommand::ExportVolume { volume: id, .. }) => {
             ("volume.export", volume(state, *id))
         }
+        Command::Volume(VolumeCommand::TakeSnapshot { volume: id, name }) => {
+            ("snapshot.create", format!("{}@{name}", volume(state, *id)))
+        }
+        Command::Volume(VolumeCommand::DeleteSnapshot { snapshot: id }) => {
+            ("snapshot.delete", snapshot(state, *id))
+        }
+        Command::Volume(VolumeCommand::RevertVolume { snapshot: id }) => {
+            ("volume.revert", snapshot(state, *id))
+        }
+        Command::Volume(VolumeCommand::CloneVolume { name, .. }) => {
+            ("volume.clone", format!("volume {name}"))
+        }
+        Command::Volume(VolumeCommand::CopySnapshot { name, .. }) => {
+            ("volume.clone", format!("volume {name}"))
+        }
         Command::Volume(VolumeCommand::ServeVolume { volume: id, .. }) => ("volume.nbd", volume(state, *id)),
         Command::Volume(VolumeCommand::StopServingVolume { volume: id }) => {
             ("volume.nbd-stop", volume(state, *id))
@@ -105,6 +124,7 @@ fn describe_rest(state: &PoolState, command: &Command) -> Option<(&'static str, 
     };
     let user = |name: &str| format!("user {name}");
     Some(match command {
+        Command::CloneVm { name, .. } => ("vm.clone", format!("vm {name}")),
         Command::CreateVm(create) => ("vm.create", format!("vm {}", create.name)),
         Command::DeleteVm { vm: id } => ("vm.delete", vm(state, *id)),
         Command::StartVm { vm: id, .. } => ("vm.start", vm(state, *id)),

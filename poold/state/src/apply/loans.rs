@@ -12,7 +12,7 @@ use crate::{
     rejection::Rejection,
     state::{EventKind, Loan, LoanKey, LoanPurpose, ServiceWanted, TaskKind, TaskState, VolumeService},
 };
-use proto::{ByteCount, HostId, VolumeId};
+use proto::{ByteCount, HostId, SnapshotId, VolumeId};
 
 /// What is left when a loan has ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,9 +39,29 @@ impl Change<'_> {
         Ok(outcome)
     }
 
+    /// A volume with a copy of what a snapshot holds, which shares nothing with it.
+    pub(super) fn copy_snapshot(
+        &mut self,
+        id: SnapshotId,
+        name: &str,
+        replicas: Option<u32>,
+        (host, key): (HostId, LoanKey),
+    ) -> Applied {
+        check_up(self.state.host(host)?)?;
+        let snapshot = self.state.snapshot(id)?;
+        snapshot.taken_at().ok_or_else(|| self.state.not_ready(snapshot))?;
+        let outcome = self.create_volume(name, snapshot.size, replicas)?;
+        let Outcome::Volume(volume) = outcome else { return Ok(outcome) };
+        let kind = TaskKind::VolumeCopy { volume };
+        let task = self.create_volume_task(kind, volume, host, PLANNED_WORK_MS);
+        self.lend(volume, host, Loan { task, purpose: LoanPurpose::Copy { snapshot: id }, key })?;
+        Ok(Outcome::Task(task))
+    }
+
     pub(super) fn export_volume(&mut self, id: VolumeId, host: HostId, key: LoanKey) -> Applied {
         check_up(self.state.host(host)?)?;
         self.check_not_served(id)?;
+        self.check_not_rewriting(id)?;
         self.check_no_vm_runs_on(self.state.volume(id)?)?;
         self.drop_service(id)?;
         let task = self.create_volume_task(TaskKind::VolumeExport { volume: id }, id, host, PLANNED_WORK_MS);
@@ -53,7 +73,7 @@ impl Change<'_> {
         let service = VolumeService { loan: Some(loan), ..VolumeService::new(host, None) };
         self.own_by_service(id, service)?;
         let word = match loan.purpose {
-            LoanPurpose::Import => "fills",
+            LoanPurpose::Import | LoanPurpose::Copy { .. } => "fills",
             LoanPurpose::Export => "reads",
         };
         self.service_event(
@@ -82,14 +102,15 @@ impl Change<'_> {
         let Some(service) = &mut self.volume_mut(id)?.service else { return Ok(LoanRest::Volume) };
         let Some(loan) = service.loan.take() else { return Ok(LoanRest::Volume) };
         service.wanted = ServiceWanted::Closed;
-        let is_lost = loan.purpose == LoanPurpose::Import && end != TaskState::Done;
+        let is_lost = loan.purpose.fills() && end != TaskState::Done;
         self.end_task(loan.task, end);
         if !is_lost {
             return Ok(LoanRest::Volume);
         }
         let name = self.state.volume(id)?.name.clone();
+        self.check_no_snapshots(id)?;
         self.state.volumes.remove(&id);
-        self.event(EventKind::VolumeDeleted, format!("volume {name}"), "its import did not succeed".into());
+        self.event(EventKind::VolumeDeleted, format!("volume {name}"), "its content did not come".into());
         Ok(LoanRest::Nothing)
     }
 

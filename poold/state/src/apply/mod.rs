@@ -12,6 +12,7 @@
 //! - `govern`: settings, feature level, CA and access tokens. `ownership`: placements and epochs, which always change together. `audit`: who changed what.
 
 mod audit;
+mod cloning;
 mod cpu;
 mod duty;
 mod govern;
@@ -29,6 +30,7 @@ mod reclaim;
 mod replicas;
 mod run;
 mod services;
+mod snapshots;
 mod tasks;
 mod tokens;
 mod users;
@@ -201,6 +203,19 @@ impl Change<'_> {
             }
             VolumeCommand::ExportVolume { volume, host, key } => self.export_volume(*volume, *host, *key),
             VolumeCommand::EndLoan { volume, key, end } => self.end_loan_by_key(*volume, *key, end),
+            VolumeCommand::TakeSnapshot { volume, name } => self.take_snapshot(*volume, name),
+            VolumeCommand::DeleteSnapshot { snapshot } => self.delete_snapshot(*snapshot),
+            VolumeCommand::RevertVolume { snapshot } => self.revert_volume(*snapshot),
+            VolumeCommand::CloneVolume { snapshot, name } => self.clone_volume(*snapshot, name),
+            VolumeCommand::CopySnapshot { snapshot, name, replicas, host, key } => {
+                self.copy_snapshot(*snapshot, name, *replicas, (*host, *key))
+            }
+            VolumeCommand::VolumeWorkDone { volume, epoch, work, at } => {
+                self.volume_work_done((*volume, *epoch), *work, *at)
+            }
+            VolumeCommand::VolumeWorkFailed { volume, epoch, work, problem } => {
+                self.volume_work_failed((*volume, *epoch), *work, problem)
+            }
             VolumeCommand::PlaceReplica { volume, host, replaces } => {
                 self.place_replica(*volume, *host, *replaces)
             }
@@ -213,6 +228,8 @@ impl Change<'_> {
     fn dispatch_vm(&mut self, command: &Command) -> Applied {
         match command {
             Command::CreateVm(create) => self.create_vm(create),
+            Command::CloneVm { vm, name } => self.clone_vm(*vm, name),
+            Command::StepVmClone { task } => self.step_vm_clone(*task),
             Command::DeleteVm { vm } => self.delete_vm(*vm),
             Command::StartVm { vm, host } => self.start_vm(*vm, *host),
             Command::StopVm { vm, mode } => self.stop_vm(*vm, *mode),

@@ -75,7 +75,12 @@ impl Change<'_> {
             | TaskKind::VolumeServe { .. }
             | TaskKind::VolumeClose { .. }
             | TaskKind::VolumeImport { .. }
-            | TaskKind::VolumeExport { .. } => false,
+            | TaskKind::VolumeExport { .. }
+            | TaskKind::VolumeCopy { .. }
+            | TaskKind::SnapshotTake { .. }
+            | TaskKind::SnapshotDelete { .. }
+            | TaskKind::VmClone { .. }
+            | TaskKind::VolumeRewrite { .. } => false,
         };
         if !reached {
             return Err(Rejection::TaskNotFinished { task: id });

@@ -32,6 +32,12 @@ impl PoolState {
         up && !volume.isr_member(host).is_some_and(|member| self.is_current(member))
     }
 
+    /// Whether a volume needs an owner: for a replica that is behind, or for a snapshot.
+    #[must_use]
+    pub fn has_work(&self, volume: &Volume) -> bool {
+        self.work_for(volume).is_some() || volume.replicas.iter().any(|host| self.is_behind(volume, *host))
+    }
+
     /// The in-sync members that can be reached now.
     pub fn serving_members<'a>(&'a self, volume: &'a Volume) -> impl Iterator<Item = &'a IsrMember> {
         let up = |member: &&IsrMember| self.hosts.get(&member.host).is_some_and(Host::is_up);
@@ -113,7 +119,7 @@ impl Change<'_> {
     pub(super) fn work_on_volume(&mut self, id: VolumeId, host: HostId) -> Applied {
         let volume = self.state.volume(id)?;
         let is_free = volume.owner.is_none() && volume.service.is_none();
-        let behind = volume.replicas.iter().any(|replica| self.state.is_behind(volume, *replica));
+        let behind = self.state.has_work(volume);
         let can = self.state.serving_members(volume).next().is_some();
         if !is_free || !behind || !can {
             return Err(Rejection::Volume(VolumeRejection::ReplicaNotWanted { volume: volume.name.clone() }));
@@ -134,7 +140,7 @@ impl Change<'_> {
         let volume = self.state.volume(id)?;
         let unwanted =
             || Rejection::Volume(VolumeRejection::ReplicaNotWanted { volume: volume.name.clone() });
-        let behind = volume.replicas.iter().any(|replica| self.state.is_behind(volume, *replica));
+        let behind = self.state.has_work(volume);
         let works = volume.service.as_ref().filter(|service| service.is_work());
         if behind || works.is_none_or(|service| service.wanted == ServiceWanted::Closed) {
             return Err(unwanted());

@@ -16,6 +16,7 @@ use proto::{Epoch, HostId, ListenAddress, TaskId, VolumeId};
 impl Change<'_> {
     pub(super) fn serve_volume(&mut self, id: VolumeId, host: HostId, listen: &ListenAddress) -> Applied {
         self.check_not_lent(id)?;
+        self.check_not_rewriting(id)?;
         let volume = self.state.volume(id)?;
         let serving_host = self.state.host(host)?;
         check_up(serving_host)?;

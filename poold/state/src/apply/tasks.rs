@@ -103,10 +103,29 @@ impl Change<'_> {
             (TaskKind::VolumeServe { volume }, _) => {
                 self.stop_serving_volume(volume)?;
             }
-            (TaskKind::VolumeImport { volume } | TaskKind::VolumeExport { volume }, _) => {
+            (
+                TaskKind::VolumeImport { volume }
+                | TaskKind::VolumeExport { volume }
+                | TaskKind::VolumeCopy { volume },
+                _,
+            ) => {
                 self.end_loan(volume, TaskState::Cancelled)?;
             }
-            (TaskKind::VmStop | TaskKind::VmStart | TaskKind::VmReboot | TaskKind::VolumeClose { .. }, _) => {
+            (TaskKind::VmClone { .. }, _) => {
+                self.give_up_vm_clone(id, TaskState::Cancelled)?;
+            }
+            (TaskKind::SnapshotTake { snapshot }, _) => {
+                self.give_up_snapshot(snapshot, TaskState::Cancelled)?;
+            }
+            (
+                TaskKind::VmStop
+                | TaskKind::VmStart
+                | TaskKind::VmReboot
+                | TaskKind::VolumeClose { .. }
+                | TaskKind::SnapshotDelete { .. }
+                | TaskKind::VolumeRewrite { .. },
+                _,
+            ) => {
                 return Err(Rejection::TaskNotCancellable { task: id });
             }
             // What has moved stays where it is; a move under way goes on to its end.
@@ -136,8 +155,22 @@ impl Change<'_> {
                     self.end_vm_task(vm, |_| late("it was not over in time; the pool goes on trying"));
                 }
             }
-            TaskKind::VolumeImport { volume } | TaskKind::VolumeExport { volume } => {
+            TaskKind::VolumeImport { volume }
+            | TaskKind::VolumeExport { volume }
+            | TaskKind::VolumeCopy { volume } => {
                 self.end_loan(volume, late("it was not over in time"))?;
+            }
+            TaskKind::VmClone { .. } => {
+                self.give_up_vm_clone(id, late("its disks were not cloned in time"))?;
+            }
+            TaskKind::SnapshotTake { snapshot } => {
+                self.give_up_snapshot(snapshot, late("no owner of the volume could take it in time"))?;
+            }
+            TaskKind::SnapshotDelete { snapshot } => {
+                self.end_snapshot_task(snapshot, late("it was not over in time; the pool goes on trying"))?;
+            }
+            TaskKind::VolumeRewrite { volume, .. } => {
+                self.give_up_rewriting(volume, "no owner of the volume could do it in time")?;
             }
             TaskKind::VolumeServe { volume } | TaskKind::VolumeClose { volume } => {
                 self.end_service_task(volume, |_| late("it was not over in time; the pool goes on trying"))?;

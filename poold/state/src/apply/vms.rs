@@ -83,6 +83,8 @@ impl Change<'_> {
                 return Err(Rejection::DuplicateDisk { volume: volume.name.clone() });
             }
             self.check_not_lent(*disk)?;
+            // A clone in the making may still go away.
+            self.check_not_rewriting(*disk)?;
             if let Some(vm) = volume.attached_to {
                 let vm = self.state.vm(vm)?.name.clone();
                 return Err(Rejection::VolumeInUse { volume: volume.name.clone(), vm });
@@ -118,6 +120,7 @@ impl Change<'_> {
         }
         for disk in &vm.spec.disks {
             self.check_not_served(*disk)?;
+            self.check_not_rewriting(*disk)?;
         }
         let host = match host {
             Some(host) => {

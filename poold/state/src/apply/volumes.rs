@@ -55,6 +55,10 @@ impl Change<'_> {
             attached_to: None,
             owner: None,
             secret: None,
+            rewriting: None,
+            origin: None,
+            depth: 0,
+            snapshots: Vec::new(),
             service: None,
         };
         let message = format!("created, {size} on {wanted} hosts");
@@ -108,6 +112,8 @@ impl Change<'_> {
             return Err(Rejection::VolumeInUse { volume: name, vm });
         }
         self.check_not_served(id)?;
+        self.check_no_snapshots(id)?;
+        self.give_up_rewriting(id, "the volume was deleted")?;
         self.drop_service(id)?;
         self.state.volumes.remove(&id);
         self.event(EventKind::VolumeDeleted, format!("volume {name}"), "deleted".into());

@@ -1,7 +1,7 @@
 //! Everything that changes volumes but their creation, deletion and in-sync sets.
 
-use crate::state::{LoanKey, VolumeLimits};
-use proto::{ByteCount, Epoch, HostId, ListenAddress, VolumeId};
+use crate::state::{LoanKey, Position, VolumeLimits, VolumeWork};
+use proto::{ByteCount, Epoch, HostId, ListenAddress, SnapshotId, VolumeId};
 use serde::{Deserialize, Serialize};
 
 /// A change of a volume.
@@ -83,6 +83,65 @@ pub enum VolumeCommand {
         key: LoanKey,
         /// How it ended.
         end: LoanEnd,
+    },
+    /// Asks for a snapshot. → `Outcome::Task`; the snapshot has the same number
+    TakeSnapshot {
+        /// Of which volume.
+        volume: VolumeId,
+        /// Its name.
+        name: String,
+    },
+    /// Deletes a snapshot. → `Outcome::Task`
+    DeleteSnapshot {
+        /// The snapshot.
+        snapshot: SnapshotId,
+    },
+    /// Takes a volume that nobody has open back to one of its snapshots. → `Outcome::Task`
+    RevertVolume {
+        /// The snapshot.
+        snapshot: SnapshotId,
+    },
+    /// Makes a volume that shares what neither changes with a snapshot. → `Outcome::Task`; the volume has the same number
+    CloneVolume {
+        /// The snapshot.
+        snapshot: SnapshotId,
+        /// Name of the new volume.
+        name: String,
+    },
+    /// Makes a volume that the daemon of a host fills with what a snapshot holds. → `Outcome::Task`; the volume has the same number
+    CopySnapshot {
+        /// The snapshot.
+        snapshot: SnapshotId,
+        /// Name of the new volume.
+        name: String,
+        /// Number of replicas; none: as many as usual.
+        replicas: Option<u32>,
+        /// The daemon that copies.
+        host: HostId,
+        /// By which it knows this work.
+        key: LoanKey,
+    },
+    /// Report: the owner has done what was to be done next.
+    VolumeWorkDone {
+        /// The volume.
+        volume: VolumeId,
+        /// The owner's epoch.
+        epoch: Epoch,
+        /// What.
+        work: VolumeWork,
+        /// Where in the order of writes.
+        at: Position,
+    },
+    /// Report: the owner can't do it, and trying again does not help.
+    VolumeWorkFailed {
+        /// The volume.
+        volume: VolumeId,
+        /// The owner's epoch.
+        epoch: Epoch,
+        /// What.
+        work: VolumeWork,
+        /// Why.
+        problem: String,
     },
     /// The leader puts a replica on a host. → `Outcome::Volume`
     PlaceReplica {

@@ -7,7 +7,7 @@ use crate::{
     limits::PLANNED_MOVE_RETRY_MS,
     state::{HostDuty, MigrationOutcome, MoveCause, TaskKind, Vm},
 };
-use proto::{HostId, VmId};
+use proto::{HostId, TaskId, VmId};
 
 impl Draft {
     /// Proposes the next moves of each task, and the end of those that have reached their aim.
@@ -19,6 +19,10 @@ impl Draft {
                 TaskKind::HostDrain { host } => self.drain(host),
                 TaskKind::HostRestore { host } => self.restore(host),
                 TaskKind::PoolBalance => self.balance(),
+                TaskKind::VmClone { .. } => {
+                    self.go_on_cloning(task);
+                    continue;
+                }
                 TaskKind::VmStart
                 | TaskKind::VmStop
                 | TaskKind::VmReboot
@@ -26,10 +30,24 @@ impl Draft {
                 | TaskKind::VolumeServe { .. }
                 | TaskKind::VolumeClose { .. }
                 | TaskKind::VolumeImport { .. }
-                | TaskKind::VolumeExport { .. } => continue,
+                | TaskKind::VolumeExport { .. }
+                | TaskKind::VolumeCopy { .. }
+                | TaskKind::SnapshotTake { .. }
+                | TaskKind::SnapshotDelete { .. }
+                | TaskKind::VolumeRewrite { .. } => continue,
             }
             // Refused until nothing is left to do.
             self.propose(Command::FinishTask { task });
+        }
+    }
+
+    /// Every step that needs nobody's work in between.
+    fn go_on_cloning(&mut self, task: TaskId) {
+        let mut before = self.commands.len();
+        self.propose(Command::StepVmClone { task });
+        while self.commands.len() > before {
+            before = self.commands.len();
+            self.propose(Command::StepVmClone { task });
         }
     }
 

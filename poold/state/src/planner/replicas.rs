@@ -50,7 +50,7 @@ impl Draft {
         let volumes: Vec<VolumeId> = self.state.volumes.keys().copied().collect();
         for id in volumes {
             let Some(volume) = self.state.volumes.get(&id) else { continue };
-            let behind = volume.replicas.iter().any(|host| self.state.is_behind(volume, *host));
+            let behind = self.state.has_work(volume);
             match &volume.service {
                 None if behind && volume.owner.is_none() => {
                     // A member's own host reads without the network.

@@ -69,6 +69,24 @@ pub fn reconcile_services(
     actions
 }
 
+/// What the owners at this host are to do next in the order of their writes.
+#[must_use]
+pub fn reconcile_work(state: &PoolState, me: HostId) -> Vec<HostAction> {
+    let serves = |volume: &&Volume| match volume.owner.filter(|owner| owner.host == me) {
+        None => false,
+        Some(owner) => match owner.vm().and_then(|vm| state.vms.get(&vm)) {
+            Some(vm) => vm.is_reported_running(),
+            None => volume.service.as_ref().is_some_and(|service| service.serves_at(volume.epoch)),
+        },
+    };
+    let owned = state.volumes.values().filter(serves);
+    let work = owned.filter_map(|volume| {
+        let work = state.work_for(volume)?;
+        Some(HostAction::Work { volume: volume.id, epoch: volume.epoch, work })
+    });
+    work.collect()
+}
+
 /// No process and no directory of the present epoch.
 fn absent(volume: &Volume, service: &VolumeService) -> Option<HostAction> {
     if service.wanted == ServiceWanted::Closed {

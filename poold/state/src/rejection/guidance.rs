@@ -337,6 +337,7 @@ fn not_found_code(kind: ObjectKind) -> &'static str {
         ObjectKind::Host => "HOST_NOT_FOUND",
         ObjectKind::Vm => "VM_NOT_FOUND",
         ObjectKind::Volume => "VOLUME_NOT_FOUND",
+        ObjectKind::Snapshot => "SNAPSHOT_NOT_FOUND",
         ObjectKind::Image => "IMAGE_NOT_FOUND",
         ObjectKind::Task => "TASK_NOT_FOUND",
         ObjectKind::Migration => "MIGRATION_NOT_FOUND",

@@ -62,6 +62,62 @@ pub enum VolumeRejection {
         /// The volume.
         volume: String,
     },
+    /// Snapshots would be lost with the volume.
+    #[error("volume {volume} has {count} snapshots, {example} among them")]
+    VolumeHasSnapshots {
+        /// The volume.
+        volume: String,
+        /// How many.
+        count: u64,
+        /// One of them.
+        example: String,
+    },
+    /// All content of the volume is being changed.
+    #[error("volume {volume} is being reverted or cloned ({task})")]
+    VolumeRewriting {
+        /// The volume.
+        volume: String,
+        /// The work.
+        task: TaskId,
+    },
+    /// The snapshot is not there yet, or not any more.
+    #[error("snapshot {snapshot} is {state}")]
+    SnapshotNotReady {
+        /// The snapshot as `VOLUME@NAME`.
+        snapshot: String,
+        /// Where it stands.
+        state: String,
+    },
+    /// A volume is being made of the snapshot.
+    #[error("snapshot {snapshot} is needed until volume {volume} is made of it")]
+    SnapshotInUse {
+        /// The snapshot as `VOLUME@NAME`.
+        snapshot: String,
+        /// The volume.
+        volume: String,
+    },
+    /// One disk would be of another moment than the next one.
+    #[error("vm {vm} has {disks} disks and runs: they would not be of one moment")]
+    DisksInMotion {
+        /// The VM.
+        vm: String,
+        /// How many.
+        disks: u64,
+    },
+    /// Reads would have to look through too many layers.
+    #[error("volume {volume} and what it was cloned from have {max} snapshots, the most there can be")]
+    TooManySnapshots {
+        /// The volume.
+        volume: String,
+        /// The limit.
+        max: u64,
+    },
+    /// The work is done, or not wanted any more.
+    #[error("volume {volume} has no such work to do any more")]
+    WorkNotWanted {
+        /// The volume.
+        volume: String,
+    },
     /// Nobody has the volume served.
     #[error("volume {volume} is not served over NBD")]
     VolumeNotServed {
@@ -86,6 +142,13 @@ impl VolumeRejection {
             Self::VolumeServed { .. } => "VOLUME_SERVED",
             Self::VolumeWouldShrink { .. } => "VOLUME_WOULD_SHRINK",
             Self::VolumeLent { .. } => "VOLUME_LENT",
+            Self::VolumeHasSnapshots { .. } => "VOLUME_HAS_SNAPSHOTS",
+            Self::VolumeRewriting { .. } => "VOLUME_REWRITING",
+            Self::SnapshotNotReady { .. } => "SNAPSHOT_NOT_READY",
+            Self::SnapshotInUse { .. } => "SNAPSHOT_IN_USE",
+            Self::DisksInMotion { .. } => "DISKS_IN_MOTION",
+            Self::TooManySnapshots { .. } => "TOO_MANY_SNAPSHOTS",
+            Self::WorkNotWanted { .. } => "WORK_NOT_WANTED",
             Self::LoanEnded { .. } => "LOAN_ENDED",
             Self::ReplicaNotWanted { .. } => "REPLICA_NOT_WANTED",
             Self::ZoneHasReplica { .. } => "ZONE_HAS_REPLICA",
@@ -106,8 +169,16 @@ impl VolumeRejection {
             | Self::ReplicaNotWanted { volume }
             | Self::ZoneHasReplica { volume, .. }
             | Self::VolumeLent { volume, .. }
-            | Self::LoanEnded { volume } => format!("volume {volume}"),
+            | Self::LoanEnded { volume }
+            | Self::VolumeHasSnapshots { volume, .. }
+            | Self::VolumeRewriting { volume, .. }
+            | Self::TooManySnapshots { volume, .. }
+            | Self::WorkNotWanted { volume } => format!("volume {volume}"),
+            Self::DisksInMotion { vm, .. } => format!("vm {vm}"),
             Self::TooMuchWork { host, .. } => format!("host {host}"),
+            Self::SnapshotNotReady { snapshot, .. } | Self::SnapshotInUse { snapshot, .. } => {
+                format!("snapshot {snapshot}")
+            }
         }
     }
 
@@ -124,6 +195,16 @@ impl VolumeRejection {
                 format!("choose {size} or more; to shrink, copy what is needed to a smaller volume")
             }
             Self::VolumeLent { task, .. } => format!("wait for it, or `poolctl task cancel {task}`"),
+            Self::VolumeHasSnapshots { volume, example, .. } => {
+                format!("delete them first: `poolctl snapshot delete {volume}@{example}`")
+            }
+            Self::DisksInMotion { vm, .. } => format!("`poolctl vm pause {vm}` until the copy is made"),
+            Self::TooManySnapshots { volume, .. } => {
+                format!("delete some: `poolctl snapshot list --volume {volume}`; or make a full copy of it")
+            }
+            Self::VolumeRewriting { task, .. } => format!("wait for it: `poolctl task watch {task}`"),
+            Self::SnapshotNotReady { snapshot, .. } => format!("see `poolctl snapshot show {snapshot}`"),
+            Self::SnapshotInUse { volume, .. } => format!("wait until it is: `poolctl volume show {volume}`"),
             _ => "read the present state and decide again".into(),
         }
     }

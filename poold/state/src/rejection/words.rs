@@ -11,6 +11,8 @@ pub enum ObjectKind {
     Vm,
     /// A volume.
     Volume,
+    /// A snapshot.
+    Snapshot,
     /// An image.
     Image,
     /// A task.
@@ -37,6 +39,7 @@ impl ObjectKind {
             Self::Host => "host",
             Self::Vm => "vm",
             Self::Volume => "volume",
+            Self::Snapshot => "snapshot",
             Self::Image => "image",
             Self::Task => "task",
             Self::Migration => "migration",

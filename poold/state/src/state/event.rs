@@ -46,6 +46,8 @@ pub enum EventKind {
     VolumeCreated,
     /// A volume has another size or other limits.
     VolumeChanged,
+    /// A snapshot was asked for, is there, or is gone.
+    Snapshot,
     /// A volume was deleted.
     VolumeDeleted,
     /// A volume's in-sync set or replica set changed.
@@ -98,6 +100,7 @@ impl EventKind {
             Self::Image => "image.changed",
             Self::VolumeCreated => "volume.created",
             Self::VolumeChanged => "volume.changed",
+            Self::Snapshot => "snapshot.changed",
             Self::VolumeDeleted => "volume.deleted",
             Self::VolumeIsr => "volume.isr",
             Self::VolumeService => "volume.service",

@@ -5,6 +5,7 @@
 //! - [`resolve`]: from what an operator typed to an object.
 
 pub mod audit;
+pub mod cloning;
 pub mod event;
 pub mod group;
 pub mod host;
@@ -15,6 +16,7 @@ pub mod record;
 pub mod request;
 pub mod resolve;
 pub mod service;
+pub mod snapshot;
 pub mod table;
 pub mod task;
 pub mod user;
@@ -23,6 +25,7 @@ pub mod vm;
 pub mod volume;
 
 pub use audit::{AuditLog, AuditRecord};
+pub use cloning::{ClonedDisk, VmCloning};
 pub use event::{Event, EventKind, EventLog};
 pub use group::{Group, GroupRule, GroupStrength};
 pub use host::{FIRST_HOST, Host, HostDuty, HostState, Token, TokenState, ZONE_LABEL};
@@ -36,14 +39,17 @@ pub use proto::{AttachmentSecret, CertificateFingerprint};
 pub use record::{BlackoutParts, MigrationRecord, PageCounts, RoundRecord};
 pub use request::{Answer, RequestTable};
 pub use service::{Loan, LoanKey, LoanPurpose, NbdExport, ServiceWanted, VolumeService};
+pub use snapshot::{Position, Rewriting, Snapshot, SnapshotState, VolumeWork};
 pub use table::Table;
-pub use task::{Task, TaskKind, TaskState};
+pub use task::{RewriteKind, Task, TaskKind, TaskState};
 pub use user::{AccessToken, FOUNDER, Role, User};
 pub use vm::{Desired, HaPolicy, Intent, StartCause, StopMode, Vm, VmSpec, VmState};
 pub use volume::{EpochStart, Holder, IsrMember, Volume, VolumeLimits, VolumeOwner};
 
 use crate::timing::Timing;
-use proto::{CpuProfile, GroupId, HostId, ImageId, MigrationId, NetworkId, TaskId, TokenId, VmId, VolumeId};
+use proto::{
+    CpuProfile, GroupId, HostId, ImageId, MigrationId, NetworkId, SnapshotId, TaskId, TokenId, VmId, VolumeId,
+};
 use serde::{Deserialize, Serialize};
 
 /// Everything that the hosts of a pool agree on. Cloning costs a few reference counts.
@@ -63,6 +69,10 @@ pub struct PoolState {
     pub vms: Table<VmId, Vm>,
     /// Volumes.
     pub volumes: Table<VolumeId, Volume>,
+    /// Snapshots of volumes.
+    pub snapshots: Table<SnapshotId, Snapshot>,
+    /// VMs that are being copied, by their tasks.
+    pub clonings: Table<TaskId, VmCloning>,
     /// Images.
     pub images: Table<ImageId, Image>,
     /// Tasks, the newest ended ones included.

@@ -1,6 +1,6 @@
 //! From what an operator typed to an object: a name, an id such as `vm-17`, or a unique prefix of either.
 
-use super::{Group, Host, Image, Migration, Network, PoolState, Table, Task, Vm, Volume};
+use super::{Group, Host, Image, Migration, Network, PoolState, Snapshot, Table, Task, Vm, Volume};
 use crate::rejection::{ObjectKind, Rejection};
 use std::fmt::Display;
 
@@ -37,6 +37,20 @@ impl PoolState {
     /// When none or several match.
     pub fn resolve_volume(&self, text: &str) -> Result<&Volume, Rejection> {
         resolve(ObjectKind::Volume, text, named(&self.volumes, |volume| &volume.name))
+    }
+
+    /// The snapshot that is meant: its id, or `VOLUME@NAME`, or its name where no other volume has a snapshot of that name.
+    ///
+    /// # Errors
+    /// When none or several match.
+    pub fn resolve_snapshot(&self, text: &str) -> Result<&Snapshot, Rejection> {
+        let Some((volume, name)) = text.split_once('@') else {
+            return resolve(ObjectKind::Snapshot, text, named(&self.snapshots, |snapshot| &snapshot.name));
+        };
+        let volume = self.resolve_volume(volume)?.id;
+        let of_volume = named(&self.snapshots, |snapshot| snapshot.name.as_str());
+        let of_volume = of_volume.filter(|(_, _, snapshot)| snapshot.volume == volume);
+        resolve(ObjectKind::Snapshot, name, of_volume)
     }
 
     /// The image that is meant.

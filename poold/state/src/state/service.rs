@@ -12,7 +12,7 @@
 //! A VM's start takes the place of a service that only works for the pool; one that an operator asked for keeps the VM from
 //! starting.
 
-use proto::{Epoch, HostId, ListenAddress, TaskId};
+use proto::{Epoch, HostId, ListenAddress, SnapshotId, TaskId};
 use serde::{Deserialize, Serialize};
 
 /// The process of a volume.
@@ -60,6 +60,11 @@ pub struct LoanKey(pub u64);
 pub enum LoanPurpose {
     /// It is being filled; it goes away if that fails.
     Import,
+    /// It is being filled with what a snapshot holds; it goes away if that fails.
+    Copy {
+        /// The snapshot, which must stay until then.
+        snapshot: SnapshotId,
+    },
     /// It is being read.
     Export,
 }
@@ -80,6 +85,17 @@ pub enum ServiceWanted {
     Open,
     /// Its process is to close the volume and end.
     Closed,
+}
+
+impl LoanPurpose {
+    /// Whether the volume is worth nothing before its end.
+    #[must_use]
+    pub fn fills(self) -> bool {
+        match self {
+            Self::Import | Self::Copy { .. } => true,
+            Self::Export => false,
+        }
+    }
 }
 
 impl VolumeService {

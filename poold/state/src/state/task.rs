@@ -1,6 +1,6 @@
 //! Long operations. Each ends: done, failed or cancelled, whatever dies.
 
-use proto::{HostId, MigrationId, TaskId, VmId, VolumeId};
+use proto::{HostId, MigrationId, SnapshotId, TaskId, VmId, VolumeId};
 use serde::{Deserialize, Serialize};
 
 /// A long operation.
@@ -76,6 +76,42 @@ pub enum TaskKind {
         /// The volume.
         volume: VolumeId,
     },
+    /// Takes a snapshot.
+    SnapshotTake {
+        /// The snapshot, whose number is the task's too.
+        snapshot: SnapshotId,
+    },
+    /// Deletes a snapshot.
+    SnapshotDelete {
+        /// The snapshot.
+        snapshot: SnapshotId,
+    },
+    /// Makes a volume with a copy of a snapshot.
+    VolumeCopy {
+        /// The new volume.
+        volume: VolumeId,
+    },
+    /// Makes a VM like another one.
+    VmClone {
+        /// The other one.
+        source: VmId,
+    },
+    /// Takes a volume back to a snapshot, or makes one of a snapshot.
+    VolumeRewrite {
+        /// The volume.
+        volume: VolumeId,
+        /// Which of both.
+        kind: RewriteKind,
+    },
+}
+
+/// How all of a volume's content changes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum RewriteKind {
+    /// Back to a snapshot.
+    Revert,
+    /// It begins with a snapshot of another volume.
+    Clone,
 }
 
 /// `Running → Done | Failed | Cancelled`.
@@ -110,6 +146,11 @@ impl TaskKind {
             Self::VolumeClose { .. } => "volume.nbd-stop",
             Self::VolumeImport { .. } => "volume.import",
             Self::VolumeExport { .. } => "volume.export",
+            Self::SnapshotTake { .. } => "snapshot.create",
+            Self::SnapshotDelete { .. } => "snapshot.delete",
+            Self::VolumeRewrite { kind: RewriteKind::Revert, .. } => "volume.revert",
+            Self::VolumeRewrite { kind: RewriteKind::Clone, .. } | Self::VolumeCopy { .. } => "volume.clone",
+            Self::VmClone { .. } => "vm.clone",
         }
     }
 }

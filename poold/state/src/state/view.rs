@@ -3,7 +3,8 @@
 use super::{Desired, HaPolicy, Host, HostState, MigrationOutcome, PoolState, StartCause, Vm, VmState};
 use crate::rejection::{ObjectKind, Rejection};
 use proto::{
-    ByteCount, Epoch, GroupId, HostId, ImageId, MigrationId, NetworkId, TaskId, TokenId, VmId, VolumeId,
+    ByteCount, Epoch, GroupId, HostId, ImageId, MigrationId, NetworkId, SnapshotId, TaskId, TokenId, VmId,
+    VolumeId,
 };
 use std::collections::BTreeMap;
 
@@ -31,6 +32,9 @@ impl PoolState {
     lookup!(
         /// A volume by id.
         volume, volumes, VolumeId, super::Volume, Volume);
+    lookup!(
+        /// A snapshot by id.
+        snapshot, snapshots, SnapshotId, super::Snapshot, Snapshot);
     lookup!(
         /// An image by id.
         image, images, ImageId, super::Image, Image);
@@ -100,6 +104,26 @@ impl PoolState {
             volume.service.as_ref().is_some_and(|service| service.host == host) && volume.epoch == epoch
         };
         up && self.volumes.get(&volume).is_some_and(here)
+    }
+
+    /// Snapshots of a volume, oldest first.
+    pub fn snapshots_of(&self, volume: VolumeId) -> impl Iterator<Item = &super::Snapshot> {
+        let ids = self.volumes.get(&volume).map(|volume| &volume.snapshots);
+        ids.into_iter().flatten().filter_map(|id| self.snapshots.get(id))
+    }
+
+    /// What a volume's owner is to do next, if anything.
+    #[must_use]
+    pub fn work_for(&self, volume: &super::Volume) -> Option<super::VolumeWork> {
+        use super::{SnapshotState, VolumeWork};
+        if let Some(rewriting) = volume.rewriting {
+            return Some(rewriting.work);
+        }
+        self.snapshots_of(volume.id).find_map(|snapshot| match snapshot.state {
+            SnapshotState::Taking { .. } => Some(VolumeWork::Snapshot { snapshot: snapshot.id }),
+            SnapshotState::Deleting { .. } => Some(VolumeWork::DeleteSnapshot { snapshot: snapshot.id }),
+            SnapshotState::Ready { .. } => None,
+        })
     }
 
     /// Volumes whose own process is, or is to be, at a host.

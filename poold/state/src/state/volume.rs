@@ -1,7 +1,7 @@
 //! Volumes: replica sets, in-sync sets and epochs.
 
-use super::VolumeService;
-use proto::{ByteCount, Epoch, HostId, Incarnation, IsrVersion, Sequence, VmId, VolumeId};
+use super::{Rewriting, VolumeService};
+use proto::{ByteCount, Epoch, HostId, Incarnation, IsrVersion, Sequence, SnapshotId, VmId, VolumeId};
 use serde::{Deserialize, Serialize};
 
 pub use proto::AttachmentSecret;
@@ -36,6 +36,14 @@ pub struct Volume {
     pub owner: Option<VolumeOwner>,
     /// What the owner shows to replicas; of this epoch only.
     pub secret: Option<AttachmentSecret>,
+    /// A change of all its content that is not done yet.
+    pub rewriting: Option<Rewriting>,
+    /// The snapshot of which it was made.
+    pub origin: Option<SnapshotId>,
+    /// Snapshots that lay below its first content when it was made: of the volume that it was cloned from.
+    pub depth: u32,
+    /// Its snapshots, oldest first.
+    pub snapshots: Vec<SnapshotId>,
     /// Its own process, which owns it while there is one.
     pub service: Option<VolumeService>,
 }

@@ -53,7 +53,8 @@ impl World {
             HostAction::OpenService { .. }
             | HostAction::CloseService { .. }
             | HostAction::DestroyService { .. }
-            | HostAction::UpdateService { .. } => {}
+            | HostAction::UpdateService { .. }
+            | HostAction::Work { .. } => {}
             HostAction::TakeBack { migration } => self.take_back(host, &state, migration),
         }
     }

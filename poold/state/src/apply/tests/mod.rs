@@ -1,6 +1,7 @@
 //! Each rule of `apply` by the behaviour that it gives. The fixture checks all invariants after each entry, and that a rejected
 //! entry changes nothing.
 
+mod cloning;
 mod duty;
 mod govern;
 mod groups;
@@ -15,5 +16,6 @@ mod replicas;
 mod run;
 mod services;
 mod size;
+mod snapshots;
 mod users;
 mod vms;

@@ -11,11 +11,13 @@ use crate::{
     planner::{LeaderView, plan},
     state::{
         CertificateFingerprint, GroupRule, GroupStrength, HaPolicy, LoanKey, MigrationOptions, MoveCause,
-        StopMode,
+        Position, StopMode,
     },
 };
 use proptest::prelude::*;
-use proto::{ByteCount, Epoch, HostId, IsrVersion, MigrationId, Sequence, TaskId, VmId, VolumeId};
+use proto::{
+    ByteCount, Epoch, HostId, IsrVersion, MigrationId, Sequence, SnapshotId, TaskId, VmId, VolumeId,
+};
 
 /// Numbers from which a command is made: the kind, and choices among what exists. Choices beyond it name nothing.
 type Roll = (u8, u8, u8, u8);
@@ -42,7 +44,7 @@ fn command(pool: &Pool, (kind, a, b, c): Roll) -> Command {
     let epoch = state.vms.get(&vm).map_or(Epoch(0), |vm| Epoch(vm.epoch.0.saturating_sub(stale)));
     let ha = if a.is_multiple_of(4) { HaPolicy::None } else { HaPolicy::Restart };
     let mode = if a.is_multiple_of(2) { StopMode::Clean } else { StopMode::Force };
-    match kind % 41 {
+    match kind % 47 {
         0 => Command::CreateVolume {
             name: format!("v{c}"),
             size: ByteCount(1 << 30),
@@ -94,7 +96,7 @@ fn command(pool: &Pool, (kind, a, b, c): Roll) -> Command {
                 start_seq: Sequence(u64::from(b)),
             },
         },
-        28..41 if kind % 41 != 34 || a < 100 => of_service(pool, (kind, a, b, c)),
+        28..47 if kind % 47 != 34 || a < 100 => of_service(pool, (kind, a, b, c)),
         _ if a < 120 => Command::SetBrake,
         _ => Command::HaResume,
     }
@@ -107,7 +109,7 @@ fn of_service(pool: &Pool, (kind, a, b, c): Roll) -> Command {
     let other = pick(&state.hosts.keys().copied().collect::<Vec<_>>(), b, HostId(9_999));
     let vm = pick(&state.vms.keys().copied().collect::<Vec<_>>(), c, VmId(9_999));
     let task = last_of(&state.tasks.keys().copied().collect::<Vec<_>>(), c, TaskId(9_999));
-    match kind % 41 {
+    match kind % 47 {
         28 => Command::CordonHost { host },
         29 => Command::UncordonHost { host },
         30 => Command::DrainHost { host },
@@ -132,7 +134,7 @@ fn of_volume_service(pool: &Pool, host: HostId, (kind, a, b, c): Roll) -> Comman
     let stale = u64::from(b.is_multiple_of(8));
     let epoch = volumes.get(&volume).map_or(0, |volume| volume.epoch.0);
     let epoch = Epoch(epoch.saturating_sub(stale));
-    match kind % 41 {
+    match kind % 47 {
         35 => Command::Volume(VolumeCommand::ServeVolume {
             volume,
             host,
@@ -148,6 +150,8 @@ fn of_volume_service(pool: &Pool, host: HostId, (kind, a, b, c): Roll) -> Comman
                 replaces: replaces.filter(|_| a < 128),
             })
         }
+        41..=43 => of_snapshot(pool, volume, (kind, a, b, c)),
+        44..=46 => of_copy(pool, host, (kind, a, b, c)),
         38 if b < 60 => Command::Volume(VolumeCommand::ImportVolume {
             name: format!("i{c}"),
             size: ByteCount(1 << 20),
@@ -180,6 +184,50 @@ fn of_volume_service(pool: &Pool, host: HostId, (kind, a, b, c): Roll) -> Comman
                 end: ends[usize::from(a % 3)].clone(),
             })
         }
+    }
+}
+
+/// Commands about snapshots.
+fn of_snapshot(pool: &Pool, volume: VolumeId, (kind, a, b, c): Roll) -> Command {
+    let state = &pool.state;
+    let snapshot = pick(&state.snapshots.keys().copied().collect::<Vec<_>>(), c, SnapshotId(9_999));
+    let with_work = state.volumes.values().filter_map(|volume| Some((volume, state.work_for(volume)?)));
+    let pending = with_work.map(|(volume, work)| (volume.id, volume.epoch, work)).last();
+    match (kind % 47, pending) {
+        (41, _) if a < 200 => Command::Volume(VolumeCommand::TakeSnapshot { volume, name: format!("s{b}") }),
+        (41, _) => Command::Volume(VolumeCommand::RevertVolume { snapshot }),
+        (42, _) if a < 128 => Command::Volume(VolumeCommand::DeleteSnapshot { snapshot }),
+        (42, _) => Command::Volume(VolumeCommand::CloneVolume { snapshot, name: format!("c{b}") }),
+        (_, Some((volume, epoch, work))) if a < 200 => {
+            Command::Volume(VolumeCommand::VolumeWorkDone { volume, epoch, work, at: Position::default() })
+        }
+        (_, Some((volume, epoch, work))) => Command::Volume(VolumeCommand::VolumeWorkFailed {
+            volume,
+            epoch,
+            work,
+            problem: "it broke".into(),
+        }),
+        (_, None) => Command::Volume(VolumeCommand::DeleteSnapshot { snapshot }),
+    }
+}
+
+/// Commands about copies of VMs and of snapshots.
+fn of_copy(pool: &Pool, host: HostId, (kind, a, b, c): Roll) -> Command {
+    let state = &pool.state;
+    let vm = pick(&state.vms.keys().copied().collect::<Vec<_>>(), c, VmId(9_999));
+    let task = pick(&state.clonings.keys().copied().collect::<Vec<_>>(), a, TaskId(9_999));
+    let snapshot = pick(&state.snapshots.keys().copied().collect::<Vec<_>>(), c, SnapshotId(9_999));
+    match kind % 47 {
+        44 => Command::CloneVm { vm, name: format!("m{b}") },
+        45 if a < 240 => Command::StepVmClone { task },
+        45 => Command::CancelTask { task },
+        _ => Command::Volume(VolumeCommand::CopySnapshot {
+            snapshot,
+            name: format!("f{b}"),
+            replicas: None,
+            host,
+            key: LoanKey(u64::from(a)),
+        }),
     }
 }
 
