@@ -6,8 +6,11 @@
 use crate::args::DiskFormat;
 use imago::{
     DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder as _, FormatDriverBuilder as _, Mapping,
-    Storage as _, StorageCreateOptions, file::File as ImageFile, qcow2::Qcow2,
+    Storage as _, StorageCreateOptions,
+    file::File as ImageFile,
+    qcow2::{Qcow2, Qcow2CreateBuilder},
 };
+use proto::limits::BLOCK_BYTES;
 use std::{
     fs::{self, File},
     io::{self, Read as _, Seek as _, SeekFrom},
@@ -59,17 +62,7 @@ impl Source {
     /// # Errors
     /// It is neither file nor block device, or no image of this format.
     pub fn open(path: &Path, format: Option<DiskFormat>) -> io::Result<Self> {
-        let mut file = File::open(path)?;
-        let kind = file.metadata()?.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(io::Error::other("it is neither a regular file nor a block device"));
-        }
-        // The length of a block device is known to its end only.
-        let file_bytes = file.seek(SeekFrom::End(0))?;
-        file.rewind()?;
-        let mut head = Vec::new();
-        file.by_ref().take(64).read_to_end(&mut head)?;
-        let found = if head.starts_with(&QCOW2_MAGIC) { DiskFormat::Qcow2 } else { DiskFormat::Raw };
+        let ImageFileHead { file, bytes: file_bytes, head, format: found } = open_image(path)?;
         match format.unwrap_or(found) {
             DiskFormat::Raw => Ok(Self { size: file_bytes, kind: Kind::Raw(file) }),
             DiskFormat::Qcow2 => {
@@ -119,6 +112,29 @@ impl Source {
     }
 }
 
+/// A file or block device that is an image, and what its first bytes say.
+struct ImageFileHead {
+    file: File,
+    bytes: u64,
+    head: Vec<u8>,
+    format: DiskFormat,
+}
+
+fn open_image(path: &Path) -> io::Result<ImageFileHead> {
+    let mut file = File::open(path)?;
+    let kind = file.metadata()?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(io::Error::other("it is neither a regular file nor a block device"));
+    }
+    // The length of a block device is known to its end only.
+    let bytes = file.seek(SeekFrom::End(0))?;
+    file.rewind()?;
+    let mut head = Vec::new();
+    file.by_ref().take(64).read_to_end(&mut head)?;
+    let format = if head.starts_with(&QCOW2_MAGIC) { DiskFormat::Qcow2 } else { DiskFormat::Raw };
+    Ok(ImageFileHead { file, bytes, head, format })
+}
+
 fn cut_off() -> io::Error {
     io::Error::new(io::ErrorKind::UnexpectedEof, "the image is not whole: its file was cut off")
 }
@@ -165,27 +181,52 @@ impl Target {
     /// # Errors
     /// The file exists, or can't be made.
     pub fn create(path: &Path, format: DiskFormat, size: u64) -> io::Result<Self> {
-        if fs::symlink_metadata(path).is_ok() {
-            return Err(io::Error::new(io::ErrorKind::AlreadyExists, "it exists already"));
-        }
-        let mut name = path.file_name().map(ToOwned::to_owned).unwrap_or_default();
-        name.push(format!(".part-{}", std::process::id()));
-        let part = path.with_file_name(name);
+        let part = part_of(path)?;
         let kind = match format {
             DiskFormat::Raw => {
                 let file = File::options().write(true).create_new(true).open(&part)?;
                 file.set_len(size)?;
                 TargetKind::Raw(file)
             }
-            DiskFormat::Qcow2 => {
-                let file = ImageFile::create_open(StorageCreateOptions::new().filename(&part))?;
-                let open = |file| Ok(Qcow2::<ImageFile>::builder(file).write(true));
-                let gate = DenyImplicitOpenGate::default();
-                let image = Qcow2::<ImageFile>::create_builder(file).size(size).create_open(gate, open)?;
-                TargetKind::Qcow2(Box::new(FormatAccess::new(image)))
-            }
+            DiskFormat::Qcow2 => qcow2(Qcow2::<ImageFile>::create_builder(new_image(&part)?).size(size))?,
         };
         Ok(Self { path: path.to_owned(), part, kind, is_whole: false })
+    }
+
+    /// Begins a new qcow2 file that shows another one where nothing was written.
+    ///
+    /// # Errors
+    /// As [`create`](Self::create); or the other file is none.
+    pub fn on_top(path: &Path, backing: &Path, size: u64) -> io::Result<Self> {
+        // It may lie on top of others itself; nothing is read of them.
+        let in_backing = |error: io::Error| {
+            io::Error::new(error.kind(), format!("the backing file {}: {error}", backing.display()))
+        };
+        let format = match open_image(backing).map_err(in_backing)?.format {
+            DiskFormat::Raw => "raw",
+            DiskFormat::Qcow2 => "qcow2",
+        };
+        let backing = fs::canonicalize(backing)?;
+        let backing = backing.to_str().ok_or_else(|| io::Error::other("the other file's name is no text"))?;
+        let part = part_of(path)?;
+        let builder = Qcow2::<ImageFile>::create_builder(new_image(&part)?);
+        // With clusters of one block nothing is ever copied from the file below.
+        let builder =
+            builder.size(size).cluster_size(BLOCK_BYTES).backing(backing.to_owned(), format.to_owned());
+        Ok(Self { path: path.to_owned(), kind: qcow2(builder)?, part, is_whole: false })
+    }
+
+    /// Writes zeros over what the file below holds.
+    ///
+    /// # Errors
+    /// The file can't be written.
+    pub fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
+        match &self.kind {
+            TargetKind::Raw(file) => {
+                file.write_all_at(&vec![0; usize::try_from(len).map_err(io::Error::other)?], offset)
+            }
+            TargetKind::Qcow2(image) => image.write_zeroes(offset, len),
+        }
     }
 
     /// Writes what is not zero.
@@ -215,6 +256,26 @@ impl Target {
         self.is_whole = true;
         Ok(())
     }
+}
+
+/// The name of a file until it is whole.
+fn part_of(path: &Path) -> io::Result<PathBuf> {
+    if fs::symlink_metadata(path).is_ok() {
+        return Err(io::Error::new(io::ErrorKind::AlreadyExists, "it exists already"));
+    }
+    let mut name = path.file_name().map(ToOwned::to_owned).unwrap_or_default();
+    name.push(format!(".part-{}", std::process::id()));
+    Ok(path.with_file_name(name))
+}
+
+fn new_image(path: &Path) -> io::Result<ImageFile> {
+    ImageFile::create_open(StorageCreateOptions::new().filename(path))
+}
+
+fn qcow2(builder: Qcow2CreateBuilder<ImageFile>) -> io::Result<TargetKind> {
+    let open = |file| Ok(Qcow2::<ImageFile>::builder(file).backing(None).write(true));
+    let image = builder.create_open(DenyImplicitOpenGate::default(), open)?;
+    Ok(TargetKind::Qcow2(Box::new(FormatAccess::new(image))))
 }
 
 impl Drop for Target {

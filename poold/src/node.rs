@@ -13,8 +13,8 @@ use crate::{
     agent::{AgentApi, Agents},
     api::{
         Principal, consoles::ConsoleApi, events::EventApi, groups::GroupApi, images::ImageApi,
-        migrations::MigrationApi, networks::NetworkApi, status, tasks::TaskApi, users::UserApi, vms::VmApi,
-        volumes::VolumeApi,
+        migrations::MigrationApi, networks::NetworkApi, snapshots::SnapshotApi, status, tasks::TaskApi,
+        users::UserApi, vms::VmApi, volumes::VolumeApi,
     },
     cli::MemoryProof,
     consensus::{Consensus, HostClients, ProposeError, ProposeMeta, ReadError},
@@ -36,8 +36,9 @@ use proto::{
         event_service_server::EventServiceServer, group_service_server::GroupServiceServer,
         image_service_server::ImageServiceServer, lease_service_server::LeaseServiceServer,
         migration_service_server::MigrationServiceServer, network_service_server::NetworkServiceServer,
-        task_service_server::TaskServiceServer, user_service_server::UserServiceServer,
-        vm_service_server::VmServiceServer, volume_service_server::VolumeServiceServer,
+        snapshot_service_server::SnapshotServiceServer, task_service_server::TaskServiceServer,
+        user_service_server::UserServiceServer, vm_service_server::VmServiceServer,
+        volume_service_server::VolumeServiceServer,
     },
 };
 use std::{io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
@@ -337,6 +338,7 @@ fn routes(
         .add_service(MigrationServiceServer::new(MigrationApi::new(context.clone(), agents.clone())))
         .add_service(TaskServiceServer::new(TaskApi::new(context.clone())))
         .add_service(EventServiceServer::new(EventApi::new(context.clone())))
+        .add_service(SnapshotServiceServer::new(SnapshotApi::new(context.clone())))
         .add_service(GroupServiceServer::new(GroupApi::new(context.clone())))
         .add_service(NetworkServiceServer::new(NetworkApi::new(context.clone())))
         .add_service(UserServiceServer::new(UserApi::new(context.clone())))

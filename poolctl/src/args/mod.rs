@@ -15,7 +15,7 @@ pub use govern::{CaCommand, UpgradeCommand, UserTokenCommand};
 pub use hosts::{BalanceCommand, HaCommand, HostCommand, PoolCommand, TokenCommand};
 pub use networks::{NetArguments, NetCommand};
 pub use rules::{GroupCommand, Members, Rule, SupportCommand, UserCommand};
-pub use storage::{DiskFormat, ImageCommand, VolumeCommand};
+pub use storage::{DiskFormat, ImageCommand, SnapshotCommand, VolumeCommand};
 pub use vms::{ConsoleCommand, CreateArguments, HaPolicy, MigrateArguments, Policy, VmCommand};
 pub use work::{EventCommand, MigrationCommand, TaskCommand};
 
@@ -66,6 +66,9 @@ pub enum Noun {
     /// Replicated disks
     #[command(subcommand)]
     Volume(VolumeCommand),
+    /// Snapshots of replicated disks
+    #[command(subcommand)]
+    Snapshot(SnapshotCommand),
     /// Kernels, initrds and disk images
     #[command(subcommand)]
     Image(ImageCommand),

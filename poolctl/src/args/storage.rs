@@ -31,6 +31,40 @@ pub enum VolumeCommand {
         /// The volume [default: all]
         volume: Option<String>,
     },
+    /// Takes a snapshot, while a VM runs, too
+    Snapshot {
+        /// The volume
+        volume: String,
+        /// Name of the snapshot
+        name: String,
+        /// Prints the task and does not wait
+        #[arg(long = "async")]
+        detach: bool,
+    },
+    /// Makes a volume of a snapshot; both share what neither changes
+    Clone {
+        /// The snapshot: VOLUME@NAME
+        snapshot: String,
+        /// Name of the new volume
+        name: String,
+        /// Copies everything: nothing is shared
+        #[arg(long)]
+        full: bool,
+        /// Number of copies of a full clone [default: 3, or as many as there are hosts]
+        #[arg(long, requires = "full", value_parser = clap::value_parser!(u32).range(1..))]
+        replicas: Option<u32>,
+        /// Prints the task and does not wait
+        #[arg(long = "async")]
+        detach: bool,
+    },
+    /// Takes a volume that nobody has open back to a snapshot; what was written since is lost
+    Revert {
+        /// The snapshot: VOLUME@NAME
+        snapshot: String,
+        /// Prints the task and does not wait
+        #[arg(long = "async")]
+        detach: bool,
+    },
     /// Makes a volume of a disk image
     Import {
         /// Its name
@@ -45,18 +79,27 @@ pub enum VolumeCommand {
         #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
         replicas: Option<u32>,
     },
-    /// Writes a volume that nobody has open into a new file
+    /// Writes a volume that nobody has open, or a snapshot, into a new file
     Export {
         /// The volume
         volume: String,
+        /// A snapshot of it, while a VM runs, too
+        #[arg(long)]
+        snapshot: Option<String>,
+        /// Only what has changed since this snapshot: a qcow2 file on top of --backing
+        #[arg(long, requires_all = ["snapshot", "backing"])]
+        since: Option<String>,
+        /// The file that holds the older snapshot
+        #[arg(long, requires = "since", value_hint = ValueHint::FilePath)]
+        backing: Option<PathBuf>,
         /// The file
         #[arg(value_hint = ValueHint::FilePath)]
         file: PathBuf,
-        /// Form of the file
-        #[arg(long, value_enum, default_value_t = DiskFormat::Raw)]
-        format: DiskFormat,
+        /// Form of the file [default: raw, and qcow2 with --since]
+        #[arg(long, value_enum)]
+        format: Option<DiskFormat>,
     },
-    /// Grows a volume; seen when it is opened anew: served again, or by a guest's boot
+    /// Grows a volume; a guest sees it at once, an NBD client when it connects anew
     Resize {
         /// The volume
         volume: String,
@@ -97,6 +140,30 @@ pub enum VolumeCommand {
     Delete {
         /// The volume
         volume: String,
+    },
+}
+
+/// `poolctl snapshot …`
+#[derive(Debug, Subcommand)]
+pub enum SnapshotCommand {
+    /// All snapshots
+    List {
+        /// Of this volume only
+        #[arg(long)]
+        volume: Option<String>,
+    },
+    /// One snapshot
+    Show {
+        /// The snapshot: VOLUME@NAME
+        snapshot: String,
+    },
+    /// Deletes a snapshot; clones of it stay
+    Delete {
+        /// The snapshot: VOLUME@NAME
+        snapshot: String,
+        /// Prints the task and does not wait
+        #[arg(long = "async")]
+        detach: bool,
     },
 }
 

@@ -95,6 +95,16 @@ pub enum VmCommand {
         /// The VM
         vm: String,
     },
+    /// Makes a stopped VM like another one, on clones of its disks as they are now; both share what neither changes
+    Clone {
+        /// The VM
+        vm: String,
+        /// Name of the new one
+        name: String,
+        /// Print the task and do not wait
+        #[arg(long = "async")]
+        detach: bool,
+    },
     /// Deletes a stopped VM; its volumes stay
     Delete {
         /// The VM

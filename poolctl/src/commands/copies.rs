@@ -14,14 +14,14 @@ use proto::{
     limits::{BLOCK_BYTES, CHUNK_BYTES},
     v1::{
         ExportVolumeHeader, ExportVolumePart, ExportVolumeRequest, ImportVolumeHeader, ImportVolumePart,
-        VolumeEnd, VolumePiece, VolumeRef, export_volume_part, import_volume_part::Part,
+        VolumeEnd, VolumePiece, VolumeRef, export_volume_part, import_volume_part,
         volume_service_client::VolumeServiceClient,
     },
 };
 use std::{
     io,
     ops::Range,
-    path::Path,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -91,7 +91,7 @@ fn send_image(
     let bar = Upload::new(source.size());
     let send = |part| parts.blocking_send(ImportVolumePart { part: Some(part) });
     // A receiver that is gone has an answer of the pool.
-    if send(Part::Header(header)).is_err() {
+    if send(import_volume_part::Part::Header(header)).is_err() {
         return Ok(());
     }
     let mut at = 0;
@@ -104,7 +104,9 @@ fn send_image(
             source.read(at, &mut data)?;
             if let Some(piece) = content(&data) {
                 let offset = at + piece.start as u64;
-                if send(Part::Piece(VolumePiece { offset, data: data[piece].to_vec() })).is_err() {
+                if send(import_volume_part::Part::Piece(VolumePiece { offset, data: data[piece].to_vec() }))
+                    .is_err()
+                {
                     return Ok(());
                 }
             }
@@ -114,7 +116,7 @@ fn send_image(
         }
         bar.sent(at.min(source.size()));
     }
-    let _ = send(Part::End(VolumeEnd {}));
+    let _ = send(import_volume_part::Part::End(VolumeEnd {}));
     Ok(())
 }
 
@@ -129,6 +131,16 @@ fn content(data: &[u8]) -> Option<Range<usize>> {
     Some(first / sector * sector..(last + 1).next_multiple_of(sector).min(data.len()))
 }
 
+/// Which part of a volume is written.
+pub struct Part {
+    /// A snapshot; empty: what it holds now.
+    pub snapshot: String,
+    /// What has changed since this one; empty: everything.
+    pub since: String,
+    /// The file that holds the older snapshot.
+    pub backing: Option<PathBuf>,
+}
+
 /// Writes a volume into a new file.
 ///
 /// # Errors
@@ -136,10 +148,19 @@ fn content(data: &[u8]) -> Option<Range<usize>> {
 pub async fn export(
     session: &mut Session,
     volume: String,
-    path: &Path,
-    format: DiskFormat,
+    part: Part,
+    (path, format): (&Path, Option<DiskFormat>),
 ) -> Result<(), Failure> {
-    let request = ExportVolumeRequest { meta: new_meta(), volume };
+    let Part { snapshot, since, backing } = part;
+    let plan = match (backing, format) {
+        (Some(_), Some(DiskFormat::Raw)) => {
+            let cause = "a raw file can't stand on top of another one; leave --format out";
+            return Err(Failure::new(Exit::Usage, "BAD_FORMAT", format!("file {}", path.display()), cause));
+        }
+        (Some(backing), _) => Plan::Changes { backing },
+        (None, format) => Plan::Whole(format.unwrap_or(DiskFormat::Raw)),
+    };
+    let request = ExportVolumeRequest { meta: new_meta(), volume, snapshot, since };
     let opened = session.client.call_within(OPEN_LIMIT, |channel| {
         let request = request.clone();
         async move { VolumeServiceClient::new(channel).export(request).await }
@@ -152,7 +173,7 @@ pub async fn export(
     let ExportVolumeHeader { volume, size_bytes: size } = header;
     let (sender, queue) = mpsc::channel(PARTS_AHEAD);
     let file = path.to_owned();
-    let writing = tokio::task::spawn_blocking(move || write_image(&file, format, size, queue));
+    let writing = tokio::task::spawn_blocking(move || write_image(&file, &plan, size, queue));
     let received = async {
         loop {
             match parts.message().await?.and_then(|part: ExportVolumePart| part.part) {
@@ -182,25 +203,37 @@ pub async fn export(
     session.output.changed(&VolumeView::from(volume), &sentence)
 }
 
+/// What is made of the pieces.
+enum Plan {
+    /// A file of its own.
+    Whole(DiskFormat),
+    /// A qcow2 file on top of another one.
+    Changes { backing: PathBuf },
+}
+
 enum Received {
     Piece(VolumePiece),
     End,
 }
 
 /// Writes the pieces as they come; blocking. Without the end nothing is left.
-fn write_image(
-    path: &Path,
-    format: DiskFormat,
-    size: u64,
-    mut pieces: mpsc::Receiver<Received>,
-) -> io::Result<()> {
-    let target = Target::create(path, format, size)?;
+fn write_image(path: &Path, plan: &Plan, size: u64, mut pieces: mpsc::Receiver<Received>) -> io::Result<()> {
+    let target = match plan {
+        Plan::Whole(format) => Target::create(path, *format, size)?,
+        Plan::Changes { backing } => Target::on_top(path, backing, size)?,
+    };
     let bar = Upload::new(size);
     loop {
         match pieces.blocking_recv() {
             Some(Received::Piece(piece)) => {
-                if let Some(range) = content(&piece.data) {
-                    target.write(piece.offset + range.start as u64, &piece.data[range])?;
+                match (plan, content(&piece.data)) {
+                    (Plan::Whole(_), Some(range)) => {
+                        target.write(piece.offset + range.start as u64, &piece.data[range])?;
+                    }
+                    (Plan::Whole(_), None) => {}
+                    (Plan::Changes { .. }, Some(_)) => target.write(piece.offset, &piece.data)?,
+                    // It hides what was there before.
+                    (Plan::Changes { .. }, None) => target.zero(piece.offset, piece.data.len() as u64)?,
                 }
                 bar.sent(piece.offset);
             }

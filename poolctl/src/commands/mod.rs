@@ -10,6 +10,7 @@ mod images;
 mod migrations;
 mod networks;
 mod pools;
+mod snapshots;
 mod support;
 mod tasks;
 mod users;
@@ -97,6 +98,7 @@ async fn dispatch(noun: Noun, session: &mut Session) -> Result<(), Failure> {
         Noun::Ha(command) => pools::run_ha(command, session).await,
         Noun::Host(command) => hosts::run(command, session).await,
         Noun::Volume(command) => volumes::run(command, session).await,
+        Noun::Snapshot(command) => snapshots::run(command, session).await,
         Noun::Image(command) => images::run(command, session).await,
         Noun::Vm(command) => vms::run(command, session).await,
         Noun::Migration(command) => migrations::run(command, session).await,

@@ -12,8 +12,8 @@ use crate::{
 use proto::{
     TaskId,
     v1::{
-        CreateVmRequest, ListVmsRequest, StartVmRequest, StopVmRequest, Task, VmChangeRequest, VmRef,
-        vm_service_client::VmServiceClient,
+        CloneVmRequest, CreateVmRequest, ListVmsRequest, StartVmRequest, StopVmRequest, Task,
+        VmChangeRequest, VmRef, vm_service_client::VmServiceClient,
     },
 };
 
@@ -70,6 +70,11 @@ pub async fn run(command: VmCommand, session: &mut Session) -> Result<(), Failur
         VmCommand::Where { vm } => {
             let vm = call!(session.client, VmServiceClient, r#where, VmRef { r#ref: vm }).await?;
             tell(session, vm.into())
+        }
+        VmCommand::Clone { vm, name, detach } => {
+            let request = CloneVmRequest { meta: new_meta(), vm: vm.clone(), name: name.clone() };
+            let task = call!(session.client, VmServiceClient, clone_vm, request).await?;
+            end_of_task(session, task, &name, &format!("cloning {vm}"), detach).await
         }
         VmCommand::Delete { vm } => {
             let request = VmChangeRequest { meta: new_meta(), vm };

@@ -1,6 +1,6 @@
 //! `poolctl volume`.
 
-use super::{Session, copies};
+use super::{Session, copies, snapshots};
 use crate::{
     args::VolumeCommand,
     client::{call, new_meta},
@@ -12,8 +12,9 @@ use crate::{
 use proto::{
     ByteCount, TaskId,
     v1::{
-        CreateVolumeRequest, DeleteVolumeRequest, ListVolumesRequest, ResizeVolumeRequest, ServeNbdRequest,
-        SetVolumeRequest, Task, VolumeChangeRequest, VolumeRef, volume_service_client::VolumeServiceClient,
+        CloneVolumeRequest, CreateVolumeRequest, DeleteVolumeRequest, ListVolumesRequest,
+        ResizeVolumeRequest, ServeNbdRequest, SetVolumeRequest, Task, VolumeChangeRequest, VolumeRef,
+        volume_service_client::VolumeServiceClient,
     },
 };
 
@@ -47,11 +48,25 @@ pub async fn run(command: VolumeCommand, session: &mut Session) -> Result<(), Fa
             session.output.show(&VolumeView::from(volume))
         }
         VolumeCommand::Health { volume } => health(session, volume).await,
+        VolumeCommand::Snapshot { volume, name, detach } => {
+            snapshots::create(session, volume, name, detach).await
+        }
+        VolumeCommand::Clone { snapshot, name, full, replicas, detach } => {
+            let replicas = replicas.unwrap_or(0);
+            let request = CloneVolumeRequest { meta: new_meta(), snapshot, name, full, replicas };
+            snapshots::make_clone(session, request, detach).await
+        }
+        VolumeCommand::Revert { snapshot, detach } => snapshots::revert(session, snapshot, detach).await,
         VolumeCommand::Import { name, file, format, replicas } => {
             copies::import(session, name, &file, format, replicas.unwrap_or(0)).await
         }
-        VolumeCommand::Export { volume, file, format } => {
-            copies::export(session, volume, &file, format).await
+        VolumeCommand::Export { volume, snapshot, since, backing, file, format } => {
+            let part = copies::Part {
+                snapshot: snapshot.unwrap_or_default(),
+                since: since.unwrap_or_default(),
+                backing,
+            };
+            copies::export(session, volume, part, (&file, format)).await
         }
         VolumeCommand::Resize { volume, size } => {
             let request = ResizeVolumeRequest { meta: new_meta(), volume, size_bytes: size.0 };

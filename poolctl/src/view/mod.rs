@@ -20,7 +20,7 @@ pub use hosts::{HostView, PoolView, TokenView};
 pub use migration::{MigrationView, PlanView};
 pub use networks::{NetworkView, NicView};
 pub use rules::{AuditView, GroupView, HaPlanView, PlannedMoveView, UserView};
-pub use storage::{ImageView, VolumeView};
+pub use storage::{ImageView, SnapshotView, VolumeView};
 pub use vm::{ConsoleView, ExplanationView, VmView};
 pub use work::{EventView, TaskView};
 

@@ -2,7 +2,7 @@
 
 use super::{bytes, words};
 use crate::output::Object;
-use proto::{ImageId, VolumeId, v1};
+use proto::{ImageId, SnapshotId, VolumeId, v1};
 use serde::Serialize;
 
 /// A volume.
@@ -14,6 +14,8 @@ pub struct VolumeView {
     epoch: u64,
     owner: String,
     health: String,
+    origin: String,
+    snapshots: Vec<String>,
     replicas: Vec<ReplicaView>,
     replicas_wanted: u32,
     isr_version: u64,
@@ -75,6 +77,8 @@ impl From<v1::Volume> for VolumeView {
             epoch: volume.epoch,
             owner: volume.owner,
             health: volume.health,
+            origin: volume.origin,
+            snapshots: volume.snapshots,
             replicas: volume.replicas.into_iter().map(replica).collect(),
             replicas_wanted: volume.replicas_wanted,
             isr_version: volume.isr_version,
@@ -114,6 +118,50 @@ impl Object for VolumeView {
             self.epoch.to_string(),
             self.isr_version.to_string(),
             self.nbd_uri().to_owned(),
+        ]
+    }
+}
+
+/// A snapshot.
+#[derive(Debug, Serialize)]
+pub struct SnapshotView {
+    id: String,
+    name: String,
+    volume: String,
+    size_bytes: u64,
+    created_ms: u64,
+    state: String,
+}
+
+impl From<v1::Snapshot> for SnapshotView {
+    fn from(snapshot: v1::Snapshot) -> Self {
+        Self {
+            id: SnapshotId(snapshot.id).to_string(),
+            name: snapshot.name,
+            volume: snapshot.volume,
+            size_bytes: snapshot.size_bytes,
+            created_ms: snapshot.created_ms,
+            state: snapshot.state,
+        }
+    }
+}
+
+impl Object for SnapshotView {
+    const KIND: &'static str = "Snapshot";
+    const COLUMNS: &'static [&'static str] = &["VOLUME", "NAME", "SIZE", "STATE"];
+    const WIDE: &'static [&'static str] = &["ID"];
+
+    fn name(&self) -> String {
+        format!("{}@{}", self.volume, self.name)
+    }
+
+    fn cells(&self) -> Vec<String> {
+        vec![
+            self.volume.clone(),
+            self.name.clone(),
+            bytes(self.size_bytes),
+            self.state.clone(),
+            self.id.clone(),
         ]
     }
 }

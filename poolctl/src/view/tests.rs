@@ -104,6 +104,8 @@ fn volume_and_image() {
         operations_per_s_max: 50,
         health: "healthy".into(),
         replicas_wanted: 1,
+        origin: "base@gold".into(),
+        snapshots: vec!["before".into()],
         ..Default::default()
     };
     let nbd = json!({"host": "h1", "listen": "127.0.0.1:0", "uri": "nbd://127.0.0.1:9/data",
@@ -111,7 +113,7 @@ fn volume_and_image() {
     assert_eq!(
         shape(&VolumeView::from(volume)),
         json!({"id": "vol-5", "name": "data", "size_bytes": 1 << 30, "epoch": 2, "owner": "vm a",
-            "health": "healthy", "replicas": [{"host": "h1", "state": "in-sync"}], "replicas_wanted": 1,
+            "health": "healthy", "origin": "base@gold", "snapshots": ["before"], "replicas": [{"host": "h1", "state": "in-sync"}], "replicas_wanted": 1,
             "isr_version": 3, "nbd": nbd, "iops_max": 50, "bytes_per_s_max": 0, "revision": 8})
     );
     let image = v1::Image {

@@ -8,7 +8,7 @@
 mod console;
 mod service;
 
-pub use service::{AgentApi, image_status, spread_status};
+pub use service::{AgentApi, image_status, owner_of, spread_status};
 
 use crate::{consensus::HostClients, supervisor::Supervisor};
 use futures::{Stream, StreamExt as _};

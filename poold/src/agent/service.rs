@@ -4,16 +4,16 @@ use super::{ConsoleStream, console};
 use crate::{
     api::require_host,
     images::{self, ImageError, ImageStore, SpreadError},
-    supervisor::Supervisor,
+    supervisor::{Machine, ProcessView, Supervisor},
 };
 use futures::{Stream, StreamExt as _};
 use pool_state::state::ContentHash;
 use proto::{
-    HostId, VmId,
+    HostId, VmId, VolumeId,
     v1::{
         AgentConsole, AgentConsoleType, AgentConsoleTyped, AgentImageAck, AgentImageChunk, AgentImageRequest,
-        AgentMigrationProgress, AgentVmRequest, AgentVmStatus, MigrationRecord,
-        agent_service_server::AgentService,
+        AgentMigrationProgress, AgentSnapshotRequest, AgentVmRequest, AgentVmStatus, MigrationRecord,
+        VolumePiece, VolumeReadRequest, agent_service_server::AgentService,
     },
 };
 use std::{pin::Pin, sync::Arc};
@@ -54,6 +54,7 @@ pub fn migration_progress(supervisor: &Supervisor, vm: VmId) -> Result<Migration
 #[tonic::async_trait]
 impl AgentService for AgentApi {
     type ConsoleFollowStream = ConsoleStream;
+    type ReadSnapshotStream = Pin<Box<dyn Stream<Item = Result<VolumePiece, Status>> + Send>>;
     type FetchImageStream = Pin<Box<dyn Stream<Item = Result<AgentImageChunk, Status>> + Send>>;
 
     async fn console_log(&self, request: Request<AgentVmRequest>) -> Result<Response<AgentConsole>, Status> {
@@ -112,6 +113,18 @@ impl AgentService for AgentApi {
         Ok(Response::new(chunks.boxed()))
     }
 
+    async fn read_snapshot(
+        &self,
+        request: Request<AgentSnapshotRequest>,
+    ) -> Result<Response<Self::ReadSnapshotStream>, Status> {
+        require_host(&request)?;
+        let AgentSnapshotRequest { volume_id, snapshot_id, since_snapshot_id } = request.into_inner();
+        let read = VolumeReadRequest { volume_id, snapshot_id, since_snapshot_id };
+        let pieces = owner_of(&self.supervisor, VolumeId(volume_id))?.volume_read(read).await;
+        let pieces = pieces.map_err(|error| Status::aborted(error.to_string()))?;
+        Ok(Response::new(Box::pin(pieces)))
+    }
+
     async fn vm_status(&self, request: Request<AgentVmRequest>) -> Result<Response<AgentVmStatus>, Status> {
         let vm = vm_of(&request)?;
         let process = console::process_of(&self.supervisor, vm)?;
@@ -121,6 +134,18 @@ impl AgentService for AgentApi {
         };
         Ok(Response::new(AgentVmStatus { state, epoch: process.key.epoch.0 }))
     }
+}
+
+/// The process at this host that has a volume open.
+pub fn owner_of(supervisor: &Supervisor, volume: VolumeId) -> Result<Machine, Status> {
+    let has_open = |process: &&ProcessView| {
+        let volumes = process.status.as_ref().map(|status| &status.volumes);
+        let is_open = |state: &str| matches!(state, "active" | "stalled");
+        volumes.is_some_and(|open| open.iter().any(|it| it.volume_id == volume.0 && is_open(&it.state)))
+    };
+    let processes = supervisor.processes();
+    let owner = processes.iter().find(has_open).and_then(|process| supervisor.machine(process.key));
+    owner.ok_or_else(|| Status::aborted(format!("{volume} is not open at this host any more")))
 }
 
 fn vm_of(request: &Request<AgentVmRequest>) -> Result<VmId, Status> {

@@ -110,6 +110,7 @@ const PUBLIC: &[(&str, Methods)] = &[
             ("Pause", OPERATE),
             ("Resume", OPERATE),
             ("Delete", OPERATE),
+            ("CloneVm", OPERATE),
             ("List", VIEW),
             ("Show", VIEW),
             ("Where", VIEW),
@@ -127,11 +128,14 @@ const PUBLIC: &[(&str, Methods)] = &[
             ("StopNbd", OPERATE),
             ("Resize", OPERATE),
             ("Set", OPERATE),
+            ("Revert", OPERATE),
+            ("CloneSnapshot", OPERATE),
             ("Import", OPERATE),
             // All of the content goes out.
             ("Export", OPERATE),
         ],
     ),
+    ("pool.v1.SnapshotService", &[("Create", OPERATE), ("List", VIEW), ("Show", VIEW), ("Delete", OPERATE)]),
     ("pool.v1.ImageService", &[("Import", OPERATE), ("List", VIEW), ("Delete", OPERATE)]),
     (
         "pool.v1.MigrationService",

@@ -9,6 +9,7 @@
 
 use super::{Principal, status::detailed, views};
 use crate::{
+    agent::owner_of,
     loans::LoanGuard,
     node::NodeContext,
     supervisor::{Machine, MachineError, ProcessKey, Supervisor},
@@ -18,25 +19,32 @@ use pool_state::command::VolumeCommand;
 use pool_state::{
     Command, Outcome, PoolState,
     command::LoanEnd,
-    state::{LoanKey, TaskState},
+    state::{LoanKey, ServiceWanted, TaskState},
 };
 use proto::{
-    ByteCount, TaskId, VolumeId,
+    ByteCount, HostId, SnapshotId, TaskId, VolumeId,
     v1::{
-        ExportVolumeHeader, ExportVolumePart, ExportVolumeRequest, ImportVolumeHeader, ImportVolumePart,
-        Volume, VolumeEnd, VolumePiece, export_volume_part, import_volume_part::Part,
+        AgentSnapshotRequest, ExportVolumeHeader, ExportVolumePart, ExportVolumeRequest, ImportVolumeHeader,
+        ImportVolumePart, RequestMeta, Volume, VolumeEnd, VolumePiece, VolumeReadRequest, export_volume_part,
+        import_volume_part::Part,
     },
 };
 use std::{pin::Pin, time::Duration};
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::Instant};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming};
 
 /// Pieces that wait between the client and the process: 8 MiB.
-const PIECES_AHEAD: usize = 8;
+pub(super) const PIECES_AHEAD: usize = 8;
 
 /// How long the volume's process may take to open it.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long an owner that others have asked for may take to be there again: a lost host's VM starts elsewhere.
+const OWNER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How often it is asked again.
+const OWNER_POLL: Duration = Duration::from_millis(200);
 
 /// The parts of an export.
 pub type PartStream = Pin<Box<dyn Stream<Item = Result<ExportVolumePart, Status>> + Send>>;
@@ -110,49 +118,123 @@ impl Copies {
         written.map(drop).map_err(|error| broken(&error))
     }
 
-    /// Sends a volume to the client.
+    /// Sends a volume or a snapshot to the client.
     pub async fn export(
         &self,
         principal: &Principal,
         request: ExportVolumeRequest,
     ) -> Result<PartStream, Status> {
-        let ExportVolumeRequest { meta, volume } = request;
-        let volume = views::found(self.context.read().await?.resolve_volume(&volume))?.id;
-        let loan = self.context.loans.begin();
-        let command =
-            Command::Volume(VolumeCommand::ExportVolume { volume, host: self.context.host, key: loan.key() });
-        let (_, state) = self.context.change(principal, meta, command).await?;
-        let found = views::found(state.volume(volume))?;
-        let header = ExportVolumeHeader { volume: found.name.clone(), size_bytes: found.size.0 };
-        let pieces = match self.opened(volume, loan.key()).await {
-            Ok(machine) => machine.volume_read().await.map_err(|error| broken(&error)),
-            Err(status) => Err(status),
-        };
-        let object = format!("volume {}", header.volume);
-        let pieces = match pieces {
-            Ok(pieces) => pieces,
-            Err(status) => {
-                let failed = Err(status);
-                // What it failed of comes first.
-                let _ = self.end(&object, (volume, loan), &failed).await;
-                return failed.map(|()| unreachable!("it has just failed"));
+        let state = self.context.read().await?;
+        let wanted = Wanted::of(&state, &request)?;
+        let header = wanted.header(&state)?;
+        if let Some(pieces) = self.read_where_open(&wanted).await? {
+            let (sender, parts) = mpsc::channel(PIECES_AHEAD);
+            tokio::spawn(async move {
+                let sent = send_all(header, pieces, &sender).await;
+                // A client that has gone needs no end.
+                let _ = sender.send(sent.map(|()| end_part())).await;
+            });
+            return Ok(Box::pin(ReceiverStream::new(parts)));
+        }
+        self.export_lent(principal, request, wanted).await
+    }
+
+    /// What the owner reads that others have the volume open by; none if nobody has. It reads what does not change while it goes on.
+    /// One that is being started again, elsewhere or anew, is waited for.
+    pub(super) async fn read_where_open(
+        &self,
+        wanted: &Wanted,
+    ) -> Result<Option<Streaming<VolumePiece>>, Status> {
+        let mut states = self.context.consensus.watch();
+        let end = Instant::now() + OWNER_TIMEOUT;
+        loop {
+            let state = states.borrow_and_update().clone();
+            let problem = match wanted.opened_by(&state) {
+                Opened::ByNobody => return Ok(None),
+                Opened::Soon => Status::aborted(format!("{} is not open again yet", wanted.volume)),
+                Opened::At(host) => match self.at_owner(host, wanted.read()).await {
+                    Ok(pieces) => return Ok(Some(pieces)),
+                    Err(status) if may_pass(&status) => status,
+                    Err(status) => return Err(status),
+                },
+            };
+            if Instant::now() >= end {
+                return Err(problem);
             }
-        };
+            // What it reads of may also come without a change of the state.
+            let _ = tokio::time::timeout(OWNER_POLL, states.changed()).await;
+        }
+    }
+
+    /// What the owner at a host reads.
+    async fn at_owner(
+        &self,
+        host: HostId,
+        read: VolumeReadRequest,
+    ) -> Result<Streaming<VolumePiece>, Status> {
+        if host == self.context.host {
+            let machine = owner_of(&self.supervisor, VolumeId(read.volume_id))?;
+            return machine.volume_read(read).await.map_err(|error| broken(&error));
+        }
+        let VolumeReadRequest { volume_id, snapshot_id, since_snapshot_id } = read;
+        let request = AgentSnapshotRequest { volume_id, snapshot_id, since_snapshot_id };
+        let agent = self.context.clients.agent(host);
+        let mut agent = agent.map_err(|error| Status::unavailable(error.to_string()))?;
+        Ok(agent.read_snapshot(request).await?.into_inner())
+    }
+
+    /// Opens the volume by a process of this host and sends what it reads.
+    async fn export_lent(
+        &self,
+        principal: &Principal,
+        request: ExportVolumeRequest,
+        wanted: Wanted,
+    ) -> Result<PartStream, Status> {
+        let (volume, meta) = (wanted.volume, request.meta);
+        let Lent { header, pieces, loan } = self.lend(principal, meta, &wanted).await?;
+        let object = format!("volume {}", header.volume);
         let (sender, parts) = mpsc::channel(PIECES_AHEAD);
         let copies = self.clone();
         tokio::spawn(async move {
             let sent = send_all(header, pieces, &sender).await;
             let ended = copies.end(&object, (volume, loan), &sent).await;
             let last = sent.and(ended.map(drop));
-            let end = ExportVolumePart { part: Some(export_volume_part::Part::End(VolumeEnd {})) };
             // A client that has gone needs no end.
-            let _ = sender.send(last.map(|()| end)).await;
+            let _ = sender.send(last.map(|()| end_part())).await;
         });
         Ok(Box::pin(ReceiverStream::new(parts)))
     }
 
+    /// A volume that nobody has open, opened by a process of this host, which reads it.
+    pub(super) async fn lend(
+        &self,
+        principal: &Principal,
+        meta: Option<RequestMeta>,
+        wanted: &Wanted,
+    ) -> Result<Lent, Status> {
+        let volume = wanted.volume;
+        let loan = self.context.loans.begin();
+        let command =
+            Command::Volume(VolumeCommand::ExportVolume { volume, host: self.context.host, key: loan.key() });
+        let (_, state) = self.context.change(principal, meta, command).await?;
+        let header = wanted.header(&state)?;
+        let pieces = match self.opened(volume, loan.key()).await {
+            Ok(machine) => machine.volume_read(wanted.read()).await.map_err(|error| broken(&error)),
+            Err(status) => Err(status),
+        };
+        match pieces {
+            Ok(pieces) => Ok(Lent { header, pieces, loan }),
+            Err(status) => {
+                // What it failed of comes first.
+                let object = format!("volume {}", header.volume);
+                let _ = self.end(&object, (volume, loan), &Err(status.clone())).await;
+                Err(status)
+            }
+        }
+    }
+
     /// The process of a lent volume, once it serves.
-    async fn opened(&self, volume: VolumeId, key: LoanKey) -> Result<Machine, Status> {
+    pub(super) async fn opened(&self, volume: VolumeId, key: LoanKey) -> Result<Machine, Status> {
         let mut states = self.context.consensus.watch();
         let settled = states.wait_for(|state| loan_state(state, volume, key) != LoanState::Opening);
         let state = tokio::time::timeout(OPEN_TIMEOUT, settled).await;
@@ -178,7 +260,7 @@ impl Copies {
     }
 
     /// Tells the pool how the work ended. Without an answer the reconciler does, when the guard is gone.
-    async fn end(
+    pub(super) async fn end(
         &self,
         object: &str,
         (volume, loan): (VolumeId, LoanGuard),
@@ -197,6 +279,103 @@ impl Copies {
         })?;
         Ok(self.context.consensus.local())
     }
+}
+
+/// A volume that is open for being read.
+pub(super) struct Lent {
+    header: ExportVolumeHeader,
+    /// What it holds.
+    pub(super) pieces: Streaming<VolumePiece>,
+    /// To be ended.
+    pub(super) loan: LoanGuard,
+}
+
+/// What a client wants to read.
+pub(super) struct Wanted {
+    pub(super) volume: VolumeId,
+    pub(super) snapshot: Option<SnapshotId>,
+    pub(super) since: Option<SnapshotId>,
+}
+
+impl Wanted {
+    fn of(state: &PoolState, request: &ExportVolumeRequest) -> Result<Self, Status> {
+        let volume = views::found(state.resolve_volume(&request.volume))?;
+        let snapshot = |name: &str| match name {
+            "" => Ok(None),
+            name => {
+                let snapshot = views::found(state.resolve_snapshot(&format!("{}@{name}", volume.name)))?;
+                match snapshot.taken_at() {
+                    Some(_) => Ok(Some(snapshot.id)),
+                    None => views::found(Err(state.not_ready(snapshot))),
+                }
+            }
+        };
+        let wanted = Self {
+            volume: volume.id,
+            snapshot: snapshot(&request.snapshot)?,
+            since: snapshot(&request.since)?,
+        };
+        if wanted.since.is_some() && wanted.snapshot.is_none() {
+            return Err(Status::invalid_argument(
+                "what has changed since a snapshot is exported up to another one",
+            ));
+        }
+        Ok(wanted)
+    }
+
+    /// Who has the volume open for others, if a snapshot of it can be read there.
+    fn opened_by(&self, state: &PoolState) -> Opened {
+        let volume = state.volumes.get(&self.volume).filter(|_| self.snapshot.is_some());
+        let Some((volume, owner)) = volume.and_then(|volume| Some((volume, volume.owner?))) else {
+            return Opened::ByNobody;
+        };
+        let is_open = match (owner.vm().and_then(|vm| state.vms.get(&vm)), &volume.service) {
+            (Some(vm), _) => vm.is_reported_running(),
+            (None, Some(service)) if service.nbd.is_some() && service.wanted == ServiceWanted::Open => {
+                service.serves_at(volume.epoch)
+            }
+            _ => return Opened::ByNobody,
+        };
+        if is_open { Opened::At(owner.host) } else { Opened::Soon }
+    }
+
+    fn read(&self) -> VolumeReadRequest {
+        let number = |snapshot: Option<SnapshotId>| snapshot.map_or(0, |snapshot| snapshot.0);
+        VolumeReadRequest {
+            volume_id: self.volume.0,
+            snapshot_id: number(self.snapshot),
+            since_snapshot_id: number(self.since),
+        }
+    }
+
+    fn header(&self, state: &PoolState) -> Result<ExportVolumeHeader, Status> {
+        let volume = views::found(state.volume(self.volume))?;
+        let size = match self.snapshot {
+            Some(snapshot) => views::found(state.snapshot(snapshot))?.size,
+            None => volume.size,
+        };
+        Ok(ExportVolumeHeader { volume: volume.name.clone(), size_bytes: size.0 })
+    }
+}
+
+/// Who has a volume open for others than the pool itself.
+enum Opened {
+    ByNobody,
+    /// Its process is being started.
+    Soon,
+    At(HostId),
+}
+
+/// Whether it may be cured by waiting for the next owner.
+fn may_pass(status: &Status) -> bool {
+    matches!(
+        status.code(),
+        Code::Aborted | Code::Unavailable | Code::DeadlineExceeded | Code::FailedPrecondition
+    )
+}
+
+fn end_part() -> ExportVolumePart {
+    ExportVolumePart { part: Some(export_volume_part::Part::End(VolumeEnd {})) }
 }
 
 /// Sends the header and all pieces; not the end.
@@ -233,7 +412,7 @@ fn loan_state(state: &PoolState, volume: VolumeId, key: LoanKey) -> LoanState {
     }
 }
 
-fn broken(error: &MachineError) -> Status {
+pub(super) fn broken(error: &MachineError) -> Status {
     let text = error.to_string();
     if text.contains("no space left") { Status::resource_exhausted(text) } else { Status::aborted(text) }
 }

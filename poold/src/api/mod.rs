@@ -1,6 +1,7 @@
 //! The public API and who may call it. One file per service; [`views`] turns state into messages.
 
 pub mod access;
+mod clones;
 pub mod consoles;
 pub mod copies;
 pub mod events;
@@ -12,6 +13,7 @@ pub mod nbd;
 pub mod networks;
 pub mod pool;
 pub mod principal;
+pub mod snapshots;
 pub mod status;
 pub mod tasks;
 pub mod users;

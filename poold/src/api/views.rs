@@ -173,8 +173,23 @@ pub fn volume(state: &PoolState, volume: &Volume) -> v1::Volume {
         nbd: volume.service.as_ref().and_then(|service| nbd(state, volume, service)),
         health: health(state, volume).to_owned(),
         replicas_wanted: volume.replicas_wanted,
+        origin: volume.origin.map(|origin| state.snapshot_name(origin)).unwrap_or_default(),
+        snapshots: state.snapshots_of(volume.id).map(|snapshot| snapshot.name.clone()).collect(),
         operations_per_s_max: volume.limits.operations_per_s.unwrap_or(0),
         bytes_per_s_max: volume.limits.bytes_per_s.unwrap_or(0),
+    }
+}
+
+/// A snapshot.
+pub fn snapshot(state: &PoolState, snapshot: &state::Snapshot) -> v1::Snapshot {
+    let volume = state.volumes.get(&snapshot.volume);
+    v1::Snapshot {
+        id: snapshot.id.0,
+        name: snapshot.name.clone(),
+        volume: volume.map(|volume| volume.name.clone()).unwrap_or_default(),
+        size_bytes: snapshot.size.0,
+        created_ms: snapshot.created_ms,
+        state: snapshot.state.as_str().to_owned(),
     }
 }
 
@@ -352,8 +367,17 @@ pub fn task(state: &PoolState, task: &Task) -> v1::Task {
         }
         TaskKind::HostDrain { host } => left_to_move(state, state.vms_on(host).collect()),
         TaskKind::HostRestore { host } => left_to_move(state, state.vms_at_home_on(host).collect()),
+        TaskKind::VmClone { .. } => state.clonings.get(&task.id).map_or(String::new(), |cloning| {
+            let made = cloning.disks.iter().filter(|disk| disk.volume().is_some()).count();
+            format!("{made} of {} disks cloned", cloning.disks.len())
+        }),
         TaskKind::PoolBalance => format!("{} moves left", pool_state::balance::plan(state).len()),
-        TaskKind::VolumeImport { .. } | TaskKind::VolumeExport { .. } => String::new(),
+        TaskKind::VolumeImport { .. }
+        | TaskKind::VolumeExport { .. }
+        | TaskKind::VolumeCopy { .. }
+        | TaskKind::SnapshotTake { .. }
+        | TaskKind::SnapshotDelete { .. }
+        | TaskKind::VolumeRewrite { .. } => String::new(),
         TaskKind::VolumeServe { volume } | TaskKind::VolumeClose { volume } => {
             let volume = state.volumes.get(&volume);
             let problem = volume.and_then(|volume| volume.service.as_ref()?.problem.clone());

@@ -13,8 +13,8 @@ use pool_state::{
 use proto::{
     ByteCount, TaskId, VmId,
     v1::{
-        CreateVmRequest, ListVmsRequest, ListVmsResponse, RequestMeta, StartVmRequest, StopVmRequest, Task,
-        Vm, VmChangeRequest, VmExplanation, VmRef, vm_service_server::VmService,
+        CloneVmRequest, CreateVmRequest, ListVmsRequest, ListVmsResponse, RequestMeta, StartVmRequest,
+        StopVmRequest, Task, Vm, VmChangeRequest, VmExplanation, VmRef, vm_service_server::VmService,
     },
 };
 use tonic::{Request, Response, Status};
@@ -124,6 +124,13 @@ impl VmService for VmApi {
         let (outcome, state) = self.context.change(&principal, meta, command).await?;
         let Outcome::Vm(vm) = outcome else { return Err(views::unexpected(outcome)) };
         Ok(Response::new(view_of(&state, vm)?))
+    }
+
+    async fn clone_vm(&self, request: Request<CloneVmRequest>) -> Result<Response<Task>, Status> {
+        let principal = require_user(&request)?;
+        let CloneVmRequest { meta, vm, name } = request.into_inner();
+        let vm = views::found(self.context.read().await?.resolve_vm(&vm))?.id;
+        self.task(&principal, meta, Command::CloneVm { vm, name }).await
     }
 
     async fn start(&self, request: Request<StartVmRequest>) -> Result<Response<Task>, Status> {

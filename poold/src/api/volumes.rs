@@ -2,7 +2,7 @@
 
 use super::{
     copies::{Copies, PartStream},
-    nbd, views,
+    nbd, snapshots, views,
 };
 use crate::{api::require_user, node::NodeContext, supervisor::Supervisor};
 use pool_state::command::VolumeCommand;
@@ -10,9 +10,10 @@ use pool_state::{Command, Outcome, PoolState, state::VolumeLimits};
 use proto::{
     ByteCount, VolumeId,
     v1::{
-        CreateVolumeRequest, DeleteVolumeRequest, ExportVolumeRequest, ImportVolumePart, ListVolumesRequest,
-        ListVolumesResponse, ResizeVolumeRequest, ServeNbdRequest, SetVolumeRequest, Task, Volume,
-        VolumeChangeRequest, VolumeRef, volume_service_server::VolumeService,
+        CloneVolumeRequest, CreateVolumeRequest, DeleteVolumeRequest, ExportVolumeRequest, ImportVolumePart,
+        ListVolumesRequest, ListVolumesResponse, ResizeVolumeRequest, ServeNbdRequest, SetVolumeRequest,
+        SnapshotChangeRequest, Task, Volume, VolumeChangeRequest, VolumeRef,
+        volume_service_server::VolumeService,
     },
 };
 use std::sync::Arc;
@@ -117,6 +118,22 @@ impl VolumeService for VolumeApi {
         };
         let command = Command::Volume(VolumeCommand::LimitVolume { volume: volume.id, limits });
         changed(self.context.change(&principal, request.meta, command).await?)
+    }
+
+    async fn revert(&self, request: Request<SnapshotChangeRequest>) -> Result<Response<Task>, Status> {
+        let principal = require_user(&request)?;
+        Ok(Response::new(snapshots::revert(&self.context, &principal, request.into_inner()).await?))
+    }
+
+    async fn clone_snapshot(&self, request: Request<CloneVolumeRequest>) -> Result<Response<Task>, Status> {
+        let principal = require_user(&request)?;
+        let request = request.into_inner();
+        let task = if request.full {
+            self.copies.copy_snapshot(&principal, request).await?
+        } else {
+            snapshots::make_clone(&self.context, &principal, request).await?
+        };
+        Ok(Response::new(task))
     }
 
     async fn serve_nbd(&self, request: Request<ServeNbdRequest>) -> Result<Response<Task>, Status> {

@@ -195,6 +195,10 @@ mod tests {
             attached_to: Some(VmId(10)),
             owner: Some(VolumeOwner { holder: Holder::Vm(VmId(10)), host: HostId(1) }),
             secret: Some(AttachmentSecret([7; 32])),
+            rewriting: None,
+            origin: None,
+            depth: 0,
+            snapshots: Vec::new(),
             service: None,
         }
     }

@@ -207,7 +207,8 @@ impl Executor {
                 self.note(key, machine.resume().await)
             }
             HostAction::UpdateVolumes { vm, .. } => self.update_volumes(&state, state.vm(*vm)?).await,
-            HostAction::OpenService { .. }
+            HostAction::Work { .. }
+            | HostAction::OpenService { .. }
             | HostAction::CloseService { .. }
             | HostAction::DestroyService { .. }
             | HostAction::UpdateService { .. } => self.execute_service(&state, action).await,

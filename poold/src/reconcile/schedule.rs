@@ -1,11 +1,11 @@
 //! Which action may begin now.
 //!
-//! A slot is one VM process, or one report. At most one action is at work in a slot; an action of higher rank overtakes
+//! A slot is one VM process, one volume, or one report. At most one action is at work in a slot; an action of higher rank overtakes
 //! the one at work. After a failure the same kind of action waits in its slot, longer each time.
 
 use crate::supervisor::ProcessKey;
 use pool_state::{PoolState, reconcile::HostAction, state::StopMode};
-use proto::{MigrationId, VmId};
+use proto::{Epoch, MigrationId, VmId, VolumeId};
 use std::{
     collections::HashMap,
     mem::{Discriminant, discriminant},
@@ -30,6 +30,9 @@ const MEMORY: Duration = Duration::from_secs(60);
 pub enum Slot {
     /// On a process.
     Process(ProcessKey),
+    /// In the order of a volume's writes, beside everything else that its process does: it may take as long as the replicas do, and
+    /// no step of a migration waits for it.
+    Volume(VolumeId),
     /// A report with this content.
     Report([u8; 32]),
 }
@@ -160,6 +163,7 @@ fn rank(action: &HostAction) -> Rank {
         | HostAction::UpdateVolumes { .. }
         | HostAction::OpenService { .. }
         | HostAction::UpdateService { .. }
+        | HostAction::Work { .. }
         | HostAction::Report(_) => Rank::Ordinary,
     }
 }
@@ -168,6 +172,7 @@ fn rank(action: &HostAction) -> Rank {
 pub fn slot_of(state: &PoolState, action: &HostAction) -> Option<Slot> {
     let key = match action {
         HostAction::Report(command) => return Some(Slot::Report(command.hash())),
+        HostAction::Work { volume, .. } => return Some(Slot::Volume(*volume)),
         HostAction::SpawnAndStart { vm, epoch }
         | HostAction::Destroy { vm, epoch, .. }
         | HostAction::Stop { vm, epoch, .. } => ProcessKey::vm(*vm, *epoch),
@@ -192,6 +197,15 @@ pub fn slot_of(state: &PoolState, action: &HostAction) -> Option<Slot> {
     Some(Slot::Process(key))
 }
 
+/// The process that owns a volume at this epoch.
+pub fn owner_key(state: &PoolState, volume: VolumeId, epoch: Epoch) -> Option<ProcessKey> {
+    let owner = state.volumes.get(&volume).filter(|volume| volume.epoch == epoch)?.owner?;
+    match owner.vm() {
+        Some(vm) => current_key(state, vm),
+        None => Some(ProcessKey::volume(volume, epoch)),
+    }
+}
+
 /// The source's process of a migration.
 pub fn source_key(state: &PoolState, migration: MigrationId) -> Option<ProcessKey> {
     let migration = state.migrations.get(&migration)?;
@@ -214,7 +228,6 @@ pub fn current_key(state: &PoolState, vm: VmId) -> Option<ProcessKey> {
 mod tests {
     use super::*;
     use pool_state::reconcile::DestroyReason;
-    use proto::Epoch;
 
     const VM: VmId = VmId(7);
     const KEY: ProcessKey = ProcessKey::vm(VM, Epoch(2));

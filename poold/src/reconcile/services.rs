@@ -4,6 +4,7 @@ use super::{
     attach::{attachment, service_config},
     execute::{ActionError, Executor},
     observe,
+    schedule::owner_key,
 };
 use crate::supervisor::{Inherited, MachineError, ProcessError, ProcessKey, StopMode, Subject};
 use pool_state::command::VolumeCommand;
@@ -11,8 +12,15 @@ use pool_state::{
     Command, PoolState,
     command::ServiceEnd,
     reconcile::{HostAction, ObservedService, VolumesDigest},
+    state::{Position, VolumeWork},
 };
-use proto::{Epoch, VolumeId};
+use proto::{
+    Epoch, Sequence, VolumeId,
+    v1::{
+        VolumeCloneOf, VolumeOperateRequest, VolumePosition, volume_operate_request::Op,
+        volume_operated::Outcome,
+    },
+};
 
 impl Executor {
     /// The processes of volumes and what others left, as the reconciler sees them.
@@ -50,6 +58,7 @@ impl Executor {
                 Ok(())
             }
             HostAction::UpdateService { volume, .. } => self.update_service(state, *volume).await,
+            HostAction::Work { volume, epoch, work } => self.work(state, (*volume, *epoch), *work).await,
             _ => unreachable!("the executor hands on actions about volumes only"),
         }
     }
@@ -97,6 +106,43 @@ impl Executor {
         }
         self.lease.pass_on(&self.supervisor, key).await;
         self.note(key, machine.start().await)
+    }
+
+    /// Has the owner do what is to be done next. What it refuses for good is reported as failed.
+    async fn work(
+        &self,
+        state: &PoolState,
+        (volume, epoch): (VolumeId, Epoch),
+        work: VolumeWork,
+    ) -> Result<(), ActionError> {
+        let key = owner_key(state, volume, epoch);
+        let key = key.unwrap_or(ProcessKey::volume(volume, epoch));
+        let machine = self.supervisor.machine(key).ok_or(ActionError::NoProcess { key })?;
+        let op = match work {
+            VolumeWork::Snapshot { snapshot } => Op::TakeSnapshotId(snapshot.0),
+            VolumeWork::DeleteSnapshot { snapshot } => Op::DeleteSnapshotId(snapshot.0),
+            VolumeWork::Revert { snapshot } => Op::RevertSnapshotId(snapshot.0),
+            VolumeWork::Clone { origin, snapshot, at } => Op::Clone(VolumeCloneOf {
+                origin_volume_id: origin.0,
+                snapshot_id: snapshot.0,
+                at: Some(VolumePosition { epoch: at.epoch.0, sequence: at.sequence.0 }),
+            }),
+        };
+        let request = VolumeOperateRequest { volume_id: volume.0, op: Some(op) };
+        let report = match machine.volume_operate(request).await?.outcome {
+            Some(Outcome::At(at)) => {
+                let at = Position { epoch: Epoch(at.epoch), sequence: Sequence(at.sequence) };
+                VolumeCommand::VolumeWorkDone { volume, epoch, work, at }
+            }
+            Some(Outcome::Refused(problem)) => {
+                VolumeCommand::VolumeWorkFailed { volume, epoch, work, problem }
+            }
+            None => {
+                let cause = "an answer without an outcome".into();
+                return Err(MachineError::Failed { key, call: "VolumeOperate", cause }.into());
+            }
+        };
+        Ok(self.context.try_report(Command::Volume(report)).await?)
     }
 
     async fn update_service(&self, state: &PoolState, volume: VolumeId) -> Result<(), ActionError> {

@@ -38,7 +38,8 @@ fn subject(state: &PoolState, action: &HostAction) -> (Option<VmId>, Option<Task
         HostAction::OpenService { volume, .. }
         | HostAction::CloseService { volume, .. }
         | HostAction::DestroyService { volume, .. }
-        | HostAction::UpdateService { volume, .. } => {
+        | HostAction::UpdateService { volume, .. }
+        | HostAction::Work { volume, .. } => {
             let service = state.volumes.get(volume).and_then(|volume| volume.service.as_ref());
             (None, service.and_then(|service| service.loan.map(|loan| loan.task).or(service.task)))
         }

@@ -198,6 +198,10 @@ mod tests {
             attached_to: None,
             owner: None,
             secret: Some(AttachmentSecret([7; 32])),
+            rewriting: None,
+            origin: None,
+            depth: 0,
+            snapshots: Vec::new(),
             service: None,
         };
         state.volumes.insert(VOLUME, volume);

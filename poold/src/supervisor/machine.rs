@@ -193,6 +193,15 @@ impl Machine {
         self.call("MigrationOutcome", OPEN_TIMEOUT, client.migration_outcome(request)).await
     }
 
+    /// Does something in the order of a volume's writes.
+    pub async fn volume_operate(
+        &self,
+        request: v1::VolumeOperateRequest,
+    ) -> Result<v1::VolumeOperated, MachineError> {
+        let mut client = self.client.clone();
+        self.call("VolumeOperate", OPEN_TIMEOUT, client.volume_operate(request)).await
+    }
+
     /// Writes pieces into a volume, for as long as they come; durable when it returns.
     pub async fn volume_write(
         &self,
@@ -202,10 +211,13 @@ impl Machine {
         self.call("VolumeWrite", COPY_TIMEOUT, client.volume_write(pieces)).await
     }
 
-    /// Reads a volume.
-    pub async fn volume_read(&self) -> Result<Streaming<v1::VolumePiece>, MachineError> {
+    /// Reads a volume or a snapshot of it.
+    pub async fn volume_read(
+        &self,
+        request: v1::VolumeReadRequest,
+    ) -> Result<Streaming<v1::VolumePiece>, MachineError> {
         let mut client = self.client.clone();
-        self.call("VolumeRead", OPEN_TIMEOUT, client.volume_read(v1::VolumeReadRequest {})).await
+        self.call("VolumeRead", OPEN_TIMEOUT, client.volume_read(request)).await
     }
 
     /// Source: the pool has given the machine back after the commit.

@@ -29,6 +29,7 @@ mod outgoing;
 mod process;
 mod request;
 mod service;
+mod snapshots;
 mod spec;
 mod throttle;
 mod volume;

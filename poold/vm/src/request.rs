@@ -3,6 +3,7 @@
 use proto::v1;
 use std::sync::Arc;
 use storage::nbd::Export;
+use storage::owner::VolumeHandle;
 use tokio::sync::oneshot;
 
 /// A volume's content, behind its lease and its limits.
@@ -19,7 +20,6 @@ impl std::fmt::Debug for Content {
 pub type Reply = oneshot::Sender<Result<v1::MachineStatus, Refusal>>;
 
 /// A request of the daemon, in the order in which it came.
-#[derive(Debug)]
 pub enum Request {
     /// Gives the process its machine.
     Configure(Box<v1::MachineConfig>, Reply),
@@ -37,6 +37,8 @@ pub enum Request {
     UpdateVolumes(Vec<v1::VolumeAttachment>, Reply),
     /// The content of a volume that has no VM, to read and write.
     OpenContent(oneshot::Sender<Result<Content, Refusal>>),
+    /// A volume to work on in the order of its writes, or to read snapshots of; 0: the only one.
+    OpenVolume(u64, oneshot::Sender<Result<VolumeHandle, Refusal>>),
     /// Becomes the target of a migration.
     PrepareIncoming(
         v1::PrepareIncomingRequest,

@@ -5,6 +5,8 @@
 use crate::console::ConsoleSource;
 use crate::content;
 use crate::request::{Refusal, Request, StopMode};
+use crate::snapshots;
+use proto::SnapshotId;
 use proto::v1::{self, machine_server};
 use std::pin::Pin;
 use std::time::Duration;
@@ -174,6 +176,15 @@ impl machine_server::Machine for MachineService {
         self.ask(|reply| Request::Outcome(request.into_inner(), reply)).await
     }
 
+    async fn volume_operate(
+        &self,
+        request: tonic::Request<v1::VolumeOperateRequest>,
+    ) -> Result<Response<v1::VolumeOperated>, Status> {
+        let request = request.into_inner();
+        let volume = self.ask(|reply| Request::OpenVolume(request.volume_id, reply)).await?.into_inner();
+        Ok(Response::new(snapshots::operate(&volume, request.op).await?))
+    }
+
     async fn volume_write(
         &self,
         request: tonic::Request<Streaming<v1::VolumePiece>>,
@@ -185,10 +196,18 @@ impl machine_server::Machine for MachineService {
 
     async fn volume_read(
         &self,
-        _: tonic::Request<v1::VolumeReadRequest>,
+        request: tonic::Request<v1::VolumeReadRequest>,
     ) -> Result<Response<PieceStream>, Status> {
-        let content = self.ask(Request::OpenContent).await?.into_inner();
-        Ok(Response::new(Box::pin(content::read(content))))
+        let request = request.into_inner();
+        if request.snapshot_id == 0 {
+            let content = self.ask(Request::OpenContent).await?.into_inner();
+            return Ok(Response::new(Box::pin(content::read(content))));
+        }
+        // What a snapshot holds never changes, so it needs no lease.
+        let volume = self.ask(|reply| Request::OpenVolume(request.volume_id, reply)).await?.into_inner();
+        let snapshot = SnapshotId(request.snapshot_id);
+        let since = (request.since_snapshot_id != 0).then_some(SnapshotId(request.since_snapshot_id));
+        Ok(Response::new(Box::pin(snapshots::read(volume, snapshot, since))))
     }
 
     async fn take_back(

@@ -68,12 +68,26 @@ impl VolumeSet {
     /// The disks of the machine.
     pub fn backends(&self) -> Vec<(String, Arc<dyn BlockBackend>)> {
         let backend = |disk: &Disk| {
-            let size = disk.attachment.size().0;
             let backend: Arc<dyn BlockBackend> =
-                Arc::new(VolumeDisk::new(disk.handle.clone(), disk.limiter.clone(), size, Handle::current()));
+                Arc::new(VolumeDisk::new(disk.handle.clone(), disk.limiter.clone(), Handle::current()));
             (disk.attachment.name.clone(), backend)
         };
         self.disks.iter().map(backend).collect()
+    }
+
+    /// The handle of a volume; 0: of the only one.
+    ///
+    /// # Errors
+    /// It is not one of these.
+    pub fn find(&self, volume: u64) -> Result<VolumeHandle, Refusal> {
+        let mut found = self.disks.iter().filter(|disk| volume == 0 || disk.attachment.volume.0 == volume);
+        match (found.next(), found.next()) {
+            (Some(disk), None) => Ok(disk.handle.clone()),
+            _ => {
+                let problem = format!("{volume} is no volume of this process");
+                Err(Refusal::Invalid { field: "volume_id", problem })
+            }
+        }
     }
 
     /// The first volume and its limiter.

@@ -195,6 +195,11 @@ impl Process {
                 }),
                 Err(refusal) => self.answer(reply, Err(refusal)),
             },
+            Request::OpenVolume(volume, reply) => {
+                let open = self.vm("VolumeOperate").and_then(|vm| vm.volumes.find(volume));
+                // A caller that has gone asks again.
+                let _ = reply.send(open);
+            }
             Request::OpenContent(reply) => {
                 // A caller that has gone asks again.
                 let _ = reply.send(Err(self.wrong_state("VolumeRead and VolumeWrite")));
@@ -286,7 +291,14 @@ impl Process {
     ) -> Result<impl Future<Output = ()> + Send + use<>, Refusal> {
         let refused = self.wrong_state("UpdateVolumes");
         let vm = self.vm.as_mut().ok_or(refused)?;
-        Ok(vm.volumes.update(machine::attachments(volumes)?))
+        let updated = vm.volumes.update(machine::attachments(volumes)?);
+        let machine = vm.machine.clone();
+        Ok(async move {
+            updated.await;
+            if let Some(machine) = machine {
+                machine.look_at_disks();
+            }
+        })
     }
 
     fn vm(&self, action: &'static str) -> Result<&Vm, Refusal> {

@@ -152,6 +152,12 @@ impl VolumeProcess {
             | Request::CommitProposed(_, reply)
             | Request::TakeBack(_, reply)
             | Request::Outcome(_, reply) => self.answer(reply, Err(self.wrong_state("this"))),
+            Request::OpenVolume(volume, reply) => {
+                let service = self.service.as_ref().filter(|_| self.phase == Phase::Serving);
+                let service = service.ok_or_else(|| self.wrong_state("VolumeOperate"));
+                // A caller that has gone asks again.
+                let _ = reply.send(service.and_then(|service| service.volumes.find(volume)));
+            }
             Request::OpenContent(reply) => {
                 let content = match (&self.phase, &self.service) {
                     (Phase::Serving, Some(service)) => {

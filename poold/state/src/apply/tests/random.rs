@@ -192,7 +192,7 @@ fn of_snapshot(pool: &Pool, volume: VolumeId, (kind, a, b, c): Roll) -> Command 
     let state = &pool.state;
     let snapshot = pick(&state.snapshots.keys().copied().collect::<Vec<_>>(), c, SnapshotId(9_999));
     let with_work = state.volumes.values().filter_map(|volume| Some((volume, state.work_for(volume)?)));
-    let pending = with_work.map(|(volume, work)| (volume.id, volume.epoch, work)).last();
+    let pending = with_work.map(|(volume, work)| (volume.id, volume.epoch, work)).next_back();
     match (kind % 47, pending) {
         (41, _) if a < 200 => Command::Volume(VolumeCommand::TakeSnapshot { volume, name: format!("s{b}") }),
         (41, _) => Command::Volume(VolumeCommand::RevertVolume { snapshot }),
