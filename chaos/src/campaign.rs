@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
@@ -71,6 +71,9 @@ fn disk_kind() -> DiskKind {
     if has_volatile_disks() { DiskKind::Volatile } else { DiskKind::Memory }
 }
 
+/// How a target says that its memory is not the source's.
+const MEMORY_DIFFERS: &str = "memory differs from the source's";
+
 /// Runs a campaign and judges it.
 ///
 /// # Errors
@@ -115,6 +118,7 @@ pub fn run_watched(config: &Config, drive: impl FnOnce(&Pool, &Recorder) -> Resu
     });
     pool.copy_logs(&logs);
     record_panics(&pool, &recorder);
+    record_lost_writes(&logs, &recorder);
     done?;
     report::write(&config.dir, &recorder.all())
 }
@@ -261,6 +265,16 @@ fn record_panics(pool: &Pool, recorder: &Recorder) {
         let log = fs::read(host.log_path()).unwrap_or_default();
         for line in String::from_utf8_lossy(&log).lines().filter(|line| line.contains("panicked at")) {
             recorder.add(Seen::Crash { program: format!("poold of {}", host.name()), text: line.to_owned() });
+        }
+    }
+}
+
+/// What the proofs of migrations have found wrong, in the logs of all processes.
+fn record_lost_writes(logs: &Path, recorder: &Recorder) {
+    for entry in fs::read_dir(logs).into_iter().flatten().flatten() {
+        let log = fs::read(entry.path()).unwrap_or_default();
+        for line in String::from_utf8_lossy(&log).lines().filter(|line| line.contains(MEMORY_DIFFERS)) {
+            recorder.add(Seen::MemoryDiffers { text: line.to_owned() });
         }
     }
 }

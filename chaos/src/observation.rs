@@ -72,6 +72,8 @@ pub enum Seen {
     Crash { program: String, text: String },
     /// Something that must happen in bounded time did not.
     Stuck { what: String },
+    /// The proof of a migration found memory that differs, as a log says it.
+    MemoryDiffers { text: String },
     /// A remark for the reader of the timeline.
     Note { text: String },
 }

@@ -21,7 +21,7 @@ pub enum Sabotage {
     DivergentTailKept,
     /// vCPUs run on after the end of the host's lease.
     LeaseIgnored,
-    /// Pages that are written while their dirty bits are cleared are not copied.
+    /// Some of the pages that are written while a machine is copied are not copied again.
     DirtyBitsLost,
     /// A write is acknowledged when one member of the in-sync set has it.
     AcknowledgedEarly,

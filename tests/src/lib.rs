@@ -37,7 +37,7 @@ pub use disks::DiskKind;
 pub use fabric::Network;
 pub use host::Host;
 pub use output::Output;
-pub use pool::{Pool, PoolBuilder, Timing};
+pub use pool::{Pool, PoolBuilder, Proof, Timing};
 pub use process::{ProcessId, VmProcess};
 pub use turn::serial;
 pub use vms::VmSpec;

@@ -39,6 +39,15 @@ impl Timing {
     }
 }
 
+/// How the memory of a VM that moves is proved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Proof {
+    /// All of it at the pause, so that a lost write is found whichever page it hit.
+    Full,
+    /// What an operator gets.
+    Default,
+}
+
 /// What a pool shall be like.
 #[derive(Debug, Clone)]
 pub struct PoolBuilder {
@@ -49,6 +58,7 @@ pub struct PoolBuilder {
     vm_memory_bytes: Option<u64>,
     feature_level: Option<u32>,
     disk: Option<(DiskKind, u64)>,
+    proof: Proof,
     root: PathBuf,
     binaries: Option<Binaries>,
     keep: bool,
@@ -108,6 +118,13 @@ impl PoolBuilder {
     #[must_use]
     pub fn disk(mut self, kind: DiskKind, bytes: u64) -> Self {
         self.disk = Some((kind, bytes));
+        self
+    }
+
+    /// How memory is proved (all of it).
+    #[must_use]
+    pub fn proof(mut self, proof: Proof) -> Self {
+        self.proof = proof;
         self
     }
 
@@ -176,6 +193,7 @@ impl Pool {
             vm_memory_bytes: None,
             feature_level: None,
             disk: None,
+            proof: Proof::Full,
             root: PathBuf::from(RUNS_DIR),
             binaries: None,
             keep: false,
@@ -287,8 +305,9 @@ impl Pool {
         let disk = self.settings.disk.map(mount).transpose()?;
         let mut serve = self.fabric.at_host(index, &self.binaries.poold);
         serve.arg("serve").arg("--data").arg(&data_dir);
-        // A lost write must be found whichever page it hit.
-        serve.args(["--prove-memory", "full"]);
+        if self.settings.proof == Proof::Full {
+            serve.args(["--prove-memory", "full"]);
+        }
         let words = std::iter::once(serve.get_program()).chain(serve.get_args());
         self.hosts.push(Host {
             index,

@@ -440,7 +440,23 @@ impl Machine {
             let number = u32::try_from(slot).expect("two slots");
             let mut words = self.vm.get_dirty_log(number, len).map_err(kvm("give the dirty log"))?;
             self.device_writes.fetch(slot, region.get_mmap().bitmap().get_and_reset(), &mut words);
+            if Sabotage::DirtyBitsLost.is_on() {
+                self.lose_bits(slot, &mut words)?;
+            }
             merge(first, &words);
+        }
+        Ok(())
+    }
+
+    /// Loses one bit of each word that has some but not all.
+    fn lose_bits(&self, slot: usize, words: &mut [u64]) -> Result<(), MachineError> {
+        let number = u32::try_from(slot).expect("two slots");
+        for (index, word) in words.iter_mut().enumerate().filter(|(_, word)| ![0, u64::MAX].contains(*word)) {
+            let lost = 1 << word.trailing_zeros();
+            *word &= !lost;
+            self.device_writes.clear(slot, index, &[lost]);
+            dirty::clear(&self.vm, number, index as u64 * 64, 64, &[lost])
+                .map_err(system("clear the dirty log"))?;
         }
         Ok(())
     }
@@ -464,12 +480,7 @@ impl Machine {
                 source: io::Error::other(error),
             })?;
             let first_word = usize::try_from((start - region_first.0) / 64).expect("the region is mapped");
-            let whole: Vec<u64>;
-            let mut words = &words[skip..];
-            if Sabotage::DirtyBitsLost.is_on() {
-                whole = words.iter().map(|word| if *word == 0 { 0 } else { u64::MAX }).collect();
-                words = &whole;
-            }
+            let words = &words[skip..];
             self.device_writes.clear(slot, first_word, words);
             let slot = u32::try_from(slot).expect("two slots");
             dirty::clear(&self.vm, slot, start - region_first.0, count, words)

@@ -3,6 +3,7 @@
 //! - Guest: a VM that boots finds on its disk at least the highest counter that any earlier copy, or itself before a reboot,
 //!   saw acknowledged. The order is that of epochs and of the lines within a console, so no clock is compared.
 //! - Guest: it never finds its memory or its disk wrong.
+//! - Migration: the memory that has arrived is the memory that left, also when nothing was moved because it was not.
 //! - API: an object whose creation was acknowledged exists at the end, one whose deletion was acknowledged does not.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -15,6 +16,10 @@ use crate::observation::{GuestLine, Observation, Seen};
 pub fn check(observations: &[Observation]) -> Vec<Violation> {
     let mut violations = check_guests(observations);
     violations.extend(check_objects(observations));
+    violations.extend(observations.iter().filter_map(|observation| match &observation.seen {
+        Seen::MemoryDiffers { text } => Some(Violation::new("I4", observation.at_ms, text.clone())),
+        _ => None,
+    }));
     violations
 }
 

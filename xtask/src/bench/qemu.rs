@@ -92,15 +92,31 @@ impl Qemu {
         command.arg("-serial").arg(format!("file:{}", console.display()));
         command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", socket.display()));
         if mode == Mode::Tls {
-            let endpoint = if name == "target" { "server" } else { "client" };
-            let object =
-                format!("tls-creds-psk,id=tls0,dir={},endpoint={endpoint},username=bench", dir.display());
+            // Only the client says who it is.
+            let endpoint = if name == "target" { "server" } else { "client,username=bench" };
+            let object = format!("tls-creds-psk,id=tls0,dir={},endpoint={endpoint}", dir.display());
             command.arg("-object").arg(object);
         }
-        let log = fs::File::create(dir.join(format!("{name}.log")))?;
-        let child = command.args(more).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn();
-        let child = child.context("start qemu-system-x86_64")?;
-        let stream = wait_until(PATIENCE, "qemu listens", || Ok(UnixStream::connect(&socket).ok()))?;
+        let log = dir.join(format!("{name}.log"));
+        let output = fs::File::create(&log)?;
+        let child = command.args(more).stdin(Stdio::null()).stdout(Stdio::null()).stderr(output).spawn();
+        let mut child = child.context("start qemu-system-x86_64")?;
+        let listens = wait_until(PATIENCE, "qemu listens", || {
+            Ok(match child.try_wait()? {
+                Some(status) => Some(Err(status)),
+                None => UnixStream::connect(&socket).ok().map(Ok),
+            })
+        });
+        let stream = match listens {
+            Ok(Ok(stream)) => stream,
+            Ok(Err(status)) => bail!("qemu ended ({status}): {}", fs::read_to_string(&log)?.trim()),
+            Err(error) => {
+                // Both fail only when it has ended.
+                let _ = child.kill();
+                let _ = child.wait();
+                return Err(error);
+            }
+        };
         stream.set_read_timeout(Some(PATIENCE))?;
         let mut qemu = Self { child, stream: BufReader::new(stream), console };
         qemu.read()?;
