@@ -17,8 +17,10 @@ use std::io;
 use std::os::fd::AsRawFd as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 use std::time::Duration;
 
+use crate::leftovers::{RUNS_DIR, unmount_below};
 use crate::wait::wait_until;
 
 /// `EXT4_IOC_SHUTDOWN`, the same as of other file systems: `_IOR('X', 125, u32)`.
@@ -31,6 +33,9 @@ const NOTHING: Option<&str> = None;
 
 /// Longest that something reads a file of a host whose processes are gone.
 const UNUSED_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Size of the disk that is made to see whether one can be.
+const TRIED_BYTES: u64 = 16 << 20;
 
 /// What a host's disk is made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -107,14 +112,23 @@ impl Disk {
     }
 }
 
-/// Whether this machine can make volatile disks: it is root's, has loop devices and knows ext4.
+/// Whether this machine can make volatile disks and cut their power: tried once.
 #[must_use]
 pub fn has_volatile_disks() -> bool {
-    nix::unistd::geteuid().is_root() && Path::new("/dev/loop-control").exists() && tool_exists("mkfs.ext4")
+    static FOUND: OnceLock<bool> = OnceLock::new();
+    *FOUND.get_or_init(|| {
+        let run = Path::new(RUNS_DIR).join(format!("disks-{}", std::process::id()));
+        let works = try_volatile_disk(&run).is_ok();
+        unmount_below(&run);
+        fs::remove_dir_all(&run).ok();
+        works
+    })
 }
 
-fn tool_exists(name: &str) -> bool {
-    Command::new(name).arg("-V").output().is_ok()
+fn try_volatile_disk(run: &Path) -> Result<()> {
+    let dir = run.join("host");
+    fs::create_dir_all(&dir)?;
+    Disk::mount(DiskKind::Volatile, TRIED_BYTES, run, &dir)?.cut_power()
 }
 
 fn mount_memory(dir: &Path, bytes: u64) -> Result<()> {
@@ -164,6 +178,6 @@ mod tests {
         disk.cut_power().unwrap();
         assert_eq!(fs::read_to_string(dir.join("synced")).unwrap(), "first");
         assert!(!dir.join("lost").exists());
-        crate::leftovers::unmount_below(run.path());
+        unmount_below(run.path());
     }
 }
