@@ -8,7 +8,7 @@ use std::io::{BufRead, BufReader, Lines};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
-use tests::wait_until;
+use tests::wait::{wait_for, wait_until};
 
 /// Longest wait for a process to serve.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -108,6 +108,10 @@ fn read_replicas(lines: &mut Lines<BufReader<ChildStdout>>) -> Result<Vec<u32>> 
 
 /// Time from the start of a replica on a folder to its service.
 pub fn restart_time(program: &Path, dir: &Path, mib: u64) -> Result<Duration> {
+    // A process that was killed may hold its folder until what it has at the device has ended.
+    let lock = fs::File::open(dir.join("1/lock")).context("open the lock of a replica's folder")?;
+    wait_for(PATIENCE, "the killed replica lets go of its folder", || Ok(lock.try_lock().is_ok()))?;
+    drop(lock);
     let mut command = Command::new(program);
     command.args(["replica"]).arg(dir).args(["1", &mib.to_string()]);
     let begun = Instant::now();
