@@ -9,6 +9,9 @@ use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+/// Characters of a finding in the table.
+const SHOWN_CHARS: usize = 160;
+
 /// How long and how often a missing rule is looked for.
 #[derive(Debug, Clone, Copy)]
 pub struct Bounds {
@@ -90,7 +93,7 @@ pub fn try_out(sabotage: Sabotage, bounds: Bounds, dir: &Path) -> Result<Bite> {
             (None, Some(crash)) => ("crash", "–".to_owned(), crash),
             (None, None) => bail!("a report is {} and says nothing", found.verdict),
         };
-        let line = text.lines().next().unwrap_or_default();
+        let line: String = text.lines().next().unwrap_or_default().chars().take(SHOWN_CHARS).collect();
         writeln!(out, "| {} | {by} | campaign {}, {after} | {line} |", sabotage.name(), number + 1)?;
         return Ok(Bite::Caught);
     }
