@@ -21,6 +21,7 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use crate::leftovers::{RUNS_DIR, unmount_below};
+use crate::output;
 use crate::wait::wait_until;
 
 /// `EXT4_IOC_SHUTDOWN`, the same as of other file systems: `_IOR('X', 125, u32)`.
@@ -33,6 +34,12 @@ const NOTHING: Option<&str> = None;
 
 /// Longest that something reads a file of a host whose processes are gone.
 const UNUSED_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Formatting and mounting take a fraction of a second.
+const TOOL_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Room for images, which hold only what is written to them.
+const IMAGES_BYTES: u64 = 1 << 40;
 
 /// Size of the disk that is made to see whether one can be.
 const TRIED_BYTES: u64 = 16 << 20;
@@ -66,7 +73,7 @@ impl Disk {
                 if !images.exists() {
                     share(run)?;
                     fs::create_dir(&images)?;
-                    mount_memory(&images, u64::MAX >> 16)?;
+                    mount_memory(&images, IMAGES_BYTES)?;
                 }
                 let name = dir.file_name().context("a host's directory has a name")?;
                 let image = images.join(name);
@@ -147,11 +154,7 @@ fn share(dir: &Path) -> Result<()> {
 }
 
 fn tool(command: &mut Command) -> Result<()> {
-    let output = command.output().with_context(|| format!("run {command:?}"))?;
-    if !output.status.success() {
-        bail!("{command:?} failed: {}", String::from_utf8_lossy(&output.stderr).trim());
-    }
-    Ok(())
+    output::run(command, TOOL_DEADLINE)?.ok().map(drop)
 }
 
 #[cfg(test)]

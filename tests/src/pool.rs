@@ -107,13 +107,6 @@ impl PoolBuilder {
         self
     }
 
-    /// Gives each host a disk of this size, a tmpfs (no limit). Needs root.
-    #[must_use]
-    pub fn disk_bytes(mut self, bytes: u64) -> Self {
-        self.disk = Some((DiskKind::Memory, bytes));
-        self
-    }
-
     /// Gives each host a disk of this kind and size (no limit). Needs root.
     #[must_use]
     pub fn disk(mut self, kind: DiskKind, bytes: u64) -> Self {

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::supervisor::Machine;
 use futures::StreamExt as _;
-use pool_state::{Command, Outcome, command::VolumeCommand, state::LoanKey};
+use pool_state::{Command, command::VolumeCommand, state::LoanKey};
 use proto::{
     VolumeId,
     v1::{CloneVolumeRequest, Task, VolumePiece},
@@ -40,8 +40,8 @@ impl Copies {
             key,
         });
         let (outcome, state) = self.context.change(principal, meta, command).await?;
-        let Outcome::Task(task) = outcome else { return Err(views::unexpected(outcome)) };
-        let (copies, principal, volume) = (self.clone(), principal.clone(), VolumeId(task.0));
+        let task = views::task_begun(&state, outcome)?;
+        let (copies, principal, volume) = (self.clone(), principal.clone(), VolumeId(task.id));
         tokio::spawn(async move {
             let copied = copies.copy(&principal, (volume, key), &wanted).await;
             if let Err(status) = &copied {
@@ -50,7 +50,7 @@ impl Copies {
             // Without an answer the reconciler ends it: the guard is gone.
             let _ = copies.end(&object, (volume, loan), &copied).await;
         });
-        Ok(views::task(&state, views::found(state.task(task))?))
+        Ok(task)
     }
 
     async fn copy(

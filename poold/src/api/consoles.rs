@@ -5,7 +5,7 @@ use crate::{agent::Agents, api::require_user, node::NodeContext};
 use futures::{Stream, StreamExt as _};
 use pool_state::PoolState;
 use proto::{
-    Epoch, HostId, VmId,
+    HostId, VmId,
     v1::{
         AgentConsoleType, ConsoleLogResponse, ConsoleTypeRequest, ConsoleTypeResponse, VmRef,
         console_service_server::ConsoleService,
@@ -53,7 +53,7 @@ impl ConsoleApi {
     {
         let deadline = Instant::now() + PROCESS_PATIENCE;
         loop {
-            let (host, _) = place_of(&self.context.consensus.local(), vm)?;
+            let host = place_of(&self.context.consensus.local(), vm)?;
             match ask(host).await {
                 Err(status) if is_away(&status) && Instant::now() < deadline => {
                     tokio::time::sleep(REOPEN_INTERVAL).await;
@@ -70,12 +70,11 @@ fn is_away(status: &Status) -> bool {
 }
 
 /// Where a VM's console is: changes with every start and move.
-fn place_of(state: &PoolState, vm: VmId) -> Result<(HostId, Epoch), Status> {
+fn place_of(state: &PoolState, vm: VmId) -> Result<HostId, Status> {
     let vm = views::found(state.vm(vm))?;
-    let host = vm.placement.ok_or_else(|| {
+    vm.placement.ok_or_else(|| {
         Status::failed_precondition(format!("vm {} is stopped and has no console; start it first", vm.name))
-    })?;
-    Ok((host, vm.process_epoch()))
+    })
 }
 
 /// Sends live output, also across moves and restarts, until the VM stops.
@@ -86,7 +85,7 @@ async fn follow(
     sender: mpsc::Sender<Result<ConsoleLogResponse, Status>>,
 ) {
     loop {
-        let Ok((host, _)) = place_of(&context.consensus.local(), vm) else { return };
+        let Ok(host) = place_of(&context.consensus.local(), vm) else { return };
         if let Ok(mut stream) = agents.console_follow(host, vm).await {
             // An error ends this process's output as its end does; the state then says what comes next.
             while let Some(Ok(piece)) = stream.next().await {

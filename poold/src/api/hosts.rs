@@ -123,8 +123,7 @@ impl HostApi {
         command: impl FnOnce(HostId) -> Command,
     ) -> Result<Response<v1::Task>, Status> {
         let (outcome, _, state) = self.change_host(request, command).await?;
-        let Outcome::Task(task) = outcome else { return Err(views::unexpected(outcome)) };
-        Ok(Response::new(views::task(&state, views::found(state.task(task))?)))
+        Ok(Response::new(views::task_begun(&state, outcome)?))
     }
 
     /// The command of a join request, or what is wrong with the request itself.

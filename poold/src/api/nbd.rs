@@ -31,7 +31,8 @@ pub async fn serve(
         name => views::found(before.resolve_host(name))?.id,
     };
     let command = Command::Volume(VolumeCommand::ServeVolume { volume, host, listen });
-    task_of(context.change(principal, meta, command).await?)
+    let (outcome, state) = context.change(principal, meta, command).await?;
+    views::task_begun(&state, outcome)
 }
 
 /// Ends that.
@@ -43,12 +44,7 @@ pub async fn stop(
     let VolumeChangeRequest { meta, volume } = request;
     let before = context.read().await?;
     let volume = views::found(before.resolve_volume(&volume))?.id;
-    task_of(
-        context.change(principal, meta, Command::Volume(VolumeCommand::StopServingVolume { volume })).await?,
-    )
-}
-
-fn task_of((outcome, state): (Outcome, std::sync::Arc<pool_state::PoolState>)) -> Result<Task, Status> {
-    let Outcome::Task(task) = outcome else { return Err(views::unexpected(outcome)) };
-    Ok(views::task(&state, views::found(state.task(task))?))
+    let command = Command::Volume(VolumeCommand::StopServingVolume { volume });
+    let (outcome, state) = context.change(principal, meta, command).await?;
+    views::task_begun(&state, outcome)
 }

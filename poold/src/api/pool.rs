@@ -132,8 +132,7 @@ impl PoolService for PoolApi {
         let principal = require_user(&request)?;
         let meta = request.into_inner().meta;
         let (outcome, state) = self.change(&principal, meta.as_ref(), Command::StartBalance).await?;
-        let Outcome::Task(task) = outcome else { return Err(views::unexpected(outcome)) };
-        Ok(Response::new(views::task(&state, views::found(state.task(task))?)))
+        Ok(Response::new(views::task_begun(&state, outcome)?))
     }
 
     async fn backup(&self, request: Request<v1::BackupRequest>) -> Result<Response<BackupStream>, Status> {

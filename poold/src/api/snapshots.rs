@@ -29,8 +29,7 @@ async fn begin(
     command: Command,
 ) -> Result<Task, Status> {
     let (outcome, state) = context.change(principal, meta, command).await?;
-    let Outcome::Task(task) = outcome else { return Err(views::unexpected(outcome)) };
-    Ok(views::task(&state, views::found(state.task(task))?))
+    views::task_begun(&state, outcome)
 }
 
 /// Takes a volume back to a snapshot.

@@ -51,6 +51,12 @@ pub fn unexpected(outcome: Outcome) -> Status {
     Status::internal(format!("the pool answered {outcome:?}, which does not fit the command"))
 }
 
+/// The task that a command has begun, as its answer says.
+pub fn task_begun(state: &PoolState, outcome: Outcome) -> Result<v1::Task, Status> {
+    let Outcome::Task(id) = outcome else { return Err(unexpected(outcome)) };
+    Ok(task(state, found(state.task(id))?))
+}
+
 /// Name of a host, or its id when it is gone.
 pub fn host_name(state: &PoolState, host: HostId) -> String {
     state.host_name(host)

@@ -11,7 +11,7 @@ use pool_state::{
     state::{HaPolicy, StopMode},
 };
 use proto::{
-    ByteCount, TaskId, VmId,
+    ByteCount, VmId,
     v1::{
         CloneVmRequest, CreateVmRequest, ListVmsRequest, ListVmsResponse, RequestMeta, StartVmRequest,
         StopVmRequest, Task, Vm, VmChangeRequest, VmExplanation, VmRef, vm_service_server::VmService,
@@ -54,17 +54,12 @@ impl VmApi {
         command: Command,
     ) -> Result<Response<Task>, Status> {
         let (outcome, state) = self.context.change(principal, meta, command).await?;
-        let Outcome::Task(task) = outcome else { return Err(views::unexpected(outcome)) };
-        Ok(Response::new(task_view(&state, task)?))
+        Ok(Response::new(views::task_begun(&state, outcome)?))
     }
 }
 
 fn view_of(state: &PoolState, vm: VmId) -> Result<Vm, Status> {
     Ok(views::vm(state, views::found(state.vm(vm))?))
-}
-
-fn task_view(state: &PoolState, task: TaskId) -> Result<Task, Status> {
-    Ok(views::task(state, views::found(state.task(task))?))
 }
 
 fn priority(number: u32) -> Result<u8, Status> {

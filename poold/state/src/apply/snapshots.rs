@@ -14,7 +14,7 @@ use crate::{
         SnapshotState, TaskKind, TaskState, Volume, VolumeWork,
     },
 };
-use proto::{Epoch, IsrVersion, SnapshotId, TaskId, VolumeId};
+use proto::{Epoch, SnapshotId, TaskId, VolumeId};
 
 impl PoolState {
     /// A snapshot as `VOLUME@NAME`, or its id when it is not known.
@@ -117,23 +117,12 @@ impl Change<'_> {
             return Err(Rejection::NotEnoughHosts { wanted, up });
         }
         let work = VolumeWork::Clone { origin: origin.id, snapshot: id, at };
+        let (replicas, wanted) = (origin.replicas.clone(), origin.replicas_wanted);
         let volume = Volume {
-            id: clone,
-            name: name.to_owned(),
-            size: snapshot.size,
-            isr,
-            isr_version: IsrVersion(1),
-            epoch: Epoch(0),
-            epoch_history: Vec::new(),
-            attached_to: None,
-            owner: None,
-            secret: None,
-            service: None,
-            rewriting: None,
+            limits: origin.limits,
             origin: Some(id),
             depth: origin.depth.saturating_add(u32::try_from(below).unwrap_or(u32::MAX)),
-            snapshots: Vec::new(),
-            ..origin.clone()
+            ..Volume::unused(clone, name, snapshot.size, replicas, wanted, isr)
         };
         self.state.volumes.insert(clone, volume);
         self.event(EventKind::VolumeCreated, format!("volume {name}"), "created as a clone".into());

@@ -11,7 +11,7 @@ use crate::{
     rejection::{Field, ObjectKind, Rejection},
     state::{EpochStart, EventKind, IsrMember, Volume, VolumeLimits},
 };
-use proto::{ByteCount, Epoch, IsrVersion, VolumeId, limits::BLOCK_BYTES};
+use proto::{ByteCount, VolumeId, limits::BLOCK_BYTES};
 
 impl Change<'_> {
     pub(super) fn create_volume(&mut self, name: &str, size: ByteCount, replicas: Option<u32>) -> Applied {
@@ -36,31 +36,16 @@ impl Change<'_> {
             hosts.push(next);
         }
         hosts.sort_unstable();
-        let isr = hosts.iter().filter_map(|&host| {
-            let incarnation = self.state.hosts.get(&host)?.incarnation.clone()?;
-            Some(IsrMember { host, incarnation })
-        });
+        let isr: Vec<IsrMember> = hosts
+            .iter()
+            .filter_map(|&host| {
+                let incarnation = self.state.hosts.get(&host)?.incarnation.clone()?;
+                Some(IsrMember { host, incarnation })
+            })
+            .collect();
         let id = VolumeId(self.index);
-        let volume = Volume {
-            id,
-            name: name.to_owned(),
-            size,
-            limits: VolumeLimits::default(),
-            isr: isr.collect(),
-            replicas: hosts,
-            replicas_wanted: u32::try_from(wanted).unwrap_or(REPLICAS_MAX),
-            isr_version: IsrVersion(1),
-            epoch: Epoch(0),
-            epoch_history: Vec::new(),
-            attached_to: None,
-            owner: None,
-            secret: None,
-            rewriting: None,
-            origin: None,
-            depth: 0,
-            snapshots: Vec::new(),
-            service: None,
-        };
+        let replicas_wanted = u32::try_from(wanted).unwrap_or(REPLICAS_MAX);
+        let volume = Volume::unused(id, name, size, hosts, replicas_wanted, isr);
         let message = format!("created, {size} on {wanted} hosts");
         self.state.volumes.insert(id, volume);
         self.event(EventKind::VolumeCreated, format!("volume {name}"), message);

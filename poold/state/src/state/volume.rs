@@ -48,6 +48,39 @@ pub struct Volume {
     pub service: Option<VolumeService>,
 }
 
+impl Volume {
+    /// One that nobody has used yet.
+    pub(crate) fn unused(
+        id: VolumeId,
+        name: &str,
+        size: ByteCount,
+        replicas: Vec<HostId>,
+        replicas_wanted: u32,
+        isr: Vec<IsrMember>,
+    ) -> Self {
+        Self {
+            id,
+            name: name.to_owned(),
+            size,
+            limits: VolumeLimits::default(),
+            replicas,
+            replicas_wanted,
+            isr,
+            isr_version: IsrVersion(1),
+            epoch: Epoch(0),
+            epoch_history: Vec::new(),
+            attached_to: None,
+            owner: None,
+            secret: None,
+            rewriting: None,
+            origin: None,
+            depth: 0,
+            snapshots: Vec::new(),
+            service: None,
+        }
+    }
+}
+
 /// What the owner of a volume may do in a second; none: as much as it can.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct VolumeLimits {
