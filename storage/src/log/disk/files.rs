@@ -238,10 +238,30 @@ impl Disk for FileDisk {
             return Ok(DiskUsage { used, capacity });
         }
         let stat = nix::sys::statvfs::statvfs(&self.dir)?;
-        let capacity = stat.blocks() * stat.fragment_size();
-        // Spares are space for segments.
-        let free = stat.blocks_available() * stat.fragment_size() + self.spares.bytes();
-        Ok(DiskUsage { used: capacity.saturating_sub(free), capacity })
+        let unit = stat.fragment_size();
+        let space = Space {
+            total: stat.blocks() * unit,
+            free: stat.blocks_free() * unit,
+            available: stat.blocks_available() * unit,
+        };
+        Ok(space.usage(self.spares.bytes()))
+    }
+}
+
+/// A file system in bytes.
+struct Space {
+    total: u64,
+    free: u64,
+    /// What of the free space may be used; the rest is kept back, by a quota or for the system.
+    available: u64,
+}
+
+impl Space {
+    /// As `df` has it: what is kept back is neither used nor part of the whole, or a disk would seem full that is not. `spares`:
+    /// files that are space for segments.
+    fn usage(&self, spares: u64) -> DiskUsage {
+        let used = self.total.saturating_sub(self.free);
+        DiskUsage { used: used.saturating_sub(spares), capacity: used + self.available }
     }
 }
 
@@ -343,6 +363,15 @@ mod tests {
         disk.remove(SegmentId(1)).unwrap();
         assert_eq!(disk.usage().unwrap().used, SEGMENT_BYTES, "a spare is free space");
         disk.create(SegmentId(3)).unwrap();
+    }
+
+    #[test]
+    fn what_a_file_system_keeps_back_does_not_make_it_full() {
+        let space = Space { total: 1_000, free: 700, available: 100 };
+        assert_eq!(space.usage(0), DiskUsage { used: 300, capacity: 400 });
+        assert_eq!(space.usage(50), DiskUsage { used: 250, capacity: 400 });
+        let full = Space { total: 1_000, free: 50, available: 0 };
+        assert_eq!(full.usage(0), DiskUsage { used: 950, capacity: 950 });
     }
 
     #[test]
