@@ -13,11 +13,13 @@
 pub mod disk;
 pub mod format;
 mod replay;
+mod window;
 mod writer;
 
 pub use disk::{Disk, FileDisk};
 pub use format::{BatchHeader, Record, RecordKind, block_checksum};
-pub use replay::{Batch, Replay, Replayed, ReplayedRecord, read_batch, replay};
+pub use replay::{Batch, Replay, Replayed, ReplayedRecord, read_batch, read_header, replay};
+pub use window::Window;
 pub use writer::{LogEnd, LogWriter, Room, Written};
 
 /// Bytes of a segment: large enough that file operations are rare, small enough that dead ones come back soon.

@@ -11,6 +11,7 @@ use super::{Location, LogError, SegmentId};
 use crate::safety::Rule;
 use proto::BlockIndex;
 use proto::limits::BLOCK_BYTES;
+use std::io;
 
 /// A record with the place of its first block.
 pub struct ReplayedRecord {
@@ -150,42 +151,57 @@ pub fn read_batch(
     verify_data: bool,
 ) -> Result<Result<Batch, FormatError>, LogError> {
     let io = |source| LogError::Io { action: "read", segment, source };
-    if offset + BLOCK_BYTES as u64 > disk.segment_bytes() {
+    let found =
+        read_header(segment, disk.segment_bytes(), offset, |offset, out| disk.read(segment, offset, out));
+    let found = found.map_err(io)?;
+    if verify_data
+        && Rule::BatchIsWhole.holds()
+        && let Ok(batch) = &found
+        && !data_is_whole(disk, segment, batch.data, &batch.header).map_err(io)?
+    {
+        return Ok(Err(FormatError::BadHeader));
+    }
+    Ok(found)
+}
+
+/// Reads the header at an offset of a segment by `read`. The inner error: there is none.
+///
+/// # Errors
+/// What `read` returns.
+pub fn read_header(
+    segment: SegmentId,
+    segment_bytes: u64,
+    offset: u64,
+    mut read: impl FnMut(u64, &mut [u8]) -> io::Result<()>,
+) -> io::Result<Result<Batch, FormatError>> {
+    if offset + BLOCK_BYTES as u64 > segment_bytes {
         return Ok(Err(FormatError::NoBatch));
     }
     let mut bytes = vec![0; BLOCK_BYTES];
-    disk.read(segment, offset, &mut bytes).map_err(io)?;
+    read(offset, &mut bytes)?;
     let len = match BatchHeader::encoded_len(&bytes) {
-        Ok(len) if offset + len as u64 <= disk.segment_bytes() => len,
+        Ok(len) if offset + len as u64 <= segment_bytes => len,
         Ok(_) => return Ok(Err(FormatError::BadHeader)),
         Err(error) => return Ok(Err(error)),
     };
-    bytes.resize(len, 0);
-    disk.read(segment, offset, &mut bytes).map_err(io)?;
+    if len > bytes.len() {
+        let first = bytes.len();
+        bytes.resize(len, 0);
+        read(offset + first as u64, &mut bytes[first..])?;
+    }
     let (header, hash) = match BatchHeader::decode(&bytes, segment) {
         Ok(decoded) => decoded,
         Err(error) => return Ok(Err(error)),
     };
     let data = offset + len as u64;
     let end = data + (header.data_blocks() * BLOCK_BYTES) as u64;
-    if end > disk.segment_bytes() {
-        return Ok(Err(FormatError::BadHeader));
-    }
-    if verify_data
-        && Rule::BatchIsWhole.holds()
-        && !data_is_whole(disk, segment, data, &header).map_err(io)?
-    {
+    if end > segment_bytes {
         return Ok(Err(FormatError::BadHeader));
     }
     Ok(Ok(Batch { header, hash, data, end }))
 }
 
-fn data_is_whole(
-    disk: &dyn Disk,
-    segment: SegmentId,
-    data: u64,
-    header: &BatchHeader,
-) -> std::io::Result<bool> {
+fn data_is_whole(disk: &dyn Disk, segment: SegmentId, data: u64, header: &BatchHeader) -> io::Result<bool> {
     let mut offset = data;
     let mut block = vec![0; BLOCK_BYTES];
     for record in &header.records {

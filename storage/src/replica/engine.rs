@@ -33,7 +33,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// Blocks of the largest operation.
-const OP_BLOCKS_MAX: usize = DATA_BYTES_MAX / BLOCK_BYTES;
+pub(super) const OP_BLOCKS_MAX: usize = DATA_BYTES_MAX / BLOCK_BYTES;
 
 /// Pages of the map in memory: with what keeps them in order 256 MiB, whatever the volumes are.
 pub const MAP_PAGES_MAX: usize = 60_000;

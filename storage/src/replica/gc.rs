@@ -7,28 +7,33 @@
 //! The victim is the segment whose space costs least: little is live in it, and what is has not changed for long. Map pages are
 //! not copied: they are marked, and the next checkpoint puts them elsewhere.
 //!
+//! A victim is read from front to back in large pieces, however little of it is live, and copies of many records become one
+//! batch: a device takes longest for single blocks.
+//!
 //! Invariants: a copy has version and checksum of the original, and takes its place only where the map still leads to the
 //! original; a segment is removed only after a durable checkpoint behind the last copy. A segment with a damaged block that is
 //! needed is left alone until it is repaired.
 
 use super::catalog::Catalog;
-use super::engine::Engine;
+use super::engine::{Engine, OP_BLOCKS_MAX};
+use super::reader::verify_all;
+use crate::log::disk::aligned;
 use crate::log::format::{BATCH_BLOCKS_MAX, BATCH_RECORDS_MAX};
-use crate::log::{Batch, Location, LogError, Record, RecordKind, Room, SegmentId, read_batch};
+use crate::log::{Batch, Location, LogError, Record, RecordKind, Room, SegmentId, Window};
 use crate::map::{Content, MapError, PageReader, Place};
 use crate::safety::Rule;
 use crate::types::Tail;
-use bytes::Bytes;
+use bytes::BytesMut;
 use proto::BlockIndex;
 use proto::limits::BLOCK_BYTES;
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 
 #[cfg(test)]
 mod tests;
 
-/// Blocks that are looked at for each block that an owner writes: cleaning must give back more than is written, down to
-/// victims of which three quarters are live.
-const LOOKS_PER_BLOCK: usize = 4;
+/// Percent of what is written that cleaning gives back meanwhile: it must get on.
+const PACE_PERCENT: u64 = 125;
 
 /// Blocks that are looked at by a commit that writes nothing.
 const LOOKS_MIN: usize = 64;
@@ -43,11 +48,20 @@ const VICTIM_PERCENT_MAX: u64 = 95;
 /// Segments that are never worth the effort.
 const SEGMENTS_MIN: u64 = 6;
 
+/// Blocks of a batch of copies: guests wait while it is written.
+const COPY_BLOCKS_MAX: usize = 256;
+
+const _: () = assert!(OP_BLOCKS_MAX <= COPY_BLOCKS_MAX && COPY_BLOCKS_MAX <= BATCH_BLOCKS_MAX);
+
 /// Where the work stands.
 #[derive(Debug, Default)]
 pub(super) struct Cleaning {
     /// Everything in the victim before this record has been seen to.
     cursor: Option<Cursor>,
+    /// The victim's content.
+    window: Option<Window>,
+    /// Percent of the blocks that are written which must be looked at, for cleaning to keep up.
+    pace: u64,
     /// Seen to as a whole; removed by the next checkpoint.
     pub(super) cleaned: BTreeSet<SegmentId>,
     /// Could not be cleaned when so much was live in it.
@@ -69,19 +83,46 @@ struct Cursor {
 #[derive(Default)]
 struct Copies {
     records: Vec<Record>,
-    data: Vec<Bytes>,
-    blocks: usize,
+    data: BytesMut,
 }
 
 impl Copies {
-    fn push(&mut self, record: Record, data: Option<Bytes>) {
-        self.blocks += record.kind.checksums().len();
-        self.records.push(record);
-        self.data.extend(data);
+    fn is_full(&self, next_blocks: usize) -> bool {
+        self.data.len() / BLOCK_BYTES + next_blocks > COPY_BLOCKS_MAX
+            || self.records.len() >= BATCH_RECORDS_MAX
     }
 
-    fn is_full(&self, next_blocks: usize) -> bool {
-        self.blocks + next_blocks > BATCH_BLOCKS_MAX || self.records.len() >= BATCH_RECORDS_MAX
+    /// Takes the content of a record's blocks, if it is what it should be.
+    fn take(&mut self, record: Record, read: impl FnOnce(&mut [u8]) -> io::Result<()>) -> io::Result<()> {
+        let (from, checksums) = (self.data.len(), record.kind.checksums());
+        if self.data.capacity() == 0 && !checksums.is_empty() {
+            self.data = aligned(COPY_BLOCKS_MAX * BLOCK_BYTES);
+        }
+        self.data.resize(from + checksums.len() * BLOCK_BYTES, 0);
+        let copied = read(&mut self.data[from..]);
+        match copied.and_then(|()| verify_all(record.volume, record.first, &self.data[from..], checksums)) {
+            Ok(()) => self.records.push(record),
+            Err(error) => {
+                self.data.truncate(from);
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The next segment to be given back.
+struct Victim {
+    segment: SegmentId,
+    pace: u64,
+}
+
+impl Cleaning {
+    fn begin(&mut self, victim: Option<Victim>) {
+        let Some(Victim { segment, pace }) = victim else { return };
+        self.cursor = Some(Cursor { segment, offset: 0, record: 0 });
+        self.window = Some(Window::new(segment));
+        self.pace = pace;
     }
 }
 
@@ -109,9 +150,11 @@ impl<T> Engine<T> {
             }
             let victim = self.victim();
             self.cleaning.goes_on = victim.is_some();
-            self.cleaning.cursor = victim.map(|segment| Cursor { segment, offset: 0, record: 0 });
+            self.cleaning.begin(victim);
         }
-        match self.try_clean(written * LOOKS_PER_BLOCK + LOOKS_MIN) {
+        let looks = written as u64 * self.cleaning.pace / 100;
+        let looks = usize::try_from(looks).expect("a batch is small") + LOOKS_MIN;
+        match self.try_clean(looks) {
             // Nothing is lost: the originals stay, and it is tried again when there is another segment.
             Err(LogError::NoSpace) => {
                 self.cleaning.no_space_at = self.log.segment();
@@ -122,38 +165,50 @@ impl<T> Engine<T> {
     }
 
     fn try_clean(&mut self, mut looks: usize) -> Result<(), LogError> {
-        while let Some(Cursor { segment, offset, record }) = self.cleaning.cursor {
-            if looks == 0 {
-                return Ok(());
-            }
+        let Some(from) = self.cleaning.cursor else { return Ok(()) };
+        let mut window = self.cleaning.window.take().unwrap_or_else(|| Window::new(from.segment));
+        let mut copies = Copies::default();
+        let mut cursor = from;
+        while looks > 0 {
             // An unreadable header is as good as none: what is still needed behind it keeps the segment.
-            let Ok(Ok(batch)) = read_batch(self.reader.disk(), segment, offset, false) else {
+            let Ok(Ok(batch)) = window.batch(self.reader.disk(), cursor.offset) else {
+                self.write_copies(copies)?;
                 self.cleaning.cursor = None;
-                self.cleaning.cleaned.insert(segment);
+                self.cleaning.cleaned.insert(from.segment);
                 if !Rule::SegmentAwaitsCheckpoint.holds() {
-                    self.remove_dead(SegmentId(segment.0 + 1));
+                    self.remove_dead(SegmentId(from.segment.0 + 1));
                 }
                 return Ok(());
             };
-            let next = match self.copy_records(&batch, segment, record, &mut looks)? {
-                Some(record) => Cursor { segment, offset, record },
-                None => Cursor { segment, offset: batch.end, record: 0 },
-            };
-            self.cleaning.cursor = Some(next);
+            cursor = self.copy_records(&batch, cursor, &mut looks, &mut window, &mut copies)?;
         }
+        self.write_copies(copies)?;
+        self.cleaning.cursor = Some(cursor);
+        self.cleaning.window = Some(window);
         Ok(())
     }
 
+    /// Segments that do not just wait for a checkpoint.
+    fn in_use(&self, catalog: &Catalog) -> Vec<SegmentId> {
+        let is_needed = |segment: SegmentId| {
+            !self.cleaning.cleaned.contains(&segment)
+                && (catalog.needs(segment) || self.log.segment() == Some(segment))
+        };
+        self.segments.iter().copied().filter(|segment| is_needed(*segment)).collect()
+    }
+
+    /// Segments that hold something that is needed.
+    #[must_use]
+    pub fn segments_in_use(&self) -> usize {
+        self.reader.look(|catalog| self.in_use(catalog).len())
+    }
+
     /// The segment whose space costs least, when too little of the log is live or the disk is full.
-    fn victim(&self) -> Option<SegmentId> {
+    fn victim(&self) -> Option<Victim> {
         let current = self.log.segment()?;
         let blocks = self.reader.disk().segment_bytes() / BLOCK_BYTES as u64;
         self.reader.look(|catalog| {
-            let in_use = self.segments.iter().filter(|segment| {
-                !self.cleaning.cleaned.contains(*segment)
-                    && (catalog.needs(**segment) || **segment == current)
-            });
-            let in_use: Vec<SegmentId> = in_use.copied().collect();
+            let in_use = self.in_use(catalog);
             let live = catalog.maps.live_total() + catalog.kept.total();
             let is_wasteful = in_use.len() as u64 * blocks * LIVE_PERCENT > live * 100;
             if in_use.len() as u64 <= SEGMENTS_MIN || !(is_wasteful || self.is_short_of_space()) {
@@ -167,45 +222,44 @@ impl<T> Engine<T> {
                 }
                 // Space that comes free, times how long it is likely to stay so, for reading all and writing what is live.
                 let age = current.0 - segment.0;
-                Some(((blocks - live) * age * 1_000 / (blocks + live), *segment))
+                Some(((blocks - live) * age * 1_000 / (blocks + live), *segment, live))
             };
-            in_use.iter().filter_map(value).max().map(|(_, segment)| segment)
+            let best = in_use.iter().filter_map(value).max();
+            best.map(|(_, segment, live)| Victim { segment, pace: PACE_PERCENT * blocks / (blocks - live) })
         })
     }
 
-    /// Copies what is needed of a batch, from a record on; where to go on, if the looks are used up.
+    /// Copies what is needed of a batch, from a record on; where to go on.
     fn copy_records(
         &mut self,
         batch: &Batch,
-        segment: SegmentId,
-        from: usize,
+        from: Cursor,
         looks: &mut usize,
-    ) -> Result<Option<usize>, LogError> {
-        let mut copies = Copies::default();
+        window: &mut Window,
+        copies: &mut Copies,
+    ) -> Result<Cursor, LogError> {
         let mut offset = batch.data;
         for (index, record) in batch.header.records.iter().enumerate() {
-            let data = Location { segment, offset: u32::try_from(offset).expect("a segment is below 4 GiB") };
+            let data = Location {
+                segment: from.segment,
+                offset: u32::try_from(offset).expect("a segment is below 4 GiB"),
+            };
             let blocks = record.kind.checksums().len();
             offset += (blocks * BLOCK_BYTES) as u64;
-            if index < from {
+            if index < from.record {
                 continue;
             }
             if *looks == 0 {
-                self.write_copies(copies)?;
-                return Ok(Some(index));
+                return Ok(Cursor { record: index, ..from });
             }
             *looks = looks.saturating_sub(blocks.max(1));
-            if copies.is_full(blocks) {
-                self.write_copies(std::mem::take(&mut copies))?;
-            }
             if let RecordKind::Pages { .. } = record.kind {
                 self.rewrite_pages(record, data);
             } else {
-                self.copy_record(record, data, &mut copies)?;
+                self.copy_record(record, data, window, copies)?;
             }
         }
-        self.write_copies(copies)?;
-        Ok(None)
+        Ok(Cursor { offset: batch.end, record: 0, ..from })
     }
 
     fn rewrite_pages(&self, record: &Record, data: Location) {
@@ -221,12 +275,15 @@ impl<T> Engine<T> {
         });
     }
 
-    fn copy_record(&mut self, record: &Record, data: Location, copies: &mut Copies) -> Result<(), LogError> {
+    fn copy_record(
+        &mut self,
+        record: &Record,
+        data: Location,
+        window: &mut Window,
+        copies: &mut Copies,
+    ) -> Result<(), LogError> {
         if self.reader.look(|catalog| catalog.keeps_whole(record, data.segment)) {
-            if let Some(content) = self.content(record, data, 0, record.kind.checksums().len()) {
-                copies.push(record.clone(), content);
-            }
-            return Ok(());
+            return self.copy(record.clone(), data, window, copies);
         }
         let runs = self.reader.change(|catalog| catalog.live_runs(self.reader.pages(), record, data));
         let runs = match runs {
@@ -238,40 +295,39 @@ impl<T> Engine<T> {
             }
         };
         for run in runs {
-            if copies.is_full(run.count as usize) {
-                self.write_copies(std::mem::take(copies))?;
-            }
-            let Some(content) = self.content(record, data, run.skip, run.count as usize) else { continue };
             let (from, to) = (run.skip as usize, (run.skip + run.count) as usize);
             let kind = RecordKind::Moved { checksums: record.kind.checksums()[from..to].to_vec() };
             let first = BlockIndex(record.first.0 + u64::from(run.skip));
-            copies.push(Record { first, count: run.count, kind, ..record.clone() }, content);
+            let moved = Record { first, count: run.count, kind, ..record.clone() };
+            self.copy(moved, data.after_blocks(run.skip), window, copies)?;
         }
         Ok(())
     }
 
-    /// The content of a record's blocks; the inner `None`: it has none. The outer: it is damaged, and stays where it is.
-    fn content(&self, record: &Record, data: Location, skip: u32, count: usize) -> Option<Option<Bytes>> {
-        if count == 0 {
-            return Some(None);
+    /// Takes a record into a batch of copies. If its content is damaged, it stays where it is.
+    fn copy(
+        &mut self,
+        record: Record,
+        data: Location,
+        window: &mut Window,
+        copies: &mut Copies,
+    ) -> Result<(), LogError> {
+        if copies.is_full(record.kind.checksums().len()) {
+            self.write_copies(std::mem::take(copies))?;
         }
-        let (from, first) = (skip as usize, BlockIndex(record.first.0 + u64::from(skip)));
-        let wanted = &record.kind.checksums()[from..from + count];
-        match self.reader.read_verified(record.volume, first, data.after_blocks(skip), wanted) {
-            Ok(content) => Some(Some(content)),
-            Err(error) => {
-                tracing::error!(%error, segment = data.segment.0, "the segment can't be given back");
-                None
-            }
+        let read = |out: &mut [u8]| window.read(self.reader.disk(), u64::from(data.offset), out);
+        if let Err(error) = copies.take(record, read) {
+            tracing::error!(%error, segment = data.segment.0, "the segment can't be given back");
         }
+        Ok(())
     }
 
     fn write_copies(&mut self, copies: Copies) -> Result<(), LogError> {
         if copies.records.is_empty() {
             return Ok(());
         }
-        let parts: Vec<&[u8]> = copies.data.iter().map(|part| &part[..]).collect();
-        let written = self.append(copies.records.clone(), &parts, Room::All)?;
+        let parts: &[&[u8]] = if copies.data.is_empty() { &[] } else { &[&copies.data] };
+        let written = self.append(copies.records.clone(), parts, Room::All)?;
         self.index(copies.records, written.data);
         Ok(())
     }

@@ -278,9 +278,7 @@ impl Reader {
     ) -> io::Result<Bytes> {
         let mut data = BytesMut::zeroed(checksums.len() * BLOCK_BYTES);
         self.disk.read(location.segment, u64::from(location.offset), &mut data)?;
-        for ((index, content), checksum) in (first.0..).zip(data.chunks_exact(BLOCK_BYTES)).zip(checksums) {
-            verify(volume, BlockIndex(index), content, *checksum)?;
-        }
+        verify_all(volume, first, &data, checksums)?;
         Ok(data.freeze())
     }
 
@@ -477,6 +475,17 @@ fn verify(volume: VolumeId, block: BlockIndex, content: &[u8], checksum: u64) ->
     }
     let what = format!("{volume} block {block} does not match its checksum");
     Err(io::Error::new(io::ErrorKind::InvalidData, what))
+}
+
+/// Compares blocks with their checksums.
+pub(super) fn verify_all(
+    volume: VolumeId,
+    first: BlockIndex,
+    data: &[u8],
+    checksums: &[u64],
+) -> io::Result<()> {
+    let blocks = (first.0..).zip(data.chunks_exact(BLOCK_BYTES)).zip(checksums);
+    blocks.map(|((block, content), sum)| verify(volume, BlockIndex(block), content, *sum)).collect()
 }
 
 /// Whether two blocks lie side by side.

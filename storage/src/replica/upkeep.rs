@@ -21,8 +21,12 @@ const LOOK_EVERY: u32 = 64;
 /// Looks of a store that has nothing else to do, before it waits for something to do.
 const IDLE_LOOKS: u32 = 2;
 
-/// Segments that a checkpoint would give back: worth its cost.
-const DEAD_SEGMENTS: usize = 4;
+/// Segments that a checkpoint would give back: worth its cost, in any store. It writes every page of the map that has changed,
+/// which under writes at random places are all of them.
+const DEAD_SEGMENTS_MIN: usize = 4;
+
+/// The part of all segments that may wait for a checkpoint: more would be space that nobody has any use of.
+const DEAD_PART: usize = 4;
 
 /// Leaves of a layer that are looked at by a commit, besides one for each block that it writes.
 const LEAVES_MIN: usize = 8;
@@ -92,7 +96,7 @@ impl<T> Engine<T> {
     fn wants_checkpoint(&self, looks: bool) -> bool {
         let Some(current) = self.log.segment() else { return false };
         let behind = self.checkpointed_at.map_or(0, |segment| segment.0);
-        let enough = if self.is_short_of_space() { 1 } else { DEAD_SEGMENTS };
+        let enough = if self.is_short_of_space() { 1 } else { self.enough_dead() };
         if current.0 - behind >= CHECKPOINT_SEGMENTS
             || self.reader.look(|catalog| catalog.maps.dirty_pages()) >= DIRTY_PAGES_MAX
             || self.cleaning.cleaned.len() >= enough
@@ -104,6 +108,12 @@ impl<T> Engine<T> {
                 let before = self.segments.range(..current);
                 before.filter(|segment| !catalog.needs(**segment)).count() >= enough
             })
+    }
+
+    /// Segments that a checkpoint would give back, if it is worth its cost.
+    fn enough_dead(&self) -> usize {
+        let most = usize::try_from(CHECKPOINT_SEGMENTS).expect("a few");
+        (self.segments.len() / DEAD_PART).clamp(DEAD_SEGMENTS_MIN, most)
     }
 
     /// Makes a restart begin here, and gives back what nothing needs any more.
