@@ -15,6 +15,13 @@ use tokio::process::{Child, Command};
 /// The host whose replica is on the owner's host.
 const LOCAL: u64 = 1;
 
+/// What a store may take at least.
+const CAPACITY_MIN: u64 = 4 << 30;
+
+/// And for each byte of the volume: so much that it is never short of space. A share of the disk's would be slower the fuller
+/// the disk of this machine happens to be.
+const SIZES_MAX: u64 = 4;
+
 fn socket(dir: &Path, host: u64) -> PathBuf {
     dir.join(format!("{host}.sock"))
 }
@@ -27,7 +34,7 @@ pub async fn run(dir: PathBuf, host: u64, size: ByteCount) -> Result<()> {
         dir: dir.join(host.to_string()),
         host: HostId(host),
         boot_id: "boot".to_owned(),
-        capacity: None,
+        capacity: Some(ByteCount(CAPACITY_MIN + size.0 * SIZES_MAX)),
     };
     let pool = RemotePool { socket: dir.join("pool.sock"), size };
     let server = ReplicaServer::open(options, Arc::new(pool))?;
