@@ -12,7 +12,8 @@
 //! - [`peer`]: how one replica takes part.       - [`attach`]: connections, attachments, answers that do not come.
 //! - [`activation`]: taking over.                - [`writes`]: writes, flushes, acknowledgement, drain.
 //! - [`reads`]: reads.                           - [`members`]: who is in the in-sync set, and proposals to change it.
-//! - [`slowness`]: members for which all wait. - [`resync`], [`syncing`]: making a replica equal.
+//! - [`habit`]: which write is going to be flushed. - [`slowness`]: members for which all wait.
+//! - [`resync`], [`syncing`]: making a replica equal.
 //! - [`snapshots`]: operations that write nothing, questions, repairs.
 //!
 //! Invariants: a write is acknowledged when every member of the in-sync set, and every replica that may have become one, has
@@ -22,6 +23,7 @@
 
 mod activation;
 mod attach;
+mod habit;
 mod io;
 mod members;
 mod peer;

@@ -19,6 +19,9 @@ struct Script {
     view: VolumeView,
     proposals: Vec<(Duration, VolumeProposal)>,
     attached: Vec<(Duration, HostId)>,
+    /// Requests to make everything durable.
+    flushes: usize,
+    replied: Vec<CommandId>,
     generations: u64,
     commands: u64,
 }
@@ -60,6 +63,8 @@ impl Script {
             view: VolumeView { epoch, isr_version, isr, epoch_history: Vec::new() },
             proposals: Vec::new(),
             attached: Vec::new(),
+            flushes: 0,
+            replied: Vec::new(),
             generations: 0,
             commands: 0,
         };
@@ -68,9 +73,11 @@ impl Script {
         script
     }
 
-    fn command(&mut self, command: Command) {
+    fn command(&mut self, command: Command) -> CommandId {
         self.commands += 1;
-        self.input(Input::Command { id: CommandId(self.commands), command });
+        let id = CommandId(self.commands);
+        self.input(Input::Command { id, command });
+        id
     }
 
     fn input(&mut self, input: Input) {
@@ -111,6 +118,10 @@ impl Script {
                         self.confirms[index].push_back((self.now + self.delays[index], generation, sequence));
                         return None;
                     }
+                    Request::Flush => {
+                        self.flushes += 1;
+                        return None;
+                    }
                     // A resync that nobody answers.
                     _ => return None,
                 };
@@ -121,7 +132,11 @@ impl Script {
                 let response = Response::Answer { id, answer };
                 Some(Input::Received { host, generation, response, data: Bytes::new() })
             }
-            Output::Disconnect { .. } | Output::Reply { .. } => None,
+            Output::Reply { id, .. } => {
+                self.replied.push(id);
+                None
+            }
+            Output::Disconnect { .. } => None,
         }
     }
 
@@ -136,6 +151,17 @@ impl Script {
         }
         self.proposals.push((self.now, proposal));
         self.view.clone()
+    }
+
+    /// All confirm that they have the last write, and up to where it is durable.
+    fn confirm(&mut self, durable: Sequence) {
+        for index in 0..3 {
+            let Some((_, generation, written)) = self.confirms[index].pop_back() else { continue };
+            let response = Response::Watermark { written, durable, full: false };
+            let host = HostId(index as u64 + 1);
+            self.input(Input::Received { host, generation, response, data: Bytes::new() });
+            self.confirms[index].push_back((self.now, generation, written));
+        }
     }
 
     /// A guest writes fifty times a second for so long.
@@ -209,4 +235,25 @@ fn a_slow_member_stays_where_the_set_is_too_small_without_it_or_all_are_slow() {
     script.delays = [ms(400); 3];
     script.run(Duration::from_secs(40));
     assert_eq!(script.left(), [], "nobody is faster");
+}
+
+#[test]
+fn a_flush_that_was_foreseen_has_been_done_with_the_write() {
+    let mut script = Script::new(2);
+    let mut asked = Vec::new();
+    for sequence in (1..=8).map(Sequence) {
+        let before = script.flushes;
+        let data = Some(Bytes::from_static(&[0; BLOCK]));
+        let write = script.command(Command::Write { first: BlockIndex(7), count: 1, data });
+        let with_write = script.flushes - before;
+        script.confirm(if with_write > 0 { sequence } else { Sequence(0) });
+        assert!(script.replied.contains(&write));
+        let flush = script.command(Command::Flush);
+        assert_eq!(script.replied.contains(&flush), with_write > 0, "nothing is said that is not durable");
+        script.confirm(sequence);
+        assert!(script.replied.contains(&flush));
+        asked.push((with_write, script.flushes - before));
+    }
+    assert_eq!(asked[..5], [(0, 3); 5], "not known yet");
+    assert_eq!(asked[5..], [(3, 3); 3], "once for each replica, with the write");
 }

@@ -4,6 +4,7 @@
 //!  write ──▶ waiting ──issued while the set is large enough and has space──▶ in flight ──all required have it──▶ done
 //! ```
 
+use super::habit::FlushHabit;
 use super::io::{CommandId, Reply};
 use super::peer::Peer;
 use super::{Owner, State};
@@ -81,6 +82,9 @@ pub struct Active {
     pub in_flight: VecDeque<(Sequence, Write)>,
     pub waiting: VecDeque<Write>,
     pub flushes: VecDeque<(Sequence, CommandId)>,
+    habit: FlushHabit,
+    /// The last write that a flush is expected behind.
+    foreseen: Sequence,
     /// Operations that are written and not durable yet.
     pub ops: Vec<(Tail, CommandId)>,
     /// The snapshots, as they will be when everything that was issued is done.
@@ -116,6 +120,8 @@ impl Active {
             in_flight: VecDeque::new(),
             waiting: VecDeque::new(),
             flushes: VecDeque::new(),
+            habit: FlushHabit::default(),
+            foreseen: Sequence(0),
             ops: Vec::new(),
             lineage,
             drain: Drain::No,
@@ -164,6 +170,7 @@ impl Owner {
         };
         // Writes that still wait to be issued were not acknowledged; a flush need not cover them.
         active.flushes.push_back((active.issued, id));
+        active.habit.flushed();
     }
 
     pub(super) fn drain(&mut self, id: CommandId) {
@@ -258,6 +265,9 @@ impl Owner {
             let is_op = write.is_op();
             active.issued = active.issued.next();
             let sequence = active.issued;
+            if active.habit.wrote() {
+                active.foreseen = sequence;
+            }
             let (cost, (request, data)) = (write.cost(), write.request(sequence));
             active.in_flight.push_back((sequence, write));
             for &host in &live {
@@ -330,13 +340,14 @@ impl Owner {
         }
     }
 
-    /// Asks replicas to make durable what a flush or the drain waits for; those that are full, whether they still are.
+    /// Asks replicas to make durable what a flush or the drain waits for, or is going to wait for; those that are full, whether they still are.
     pub(super) fn flush_peers(&mut self) {
         let State::Active(active) = &self.state else { return };
         let is_idle = active.in_flight.is_empty() && active.waiting.is_empty();
         let drain = (active.drain != Drain::No && is_idle).then_some(active.issued);
         let ops = active.ops.iter().map(|(tail, _)| tail.sequence);
-        let wanted = active.flushes.iter().map(|(upto, _)| *upto).chain(ops).chain(drain).max();
+        let flushes = active.flushes.iter().map(|(upto, _)| *upto).chain([active.foreseen]);
+        let wanted = flushes.chain(ops).chain(drain).max();
         let hosts: Vec<HostId> = self.peers.keys().copied().filter(|host| self.is_required(*host)).collect();
         for host in hosts {
             let Some(peer) = self.peers.get_mut(&host).filter(|peer| peer.is_streaming()) else { continue };
