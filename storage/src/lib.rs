@@ -16,6 +16,6 @@ mod simulation;
 pub mod types;
 pub mod wire;
 
-pub use replica::{StoreError, Usage};
+pub use replica::{Pressure, RepairCounts, StoreError, Usage};
 pub use server::{ReplicaOptions, ReplicaServer};
 pub use types::*;

@@ -68,6 +68,8 @@ pub struct Maps {
     dirty: BTreeSet<(u8, PageKey)>,
     live: LiveCounts,
     live_total: u64,
+    /// Blocks of data in each tree.
+    held: BTreeMap<TreeId, u64>,
     pages_max: usize,
 }
 
@@ -89,6 +91,31 @@ impl Maps {
     #[must_use]
     pub fn live_total(&self) -> u64 {
         self.live_total
+    }
+
+    /// Blocks of data in a tree.
+    #[must_use]
+    pub fn held(&self, tree: TreeId) -> u64 {
+        self.held.get(&tree).copied().unwrap_or(0)
+    }
+
+    /// A tree has so many blocks of data, as a checkpoint says.
+    pub fn restore_held(&mut self, tree: TreeId, blocks: u64) {
+        self.held.insert(tree, blocks);
+    }
+
+    /// An entry of a tree has another content.
+    pub(super) fn count_held(&mut self, tree: TreeId, old: Option<Place>, new: Option<Place>) {
+        if old.is_some() == new.is_some() {
+            return;
+        }
+        let count = self.held.entry(tree).or_default();
+        // A page that could not be read has left more counted than there is, never less.
+        *count = if new.is_some() { *count + 1 } else { count.saturating_sub(1) };
+    }
+
+    pub(super) fn forget_held(&mut self, tree: TreeId) {
+        self.held.remove(&tree);
     }
 
     /// Roots as the last checkpoint put them.

@@ -331,7 +331,9 @@ proptest! {
                 Step::Checkpoint => disk.checkpoint(&mut maps),
                 Step::Reopen => {
                     disk.checkpoint(&mut maps);
+                    let held = maps.held(TREE);
                     maps = Maps::new(maps.roots().clone(), maps.live().clone(), pages_max);
+                    maps.restore_held(TREE, held);
                 }
                 Step::Remove => {
                     while !maps.release_some(&disk, TREE, 3) {}
@@ -340,6 +342,7 @@ proptest! {
             }
             let data = model.values().filter(|entry| entry.content.place().is_some()).count() as u64;
             prop_assert_eq!(maps.live().get(&DATA).copied().unwrap_or(0), data);
+            prop_assert_eq!(maps.held(TREE), data);
         }
         for block in 0..3_300 {
             let entry = maps.get(&disk, TREE, BlockIndex(block)).unwrap();

@@ -69,8 +69,10 @@ impl Maps {
             return false;
         }
         self.page_mut(leaf).set_entry(slot, Some(entry));
+        let old = old.and_then(|old| old.content.place());
         self.hold(entry.content.place());
-        self.release(old.and_then(|old| old.content.place()));
+        self.release(old);
+        self.count_held(leaf.tree, old, entry.content.place());
         true
     }
 

@@ -118,6 +118,7 @@ impl Maps {
                 self.touch(leaf, Sequence(0));
                 self.page_mut(leaf).set_entry(at(slot), new);
                 self.release(old.content.place());
+                self.count_held(tree, old.content.place(), new.and_then(|new| new.content.place()));
             }
             self.shrink();
             from = leaf.first_block() + LEAF_BLOCKS;
@@ -132,8 +133,9 @@ impl Maps {
             match self.next_leaf(reader, tree, 0, Sequence(0)) {
                 Ok(Some(leaf)) => {
                     for slot in 0..LEAF_BLOCKS {
-                        let entry = self.page(leaf).entry(at(slot));
-                        self.release(entry.and_then(|entry| entry.content.place()));
+                        let place = self.page(leaf).entry(at(slot)).and_then(|entry| entry.content.place());
+                        self.release(place);
+                        self.count_held(tree, place, None);
                     }
                     self.cut_off(leaf);
                 }
@@ -167,9 +169,11 @@ impl Maps {
             let mut newest = Sequence(0);
             for slot in 0..LEAF_BLOCKS {
                 let Some(entry) = self.page(leaf).entry(at(slot)) else { continue };
-                let old = self.page(below).entry(at(slot));
-                self.release(old.and_then(|old| old.content.place()));
+                let old = self.page(below).entry(at(slot)).and_then(|old| old.content.place());
+                self.release(old);
                 self.page_mut(below).set_entry(at(slot), Some(entry));
+                self.count_held(into, old, entry.content.place());
+                self.count_held(tree, entry.content.place(), None);
                 newest = newest.max(entry.version.sequence);
             }
             self.touch(below, newest);
@@ -197,6 +201,7 @@ impl Maps {
     /// Nothing of the tree is left but its root, unless a page was unreadable.
     fn drop_root(&mut self, tree: TreeId) -> bool {
         self.drop_tree(tree);
+        self.forget_held(tree);
         self.roots.remove(&tree);
         true
     }

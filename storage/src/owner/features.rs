@@ -27,6 +27,17 @@ pub struct ScrubProgress {
     pub damaged: u64,
     /// Those of them that were given the content of another replica.
     pub repaired: u64,
+    /// How much of it is done, by addresses, in permille.
+    pub permille: u32,
+}
+
+/// What is to be scrubbed, and how fast.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ScrubOptions {
+    /// Only the replica at this host; none: all that are in sync.
+    pub host: Option<HostId>,
+    /// A pause after each 256 blocks.
+    pub pace: Duration,
 }
 
 impl VolumeHandle {
@@ -123,18 +134,26 @@ impl VolumeHandle {
     }
 
     /// Reads everything that the in-sync replicas hold of the volume and its snapshots, compares it with its checksums, and puts
-    /// intact content in the place of what is damaged. `pace`: a pause after each 256 blocks. `progress` is told how far it is.
+    /// intact content in the place of what is damaged. `progress` is told how far it is.
     ///
     /// # Errors
-    /// Fenced or closed. What can't be repaired is counted only.
+    /// Fenced, closed, or the host has no in-sync replica. What can't be repaired is counted only.
     pub async fn scrub(
         &self,
-        pace: Duration,
+        options: ScrubOptions,
         mut progress: impl FnMut(ScrubProgress),
     ) -> Result<ScrubProgress, VolumeError> {
-        let (lineage, members) = self.lineage().await?;
+        let (lineage, mut members) = self.lineage().await?;
+        if let Some(host) = options.host {
+            members.retain(|member| *member == host);
+            if members.is_empty() {
+                return Err(VolumeError::NoReplica { host });
+            }
+        }
         let snapshots = lineage.snapshots.iter().map(|info| View::Snapshot(info.snapshot));
+        let parts = (lineage.snapshots.len() as u64 + 1) * members.len() as u64;
         let mut total = ScrubProgress::default();
+        let mut part = 0;
         for view in snapshots.chain([View::Live]) {
             for &host in &members {
                 let mut next = Some(BlockIndex(0));
@@ -150,18 +169,30 @@ impl VolumeHandle {
                         // The snapshot was deleted, or the replica has left the set, meanwhile.
                         Err(_) => None,
                     };
+                    total.permille = self.permille_of(part, next, parts);
                     progress(total);
-                    tokio::time::sleep(pace).await;
+                    tokio::time::sleep(options.pace).await;
                 }
+                part += 1;
             }
         }
         Ok(total)
     }
 
+    /// How much is done of so many parts when one of them goes on at a block, or has ended.
+    fn permille_of(&self, part: u64, next: Option<BlockIndex>, parts: u64) -> u32 {
+        let blocks = (self.size_bytes() / BLOCK).max(1);
+        let at = next.map_or(blocks, |next| next.0.min(blocks));
+        let done = u128::from(part) * u128::from(blocks) + u128::from(at);
+        let permille = done * 1000 / (u128::from(parts) * u128::from(blocks)).max(1);
+        u32::try_from(permille).unwrap_or(1000).min(1000)
+    }
+
     async fn repair(&self, host: HostId, view: View, damaged: Vec<BlockIndex>, total: &mut ScrubProgress) {
         for first in damaged {
             total.damaged += 1;
-            let len = BLOCK.min(self.size_bytes() - first.0 * BLOCK);
+            // A replica may have heard of a larger size before its owner.
+            let len = BLOCK.min(self.size_bytes().saturating_sub(first.0.saturating_mul(BLOCK)));
             let len = usize::try_from(len).expect("a block is small");
             let Ok(data) = self.read_view(view, first.0 * BLOCK, len).await else { continue };
             let mut block = data.to_vec();

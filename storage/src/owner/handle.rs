@@ -1,7 +1,8 @@
 //! What users of a volume hold.
 
 use super::config::{ActivateError, ActivationStart, VolumeConfig, VolumeError, VolumeStatus};
-use super::core::Owner;
+use super::core::{Owner, ResyncStatus};
+use super::meter::{IoKind, IoMeter, IoStats};
 use super::task::{Message, VolumeTask};
 use crate::limits::{WINDOW_BYTES, write_cost};
 use crate::types::View;
@@ -35,6 +36,8 @@ pub struct VolumeHandle {
     /// Whole-block writes share it; a write that must first read its blocks has it alone.
     blocks: Arc<RwLock<()>>,
     size: Arc<AtomicU64>,
+    meter: Arc<IoMeter>,
+    resyncs: watch::Receiver<Vec<ResyncStatus>>,
 }
 
 impl VolumeHandle {
@@ -45,11 +48,13 @@ impl VolumeHandle {
         let owner = Owner::new(config.clone());
         let (messages, queue) = mpsc::channel(MESSAGES_MAX);
         let (publish, published) = watch::channel(owner.status());
-        let task = VolumeTask::new(owner, queue, publish);
+        let (publish_resyncs, resyncs) = watch::channel(Vec::new());
+        let task = VolumeTask::new(owner, queue, (publish, publish_resyncs));
         tokio::spawn(task.run(config));
         let window = Arc::new(Semaphore::new(WINDOW_BYTES));
         let read_window = Arc::new(Semaphore::new(READ_WINDOW_BYTES));
-        Self { messages, published, window, read_window, blocks: Arc::default(), size }
+        let (blocks, meter) = (Arc::default(), Arc::default());
+        Self { messages, published, window, read_window, blocks, size, meter, resyncs }
     }
 
     /// Sends what `message` makes of the other end of an answer; waits for the answer.
@@ -96,12 +101,24 @@ impl VolumeHandle {
         *self.published.borrow()
     }
 
+    /// What was done with it by all its handles, and how long that took.
+    #[must_use]
+    pub fn io(&self) -> IoStats {
+        self.meter.stats()
+    }
+
+    /// The replicas that are being made equal, some moments ago.
+    #[must_use]
+    pub fn resyncs(&self) -> Vec<ResyncStatus> {
+        self.resyncs.borrow().clone()
+    }
+
     /// Reads; waits while no in-sync replica can be reached.
     ///
     /// # Errors
     /// Out of range, fenced, closed, or damaged everywhere.
     pub async fn read(&self, offset: u64, len: usize) -> Result<Bytes, VolumeError> {
-        self.read_view(View::Live, offset, len).await
+        self.meter.count(IoKind::Read, len as u64, self.read_view(View::Live, offset, len)).await
     }
 
     /// Reads what the volume or one of its snapshots holds.
@@ -134,6 +151,10 @@ impl VolumeHandle {
     /// # Errors
     /// Out of range, no space, fenced, draining, closed.
     pub async fn write(&self, offset: u64, data: Bytes) -> Result<(), VolumeError> {
+        self.meter.count(IoKind::Write, data.len() as u64, self.write_bytes(offset, data)).await
+    }
+
+    async fn write_bytes(&self, offset: u64, data: Bytes) -> Result<(), VolumeError> {
         self.check(offset, data.len() as u64)?;
         if data.is_empty() {
             return Ok(());
@@ -149,7 +170,8 @@ impl VolumeHandle {
         let end = (offset + data.len() as u64).next_multiple_of(BLOCK).min(size.next_multiple_of(BLOCK));
         let len = usize::try_from(end - start).expect("a request fits in memory");
         let mut blocks = BytesMut::from(
-            &self.read(start, len.min(usize::try_from(size - start).unwrap_or(len))).await?[..],
+            &self.read_view(View::Live, start, len.min(usize::try_from(size - start).unwrap_or(len))).await?
+                [..],
         );
         blocks.resize(len, 0);
         let at = usize::try_from(offset - start).expect("less than a block");
@@ -191,7 +213,8 @@ impl VolumeHandle {
     /// # Errors
     /// Fenced or closed.
     pub async fn flush(&self) -> Result<(), VolumeError> {
-        self.ask(VolumeError::Closed, |answer| Message::Flush { answer }).await
+        let flush = self.ask(VolumeError::Closed, |answer| Message::Flush { answer });
+        self.meter.count(IoKind::Flush, 0, flush).await
     }
 
     /// These bytes may be forgotten: whole blocks read as zero from now on, the rest stays.
@@ -199,6 +222,10 @@ impl VolumeHandle {
     /// # Errors
     /// As `write`.
     pub async fn discard(&self, offset: u64, len: u64) -> Result<(), VolumeError> {
+        self.meter.count(IoKind::Discard, len, self.discard_bytes(offset, len)).await
+    }
+
+    async fn discard_bytes(&self, offset: u64, len: u64) -> Result<(), VolumeError> {
         self.check(offset, len)?;
         let first = offset.div_ceil(BLOCK);
         let end = (offset + len) / BLOCK;
@@ -211,14 +238,18 @@ impl VolumeHandle {
     /// # Errors
     /// As `write`.
     pub async fn write_zeroes(&self, offset: u64, len: u64) -> Result<(), VolumeError> {
+        self.meter.count(IoKind::Discard, len, self.zero_bytes(offset, len)).await
+    }
+
+    async fn zero_bytes(&self, offset: u64, len: u64) -> Result<(), VolumeError> {
         self.check(offset, len)?;
         let first = offset.div_ceil(BLOCK) * BLOCK;
         let end = (offset + len) / BLOCK * BLOCK;
         if first >= end {
-            return self.write(offset, zeroes(len)).await;
+            return self.write_bytes(offset, zeroes(len)).await;
         }
-        self.write(offset, zeroes(first - offset)).await?;
-        self.write(end, zeroes(offset + len - end)).await?;
+        self.write_bytes(offset, zeroes(first - offset)).await?;
+        self.write_bytes(end, zeroes(offset + len - end)).await?;
         let _shared = self.blocks.read().await;
         self.zero_blocks(first / BLOCK, end / BLOCK).await
     }

@@ -15,6 +15,7 @@ mod features;
 mod handle;
 pub(crate) mod lineage;
 mod link;
+mod meter;
 pub(crate) mod rules;
 mod task;
 
@@ -25,5 +26,7 @@ pub use config::{
     ActivateError, ActivationStart, ReplicaEndpoint, ReplicaRoute, VolumeConfig, VolumeError, VolumeState,
     VolumeStatus,
 };
-pub use features::{Ranges, ScrubProgress};
+pub use core::ResyncStatus;
+pub use features::{Ranges, ScrubOptions, ScrubProgress};
 pub use handle::VolumeHandle;
+pub use meter::{IoCounts, IoStats, LATENCY_US};

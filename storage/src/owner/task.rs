@@ -1,7 +1,9 @@
 //! The task around an [`Owner`]: turns what happens into inputs, and does what the outputs say.
 
 use super::config::{ActivateError, ActivationStart, VolumeConfig, VolumeError, VolumeStatus};
-use super::core::{Command, CommandId, Generation, Input, Look, Looked, Output, Owner, Reply, TICK};
+use super::core::{
+    Command, CommandId, Generation, Input, Look, Looked, Output, Owner, Reply, ResyncStatus, TICK,
+};
 use super::link::{FrameSender, LinkEvent, LinkEventKind, LinkTask};
 use crate::frames::{FRAMES_MAX, Frame};
 use crate::types::{Tail, View, VolumeOp};
@@ -116,6 +118,7 @@ pub struct VolumeTask {
     events: mpsc::Sender<LinkEvent>,
     inbox: mpsc::Receiver<LinkEvent>,
     published: watch::Sender<VolumeStatus>,
+    resyncs: watch::Sender<Vec<ResyncStatus>>,
     generations: Arc<AtomicU64>,
     routes: HashMap<HostId, Route>,
     tasks: JoinSet<()>,
@@ -129,7 +132,7 @@ impl VolumeTask {
     pub fn new(
         owner: Owner,
         messages: mpsc::Receiver<Message>,
-        published: watch::Sender<VolumeStatus>,
+        (published, resyncs): (watch::Sender<VolumeStatus>, watch::Sender<Vec<ResyncStatus>>),
     ) -> Self {
         let (events, inbox) = mpsc::channel(EVENTS_MAX);
         Self {
@@ -138,6 +141,7 @@ impl VolumeTask {
             events,
             inbox,
             published,
+            resyncs,
             generations: Arc::default(),
             routes: HashMap::new(),
             tasks: JoinSet::new(),
@@ -166,7 +170,10 @@ impl VolumeTask {
                     }
                 }
                 Some(event) = self.inbox.recv() => self.event(event),
-                _ = ticks.tick() => self.apply(Input::Tick),
+                _ = ticks.tick() => {
+                    self.apply(Input::Tick);
+                    self.publish_resyncs();
+                }
             }
         }
     }
@@ -259,6 +266,16 @@ impl VolumeTask {
         let status = self.owner.status();
         self.published.send_if_modified(|old| std::mem::replace(old, status) != status);
         outputs.into_iter().for_each(|output| self.perform(output));
+    }
+
+    /// Not with each input: a look at how far the copies are costs more than most inputs do.
+    fn publish_resyncs(&self) {
+        let now = self.owner.resyncs();
+        self.resyncs.send_if_modified(|before| {
+            let is_new = *before != now;
+            *before = now;
+            is_new
+        });
     }
 
     fn perform(&mut self, output: Output) {

@@ -70,6 +70,11 @@ impl Catalog {
         })
     }
 
+    /// Blocks of data that are kept for a volume and its snapshots, without what it shares with the one that it was cloned from.
+    pub fn used_blocks(&self, id: VolumeId) -> u64 {
+        self.layers.of(id).into_iter().map(|tree| self.maps.held(tree)).sum()
+    }
+
     /// A number for a layer that a record is about to make.
     pub fn fresh_tree(&mut self) -> TreeId {
         self.layers.fresh()

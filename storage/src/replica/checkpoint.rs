@@ -22,8 +22,8 @@ use std::io;
 
 const NAMES: [&str; 2] = ["checkpoint", "checkpoint.copy"];
 
-/// Version 1: the first.
-const VERSION: u32 = 1;
+/// Version 1: the first. Version 2: how many blocks of data each layer has.
+const VERSION: u32 = 2;
 
 const HASH_BYTES: usize = 32;
 const HEADER_BYTES: usize = 4 + HASH_BYTES;
@@ -73,6 +73,8 @@ struct DiskLayer {
     anew: u64,
     /// Segment and block of the root page, and its checksum.
     root: Option<(u64, u16, u64)>,
+    /// Blocks of data that it has.
+    held: u64,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -187,6 +189,7 @@ impl DiskCheckpoint {
                 .copied()
                 .flatten()
                 .map(|(place, seal)| (place.segment.0, place.block, seal)),
+            held: catalog.maps.held(tree),
         };
         Self {
             segment: end.segment.map(|segment| segment.0),
@@ -206,6 +209,7 @@ impl DiskCheckpoint {
             |(segment, block, seal): (u64, u16, u64)| (Place { segment: SegmentId(segment), block }, seal);
         let roots = self.layers.iter().map(|layer| (TreeId(layer.tree), layer.root.map(root)));
         let roots = roots.filter(|(_, root)| root.is_some()).collect();
+        let held: Vec<_> = self.layers.iter().map(|layer| (TreeId(layer.tree), layer.held)).collect();
         let live = self.live.iter().map(|(segment, count)| (SegmentId(*segment), *count)).collect();
         let layers = self.layers.into_iter().map(|layer| {
             let parent = layer.parent.map(TreeId);
@@ -219,6 +223,7 @@ impl DiskCheckpoint {
             is_restructured: true,
             ..Catalog::default()
         };
+        held.into_iter().for_each(|(tree, blocks)| catalog.maps.restore_held(tree, blocks));
         for volume in self.volumes {
             let id = VolumeId(volume.volume);
             let volume = volume.into_volume(&mut catalog);

@@ -14,6 +14,7 @@ use crate::types::{Lineage, View};
 use bytes::{Bytes, BytesMut};
 use proto::limits::BLOCK_BYTES;
 use proto::{BlockIndex, Epoch, Sequence, SnapshotId, VolumeId};
+use std::collections::BTreeMap;
 use std::io;
 use std::ops::{Range, RangeInclusive};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -125,6 +126,13 @@ impl Reader {
     #[must_use]
     pub fn lineage(&self, volume: VolumeId) -> Lineage {
         self.look(|catalog| catalog.lineage(volume))
+    }
+
+    /// Bytes of data that are kept for each volume and its snapshots, without what a clone shares with its origin.
+    #[must_use]
+    pub fn used_bytes(&self) -> BTreeMap<VolumeId, u64> {
+        let of = |catalog: &Catalog, id: &VolumeId| (*id, catalog.used_blocks(*id) * BLOCK_BYTES as u64);
+        self.look(|catalog| catalog.volumes.keys().map(|id| of(catalog, id)).collect())
     }
 
     /// How full the disk is.

@@ -63,6 +63,7 @@ impl Connection {
         if let Err(error) = ended
             && error.kind() == io::ErrorKind::InvalidData
         {
+            self.shared.count_refusal();
             tracing::warn!(%error, "a peer of the block store broke the protocol");
         }
     }
@@ -107,6 +108,7 @@ impl Connection {
         };
         // Hashes are compared, so that the time tells nothing about the secret.
         if blake3::hash(&attachment.secret.0) != blake3::hash(&secret.0) {
+            self.shared.count_refusal();
             return Answer::AttachRefused(AttachRefused::WrongSecret);
         }
         match self.shared.store.attach(volume, epoch).await {

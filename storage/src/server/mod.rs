@@ -13,16 +13,18 @@ pub(crate) use quic::fingerprint_of_pem;
 pub use quic::{ClientEndpoint, QuicError};
 
 use crate::log::FileDisk;
-use crate::replica::{Store, StoreError, Usage};
+use crate::replica::{RepairCounts, Store, StoreError, Usage};
 use crate::types::Authority;
 use connection::Connection;
 use proto::{ByteCount, CertificateFingerprint, HostId, Incarnation, VolumeId};
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use thread::ServerThread;
 use tokio::net::UnixListener;
 use tokio_util::sync::CancellationToken;
@@ -55,9 +57,15 @@ pub(crate) struct Shared {
     pub(crate) shutdown: CancellationToken,
     tasks: TaskTracker,
     thread: ServerThread,
+    refused: AtomicU64,
 }
 
 impl Shared {
+    /// A peer did not keep to the protocol, or has no right to what it asked for.
+    pub(crate) fn count_refusal(&self) {
+        self.refused.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// A task that ends at `end`, which is the server's shutdown or a part of it, and that the shutdown waits for.
     pub(crate) fn spawn(&self, end: CancellationToken, task: impl Future<Output = ()> + Send + 'static) {
         let task = async move {
@@ -88,7 +96,8 @@ impl ReplicaServer {
         let tasks = TaskTracker::new();
         let thread = ServerThread::start(shutdown.clone(), tasks.clone()).map_err(open)?;
         tracing::info!(host = %options.host, %incarnation, "block store opened");
-        let shared = Shared { store, authority, incarnation, identity, shutdown, tasks, thread };
+        let refused = AtomicU64::new(0);
+        let shared = Shared { store, authority, incarnation, identity, shutdown, tasks, thread, refused };
         Ok(Self { shared: Arc::new(shared) })
     }
 
@@ -167,7 +176,7 @@ impl ReplicaServer {
             let Some(incoming) = incoming else { break };
             let server = self.clone();
             self.spawn(async move {
-                let Ok(connection) = incoming.await else { return };
+                let Ok(connection) = incoming.await else { return server.shared.count_refusal() };
                 while let Ok((write, read)) = connection.accept_bi().await {
                     server.spawn(Connection::new(server.shared.clone()).run(read, write));
                 }
@@ -193,6 +202,24 @@ impl ReplicaServer {
     pub async fn delete_volume(&self, volume: VolumeId) -> Result<(), StoreError> {
         let deleted = self.shared.store.delete(volume).await;
         deleted.map_err(|error| StoreError::Failed { cause: error.to_string() })
+    }
+
+    /// Bytes of data that are kept for each volume and its snapshots, without what a clone shares with its origin.
+    #[must_use]
+    pub fn used_bytes(&self) -> BTreeMap<VolumeId, u64> {
+        self.shared.store.used_bytes()
+    }
+
+    /// What was found damaged here, and what became of it.
+    #[must_use]
+    pub fn repairs(&self) -> RepairCounts {
+        self.shared.store.repairs()
+    }
+
+    /// Connections that ended since their peers did not keep to the protocol, or had no right to a volume.
+    #[must_use]
+    pub fn refused_peers(&self) -> u64 {
+        self.shared.refused.load(Ordering::Relaxed)
     }
 
     /// How full the disk is.

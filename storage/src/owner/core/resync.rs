@@ -18,6 +18,7 @@ use crate::wire::{Answer, Request, RequestId, WireVersion};
 use bytes::Bytes;
 use proto::{BlockIndex, HostId, Sequence, SnapshotId};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
 
 /// Blocks on their way at a time: hides the round trip, and leaves room for the guest's own I/O.
 pub const COPIES_IN_FLIGHT: usize = 16;
@@ -32,6 +33,8 @@ pub enum SyncAsk {
     Begin,
     Voided,
     Changed,
+    /// As `Changed`, ahead of the copies: only to know how many there will be.
+    Count,
     Fetch(BlockIndex),
     Copy(BlockIndex),
     Complete,
@@ -69,6 +72,21 @@ struct List {
     done: bool,
 }
 
+/// How far a resync is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ResyncStatus {
+    /// The host of the replica.
+    pub host: HostId,
+    /// Blocks that were sent to it.
+    pub copied: u64,
+    /// Blocks that are still to be looked at, as far as they are known.
+    pub left: u64,
+    /// Whether all of them are known: not before they were listed, and not while snapshots are to follow.
+    pub counted: bool,
+    /// How long it has been going on.
+    pub running: Duration,
+}
+
 /// How far the copy of one block is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Step {
@@ -104,6 +122,11 @@ pub struct Resync {
     bad_sources: BTreeSet<HostId>,
     voided: List,
     changed: List,
+    count: List,
+    /// Blocks of this leg that were listed, and those that are dealt with.
+    listed: u64,
+    settled: u64,
+    begun: Duration,
     queue: VecDeque<BlockIndex>,
     under_way: BTreeMap<BlockIndex, Step>,
     copied: u64,
@@ -111,7 +134,7 @@ pub struct Resync {
 
 impl Resync {
     /// A resync of a replica that surely has everything up to `cut`, and nothing that counts after it.
-    pub fn new(cut: Tail, plan: Plan) -> Self {
+    pub fn new(cut: Tail, plan: Plan, now: Duration) -> Self {
         let Plan { forget, mut legs } = plan;
         let leg = legs.pop_front().expect("the volume itself is the last one");
         let mut resync = Self {
@@ -125,6 +148,10 @@ impl Resync {
             bad_sources: BTreeSet::new(),
             voided: List::default(),
             changed: List::default(),
+            count: List::default(),
+            listed: 0,
+            settled: 0,
+            begun: now,
             queue: VecDeque::new(),
             under_way: BTreeMap::new(),
             copied: 0,
@@ -146,6 +173,8 @@ impl Resync {
     fn begin_leg(&mut self) {
         self.voided = List::default();
         self.changed = List::default();
+        self.count = List::default();
+        (self.listed, self.settled) = (0, 0);
         self.stage = match (self.leg.rebase, self.leg.view) {
             (Some(_), _) => Stage::Rebasing { asked: false },
             (None, View::Live) => Stage::Ready,
@@ -198,6 +227,19 @@ impl Resync {
         self.copied
     }
 
+    /// How far it is.
+    pub fn status(&self, host: HostId, now: Duration) -> ResyncStatus {
+        let is_last = self.legs.is_empty() && self.leg.view == View::Live;
+        let counted = is_last
+            && match self.stage {
+                Stage::Copying => self.voided.done && self.count.done,
+                Stage::Completing { .. } => true,
+                _ => false,
+            };
+        let left = self.listed.saturating_sub(self.settled);
+        ResyncStatus { host, copied: self.copied, left, counted, running: now.saturating_sub(self.begun) }
+    }
+
     /// Starts the live writes behind `issued`, once the target is ready. They must follow on the same stream.
     pub fn begin(&mut self, issued: Tail) -> Option<SyncRequest> {
         let Stage::Ready = self.stage else { return None };
@@ -232,6 +274,7 @@ impl Resync {
         }
         self.source = source;
         self.changed.asked = false;
+        self.count.asked = false;
         let is_fetching = |(_, step): &(&BlockIndex, &Step)| **step == Step::Fetching;
         let fetching: Vec<BlockIndex> =
             self.under_way.iter().filter(is_fetching).map(|(block, _)| *block).collect();
@@ -267,10 +310,12 @@ impl Resync {
         let whom = Whom::Source(host, generation);
         if wants_more && self.voided.done && !self.changed.done && !self.changed.asked {
             self.changed.asked = true;
-            let upto = self.upto().unwrap_or(Sequence(u64::MAX));
-            let Leg { view, since, after, .. } = self.leg;
-            let request = Request::Changed { id, view, since, after, upto, from: self.changed.from };
-            return Some(SyncRequest { whom, ask: SyncAsk::Changed, request, data: Bytes::new() });
+            return Some(self.list_changed(whom, SyncAsk::Changed, self.changed.from));
+        }
+        // Only where there is more than one page: what is left is not known then.
+        if self.changed.from > BlockIndex(0) && !self.count.done && !self.count.asked {
+            self.count.asked = true;
+            return Some(self.list_changed(whom, SyncAsk::Count, self.count.from));
         }
         if self.under_way.len() >= COPIES_IN_FLIGHT {
             return None;
@@ -278,10 +323,18 @@ impl Resync {
         let block = self.queue.pop_front()?;
         if self.under_way.insert(block, Step::Fetching).is_some() {
             // Listed twice; the copy that is under way will do.
+            self.settled += 1;
             return self.next_copy();
         }
         let request = Request::Fetch { id, view: self.leg.view, block };
         Some(SyncRequest { whom, ask: SyncAsk::Fetch(block), request, data: Bytes::new() })
+    }
+
+    fn list_changed(&self, whom: Whom, ask: SyncAsk, from: BlockIndex) -> SyncRequest {
+        let upto = self.upto().unwrap_or(Sequence(u64::MAX));
+        let Leg { view, since, after, .. } = self.leg;
+        let request = Request::Changed { id: RequestId(0), view, since, after, upto, from };
+        SyncRequest { whom, ask, request, data: Bytes::new() }
     }
 
     /// Takes an answer. `from`: the source that gave it, if it was one. Returns what follows at once.
@@ -315,9 +368,19 @@ impl Resync {
             }
             (SyncAsk::Begin, Answer::Done) => self.stage = Stage::Copying,
             (SyncAsk::Voided, Answer::Blocks { blocks, full }) => {
+                self.listed += blocks.len() as u64;
                 self.queue.extend(self.voided.take(blocks, full));
             }
+            (SyncAsk::Count, Answer::Blocks { blocks, full }) => {
+                self.listed += blocks.len() as u64;
+                self.count.take(blocks, full);
+            }
             (SyncAsk::Changed, Answer::Blocks { blocks, full }) => {
+                if self.changed.from == BlockIndex(0) {
+                    // The first page; the count goes on behind it.
+                    self.listed += blocks.len() as u64;
+                    self.count.take(blocks.clone(), full);
+                }
                 self.queue.extend(self.changed.take(blocks, full));
             }
             (SyncAsk::Fetch(block), Answer::Block { version, zero }) => {
@@ -326,9 +389,10 @@ impl Resync {
             (SyncAsk::Copy(block), Answer::Done) => {
                 self.under_way.remove(&block);
                 self.copied += 1;
+                self.settled += 1;
             }
             (SyncAsk::Complete, Answer::Done) => return Ok(None),
-            (SyncAsk::Fetch(_) | SyncAsk::Changed, _) => {
+            (SyncAsk::Fetch(_) | SyncAsk::Changed | SyncAsk::Count, _) => {
                 self.bad_sources.extend(from.map(|(host, _)| host));
                 self.set_source(None);
             }
@@ -350,6 +414,7 @@ impl Resync {
         let is_live = self.upto().is_some_and(|upto| version.sequence > upto);
         if version.sequence == Sequence(0) || is_live {
             self.under_way.remove(&block);
+            self.settled += 1;
             self.end_copying();
             return None;
         }
@@ -381,5 +446,67 @@ impl List {
             _ => self.done = true,
         }
         blocks
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::owner::lineage::Plan;
+
+    const TARGET: HostId = HostId(1);
+    const SOURCE: (HostId, Generation) = (HostId(2), Generation(1));
+
+    fn blocks(range: std::ops::Range<u64>, full: bool) -> Answer {
+        Answer::Blocks { blocks: range.map(BlockIndex).collect(), full }
+    }
+
+    fn asks(resync: &mut Resync) -> Vec<SyncAsk> {
+        std::iter::from_fn(|| resync.next_request()).map(|request| request.ask).collect()
+    }
+
+    /// A resync of everything that has come to its copies.
+    fn copying() -> Resync {
+        let leg = Leg { view: View::Live, since: None, after: Sequence(0), tail: None, rebase: None };
+        let plan = Plan { forget: VecDeque::new(), legs: VecDeque::from([leg]) };
+        let mut resync = Resync::new(Tail::default(), plan, Duration::ZERO);
+        assert_eq!(asks(&mut resync), [SyncAsk::Truncate]);
+        resync.answered(SyncAsk::Truncate, None, Answer::Done, Bytes::new()).unwrap();
+        resync.begin(Tail::default()).unwrap();
+        resync.answered(SyncAsk::Begin, None, Answer::Done, Bytes::new()).unwrap();
+        resync.set_source(Some(SOURCE));
+        assert_eq!(asks(&mut resync), [SyncAsk::Voided]);
+        resync.answered(SyncAsk::Voided, None, blocks(0..0, false), Bytes::new()).unwrap();
+        resync
+    }
+
+    #[test]
+    fn what_is_left_is_known_when_all_pages_were_listed_and_each_copy_makes_it_less() {
+        let mut resync = copying();
+        assert_eq!(asks(&mut resync), [SyncAsk::Changed]);
+        let page = |range, full| (Some(SOURCE), blocks(range, full), Bytes::new());
+        let (from, answer, data) = page(0..100, true);
+        resync.answered(SyncAsk::Changed, from, answer, data).unwrap();
+        let status = resync.status(TARGET, Duration::from_secs(3));
+        assert_eq!((status.left, status.counted, status.running), (100, false, Duration::from_secs(3)));
+        // The count runs ahead of the copies.
+        assert!(asks(&mut resync).contains(&SyncAsk::Count));
+        let (from, answer, data) = page(100..150, false);
+        resync.answered(SyncAsk::Count, from, answer, data).unwrap();
+        let status = resync.status(TARGET, Duration::ZERO);
+        assert_eq!((status.left, status.counted), (150, true));
+        resync.answered(SyncAsk::Copy(BlockIndex(0)), None, Answer::Done, Bytes::new()).unwrap();
+        let status = resync.status(TARGET, Duration::ZERO);
+        assert_eq!((status.copied, status.left), (1, 149));
+    }
+
+    #[test]
+    fn one_page_is_not_listed_twice() {
+        let mut resync = copying();
+        asks(&mut resync);
+        resync.answered(SyncAsk::Changed, Some(SOURCE), blocks(0..3, false), Bytes::new()).unwrap();
+        assert!(!asks(&mut resync).contains(&SyncAsk::Count));
+        let status = resync.status(TARGET, Duration::ZERO);
+        assert_eq!((status.left, status.counted), (3, true));
     }
 }

@@ -1,6 +1,7 @@
 //! What users see of an owner.
 
-use super::{Owner, State};
+use super::peer::Part;
+use super::{Owner, ResyncStatus, State};
 use crate::owner::config::{VolumeState, VolumeStatus};
 use crate::owner::rules::Progress;
 
@@ -33,6 +34,18 @@ impl Owner {
             damaged_reads,
             repairs,
         }
+    }
+}
+
+impl Owner {
+    /// The replicas that are being made equal.
+    #[must_use]
+    pub fn resyncs(&self) -> Vec<ResyncStatus> {
+        let resync = |(host, peer): (&proto::HostId, &super::peer::Peer)| match &peer.part {
+            Part::Syncing(resync) => Some(resync.status(*host, self.now)),
+            Part::Idle | Part::Attaching | Part::Attached(_) | Part::Streaming => None,
+        };
+        self.peers.iter().filter_map(resync).collect()
     }
 }
 

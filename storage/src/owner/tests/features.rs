@@ -5,6 +5,11 @@ use proto::SnapshotId;
 use std::os::unix::fs::FileExt;
 
 impl Cluster {
+    /// What a replica keeps.
+    fn used_bytes(&self, index: usize) -> u64 {
+        self.servers[index].as_ref().unwrap().used_bytes().values().sum()
+    }
+
     /// Turns a bit in every copy that a replica's log has of a block.
     fn damage(&self, index: usize, content: &[u8]) -> usize {
         let mut damaged = 0;
@@ -75,10 +80,19 @@ async fn a_damaged_block_is_read_elsewhere_and_put_back() {
     assert_eq!(cluster.content(0)[1], Some(block(0xa1)));
     // Of what nobody reads a scrub takes care, wherever it is.
     assert_eq!(cluster.damage(2, &block(0xb2)), 1);
-    let found = volume.scrub(Duration::ZERO, |_| {}).await.unwrap();
-    assert_eq!((found.checked, found.damaged, found.repaired), (6, 1, 1));
-    let found = volume.scrub(Duration::ZERO, |_| {}).await.unwrap();
+    let found = volume.scrub(ScrubOptions::default(), |_| {}).await.unwrap();
+    assert_eq!((found.checked, found.damaged, found.repaired, found.permille), (6, 1, 1, 1000));
+    let found = volume.scrub(ScrubOptions::default(), |_| {}).await.unwrap();
     assert_eq!((found.checked, found.damaged), (6, 0));
+    let one = ScrubOptions { host: Some(host(1)), ..ScrubOptions::default() };
+    assert_eq!(volume.scrub(one, |_| {}).await.unwrap().checked, 2);
+    let nobody = ScrubOptions { host: Some(HostId(9)), ..ScrubOptions::default() };
+    assert_eq!(volume.scrub(nobody, |_| {}).await, Err(VolumeError::NoReplica { host: HostId(9) }));
+    // Each copy keeps two blocks; what was done is known.
+    assert_eq!(cluster.used_bytes(0), 2 * BLOCK_BYTES as u64);
+    let io = volume.io();
+    assert_eq!((io.writes.operations, io.writes.bytes), (2, 2 * BLOCK_BYTES as u64));
+    assert!(volume.resyncs().is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
