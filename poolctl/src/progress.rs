@@ -23,10 +23,15 @@ impl Spinner {
         Self { bar, what }
     }
 
-    /// Shows a phase.
-    pub fn phase(&self, phase: &str) {
+    /// Shows where a task stands.
+    pub fn task(&self, task: &v1::Task) {
         let Self { bar, what } = self;
-        bar.set_message(if phase.is_empty() { what.clone() } else { format!("{what}: {phase}") });
+        let told = match (&task.progress, task.phase.as_str()) {
+            (Some(progress), _) => share(progress),
+            (None, "") => return bar.set_message(what.clone()),
+            (None, phase) => phase.to_owned(),
+        };
+        bar.set_message(format!("{what}: {told}"));
     }
 }
 
@@ -34,6 +39,13 @@ impl Drop for Spinner {
     fn drop(&mut self) {
         self.bar.finish_and_clear();
     }
+}
+
+/// Percent, rate and estimate in one line.
+fn share(progress: &v1::TaskProgress) -> String {
+    let percent = f64::from(progress.permille) / 10.0;
+    let eta = progress.remaining_ms.map_or_else(|| "–".to_owned(), |ms| format!("{:.0} s", ms as f64 / 1e3));
+    format!("{percent:.1}% · {}/s · ETA {eta}", ByteCount(progress.bytes_per_s))
 }
 
 /// A bar of bytes sent to the pool or taken from it; gone when dropped.
@@ -133,6 +145,19 @@ mod tests {
         ] {
             assert!(ProgressStyle::with_template(template).is_ok(), "{template}");
         }
+    }
+
+    #[test]
+    fn the_share_of_a_task_has_rate_and_estimate() {
+        let mut progress = v1::TaskProgress {
+            permille: 425,
+            bytes_per_s: 2 << 20,
+            remaining_ms: Some(3_400),
+            ..Default::default()
+        };
+        assert_eq!(share(&progress), "42.5% · 2 MiB/s · ETA 3 s");
+        progress.remaining_ms = None;
+        assert_eq!(share(&progress), "42.5% · 2 MiB/s · ETA –");
     }
 
     #[test]

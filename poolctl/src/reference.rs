@@ -29,7 +29,8 @@ pub enum ValueError {
     },
     /// No setting of the pool.
     #[error(
-        "`{text}` is no setting; write name=NAME, replicas-default=N, cpu-overcommit=N or cpu-profile=NAME"
+        "`{text}` is no setting; write name=NAME, replicas-default=N, cpu-overcommit=N, cpu-profile=NAME, \
+         scrub-interval=DURATION (or never) or scrub-rate=BYTES"
     )]
     Setting {
         /// What was given.
@@ -143,6 +144,10 @@ pub enum Setting {
     CpuOvercommit(u32),
     /// `cpu-profile=NAME`
     CpuProfile(CpuProfile),
+    /// `scrub-interval=DURATION`, `scrub-interval=never`
+    ScrubInterval(Duration),
+    /// `scrub-rate=BYTES`
+    ScrubRate(ByteCount),
 }
 
 /// `KEY=VALUE` of a setting of the pool.
@@ -158,6 +163,9 @@ pub fn setting(text: &str) -> Result<Setting, ValueError> {
         "name" => Ok(Setting::Name(value.to_owned())),
         "replicas-default" => number().map(Setting::ReplicasDefault),
         "cpu-overcommit" => number().map(Setting::CpuOvercommit),
+        "scrub-interval" if value == "never" => Ok(Setting::ScrubInterval(Duration::ZERO)),
+        "scrub-interval" => duration_s(value).map(Setting::ScrubInterval),
+        "scrub-rate" => size(value).map(Setting::ScrubRate).map_err(|_| error()),
         "cpu-profile" => value.parse().map(Setting::CpuProfile).map_err(|_| error()),
         _ => Err(error()),
     }

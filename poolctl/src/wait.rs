@@ -23,7 +23,7 @@ pub async fn task(client: &Client, id: TaskId, object: &str, what: &str) -> Resu
     let mut last = Task::default();
     let open = |channel| async move { TaskServiceClient::new(channel).watch(TaskRef { id: id.0 }).await };
     let followed = client.follow(open, |task: Task| {
-        spinner.phase(&task.phase);
+        spinner.task(&task);
         last = task;
         Ok(if last.state == "running" { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
     });

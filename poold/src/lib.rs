@@ -29,6 +29,7 @@ pub mod loans;
 pub mod metrics;
 pub mod network;
 pub mod node;
+pub mod progress;
 pub mod reconcile;
 pub mod replica;
 pub mod server;

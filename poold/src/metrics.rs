@@ -5,9 +5,11 @@
 
 mod http;
 mod render;
+mod volumes;
 
 pub use http::serve;
 
+use crate::agent::LocalFacts;
 use crate::node::NodeContext;
 use crate::supervisor::Supervisor;
 
@@ -18,6 +20,8 @@ pub struct Sources {
     pub context: NodeContext,
     /// Its VM processes.
     pub supervisor: Supervisor,
+    /// What it knows of volumes.
+    pub facts: LocalFacts,
 }
 
 /// Whether this host does its part.
@@ -45,6 +49,14 @@ impl Sources {
         }
     }
 
+    /// Clients of the volumes that are served here, and connections that were refused.
+    fn nbd_counts(&self) -> (u64, u64) {
+        let statuses = self.supervisor.processes().into_iter().filter_map(|process| process.status);
+        let served: Vec<_> = statuses.filter_map(|status| status.nbd).collect();
+        let clients = served.iter().map(|nbd| u64::from(nbd.connections)).sum();
+        (clients, served.iter().map(|nbd| nbd.refused).sum())
+    }
+
     fn observe(&self) -> render::Observation {
         let consensus = &self.context.consensus;
         render::Observation {
@@ -56,6 +68,8 @@ impl Sources {
             term: consensus.term(),
             vm_processes: self.supervisor.processes().len(),
             resident_bytes: resident_bytes(),
+            facts: self.facts.now(),
+            nbd: self.nbd_counts(),
         }
     }
 }

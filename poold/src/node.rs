@@ -10,7 +10,7 @@
 //! Invariant: when the node stops, VM processes go on; the next daemon finds them.
 
 use crate::{
-    agent::{AgentApi, Agents},
+    agent::{AgentApi, Agents, LocalFacts},
     api::{
         Principal, consoles::ConsoleApi, events::EventApi, groups::GroupApi, images::ImageApi,
         migrations::MigrationApi, networks::NetworkApi, snapshots::SnapshotApi, status, tasks::TaskApi,
@@ -23,6 +23,7 @@ use crate::{
     loans::Loans,
     metrics::{self, Sources},
     network::Networks,
+    progress::ProgressBook,
     reconcile::{self, Executor},
     replica::{self, ReplicaError},
     supervisor::{self, Launch, Privilege, ProcessError, Supervisor},
@@ -84,6 +85,8 @@ pub struct NodeContext {
     pub clients: HostClients,
     /// Volumes that are being filled or read for clients.
     pub loans: Loans,
+    /// How far work on tasks is.
+    pub progress: ProgressBook,
     /// Cancelled when the daemon shall end.
     pub shutdown: CancellationToken,
 }
@@ -299,10 +302,11 @@ pub async fn run(context: NodeContext, metrics_port: Option<TcpListener>) -> Res
     let supervisor = Supervisor::open(context.data_dir.join("vms"), launch)?;
     let (leader, leader_queue) = LeaderHandle::new();
     let lease = LeaseClient::default();
-    let agents = Agents::new(context.host, context.clients.clone(), supervisor.clone());
+    let facts = LocalFacts::new(replica.server(), supervisor.clone(), context.progress.clone());
+    let agents = Agents::new(context.host, context.clients.clone(), supervisor.clone(), facts.clone());
     let executor =
         Executor::new(context.clone(), supervisor.clone(), images.clone(), lease.clone(), networks.clone());
-    let routes = routes(&context, &supervisor, &images, &agents, &leader);
+    let routes = routes(&context, &supervisor, &images, (&agents, &facts), &leader);
 
     let mut tasks = JoinSet::new();
     tasks.spawn(lease::run_leader(context.clone(), leader_queue));
@@ -313,7 +317,7 @@ pub async fn run(context: NodeContext, metrics_port: Option<TcpListener>) -> Res
     tasks.spawn(networks.run(supervisor.clone()));
     tasks.spawn(crate::facts::run(context.clone()));
     if let Some(listener) = metrics_port {
-        let sources = Sources { context: context.clone(), supervisor: supervisor.clone() };
+        let sources = Sources { context: context.clone(), supervisor: supervisor.clone(), facts };
         tasks.spawn(metrics::serve(listener, sources, context.shutdown.clone()));
     }
     tasks.spawn(images::sync_task(context.clone(), images));
@@ -326,17 +330,18 @@ fn routes(
     context: &NodeContext,
     supervisor: &Supervisor,
     images: &ImageStore,
-    agents: &Agents,
+    (agents, facts): (&Agents, &LocalFacts),
     leader: &LeaderHandle,
 ) -> Routes {
-    let agent = AgentApi::new(context.host, supervisor.clone(), images.clone());
+    let agent = AgentApi::new(context.host, supervisor.clone(), images.clone(), facts.clone());
     let image = ImageApi::new(context.clone(), images.clone());
-    let volumes = VolumeServiceServer::new(VolumeApi::new(context.clone(), supervisor.clone()));
+    let volumes = VolumeApi::new(context.clone(), supervisor.clone(), agents.clone());
+    let volumes = VolumeServiceServer::new(volumes);
     Routes::new(VmServiceServer::new(VmApi::new(context.clone())))
         .add_service(volumes.max_decoding_message_size(GRPC_MESSAGE_BYTES_MAX))
         .add_service(ImageServiceServer::new(image).max_decoding_message_size(GRPC_MESSAGE_BYTES_MAX))
         .add_service(MigrationServiceServer::new(MigrationApi::new(context.clone(), agents.clone())))
-        .add_service(TaskServiceServer::new(TaskApi::new(context.clone())))
+        .add_service(TaskServiceServer::new(TaskApi::new(context.clone(), agents.clone())))
         .add_service(EventServiceServer::new(EventApi::new(context.clone())))
         .add_service(SnapshotServiceServer::new(SnapshotApi::new(context.clone())))
         .add_service(GroupServiceServer::new(GroupApi::new(context.clone())))

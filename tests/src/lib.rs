@@ -23,6 +23,7 @@ pub mod leftovers;
 pub mod links;
 #[cfg(feature = "machine")]
 pub mod machine;
+pub mod metrics;
 pub mod nbd;
 pub mod output;
 pub mod pool;

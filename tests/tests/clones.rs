@@ -30,11 +30,19 @@ fn a_running_vm_is_copied_and_both_run_on() -> Result<()> {
     // What was only there for the copy goes.
     wait_for(PATIENCE, "no snapshot is left", || Ok(pool.items(&["snapshot", "list"])?.is_empty()))?;
     pool.poolctl(&["vm", "clone", "web", "twin"])?.expect_code(4)?;
+    // A full one shares nothing: its disk outlives the other one, and takes as much.
+    pool.json(&["vm", "clone", "web", "own", "--full"])?;
+    let disk = pool.json(&["volume", "show", "own-disk0"])?;
+    assert_eq!(disk["origin"], "", "{disk}");
+    pool.start_vm("own", Some("h3"))?;
+    pool.wait_probe("own", PATIENCE, "verifies the disk that it was given", |now| {
+        now.verified > 0 && now.acked > 0 && now.errors.is_empty()
+    })?;
     Ok(())
 }
 
 #[test]
-fn a_full_clone_shares_nothing_and_half_of_one_does_not_stay() -> Result<()> {
+fn a_full_clone_shares_nothing_and_is_made_whoever_dies() -> Result<()> {
     let _turn = serial();
     let pool = Pool::builder().timing(Timing::Default).start()?;
     pool.json(&["volume", "create", "data", "--size", "256MiB"])?;
@@ -51,22 +59,37 @@ fn a_full_clone_shares_nothing_and_half_of_one_does_not_stay() -> Result<()> {
         assert_eq!(full["replicas"].as_array().map(Vec::len), Some(2), "{full}");
         assert_eq!((&full["origin"], &full["size_bytes"]), (&"".into(), &(256 << 20).into()), "{full}");
     }
-    // The daemon that copies dies: the task ends, and there is all of the volume or nothing.
+    // The daemon that copies dies, and then its whole host: the next one begins anew, and nothing is left half-made.
     let task = pool.json(&["volume", "clone", "data@gold", "third", "--full", "--async"])?;
-    let (task, executor) = (task["id"].as_str().context("a task")?, task["executor"].as_str());
-    let host = pool.host_named(executor.context("who copies")?)?;
-    host.kill9_daemon()?;
-    host.start_daemon()?;
-    wait_for(PATIENCE, "the task ends", || Ok(pool.json(&["task", "show", task])?["state"] != "running"))?;
-    let state = pool.json(&["task", "show", task])?["state"].clone();
-    let there = pool.items(&["volume", "list"])?.iter().any(|volume| volume["name"] == "third");
-    assert_eq!(there, state == "done", "the task is {state}");
+    let task = task["id"].as_str().context("a task")?.to_owned();
+    let executor = |task: &str| -> Result<String> {
+        let shown = pool.json(&["task", "show", task])?;
+        shown["executor"].as_str().map(ToOwned::to_owned).context("who copies")
+    };
+    let first = pool.host_named(&executor(&task)?)?;
+    first.kill9_daemon()?;
+    first.start_daemon()?;
+    let ended = |task: &str| {
+        wait_for(PATIENCE, "the task ends well", || {
+            let shown = pool.json(&["task", "show", task])?;
+            ensure!(shown["state"] != "failed", "{shown}");
+            Ok(shown["state"] == "done")
+        })
+    };
+    ended(&task)?;
+    let task = pool.json(&["volume", "clone", "data@gold", "fourth", "--full", "--async"])?;
+    let task = task["id"].as_str().context("a task")?.to_owned();
+    let victim = executor(&task)?;
+    pool.host_named(&victim)?.kill9_host()?;
+    ended(&task)?;
+    pool.host_named(&victim)?.start_daemon()?;
+    pool.wait_host_state(&victim, "up", PATIENCE)?;
     // Everything else goes, and they stay.
     wait_for(PATIENCE, "nobody reads it any more", || {
         Ok(pool.poolctl(&["snapshot", "delete", "data@gold"])?.code == 0)
     })?;
     pool.json(&["volume", "delete", "data"])?;
-    for name in ["first", "second"] {
+    for name in ["first", "second", "third", "fourth"] {
         let image = pool.dir().join(format!("{name}.raw"));
         let image = image.to_str().context("a name")?;
         pool.json(&["volume", "export", name, image])?;

@@ -23,6 +23,17 @@ fn fill(dir: &Path, leave: u64) -> Result<std::path::PathBuf> {
     Ok(path)
 }
 
+/// Waits until the pool knows that all disks are so full.
+fn know_disks(pool: &Pool, is_so: impl Fn(u64) -> bool) -> Result<()> {
+    tests::wait::wait_for(Duration::from_secs(30), "the pool knows how full the disks are", || {
+        let percent = |host: &serde_json::Value| {
+            let number = |field: &str| host[field].as_u64().unwrap_or_default();
+            number("store_used_bytes") * 100 / number("store_capacity_bytes").max(1)
+        };
+        Ok(pool.items(&["host", "list"])?.iter().all(|host| is_so(percent(host))))
+    })
+}
+
 #[test]
 fn an_image_that_does_not_fit_is_refused_and_leaves_nothing() -> Result<()> {
     let _turn = serial();
@@ -41,9 +52,15 @@ fn an_image_that_does_not_fit_is_refused_and_leaves_nothing() -> Result<()> {
             fs::read_dir(&images).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
         assert!(left.is_empty(), "left behind: {left:?}");
     }
-    // When there is room again, the same command succeeds.
+    // Nor does a volume come to disks that are nearly full, once the pool has heard of it, and not with fewer copies either.
+    know_disks(&pool, |percent| percent >= 85)?;
+    let output = pool.poolctl(&["volume", "create", "late", "--size", "1MiB"])?.expect_code(4)?;
+    assert!(output.stderr.contains("hosts with space"), "{}", output.stderr);
+    assert!(pool.items(&["volume", "list"])?.is_empty());
+    // When there is room again, the same commands succeed.
     ballasts.iter().try_for_each(fs::remove_file)?;
     pool.poolctl(&["image", "import", "large", &path])?.ok()?;
+    know_disks(&pool, |percent| percent < 85)?;
     pool.start_probe("web", "64MiB", PROBE_LIGHT, None)?;
     Ok(())
 }

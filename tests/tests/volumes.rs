@@ -4,6 +4,9 @@ use anyhow::{Context, Result};
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 use tests::nbd::{copy_out, qemu_io, tool};
 use tests::vms::PROBE_LIGHT;
@@ -12,6 +15,28 @@ use tests::{Pool, pool::Timing, serial};
 
 /// Longest wait for something that takes seconds on two busy cores.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// An export as a file, where the kernel has FUSE: what is written to it is in the volume.
+fn as_a_file(pool: &Pool, uri: &str) -> Result<()> {
+    if !Path::new("/dev/fuse").exists() {
+        return Ok(());
+    }
+    let mount = pool.dir().join("fuse");
+    fs::create_dir(&mount)?;
+    let path = mount.join("data");
+    let mut nbdfuse = Command::new("nbdfuse").arg(&path).arg(uri).spawn()?;
+    wait_for(PATIENCE, "the file is there", || Ok(fs::metadata(&path).is_ok_and(|it| it.len() == 64 << 20)))?;
+    let file = fs::OpenOptions::new().read(true).write(true).open(&path)?;
+    let mut block = [0; 512];
+    file.read_exact_at(&mut block, 512)?;
+    assert_eq!(block, [0x5a; 512]);
+    file.write_all_at(&[0x6b; 4096], 9 << 20)?;
+    file.sync_all()?;
+    drop(file);
+    tool("umount", &[&mount.to_string_lossy()])?;
+    assert!(nbdfuse.wait()?.success());
+    qemu_io(uri, &["read -P 0x6b 9M 4k"]).map(drop)
+}
 
 #[test]
 fn real_clients_read_and_write_a_volume_and_nothing_is_left_when_it_is_stopped() -> Result<()> {
@@ -40,6 +65,7 @@ fn real_clients_read_and_write_a_volume_and_nothing_is_left_when_it_is_stopped()
     )?;
     qemu_io(&uri, &["write -f -P 0x5a 512 1024", "discard 4M 1M", "write -z 6M 64k", "flush"])?;
     qemu_io(&uri, &["read -P 0x5a 512 1024", "read -P 0 4M 1M", "read -P 0 6M 64k"])?;
+    as_a_file(&pool, &uri)?;
     // Garbage ends its own connection and no other.
     let socket = uri.split_once("socket=").context("a socket in the URI")?.1;
     let mut stranger = std::os::unix::net::UnixStream::connect(socket)?;
@@ -134,7 +160,7 @@ fn nothing_is_answered_without_a_lease() -> Result<()> {
     let socket = uri.strip_prefix("nbd://").and_then(|rest| rest.split_once('/')).context("an address")?.0;
     TcpStream::connect(socket)?;
     let asked = Instant::now();
-    let mut reading = std::process::Command::new("qemu-io")
+    let mut reading = Command::new("qemu-io")
         .args(["-f", "raw", "-c", "read -P 0x11 0 1M", &uri])
         .stdout(std::process::Stdio::null())
         .spawn()?;
@@ -204,6 +230,10 @@ fn a_volume_grows_and_is_limited_while_it_is_served() -> Result<()> {
     pool.json(&["volume", "set", "data", "--iops", "50"])?;
     let slow = ios(100)?;
     assert!(slow > Duration::from_millis(1500), "100 operations at 50 in a second took {slow:?}");
+    pool.json(&["volume", "set", "data", "--iops", "0", "--bandwidth", "1MiB"])?;
+    let slow = ios(512)?;
+    assert!(slow > Duration::from_millis(1500), "2 MiB at one in a second took {slow:?}");
+    pool.json(&["volume", "set", "data", "--bandwidth", "0"])?;
     // The limit is lifted while requests wait for it.
     pool.json(&["volume", "set", "data", "--iops", "1"])?;
     std::thread::scope(|scope| -> Result<()> {

@@ -14,7 +14,8 @@ pub enum PoolCommand {
     /// Everything about the pool itself
     Show,
     /// Changes settings: name=NAME, replicas-default=N (of volumes that are created without --replicas), cpu-overcommit=N (vCPUs
-    /// that a CPU is counted for), cpu-profile=NAME (what guests see of the processor, from their next boot on)
+    /// that a CPU is counted for), cpu-profile=NAME (what guests see of the processor, from their next boot on),
+    /// scrub-interval=7d (how long after its last scrub each volume is scrubbed; or never), scrub-rate=32MiB (of each replica)
     Set {
         /// KEY=VALUE; may be repeated
         #[arg(required = true, value_parser = reference::setting, value_name = "KEY=VALUE")]
@@ -118,10 +119,16 @@ pub enum HostCommand {
         /// The host
         host: String,
     },
-    /// Moves a host's VMs away and takes it out of the pool
+    /// Moves a host's VMs and replicas away and takes it out of the pool
     Remove {
         /// The host
         host: String,
+        /// Also when some volumes have fewer copies then: there is no other host for them
+        #[arg(long, conflicts_with = "force")]
+        fewer_copies: bool,
+        /// Print the task and do not wait
+        #[arg(long = "async", conflicts_with = "force")]
+        detach: bool,
         /// Also when it is lost and can't hand over what it holds
         #[arg(long)]
         force: bool,

@@ -136,6 +136,21 @@ pub enum VolumeCommand {
         #[arg(long = "async")]
         detach: bool,
     },
+    /// Reads all replicas, compares them with their checksums, and repairs what is damaged from the others, while a VM runs, too; fails
+    /// if something is damaged everywhere
+    Scrub {
+        /// The volume
+        volume: String,
+        /// Only the replica of this host [default: all that are in sync]
+        #[arg(long, value_name = "HOST")]
+        replica: Option<String>,
+        /// Bytes per second that are read of each replica, such as 100MiB [default: as fast as it goes]
+        #[arg(long, value_parser = reference::size)]
+        rate: Option<ByteCount>,
+        /// Prints the task and does not wait
+        #[arg(long = "async")]
+        detach: bool,
+    },
     /// Deletes a volume and all its data
     Delete {
         /// The volume

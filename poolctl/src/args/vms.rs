@@ -101,6 +101,9 @@ pub enum VmCommand {
         vm: String,
         /// Name of the new one
         name: String,
+        /// Copies the disks: nothing is shared
+        #[arg(long)]
+        full: bool,
         /// Print the task and do not wait
         #[arg(long = "async")]
         detach: bool,

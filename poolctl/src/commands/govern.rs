@@ -29,6 +29,10 @@ pub async fn set(settings: Vec<Setting>, session: &mut Session) -> Result<(), Fa
             Setting::ReplicasDefault(count) => request.replicas_default = count,
             Setting::CpuOvercommit(factor) => request.cpu_overcommit = factor,
             Setting::CpuProfile(profile) => request.cpu_profile = profile.to_string(),
+            Setting::ScrubInterval(interval) => {
+                request.scrub_interval_ms = Some(u64::try_from(interval.as_millis()).unwrap_or(u64::MAX));
+            }
+            Setting::ScrubRate(rate) => request.scrub_bytes_per_s = rate.0,
         }
     }
     let pool = call!(session.client, PoolServiceClient, set, request).await?;

@@ -8,14 +8,13 @@ use crate::{
     output::{Format, hint},
     reference::Label,
     view::{HostView, TokenView},
-    wait,
 };
 use proto::{
-    TaskId, TokenId,
+    TokenId,
     v1::{
         CreateJoinTokenRequest, Host, HostChangeRequest, HostRef, LeaveRequest, ListHostsRequest,
-        ListHostsResponse, ListJoinTokensRequest, RevokeJoinTokenRequest, SetHostLabelsRequest,
-        host_service_client::HostServiceClient,
+        ListHostsResponse, ListJoinTokensRequest, RetireHostRequest, RevokeJoinTokenRequest,
+        SetHostLabelsRequest, host_service_client::HostServiceClient,
     },
 };
 use std::ops::ControlFlow;
@@ -57,9 +56,15 @@ pub async fn run(command: HostCommand, session: &mut Session) -> Result<(), Fail
             let task = call!(session.client, HostServiceClient, restore, change(host.clone())).await?;
             super::end_of_pool_task(session, task, &format!("host {host}"), "restoring", detach).await
         }
-        HostCommand::Forget { host } => leave(host, Departure::Dead, session).await,
-        HostCommand::Remove { host, force: true } => leave(host, Departure::Dead, session).await,
-        HostCommand::Remove { host, force: false } => leave(host, Departure::Orderly, session).await,
+        HostCommand::Forget { host } | HostCommand::Remove { host, force: true, .. } => {
+            forget(host, session).await
+        }
+        HostCommand::Remove { host, fewer_copies, detach, .. } => {
+            let request = RetireHostRequest { meta: new_meta(), host: host.clone(), fewer_copies };
+            let task = call!(session.client, HostServiceClient, retire, request).await?;
+            super::end_of_pool_task(session, task, &format!("host {host}"), "moving everything away", detach)
+                .await
+        }
         HostCommand::Watch => {
             let Session { client, output, .. } = session;
             let open = |channel| async { HostServiceClient::new(channel).watch(ListHostsRequest {}).await };
@@ -94,24 +99,9 @@ async fn label(host: String, labels: Vec<Label>, session: &mut Session) -> Resul
     session.output.changed(&HostView::from(host), &sentence)
 }
 
-/// How a host leaves.
-enum Departure {
-    /// With its VMs moved away first.
-    Orderly,
-    /// It is lost and can hand nothing over.
-    Dead,
-}
-
-async fn leave(name: String, departure: Departure, session: &mut Session) -> Result<(), Failure> {
-    let force = matches!(departure, Departure::Dead);
-    if !force {
-        let host = call!(session.client, HostServiceClient, show, HostRef { r#ref: name.clone() }).await?;
-        if !host.vms.is_empty() {
-            let task = call!(session.client, HostServiceClient, drain, change(name.clone())).await?;
-            wait::task(&session.client, TaskId(task.id), &format!("host {name}"), "draining").await?;
-        }
-    }
-    let request = LeaveRequest { meta: new_meta(), host: name, force };
+/// Takes a lost host out of the pool, which can hand nothing over.
+async fn forget(host: String, session: &mut Session) -> Result<(), Failure> {
+    let request = LeaveRequest { meta: new_meta(), host, force: true };
     let host = call!(session.client, HostServiceClient, leave, request).await?;
     let sentence = format!("host {} is no member of the pool any more", host.name);
     session.output.changed(&HostView::from(host), &sentence)

@@ -71,8 +71,8 @@ pub async fn run(command: VmCommand, session: &mut Session) -> Result<(), Failur
             let vm = call!(session.client, VmServiceClient, r#where, VmRef { r#ref: vm }).await?;
             tell(session, vm.into())
         }
-        VmCommand::Clone { vm, name, detach } => {
-            let request = CloneVmRequest { meta: new_meta(), vm: vm.clone(), name: name.clone() };
+        VmCommand::Clone { vm, name, full, detach } => {
+            let request = CloneVmRequest { meta: new_meta(), vm: vm.clone(), name: name.clone(), full };
             let task = call!(session.client, VmServiceClient, clone_vm, request).await?;
             end_of_task(session, task, &name, &format!("cloning {vm}"), detach).await
         }

@@ -13,8 +13,8 @@ use proto::{
     ByteCount, TaskId,
     v1::{
         CloneVolumeRequest, CreateVolumeRequest, DeleteVolumeRequest, ListVolumesRequest,
-        ResizeVolumeRequest, ServeNbdRequest, SetVolumeRequest, Task, VolumeChangeRequest, VolumeRef,
-        volume_service_client::VolumeServiceClient,
+        ResizeVolumeRequest, ScrubVolumeRequest, ServeNbdRequest, SetVolumeRequest, Task,
+        VolumeChangeRequest, VolumeRef, volume_service_client::VolumeServiceClient,
     },
 };
 
@@ -86,6 +86,9 @@ pub async fn run(command: VolumeCommand, session: &mut Session) -> Result<(), Fa
             let task = call!(session.client, VolumeServiceClient, stop_nbd, request).await?;
             end_of_nbd_task(session, task, volume, detach).await
         }
+        VolumeCommand::Scrub { volume, replica, rate, detach } => {
+            scrub(session, volume, (replica, rate), detach).await
+        }
         VolumeCommand::Delete { volume } => {
             let request = DeleteVolumeRequest { meta: new_meta(), volume };
             let volume = call!(session.client, VolumeServiceClient, delete, request).await?;
@@ -115,6 +118,30 @@ async fn end_of_nbd_task(
         uri => uri.to_owned(),
     };
     session.output.changed(&view, &sentence)
+}
+
+/// Has a volume scrubbed, and tells what was found, or shows the task alone.
+async fn scrub(
+    session: &mut Session,
+    volume: String,
+    (replica, rate): (Option<String>, Option<ByteCount>),
+    detach: bool,
+) -> Result<(), Failure> {
+    let request = ScrubVolumeRequest {
+        meta: new_meta(),
+        volume: volume.clone(),
+        replica: replica.unwrap_or_default(),
+        bytes_per_s_max: rate.map_or(0, |rate| rate.0),
+    };
+    let task = call!(session.client, VolumeServiceClient, scrub, request).await?;
+    if detach {
+        let view = TaskView::from(task);
+        return session.output.changed(&view, &view.name());
+    }
+    wait::task(&session.client, TaskId(task.id), &format!("volume {volume}"), "scrubbing").await?;
+    let volume = call!(session.client, VolumeServiceClient, show, VolumeRef { r#ref: volume }).await?;
+    let view = VolumeView::from(volume);
+    session.output.changed(&view, &view.scrubbed())
 }
 
 /// Lists the volumes that are not healthy.

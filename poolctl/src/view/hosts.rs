@@ -24,6 +24,9 @@ pub struct PoolView {
     ca_rotating: bool,
     ca_pending: Vec<String>,
     cpu_profile: String,
+    /// 0: never.
+    scrub_interval_ms: u64,
+    scrub_bytes_per_s: u64,
 }
 
 impl From<v1::Pool> for PoolView {
@@ -44,6 +47,8 @@ impl From<v1::Pool> for PoolView {
             ca_rotating: pool.ca_rotating,
             ca_pending: pool.ca_pending,
             cpu_profile: pool.cpu_profile,
+            scrub_interval_ms: pool.scrub_interval_ms,
+            scrub_bytes_per_s: pool.scrub_bytes_per_s,
         }
     }
 }
@@ -102,6 +107,8 @@ pub struct HostView {
     vcpus_reserved: u32,
     version: String,
     feature_level: u32,
+    store_used_bytes: u64,
+    store_capacity_bytes: u64,
 }
 
 impl From<v1::Host> for HostView {
@@ -122,6 +129,8 @@ impl From<v1::Host> for HostView {
             vcpus_reserved: host.vcpus_reserved,
             version: host.version,
             feature_level: host.feature_level,
+            store_used_bytes: host.store_used_bytes,
+            store_capacity_bytes: host.store_capacity_bytes,
         }
     }
 }
@@ -130,7 +139,7 @@ impl Object for HostView {
     const KIND: &'static str = "Host";
     const COLUMNS: &'static [&'static str] = &["NAME", "STATE", "ROLE", "ADDRESS", "VMS"];
     const WIDE: &'static [&'static str] =
-        &["ID", "VM MEMORY", "RESERVED", "CPUS", "VCPUS", "LABELS", "LEASE AGE", "VERSION"];
+        &["ID", "VM MEMORY", "RESERVED", "CPUS", "VCPUS", "LABELS", "LEASE AGE", "VERSION", "STORE"];
 
     fn name(&self) -> String {
         self.name.clone()
@@ -151,6 +160,7 @@ impl Object for HostView {
             words(&self.labels.iter().map(|(label, value)| format!("{label}={value}")).collect::<Vec<_>>()),
             format!("{} ms", self.lease_age_ms),
             self.version.clone(),
+            format!("{}/{}", bytes(self.store_used_bytes), bytes(self.store_capacity_bytes)),
         ]
     }
 }

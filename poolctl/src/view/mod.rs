@@ -31,6 +31,11 @@ fn bytes(count: u64) -> String {
     ByteCount(count).to_string()
 }
 
+/// Permille as percent.
+fn percent(permille: u32) -> f64 {
+    f64::from(permille) / 10.0
+}
+
 /// A list for people.
 fn words(items: &[String]) -> String {
     items.join(",")

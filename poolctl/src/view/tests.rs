@@ -31,6 +31,8 @@ fn pool() {
         ca_rotating: true,
         ca_pending: vec!["h2".into()],
         cpu_profile: "host-common".into(),
+        scrub_interval_ms: 1000,
+        scrub_bytes_per_s: 64,
     };
     let upgrade = UpgradeView::new(&pool, Vec::new());
     assert_eq!(
@@ -42,7 +44,7 @@ fn pool() {
         json!({"id": "p1", "name": "lab", "leader": "h1", "hosts": 3, "voters": ["h1", "h2"], "revision": 9,
             "ha_braked": false, "ca_fingerprint": "ab", "ha_disarmed": false, "feature_level": 1,
             "replicas_default": 3, "cpu_overcommit": 4, "ca_rotating": true, "ca_pending": ["h2"],
-            "cpu_profile": "host-common"})
+            "cpu_profile": "host-common", "scrub_interval_ms": 1000, "scrub_bytes_per_s": 64})
     );
 }
 
@@ -64,6 +66,8 @@ fn host_and_token() {
         vcpus_reserved: 2,
         version: "0.2.0".into(),
         feature_level: 2,
+        store_used_bytes: 5,
+        store_capacity_bytes: 9,
     };
     assert_eq!(
         shape(&VersionView::from(host.clone())),
@@ -74,7 +78,7 @@ fn host_and_token() {
         json!({"id": "host-7", "name": "h2", "state": "up", "role": "voter", "address": "10.0.0.2:7443",
             "vm_memory_bytes": 4096, "vm_memory_reserved_bytes": 1024, "lease_age_ms": 12, "vms": ["a"],
             "labels": {"zone": "b"}, "duty": "active", "cpus": 8, "vcpus_reserved": 2, "version": "0.2.0",
-            "feature_level": 2})
+            "feature_level": 2, "store_used_bytes": 5, "store_capacity_bytes": 9})
     );
     let token = v1::JoinToken { id: 9, token: "t".into(), expires_ms: 1, state: "valid".into() };
     assert_eq!(
@@ -91,7 +95,30 @@ fn volume_and_image() {
         size_bytes: 1 << 30,
         epoch: 2,
         owner: "vm a".into(),
-        replicas: vec![v1::Replica { host: "h1".into(), state: "in-sync".into() }],
+        replicas: vec![v1::Replica {
+            host: "h1".into(),
+            state: "syncing".into(),
+            used_bytes: Some(4096),
+            sync: Some(v1::ReplicaSync {
+                copied_bytes: 4096,
+                left_bytes: 12_288,
+                permille: Some(250),
+                bytes_per_s: 64,
+                remaining_ms: Some(9),
+            }),
+        }],
+        used_bytes: Some(8192),
+        physical_bytes: Some(12_288),
+        scrub: Some(v1::VolumeScrub { task: 30, checked: 5, permille: 101, ..Default::default() }),
+        last_scrub: Some(v1::VolumeScrub {
+            task: 29,
+            checked: 9,
+            damaged: 2,
+            repaired: 1,
+            ended_ms: 7,
+            permille: 1000,
+        }),
+        io: Some(v1::VolumeIo { reads: 1, read_bytes: 2, writes: 3, written_bytes: 4 }),
         isr_version: 3,
         revision: 8,
         nbd: Some(v1::VolumeNbd {
@@ -111,9 +138,23 @@ fn volume_and_image() {
     let nbd = json!({"host": "h1", "listen": "127.0.0.1:0", "uri": "nbd://127.0.0.1:9/data",
         "state": "serving", "problem": ""});
     assert_eq!(
+        VolumeView::from(volume.clone()).scrubbed(),
+        "volume data: 9 blocks compared, 2 damaged, 1 repaired"
+    );
+    let sync = json!({"copied_bytes": 4096, "left_bytes": 12288, "percent": 25.0, "bytes_per_s": 64,
+        "remaining_ms": 9});
+    let scrub = |task: &str, checked, damaged, repaired, percent, ended_ms| {
+        json!({"task": task, "checked": checked, "damaged": damaged, "repaired": repaired,
+            "percent": percent, "ended_ms": ended_ms})
+    };
+    assert_eq!(
         shape(&VolumeView::from(volume)),
         json!({"id": "vol-5", "name": "data", "size_bytes": 1 << 30, "epoch": 2, "owner": "vm a",
-            "health": "healthy", "origin": "base@gold", "snapshots": ["before"], "replicas": [{"host": "h1", "state": "in-sync"}], "replicas_wanted": 1,
+            "health": "healthy", "origin": "base@gold", "snapshots": ["before"],
+            "replicas": [{"host": "h1", "state": "syncing", "used_bytes": 4096, "sync": sync}],
+            "replicas_wanted": 1, "used_bytes": 8192, "physical_bytes": 12288,
+            "scrub": scrub("task-30", 5, 0, 0, 10.1, 0), "last_scrub": scrub("task-29", 9, 2, 1, 100.0, 7),
+            "io": {"reads": 1, "read_bytes": 2, "writes": 3, "written_bytes": 4},
             "isr_version": 3, "nbd": nbd, "iops_max": 50, "bytes_per_s_max": 0, "revision": 8})
     );
     let image = v1::Image {
@@ -276,12 +317,20 @@ fn plan_task_and_event() {
         deadline_ms: 3,
         executor: "h1".into(),
         request_id: "r-1".into(),
+        progress: Some(v1::TaskProgress {
+            permille: 500,
+            done_bytes: 1,
+            total_bytes: 2,
+            bytes_per_s: 3,
+            remaining_ms: None,
+        }),
     };
     assert_eq!(
         shape(&TaskView::from(task)),
         json!({"id": "task-20", "operation": "vm.start", "state": "done", "phase": "", "objects": ["vm a"],
             "error": "", "created_ms": 1, "ended_ms": 2, "principal": "user-ann", "deadline_ms": 3,
-            "executor": "h1", "request_id": "r-1"})
+            "executor": "h1", "request_id": "r-1", "progress": {"percent": 50.0, "done_bytes": 1,
+            "total_bytes": 2, "bytes_per_s": 3, "remaining_ms": null}})
     );
     let event = v1::Event {
         revision: 3,

@@ -1,6 +1,6 @@
 //! Tasks and events.
 
-use super::{utc, words};
+use super::{percent, utc, words};
 use crate::output::Object;
 use proto::{TaskId, v1};
 use serde::Serialize;
@@ -21,6 +21,18 @@ pub struct TaskView {
     deadline_ms: u64,
     executor: String,
     request_id: String,
+    progress: Option<ProgressView>,
+}
+
+/// How far a task is, where that is known.
+#[derive(Debug, Serialize)]
+struct ProgressView {
+    percent: f64,
+    done_bytes: u64,
+    /// 0: not counted in bytes.
+    total_bytes: u64,
+    bytes_per_s: u64,
+    remaining_ms: Option<u64>,
 }
 
 impl From<v1::Task> for TaskView {
@@ -38,13 +50,21 @@ impl From<v1::Task> for TaskView {
             deadline_ms: task.deadline_ms,
             executor: task.executor,
             request_id: task.request_id,
+            progress: task.progress.map(|progress| ProgressView {
+                percent: percent(progress.permille),
+                done_bytes: progress.done_bytes,
+                total_bytes: progress.total_bytes,
+                bytes_per_s: progress.bytes_per_s,
+                remaining_ms: progress.remaining_ms,
+            }),
         }
     }
 }
 
 impl Object for TaskView {
     const KIND: &'static str = "Task";
-    const COLUMNS: &'static [&'static str] = &["ID", "OPERATION", "OBJECTS", "STATE", "PHASE", "ERROR"];
+    const COLUMNS: &'static [&'static str] =
+        &["ID", "OPERATION", "OBJECTS", "STATE", "DONE", "PHASE", "ERROR"];
     const WIDE: &'static [&'static str] = &["BY", "EXECUTOR", "CREATED", "DEADLINE", "ENDED"];
 
     fn name(&self) -> String {
@@ -57,6 +77,7 @@ impl Object for TaskView {
             self.operation.clone(),
             words(&self.objects),
             self.state.clone(),
+            self.progress.as_ref().map(|progress| format!("{}%", progress.percent)).unwrap_or_default(),
             self.phase.clone(),
             self.error.clone(),
             self.principal.clone(),

@@ -6,8 +6,10 @@
 //! Absent on purpose: commands. A host never tells another one what to do; that is what the pool's state is for.
 
 mod console;
+mod facts;
 mod service;
 
+pub use facts::{Facts, LocalFacts};
 pub use service::{AgentApi, image_status, owner_of, spread_status};
 
 use crate::{consensus::HostClients, supervisor::Supervisor};
@@ -15,15 +17,18 @@ use futures::{Stream, StreamExt as _};
 use proto::{
     HostId, VmId,
     v1::{
-        AgentConsole, AgentConsoleType, AgentVmRequest, MigrationRecord,
+        AgentConsole, AgentConsoleType, AgentFacts, AgentFactsRequest, AgentVmRequest, MigrationRecord,
         agent_service_client::AgentServiceClient,
     },
 };
-use std::{pin::Pin, time::Duration};
+use std::{collections::BTreeSet, pin::Pin, time::Duration};
 use tonic::{Status, transport::Channel};
 
 /// How long another host may take to answer a question that it answers from memory.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// How long hosts may take to say what only they know: an operator waits, and what is missing is shown as missing.
+const FACTS_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Live console output.
 pub type ConsoleStream = Pin<Box<dyn Stream<Item = Result<AgentConsole, Status>> + Send>>;
@@ -34,12 +39,13 @@ pub struct Agents {
     me: HostId,
     clients: HostClients,
     supervisor: Supervisor,
+    facts: LocalFacts,
 }
 
 impl Agents {
     /// An asker at host `me`.
-    pub fn new(me: HostId, clients: HostClients, supervisor: Supervisor) -> Self {
-        Self { me, clients, supervisor }
+    pub fn new(me: HostId, clients: HostClients, supervisor: Supervisor, facts: LocalFacts) -> Self {
+        Self { me, clients, supervisor, facts }
     }
 
     /// All console output that the VM's process at `host` keeps.
@@ -91,6 +97,22 @@ impl Agents {
         let progress = answer(host, client.migration_progress(AgentVmRequest { vm_id: vm.0 })).await?;
         prost::Message::decode(progress.record.as_slice())
             .map_err(|error| Status::internal(format!("{host} sent no migration record: {error}")))
+    }
+
+    /// What hosts know of volumes; those that don't answer soon are left out.
+    pub async fn facts_of(&self, hosts: impl IntoIterator<Item = HostId>) -> Facts {
+        let hosts: BTreeSet<HostId> = hosts.into_iter().collect();
+        let asked = hosts.into_iter().map(|host| async move { Some((host, self.facts(host).await?)) });
+        Facts(futures::future::join_all(asked).await.into_iter().flatten().collect())
+    }
+
+    async fn facts(&self, host: HostId) -> Option<AgentFacts> {
+        if host == self.me {
+            return Some(self.facts.now());
+        }
+        let mut client = self.client(host).ok()?;
+        let answer = tokio::time::timeout(FACTS_TIMEOUT, client.facts(AgentFactsRequest {})).await;
+        Some(answer.ok()?.ok()?.into_inner())
     }
 
     fn client(&self, host: HostId) -> Result<AgentServiceClient<Channel>, Status> {

@@ -1,6 +1,6 @@
 //! The answering side.
 
-use super::{ConsoleStream, console};
+use super::{ConsoleStream, LocalFacts, console};
 use crate::{
     api::require_host,
     images::{self, ImageError, ImageStore, SpreadError},
@@ -11,9 +11,9 @@ use pool_state::state::ContentHash;
 use proto::{
     HostId, VmId, VolumeId,
     v1::{
-        AgentConsole, AgentConsoleType, AgentConsoleTyped, AgentImageAck, AgentImageChunk, AgentImageRequest,
-        AgentMigrationProgress, AgentSnapshotRequest, AgentVmRequest, AgentVmStatus, MigrationRecord,
-        VolumePiece, VolumeReadRequest, agent_service_server::AgentService,
+        AgentConsole, AgentConsoleType, AgentConsoleTyped, AgentFacts, AgentFactsRequest, AgentImageAck,
+        AgentImageChunk, AgentImageRequest, AgentMigrationProgress, AgentSnapshotRequest, AgentVmRequest,
+        AgentVmStatus, MigrationRecord, VolumePiece, VolumeReadRequest, agent_service_server::AgentService,
     },
 };
 use std::{pin::Pin, sync::Arc};
@@ -28,13 +28,14 @@ pub struct AgentApi {
     me: HostId,
     supervisor: Supervisor,
     images: ImageStore,
+    facts: LocalFacts,
     receiving: Arc<Semaphore>,
 }
 
 impl AgentApi {
     /// The agent of host `me`.
-    pub fn new(me: HostId, supervisor: Supervisor, images: ImageStore) -> Self {
-        Self { me, supervisor, images, receiving: Arc::new(Semaphore::new(RECEIVING_MAX)) }
+    pub fn new(me: HostId, supervisor: Supervisor, images: ImageStore, facts: LocalFacts) -> Self {
+        Self { me, supervisor, images, facts, receiving: Arc::new(Semaphore::new(RECEIVING_MAX)) }
     }
 }
 
@@ -123,6 +124,11 @@ impl AgentService for AgentApi {
         let pieces = owner_of(&self.supervisor, VolumeId(volume_id))?.volume_read(read).await;
         let pieces = pieces.map_err(|error| Status::aborted(error.to_string()))?;
         Ok(Response::new(Box::pin(pieces)))
+    }
+
+    async fn facts(&self, request: Request<AgentFactsRequest>) -> Result<Response<AgentFacts>, Status> {
+        require_host(&request)?;
+        Ok(Response::new(self.facts.now()))
     }
 
     async fn vm_status(&self, request: Request<AgentVmRequest>) -> Result<Response<AgentVmStatus>, Status> {

@@ -89,6 +89,7 @@ const PUBLIC: &[(&str, Methods)] = &[
             ("PreflightJoin", OPEN),
             ("Join", OPEN),
             ("Leave", ADMIN),
+            ("Retire", ADMIN),
             ("List", VIEW),
             ("Show", VIEW),
             ("Watch", VIEW),
@@ -130,6 +131,7 @@ const PUBLIC: &[(&str, Methods)] = &[
             ("Set", OPERATE),
             ("Revert", OPERATE),
             ("CloneSnapshot", OPERATE),
+            ("Scrub", OPERATE),
             ("Import", OPERATE),
             // All of the content goes out.
             ("Export", OPERATE),

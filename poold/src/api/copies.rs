@@ -12,6 +12,7 @@ use crate::{
     agent::owner_of,
     loans::LoanGuard,
     node::NodeContext,
+    progress::Progress,
     supervisor::{Machine, MachineError, ProcessKey, Supervisor},
 };
 use futures::{Stream, StreamExt as _};
@@ -25,7 +26,7 @@ use proto::{
     ByteCount, HostId, SnapshotId, TaskId, VolumeId,
     v1::{
         AgentSnapshotRequest, ExportVolumeHeader, ExportVolumePart, ExportVolumeRequest, ImportVolumeHeader,
-        ImportVolumePart, RequestMeta, Volume, VolumeEnd, VolumePiece, VolumeReadRequest, export_volume_part,
+        ImportVolumePart, Volume, VolumeEnd, VolumePiece, VolumeReadRequest, export_volume_part,
         import_volume_part::Part,
     },
 };
@@ -81,7 +82,8 @@ impl Copies {
         let (outcome, state) = self.context.change(principal, meta, command).await?;
         let Outcome::Volume(volume) = outcome else { return Err(views::unexpected(outcome)) };
         let object = format!("volume {}", views::found(state.volume(volume))?.name);
-        let filled = self.fill(volume, loan.key(), parts).await;
+        let progress = self.context.progress.begin(TaskId(volume.0), size_bytes);
+        let filled = self.fill(volume, loan.key(), parts, progress).await;
         let ended = self.end(&object, (volume, loan), &filled).await;
         filled?;
         let state = ended?;
@@ -93,6 +95,7 @@ impl Copies {
         volume: VolumeId,
         key: LoanKey,
         mut parts: Streaming<ImportVolumePart>,
+        progress: Progress,
     ) -> Result<(), Status> {
         let machine = self.opened(volume, key).await?;
         let (pieces, queue) = mpsc::channel(PIECES_AHEAD);
@@ -100,6 +103,7 @@ impl Copies {
             loop {
                 match parts.message().await?.and_then(|part| part.part) {
                     Some(Part::Piece(piece)) => {
+                        progress.reached(end_of(&piece));
                         if pieces.send(piece).await.is_err() {
                             // The process has said why.
                             return Ok(());
@@ -113,9 +117,7 @@ impl Copies {
                 }
             }
         };
-        let (forwarded, written) = tokio::join!(forward, machine.volume_write(ReceiverStream::new(queue)));
-        forwarded?;
-        written.map(drop).map_err(|error| broken(&error))
+        both(forward, machine.volume_write(ReceiverStream::new(queue))).await
     }
 
     /// Sends a volume or a snapshot to the client.
@@ -130,7 +132,7 @@ impl Copies {
         if let Some(pieces) = self.read_where_open(&wanted).await? {
             let (sender, parts) = mpsc::channel(PIECES_AHEAD);
             tokio::spawn(async move {
-                let sent = send_all(header, pieces, &sender).await;
+                let sent = send_all(header, pieces, &sender, None).await;
                 // A client that has gone needs no end.
                 let _ = sender.send(sent.map(|()| end_part())).await;
             });
@@ -191,12 +193,19 @@ impl Copies {
         wanted: Wanted,
     ) -> Result<PartStream, Status> {
         let (volume, meta) = (wanted.volume, request.meta);
-        let Lent { header, pieces, loan } = self.lend(principal, meta, &wanted).await?;
+        let (outcome, loan) = {
+            let loan = self.context.loans.begin();
+            let (outcome, _) = self.context.change(principal, meta, self.loan_of(volume, &loan)).await?;
+            (outcome, loan)
+        };
+        let Outcome::Task(task) = outcome else { return Err(views::unexpected(outcome)) };
+        let Lent { header, pieces, loan } = self.lent(&wanted, loan).await?;
+        let progress = self.context.progress.begin(task, header.size_bytes);
         let object = format!("volume {}", header.volume);
         let (sender, parts) = mpsc::channel(PIECES_AHEAD);
         let copies = self.clone();
         tokio::spawn(async move {
-            let sent = send_all(header, pieces, &sender).await;
+            let sent = send_all(header, pieces, &sender, Some(&progress)).await;
             let ended = copies.end(&object, (volume, loan), &sent).await;
             let last = sent.and(ended.map(drop));
             // A client that has gone needs no end.
@@ -205,19 +214,23 @@ impl Copies {
         Ok(Box::pin(ReceiverStream::new(parts)))
     }
 
-    /// A volume that nobody has open, opened by a process of this host, which reads it.
-    pub(super) async fn lend(
-        &self,
-        principal: &Principal,
-        meta: Option<RequestMeta>,
-        wanted: &Wanted,
-    ) -> Result<Lent, Status> {
-        let volume = wanted.volume;
+    fn loan_of(&self, volume: VolumeId, loan: &LoanGuard) -> Command {
+        Command::Volume(VolumeCommand::ExportVolume { volume, host: self.context.host, key: loan.key() })
+    }
+
+    /// A volume that nobody has open, opened by a process of this host for the pool's own work, which reads it.
+    pub(super) async fn lend(&self, wanted: &Wanted) -> Result<Lent, Status> {
         let loan = self.context.loans.begin();
-        let command =
-            Command::Volume(VolumeCommand::ExportVolume { volume, host: self.context.host, key: loan.key() });
-        let (_, state) = self.context.change(principal, meta, command).await?;
-        let header = wanted.header(&state)?;
+        let reported = self.context.try_report(self.loan_of(wanted.volume, &loan)).await;
+        // Somebody else may read it now.
+        reported.map_err(|error| Status::aborted(error.to_string()))?;
+        self.lent(wanted, loan).await
+    }
+
+    /// What is read of a volume that was lent, once it is open.
+    async fn lent(&self, wanted: &Wanted, loan: LoanGuard) -> Result<Lent, Status> {
+        let volume = wanted.volume;
+        let header = wanted.header(&self.context.consensus.local())?;
         let pieces = match self.opened(volume, loan.key()).await {
             Ok(machine) => machine.volume_read(wanted.read()).await.map_err(|error| broken(&error)),
             Err(status) => Err(status),
@@ -378,17 +391,42 @@ fn end_part() -> ExportVolumePart {
     ExportVolumePart { part: Some(export_volume_part::Part::End(VolumeEnd {})) }
 }
 
+/// Forwards pieces to a process that writes them. One that ends early is not waited for until the next piece comes: from a client
+/// that reads gigabytes of zeros that may be long.
+pub(super) async fn both<T>(
+    forward: impl Future<Output = Result<(), Status>>,
+    write: impl Future<Output = Result<T, MachineError>>,
+) -> Result<(), Status> {
+    let mut write = std::pin::pin!(write);
+    tokio::select! {
+        written = &mut write => return written.map(drop).map_err(|error| broken(&error)),
+        forwarded = forward => forwarded?,
+    }
+    write.await.map(drop).map_err(|error| broken(&error))
+}
+
+/// The byte behind a piece.
+pub(super) fn end_of(piece: &VolumePiece) -> u64 {
+    piece.offset.saturating_add(piece.data.len() as u64)
+}
+
 /// Sends the header and all pieces; not the end.
 async fn send_all(
     header: ExportVolumeHeader,
     mut pieces: Streaming<VolumePiece>,
     parts: &mpsc::Sender<Result<ExportVolumePart, Status>>,
+    progress: Option<&Progress>,
 ) -> Result<(), Status> {
     let gone = |_| Status::cancelled("the client broke the export off");
     let part = |part| ExportVolumePart { part: Some(part) };
     parts.send(Ok(part(export_volume_part::Part::Header(header)))).await.map_err(gone)?;
     while let Some(piece) = pieces.next().await {
-        parts.send(Ok(part(export_volume_part::Part::Piece(piece?)))).await.map_err(gone)?;
+        let piece = piece?;
+        let end = end_of(&piece);
+        parts.send(Ok(part(export_volume_part::Part::Piece(piece)))).await.map_err(gone)?;
+        if let Some(progress) = progress {
+            progress.reached(end);
+        }
     }
     Ok(())
 }
@@ -412,7 +450,7 @@ fn loan_state(state: &PoolState, volume: VolumeId, key: LoanKey) -> LoanState {
     }
 }
 
-pub(super) fn broken(error: &MachineError) -> Status {
+fn broken(error: &MachineError) -> Status {
     let text = error.to_string();
     if text.contains("no space left") { Status::resource_exhausted(text) } else { Status::aborted(text) }
 }

@@ -8,7 +8,7 @@ use crate::identity::{CertificateAuthority, fingerprint_of_pem, is_public_key, s
 use crate::join::{JoinToken, from_hex};
 use crate::lease::LeaderHandle;
 use pool_state::command::{HostFacts, JoinHost, RemoveMode};
-use pool_state::state::{Host, Token};
+use pool_state::state::{Copies, Host, Token};
 use pool_state::{Command, Outcome, PoolState, RejectionClass, Timing, features};
 use proto::v1::{self, host_service_server::HostService};
 use proto::{ByteCount, HostId, TokenId};
@@ -84,6 +84,8 @@ impl HostApi {
             vcpus_reserved: u32::try_from(reserved.vcpus).unwrap_or(u32::MAX),
             version: host.version.clone(),
             feature_level: host.feature_level,
+            store_used_bytes: host.store.map_or(0, |store| store.used.0),
+            store_capacity_bytes: host.store.map_or(0, |store| store.capacity.0),
         }
     }
 
@@ -321,6 +323,13 @@ impl HostService for HostApi {
             peers: peers.collect(),
             timing_profile: timing_profile.to_owned(),
         }))
+    }
+
+    async fn retire(&self, request: Request<v1::RetireHostRequest>) -> Result<Response<v1::Task>, Status> {
+        let copies = if request.get_ref().fewer_copies { Copies::MayBeFewer } else { Copies::AsMany };
+        let request =
+            request.map(|v1::RetireHostRequest { meta, host, .. }| v1::HostChangeRequest { meta, host });
+        self.begin_duty(request, |host| Command::RetireHost { host, copies }).await
     }
 
     async fn leave(&self, request: Request<v1::LeaveRequest>) -> Result<Response<v1::Host>, Status> {

@@ -8,6 +8,7 @@ pub mod events;
 pub mod groups;
 pub mod hosts;
 pub mod images;
+mod known;
 pub mod migrations;
 pub mod nbd;
 pub mod networks;
@@ -21,6 +22,7 @@ pub mod views;
 pub mod vms;
 pub mod volumes;
 
+pub use copies::Copies;
 pub use principal::{Principal, principal_of, require_host, require_user};
 
 use crate::consensus::ProposeMeta;

@@ -51,6 +51,8 @@ impl PoolApi {
                 .map(|host| host.name.clone())
                 .collect(),
             cpu_profile: state.settings.cpu_profile.to_string(),
+            scrub_interval_ms: state.settings.scrub_interval_ms,
+            scrub_bytes_per_s: state.settings.scrub_bytes_per_s,
         }
     }
 }
@@ -146,18 +148,27 @@ impl PoolService for PoolApi {
 
     async fn set(&self, request: Request<v1::PoolSetRequest>) -> Result<Response<v1::Pool>, Status> {
         let principal = require_user(&request)?;
-        let v1::PoolSetRequest { meta, name, replicas_default, cpu_overcommit, cpu_profile } =
-            request.into_inner();
+        let v1::PoolSetRequest {
+            meta,
+            name,
+            replicas_default,
+            cpu_overcommit,
+            scrub_interval_ms,
+            scrub_bytes_per_s,
+            cpu_profile,
+        } = request.into_inner();
         let number = |value: u32| (value != 0).then_some(value);
         let change = PoolChange {
             name: (!name.is_empty()).then_some(name),
             replicas_default: number(replicas_default),
             cpu_overcommit: number(cpu_overcommit),
             cpu_profile: views::cpu_profile(&cpu_profile)?,
+            scrub_interval_ms,
+            scrub_bytes_per_s: (scrub_bytes_per_s != 0).then_some(scrub_bytes_per_s),
         };
         if change == PoolChange::default() {
             return Err(Status::invalid_argument(
-                "no setting is given: name, replicas-default, cpu-overcommit or cpu-profile",
+                "no setting is given: name, replicas-default, cpu-overcommit, cpu-profile, scrub-interval or scrub-rate",
             ));
         }
         let command = Command::Govern(Govern::SetPool(change));

@@ -165,7 +165,7 @@ pub fn volume(state: &PoolState, volume: &Volume) -> v1::Volume {
             (true, false) => "syncing",
             (false, _) => "gone",
         };
-        v1::Replica { host: state.host_name(*host), state: word.to_owned() }
+        v1::Replica { host: state.host_name(*host), state: word.to_owned(), ..v1::Replica::default() }
     };
     v1::Volume {
         id: volume.id.0,
@@ -183,6 +183,15 @@ pub fn volume(state: &PoolState, volume: &Volume) -> v1::Volume {
         snapshots: state.snapshots_of(volume.id).map(|snapshot| snapshot.name.clone()).collect(),
         operations_per_s_max: volume.limits.operations_per_s.unwrap_or(0),
         bytes_per_s_max: volume.limits.bytes_per_s.unwrap_or(0),
+        last_scrub: volume.last_scrub.map(|scrub| v1::VolumeScrub {
+            task: scrub.task.0,
+            checked: scrub.counts.checked,
+            damaged: scrub.counts.damaged,
+            repaired: scrub.counts.repaired,
+            ended_ms: scrub.ended_ms,
+            permille: 1000,
+        }),
+        ..v1::Volume::default()
     }
 }
 
@@ -372,6 +381,10 @@ pub fn task(state: &PoolState, task: &Task) -> v1::Task {
             vm.map_or("", |vm| state.vm_state(vm).as_str()).to_owned()
         }
         TaskKind::HostDrain { host } => left_to_move(state, state.vms_on(host).collect()),
+        TaskKind::HostRemove { host, .. } => {
+            let replicas = state.replicas_at(host);
+            format!("{replicas} replicas left; {}", left_to_move(state, state.vms_on(host).collect()))
+        }
         TaskKind::HostRestore { host } => left_to_move(state, state.vms_at_home_on(host).collect()),
         TaskKind::VmClone { .. } => state.clonings.get(&task.id).map_or(String::new(), |cloning| {
             let made = cloning.disks.iter().filter(|disk| disk.volume().is_some()).count();
@@ -383,6 +396,7 @@ pub fn task(state: &PoolState, task: &Task) -> v1::Task {
         | TaskKind::VolumeCopy { .. }
         | TaskKind::SnapshotTake { .. }
         | TaskKind::SnapshotDelete { .. }
+        | TaskKind::VolumeScrub { .. }
         | TaskKind::VolumeRewrite { .. } => String::new(),
         TaskKind::VolumeServe { volume } | TaskKind::VolumeClose { volume } => {
             let volume = state.volumes.get(&volume);
@@ -407,6 +421,7 @@ pub fn task(state: &PoolState, task: &Task) -> v1::Task {
         request_id: task.request_id.clone(),
         deadline_ms: task.deadline_ms,
         executor: task.executor.map(|host| state.host_name(host)).unwrap_or_default(),
+        progress: None,
     }
 }
 

@@ -8,7 +8,7 @@ use crate::{
 use pool_state::{
     Command, Outcome, PoolState,
     command::CreateVm,
-    state::{HaPolicy, StopMode},
+    state::{DiskCloning, HaPolicy, StopMode},
 };
 use proto::{
     ByteCount, VmId,
@@ -123,9 +123,10 @@ impl VmService for VmApi {
 
     async fn clone_vm(&self, request: Request<CloneVmRequest>) -> Result<Response<Task>, Status> {
         let principal = require_user(&request)?;
-        let CloneVmRequest { meta, vm, name } = request.into_inner();
+        let CloneVmRequest { meta, vm, name, full } = request.into_inner();
+        let disks = if full { DiskCloning::Full } else { DiskCloning::Linked };
         let vm = views::found(self.context.read().await?.resolve_vm(&vm))?.id;
-        self.task(&principal, meta, Command::CloneVm { vm, name }).await
+        self.task(&principal, meta, Command::CloneVm { vm, name, disks }).await
     }
 
     async fn start(&self, request: Request<StartVmRequest>) -> Result<Response<Task>, Status> {

@@ -1,18 +1,27 @@
 //! Service `VolumeService`.
 
 use super::{
+    clones,
     copies::{Copies, PartStream},
-    nbd, snapshots, views,
+    known, nbd, snapshots, views,
 };
-use crate::{api::require_user, node::NodeContext, supervisor::Supervisor};
+use crate::{
+    agent::{Agents, Facts},
+    api::require_user,
+    node::NodeContext,
+    supervisor::Supervisor,
+};
 use pool_state::command::VolumeCommand;
-use pool_state::{Command, Outcome, PoolState, state::VolumeLimits};
+use pool_state::{
+    Command, Outcome, PoolState,
+    state::{Host, Volume as StoredVolume, VolumeLimits},
+};
 use proto::{
-    ByteCount, VolumeId,
+    ByteCount, HostId, VolumeId,
     v1::{
         CloneVolumeRequest, CreateVolumeRequest, DeleteVolumeRequest, ExportVolumeRequest, ImportVolumePart,
-        ListVolumesRequest, ListVolumesResponse, ResizeVolumeRequest, ServeNbdRequest, SetVolumeRequest,
-        SnapshotChangeRequest, Task, Volume, VolumeChangeRequest, VolumeRef,
+        ListVolumesRequest, ListVolumesResponse, ResizeVolumeRequest, ScrubVolumeRequest, ServeNbdRequest,
+        SetVolumeRequest, SnapshotChangeRequest, Task, Volume, VolumeChangeRequest, VolumeRef,
         volume_service_server::VolumeService,
     },
 };
@@ -23,12 +32,21 @@ use tonic::{Request, Response, Status, Streaming};
 pub struct VolumeApi {
     context: NodeContext,
     copies: Copies,
+    agents: Agents,
 }
 
 impl VolumeApi {
     /// The service of this host.
-    pub fn new(context: NodeContext, supervisor: Supervisor) -> Self {
-        Self { copies: Copies { context: context.clone(), supervisor }, context }
+    pub fn new(context: NodeContext, supervisor: Supervisor, agents: Agents) -> Self {
+        Self { copies: Copies { context: context.clone(), supervisor }, context, agents }
+    }
+
+    /// What the hosts of volumes know of them.
+    async fn facts(&self, state: &PoolState, volumes: impl Iterator<Item = &StoredVolume>) -> Facts {
+        let owner = |volume: &StoredVolume| volume.owner.map(|owner| owner.host);
+        let hosts = volumes.flat_map(|volume| volume.replicas.iter().copied().chain(owner(volume)));
+        let is_up = |host: &HostId| state.hosts.get(host).is_some_and(Host::is_up);
+        self.agents.facts_of(hosts.filter(is_up).collect::<Vec<_>>()).await
     }
 }
 
@@ -69,7 +87,9 @@ impl VolumeService for VolumeApi {
     ) -> Result<Response<ListVolumesResponse>, Status> {
         require_user(&request)?;
         let state = self.context.fresh().await;
-        let volumes = state.volumes.values().map(|volume| views::volume(&state, volume)).collect();
+        let facts = self.facts(&state, state.volumes.values()).await;
+        let view = |volume| known::volume(&state, volume, &facts);
+        let volumes = state.volumes.values().map(view).collect();
         Ok(Response::new(ListVolumesResponse { revision: state.revision, volumes }))
     }
 
@@ -77,7 +97,8 @@ impl VolumeService for VolumeApi {
         require_user(&request)?;
         let state = self.context.fresh().await;
         let volume = views::found(state.resolve_volume(&request.get_ref().r#ref))?;
-        Ok(Response::new(views::volume(&state, volume)))
+        let facts = self.facts(&state, std::iter::once(volume)).await;
+        Ok(Response::new(known::volume(&state, volume, &facts)))
     }
 
     async fn delete(&self, request: Request<DeleteVolumeRequest>) -> Result<Response<Volume>, Status> {
@@ -129,11 +150,26 @@ impl VolumeService for VolumeApi {
         let principal = require_user(&request)?;
         let request = request.into_inner();
         let task = if request.full {
-            self.copies.copy_snapshot(&principal, request).await?
+            clones::begin_copy(&self.context, &principal, request).await?
         } else {
             snapshots::make_clone(&self.context, &principal, request).await?
         };
         Ok(Response::new(task))
+    }
+
+    async fn scrub(&self, request: Request<ScrubVolumeRequest>) -> Result<Response<Task>, Status> {
+        let principal = require_user(&request)?;
+        let ScrubVolumeRequest { meta, volume, replica, bytes_per_s_max } = request.into_inner();
+        let before = self.context.read().await?;
+        let volume = views::found(before.resolve_volume(&volume))?.id;
+        let replica = match replica.as_str() {
+            "" => None,
+            host => Some(views::found(before.resolve_host(host))?.id),
+        };
+        let bytes_per_s = (bytes_per_s_max > 0).then_some(bytes_per_s_max);
+        let command = Command::Volume(VolumeCommand::ScrubVolume { volume, replica, bytes_per_s });
+        let (outcome, state) = self.context.change(&principal, meta, command).await?;
+        Ok(Response::new(views::task_begun(&state, outcome)?))
     }
 
     async fn serve_nbd(&self, request: Request<ServeNbdRequest>) -> Result<Response<Task>, Status> {

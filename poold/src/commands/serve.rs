@@ -59,6 +59,7 @@ pub async fn run(data: &Path, metrics: Option<SocketAddr>, memory_proof: MemoryP
         consensus: consensus.clone(),
         clients: consensus.clients(),
         loans: crate::loans::Loans::default(),
+        progress: crate::progress::ProgressBook::default(),
         shutdown: shutdown.clone(),
     };
     let mut node = node::run(context, metrics_port).await.map_err(|error| failed(&error))?;

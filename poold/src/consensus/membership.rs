@@ -184,6 +184,7 @@ mod tests {
             labels: std::collections::BTreeMap::new(),
             cpus: 0,
             cpu: proto::HostCpu::default(),
+            store: None,
         }
     }
 

@@ -1,8 +1,9 @@
 //! The metrics as text.
 
+use super::volumes;
 use pool_state::PoolState;
 use pool_state::state::{Host, HostDuty, HostState, TaskState, VmState};
-use proto::HostId;
+use proto::{HostId, v1::AgentFacts};
 use std::fmt::Write as _;
 use std::sync::Arc;
 
@@ -16,22 +17,32 @@ pub struct Observation {
     pub term: u64,
     pub vm_processes: usize,
     pub resident_bytes: u64,
+    /// What this host knows of volumes.
+    pub facts: AgentFacts,
+    /// Clients over NBD here, and connections that were refused.
+    pub nbd: (u64, u64),
 }
 
-/// One metric with its samples.
-struct Page(String);
+/// Metrics with their samples.
+#[derive(Default)]
+pub(super) struct Page(String);
 
 impl Page {
-    fn metric(&mut self, name: &str, kind: &str, help: &str) {
+    #[cfg(test)]
+    pub(super) fn into_text(self) -> String {
+        self.0
+    }
+
+    pub(super) fn metric(&mut self, name: &str, kind: &str, help: &str) {
         // Writing to a string can't fail.
         let _ = write!(self.0, "# HELP {name} {help}\n# TYPE {name} {kind}\n");
     }
 
-    fn sample(&mut self, name: &str, labels: &str, value: u64) {
+    pub(super) fn sample(&mut self, name: &str, labels: &str, value: u64) {
         let _ = writeln!(self.0, "{name}{labels} {value}");
     }
 
-    fn gauge(&mut self, name: &str, help: &str, value: u64) {
+    pub(super) fn gauge(&mut self, name: &str, help: &str, value: u64) {
         self.metric(name, "gauge", help);
         self.sample(name, "", value);
     }
@@ -43,11 +54,12 @@ fn count(items: impl Iterator) -> u64 {
 
 /// All metrics.
 pub fn render(seen: &Observation) -> String {
-    let mut page = Page(String::new());
+    let mut page = Page::default();
     daemon(&mut page, seen);
     hosts(&mut page, &seen.state);
     objects(&mut page, &seen.state);
     work(&mut page, &seen.state);
+    volumes::render(&mut page, &seen.state, &seen.facts, seen.nbd);
     page.0
 }
 
@@ -160,6 +172,8 @@ mod tests {
             term: 2,
             vm_processes: 0,
             resident_bytes: 4096,
+            facts: AgentFacts::default(),
+            nbd: (0, 0),
         })
     }
 

@@ -173,6 +173,7 @@ mod tests {
             labels: std::collections::BTreeMap::new(),
             cpus: 0,
             cpu: proto::HostCpu::default(),
+            store: None,
         }
     }
 
@@ -200,6 +201,9 @@ mod tests {
             depth: 0,
             snapshots: Vec::new(),
             service: None,
+            scrub: None,
+            last_scrub: None,
+            scrub_from_ms: 0,
         }
     }
 

@@ -27,7 +27,7 @@ use pool_state::{
     state::{Desired, Migration, StopMode as WantedStop, TargetEndpoint, Vm},
 };
 use proto::{
-    Epoch, ImageId, MigrationId, VmId,
+    Epoch, ImageId, MigrationId, VmId, VolumeId,
     v1::{MachineStatus, MigrationOutcomeRequest, StartOutgoingRequest, TakeBackRequest},
 };
 use std::{
@@ -74,6 +74,14 @@ pub enum ActionError {
     NotPlaced {
         /// Which.
         key: ProcessKey,
+    },
+    /// What a volume is filled with could not be read or written now.
+    #[error("the copy into {volume} is interrupted: {cause}")]
+    Copy {
+        /// The volume.
+        volume: VolumeId,
+        /// Why.
+        cause: String,
     },
     /// The process that it is about is not there.
     #[error("{key} has no process")]
@@ -211,6 +219,9 @@ impl Executor {
             | HostAction::OpenService { .. }
             | HostAction::CloseService { .. }
             | HostAction::DestroyService { .. }
+            | HostAction::CopySnapshot { .. }
+            | HostAction::Scrub { .. }
+            | HostAction::EndScrub { .. }
             | HostAction::UpdateService { .. } => self.execute_service(&state, action).await,
             HostAction::Report(command) => Ok(self.context.try_report(command.clone()).await?),
         }

@@ -85,6 +85,7 @@ fn pass(
     let loans = executor.context().loans.keys();
     actions.extend(pool_state::reconcile::reconcile_services(state, me, now_ms, &services, &loans));
     actions.extend(pool_state::reconcile::reconcile_work(state, me));
+    actions.extend(pool_state::reconcile::reconcile_scrubs(state, me, &executor.observe_scrubs()));
     // A guest stands still meanwhile; everything else can wait.
     actions.sort_by_key(|action| !is_in_blackout(action));
     let now = Instant::now();

@@ -7,13 +7,14 @@ use crate::{
 use pool_state::{
     command::LastSequence,
     reconcile::{
-        GuestExit, ObservedMigration, ObservedService, ObservedVm, ProcessState, SourcePhase, TargetPhase,
-        VolumesDigest,
+        GuestExit, ObservedMigration, ObservedScrub, ObservedScrubState, ObservedService, ObservedVm,
+        ProcessState, SourcePhase, TargetPhase, VolumesDigest,
     },
+    state::ScrubCounts,
 };
 use proto::{
-    CertificateFingerprint, Epoch, MigrationId, Sequence, VmId, VolumeId,
-    v1::{MachineStatus, MigrationState},
+    CertificateFingerprint, Epoch, MigrationId, Sequence, TaskId, VmId, VolumeId,
+    v1::{MachineStatus, MigrationState, VolumeStatus},
 };
 
 /// A present process. One that has not answered yet counts as starting: it must not be started again.
@@ -51,6 +52,19 @@ pub fn service(volume: VolumeId, process: &ProcessView, volumes: Option<VolumesD
         uri: status.and_then(|status| Some(status.nbd.as_ref()?.uri.clone())).unwrap_or_default(),
         volumes,
     }
+}
+
+/// What the owner of a volume says of its scrub.
+pub fn scrub(volume: &VolumeStatus) -> Option<ObservedScrub> {
+    let scrub = volume.scrub.as_ref()?;
+    let counts = ScrubCounts { checked: scrub.checked, damaged: scrub.damaged, repaired: scrub.repaired };
+    let state = match scrub.state.as_str() {
+        "running" => ObservedScrubState::Running,
+        "done" => ObservedScrubState::Done(counts),
+        _ => ObservedScrubState::Failed { problem: scrub.error.clone() },
+    };
+    let (volume, epoch) = (VolumeId(volume.volume_id), Epoch(volume.epoch));
+    Some(ObservedScrub { volume, epoch, task: TaskId(scrub.task_id), state })
 }
 
 /// The process of a volume that has ended.

@@ -33,6 +33,10 @@ pub enum Slot {
     /// In the order of a volume's writes, beside everything else that its process does: it may take as long as the replicas do, and
     /// no step of a migration waits for it.
     Volume(VolumeId),
+    /// A volume's scrub.
+    Scrub(VolumeId),
+    /// The copy into a volume by its process of an epoch; it takes as long as it takes.
+    Copy(VolumeId, Epoch),
     /// A report with this content.
     Report([u8; 32]),
 }
@@ -164,6 +168,9 @@ fn rank(action: &HostAction) -> Rank {
         | HostAction::OpenService { .. }
         | HostAction::UpdateService { .. }
         | HostAction::Work { .. }
+        | HostAction::CopySnapshot { .. }
+        | HostAction::Scrub { .. }
+        | HostAction::EndScrub { .. }
         | HostAction::Report(_) => Rank::Ordinary,
     }
 }
@@ -173,6 +180,10 @@ pub fn slot_of(state: &PoolState, action: &HostAction) -> Option<Slot> {
     let key = match action {
         HostAction::Report(command) => return Some(Slot::Report(command.hash())),
         HostAction::Work { volume, .. } => return Some(Slot::Volume(*volume)),
+        HostAction::CopySnapshot { volume, epoch, .. } => return Some(Slot::Copy(*volume, *epoch)),
+        HostAction::Scrub { volume, .. } | HostAction::EndScrub { volume, .. } => {
+            return Some(Slot::Scrub(*volume));
+        }
         HostAction::SpawnAndStart { vm, epoch }
         | HostAction::Destroy { vm, epoch, .. }
         | HostAction::Stop { vm, epoch, .. } => ProcessKey::vm(*vm, *epoch),

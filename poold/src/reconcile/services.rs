@@ -6,21 +6,28 @@ use super::{
     observe,
     schedule::owner_key,
 };
+use crate::api::Copies;
 use crate::supervisor::{Inherited, MachineError, ProcessError, ProcessKey, StopMode, Subject};
 use pool_state::command::VolumeCommand;
 use pool_state::{
     Command, PoolState,
-    command::ServiceEnd,
-    reconcile::{HostAction, ObservedService, VolumesDigest},
-    state::{Position, VolumeWork},
+    command::{LoanEnd, ServiceEnd},
+    reconcile::{HostAction, ObservedScrub, ObservedService, VolumesDigest},
+    state::{Loan, Position, VolumeWork},
 };
 use proto::{
     Epoch, Sequence, VolumeId,
     v1::{
-        VolumeCloneOf, VolumeOperateRequest, VolumePosition, volume_operate_request::Op,
+        VolumeCloneOf, VolumeOperateRequest, VolumePosition, VolumeScrubRequest, volume_operate_request::Op,
         volume_operated::Outcome,
     },
 };
+use tonic::{Code, Status};
+
+/// Whether the same copy would fail again.
+fn is_final(status: &Status) -> bool {
+    matches!(status.code(), Code::ResourceExhausted | Code::NotFound | Code::InvalidArgument | Code::DataLoss)
+}
 
 impl Executor {
     /// The processes of volumes and what others left, as the reconciler sees them.
@@ -37,6 +44,12 @@ impl Executor {
             Some(observe::gone_service(volume, key.epoch, end))
         });
         present.chain(gone).collect()
+    }
+
+    /// The scrubs of all processes, as the reconciler sees them.
+    pub fn observe_scrubs(&self) -> Vec<ObservedScrub> {
+        let statuses = self.supervisor.processes().into_iter().filter_map(|process| process.status);
+        statuses.flat_map(|status| status.volumes).filter_map(|volume| observe::scrub(&volume)).collect()
     }
 
     /// Carries out an action about the process of a volume.
@@ -59,8 +72,49 @@ impl Executor {
             }
             HostAction::UpdateService { volume, .. } => self.update_service(state, *volume).await,
             HostAction::Work { volume, epoch, work } => self.work(state, (*volume, *epoch), *work).await,
+            HostAction::CopySnapshot { volume, epoch, loan } => {
+                self.copy_snapshot((*volume, *epoch), *loan).await
+            }
+            HostAction::Scrub { volume, epoch, scrub } => {
+                let request = VolumeScrubRequest {
+                    volume_id: volume.0,
+                    task_id: scrub.task.0,
+                    host_id: scrub.replica.map_or(0, |host| host.0),
+                    bytes_per_s_max: scrub.bytes_per_s.unwrap_or(0),
+                };
+                self.scrub(state, (*volume, *epoch), request).await
+            }
+            HostAction::EndScrub { volume, epoch } => {
+                let none = VolumeScrubRequest { volume_id: volume.0, ..VolumeScrubRequest::default() };
+                self.scrub(state, (*volume, *epoch), none).await
+            }
             _ => unreachable!("the executor hands on actions about volumes only"),
         }
+    }
+
+    /// Fills a volume. What trying again can't cure is its end.
+    async fn copy_snapshot(&self, (volume, epoch): (VolumeId, Epoch), loan: Loan) -> Result<(), ActionError> {
+        let copies = Copies { context: self.context.clone(), supervisor: self.supervisor.clone() };
+        let end = match copies.copy_snapshot((volume, epoch), loan).await {
+            Ok(()) => LoanEnd::Done,
+            Err(status) if is_final(&status) => LoanEnd::Failed { problem: status.message().to_owned() },
+            Err(status) => return Err(ActionError::Copy { volume, cause: status.message().to_owned() }),
+        };
+        let report = VolumeCommand::EndLoan { volume, key: loan.key, end };
+        Ok(self.context.try_report(Command::Volume(report)).await?)
+    }
+
+    async fn scrub(
+        &self,
+        state: &PoolState,
+        (volume, epoch): (VolumeId, Epoch),
+        request: VolumeScrubRequest,
+    ) -> Result<(), ActionError> {
+        let key = owner_key(state, volume, epoch).unwrap_or(ProcessKey::volume(volume, epoch));
+        let machine = self.supervisor.machine(key).ok_or(ActionError::NoProcess { key })?;
+        machine.volume_scrub(request).await?;
+        self.supervisor.poke(key);
+        Ok(())
     }
 
     /// Lets a process serve a volume. What can't be cured by trying again is reported as its end.

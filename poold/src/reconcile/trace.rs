@@ -35,6 +35,10 @@ fn subject(state: &PoolState, action: &HostAction) -> (Option<VmId>, Option<Task
         | HostAction::ResumeAfterAbort { migration }
         | HostAction::ActivateIncoming { migration }
         | HostAction::TakeBack { migration } => of_migration(*migration),
+        HostAction::CopySnapshot { loan, .. } => (None, Some(loan.task)),
+        HostAction::Scrub { volume, .. } | HostAction::EndScrub { volume, .. } => {
+            (None, state.volumes.get(volume).and_then(|volume| volume.scrub).map(|scrub| scrub.task))
+        }
         HostAction::OpenService { volume, .. }
         | HostAction::CloseService { volume, .. }
         | HostAction::DestroyService { volume, .. }

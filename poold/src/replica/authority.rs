@@ -203,6 +203,9 @@ mod tests {
             depth: 0,
             snapshots: Vec::new(),
             service: None,
+            scrub: None,
+            last_scrub: None,
+            scrub_from_ms: 0,
         };
         state.volumes.insert(VOLUME, volume);
         state

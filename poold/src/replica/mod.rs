@@ -19,7 +19,7 @@ use authority::PoolAuthority;
 use pool_state::{
     PoolState,
     command::{Command, UpdateHost},
-    state::HostState,
+    state::{HostState, StoreSpace},
 };
 use proto::{ByteCount, Incarnation, VolumeId};
 use std::{path::PathBuf, sync::Arc, time::Duration};
@@ -62,6 +62,11 @@ impl Replica {
     /// Life of the store.
     pub fn incarnation(&self) -> Incarnation {
         self.server.incarnation()
+    }
+
+    /// Its handle.
+    pub fn server(&self) -> ReplicaServer {
+        self.server.clone()
     }
 
     /// Resolves when the store can't go on.
@@ -108,6 +113,7 @@ async fn duties(context: NodeContext, server: ReplicaServer, boot_id: String) {
     let mut states = context.consensus.watch();
     loop {
         announce(&context, &server, &boot_id).await;
+        tell_space(&context, &server).await;
         sweep(&context, &server).await;
         let seen = interests(&states.borrow_and_update(), &context);
         let changed = states.wait_for(|state| interests(state, &context) != seen);
@@ -148,6 +154,27 @@ async fn announce(context: &NodeContext, server: &ReplicaServer, boot_id: &str) 
     }
 }
 
+/// Tells the pool how full the disk is, once that has changed by more than what does not matter: each time is an entry of the log.
+async fn tell_space(context: &NodeContext, server: &ReplicaServer) {
+    let usage = match server.usage() {
+        Ok(usage) => usage,
+        Err(error) => return tracing::warn!(%error, "the block store's disk can't be looked at"),
+    };
+    let store = StoreSpace { used: ByteCount(usage.used), capacity: ByteCount(usage.capacity) };
+    let state = context.consensus.local();
+    let known = state.hosts.get(&context.host).filter(|host| host.state == HostState::Up);
+    if known.is_some_and(|host| host.store.is_none_or(|before| differs(before, store))) {
+        context.report(Command::SetHostStore { host: context.host, store }).await;
+    }
+}
+
+/// Whether a disk has changed so that the pool should know: by two percent, or by less where that decides whether it takes replicas.
+fn differs(before: StoreSpace, now: StoreSpace) -> bool {
+    let change = before.used.0.abs_diff(now.used.0).max(before.capacity.0.abs_diff(now.capacity.0));
+    let permille = change.saturating_mul(1000) / now.capacity.0.max(1);
+    permille >= 20 || (permille >= 2 && before.has_room() != now.has_room())
+}
+
 /// Frees the data of volumes that the pool has deleted, or that have no replica here any more.
 async fn sweep(context: &NodeContext, server: &ReplicaServer) {
     // The list first: what is stored was in the state when it was made, so a state read after that has it unless deleted.
@@ -161,5 +188,29 @@ async fn sweep(context: &NodeContext, server: &ReplicaServer) {
             Ok(()) => tracing::info!(%volume, "freed the data of a deleted volume"),
             Err(error) => tracing::warn!(%volume, %error, "the data of a deleted volume stays for now"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn space(used: u64) -> StoreSpace {
+        StoreSpace { used: ByteCount(used), capacity: ByteCount(100_000) }
+    }
+
+    #[test]
+    fn the_pool_hears_of_a_disk_when_it_matters() {
+        assert!(!differs(space(50_000), space(51_900)));
+        assert!(differs(space(50_000), space(52_000)));
+        assert!(!differs(space(84_950), space(85_050)), "to and fro around the limit");
+        assert!(differs(space(84_900), space(85_200)));
+        assert!(differs(space(85_200), space(84_900)));
+    }
+
+    /// Both sides mean the same by a disk that takes no further volumes.
+    #[test]
+    fn the_pool_and_the_store_have_one_limit() {
+        assert_eq!(pool_state::limits::STORE_REPLICAS_PERCENT_MAX, storage::replica::NO_NEW_VOLUMES_PERCENT);
     }
 }

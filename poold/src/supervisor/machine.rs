@@ -202,6 +202,15 @@ impl Machine {
         self.call("VolumeOperate", OPEN_TIMEOUT, client.volume_operate(request)).await
     }
 
+    /// Begins a scrub, or ends the one under way.
+    pub async fn volume_scrub(
+        &self,
+        request: v1::VolumeScrubRequest,
+    ) -> Result<v1::ScrubStatus, MachineError> {
+        let mut client = self.client.clone();
+        self.call("VolumeScrub", CHANGE_TIMEOUT, client.volume_scrub(request)).await
+    }
+
     /// Writes pieces into a volume, for as long as they come; durable when it returns.
     pub async fn volume_write(
         &self,

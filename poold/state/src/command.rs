@@ -9,12 +9,12 @@ mod volumes;
 
 pub use govern::{Govern, NewCa, PoolChange};
 pub use guests::{ChangeGroup, CreateGroup, CreateNetwork, CreateVm};
-pub use volumes::{LoanEnd, ServiceEnd, VolumeCommand};
+pub use volumes::{LoanEnd, ScrubEnd, ServiceEnd, VolumeCommand};
 
 use crate::{
     state::{
-        CertificateFingerprint, ContentHash, EpochStart, MigrationOptions, MigrationRecord, MoveCause, Role,
-        StopMode, TargetEndpoint,
+        CertificateFingerprint, ContentHash, Copies, DiskCloning, EpochStart, MigrationOptions,
+        MigrationRecord, MoveCause, Role, StopMode, StoreSpace, TargetEndpoint,
     },
     timing::Timing,
 };
@@ -63,6 +63,20 @@ pub enum Command {
         host: HostId,
         /// Whether its VMs may be given up, which needs the host to be lost.
         mode: RemoveMode,
+    },
+    /// Moves a host's VMs and replicas away and takes it out of the pool then. → `Outcome::Task`
+    RetireHost {
+        /// The host.
+        host: HostId,
+        /// How many copies volumes keep.
+        copies: Copies,
+    },
+    /// Report: how full the disk of a host's block store is.
+    SetHostStore {
+        /// The host.
+        host: HostId,
+        /// Its disk.
+        store: StoreSpace,
     },
     /// Registers an imported file. → `Outcome::Image`
     CreateImage {
@@ -114,12 +128,14 @@ pub enum Command {
     AddToIsr(IsrChange),
     /// Creates a stopped VM. → `Outcome::Vm`
     CreateVm(CreateVm),
-    /// Makes a VM like another one, with clones of its disks. → `Outcome::Task`
+    /// Makes a VM like another one, with clones of its disks, linked or full. → `Outcome::Task`
     CloneVm {
         /// The other one.
         vm: VmId,
         /// Name of the new one.
         name: String,
+        /// How its disks are made.
+        disks: DiskCloning,
     },
     /// The leader has the next step of a VM's copy done. → `Outcome::Task`
     StepVmClone {

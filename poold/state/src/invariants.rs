@@ -303,7 +303,7 @@ fn check_tasks(state: &PoolState) -> Result<(), Violation> {
                 let vm = task.vm.and_then(|vm| state.vms.get(&vm));
                 vm.is_some_and(|vm| vm.task == Some(task.id) && vm.placement.is_some())
             }
-            TaskKind::HostDrain { host } => state
+            TaskKind::HostDrain { host } | TaskKind::HostRemove { host, .. } => state
                 .hosts
                 .get(&host)
                 .is_some_and(|host| host.is_member() && host.duty == HostDuty::Draining { task: task.id }),
@@ -324,6 +324,10 @@ fn check_tasks(state: &PoolState) -> Result<(), Violation> {
                 let rewriting = state.volumes.get(&volume).and_then(|volume| volume.rewriting);
                 rewriting.is_some_and(|rewriting| rewriting.task == task.id)
             }
+            TaskKind::VolumeScrub { volume } => {
+                let scrub = state.volumes.get(&volume).and_then(|volume| volume.scrub);
+                scrub.is_some_and(|scrub| scrub.task == task.id)
+            }
             TaskKind::VmClone { .. } => state.clonings.contains(&task.id),
             TaskKind::VolumeImport { volume }
             | TaskKind::VolumeExport { volume }
@@ -339,7 +343,8 @@ fn check_tasks(state: &PoolState) -> Result<(), Violation> {
     let ended = |id: &TaskId| state.tasks.get(id).is_none_or(|task| !task.is_running());
     let services = state.volumes.values().filter_map(|volume| volume.service.as_ref()?.task);
     let clonings = state.clonings.values().map(|cloning| cloning.task);
-    let waited = state.vms.values().filter_map(|vm| vm.task).chain(services).chain(clonings);
+    let scrubs = state.volumes.values().filter_map(|volume| Some(volume.scrub?.task));
+    let waited = state.vms.values().filter_map(|vm| vm.task).chain(services).chain(clonings).chain(scrubs);
     match waited.into_iter().find(ended) {
         Some(task) => Err(Violation::OrphanedTask { task }),
         None => Ok(()),

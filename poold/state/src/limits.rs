@@ -86,6 +86,22 @@ pub const OPERATIONS_PER_S_MAX: u64 = 10_000_000;
 pub const BANDWIDTH_MAX: u64 = 1 << 40;
 /// Volumes that a host brings up to date at a time: each is a process, and they share its disk and its link.
 pub const SERVICES_PER_HOST_MAX: usize = 4;
+/// A volume is scrubbed this long after its last scrub, in milliseconds: damage is found within a week, before a second disk has had
+/// long to fail.
+pub const SCRUB_INTERVAL_MS: u64 = 7 * 24 * 3_600_000;
+/// The longest that the settings may say: a year.
+pub const SCRUB_INTERVAL_MS_MAX: u64 = 365 * 24 * 3_600_000;
+/// Bytes per second that such a scrub reads of each replica: 32 MiB, a part of what any disk reads, and a terabyte in nine hours.
+pub const SCRUB_BYTES_PER_S: u64 = 32 << 20;
+/// The slowest scrub: what is slower never ends.
+pub const SCRUB_BYTES_PER_S_MIN: u64 = 1 << 20;
+/// How many times as long as its reads alone a scrub may take: its volume may have no owner for hours, and disks have other work.
+pub const SCRUB_PATIENCE: u64 = 4;
+/// Used share of a host's disk from which on it gets no further replica, in percent: those that are there have the rest to grow.
+pub const STORE_REPLICAS_PERCENT_MAX: u64 = 85;
+/// Steps of used share in which hosts count as equally full for a new replica, in percent: within a step the number of replicas
+/// decides, so that volumes which are still empty are spread, too.
+pub const STORE_STEP_PERCENT: u64 = 10;
 /// Most replicas of a volume.
 pub const REPLICAS_MAX: u32 = 5;
 /// Replicas of a volume whose creator names no number, if the pool has as many hosts and its settings say nothing else.

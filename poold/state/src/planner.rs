@@ -36,6 +36,7 @@ pub fn plan(state: &PoolState, view: &LeaderView) -> Vec<Command> {
     draft.recover_vms();
     draft.carry_tasks_on();
     draft.keep_replicas();
+    draft.scrub_volumes();
     draft.raise_level();
     draft.commands
 }

@@ -20,6 +20,7 @@
 mod moves;
 mod observed;
 mod placed;
+mod scrubs;
 mod services;
 
 #[cfg(test)]
@@ -29,11 +30,12 @@ pub use observed::{
     GuestExit, ObservedMigration, ObservedVm, ProcessState, SourcePhase, TargetPhase, VolumesDigest,
 };
 
+pub use scrubs::{ObservedScrub, ObservedScrubState, reconcile_scrubs};
 pub use services::{ObservedService, reconcile_services, reconcile_work};
 
 use crate::{
     command::{Command, LastSequence},
-    state::{PoolState, StopMode, VolumeWork},
+    state::{Loan, PoolState, Scrub, StopMode, VolumeWork},
 };
 use proto::{Epoch, HostId, MigrationId, VmId, VolumeId};
 
@@ -155,6 +157,31 @@ pub enum HostAction {
         epoch: Epoch,
         /// What.
         work: VolumeWork,
+    },
+    /// Fill a volume with what a snapshot holds, and report the end; from the beginning, whatever was done before.
+    CopySnapshot {
+        /// The volume.
+        volume: VolumeId,
+        /// Its epoch.
+        epoch: Epoch,
+        /// The work, with its snapshot.
+        loan: Loan,
+    },
+    /// Have the owner of a volume begin a scrub; asked for again it goes on.
+    Scrub {
+        /// The volume.
+        volume: VolumeId,
+        /// Its epoch.
+        epoch: Epoch,
+        /// The scrub.
+        scrub: Scrub,
+    },
+    /// Have it end the scrub that is under way: nobody wants it any more.
+    EndScrub {
+        /// The volume.
+        volume: VolumeId,
+        /// Its epoch.
+        epoch: Epoch,
     },
     /// Propose a command.
     Report(Command),

@@ -28,6 +28,7 @@ mod nics;
 mod outgoing;
 mod process;
 mod request;
+mod scrub;
 mod service;
 mod snapshots;
 mod spec;

@@ -5,6 +5,7 @@
 use crate::console::ConsoleSource;
 use crate::content;
 use crate::request::{Refusal, Request, StopMode};
+use crate::scrub::Scrubs;
 use crate::snapshots;
 use proto::SnapshotId;
 use proto::v1::{self, machine_server};
@@ -25,6 +26,7 @@ pub struct MachineService {
     requests: mpsc::Sender<Request>,
     status: watch::Receiver<v1::MachineStatus>,
     console: ConsoleSource,
+    scrubs: Scrubs,
 }
 
 impl MachineService {
@@ -34,7 +36,7 @@ impl MachineService {
         status: watch::Receiver<v1::MachineStatus>,
         console: ConsoleSource,
     ) -> Self {
-        Self { requests, status, console }
+        Self { requests, status, console, scrubs: Scrubs::default() }
     }
 
     async fn ask<T>(
@@ -50,6 +52,7 @@ impl MachineService {
     fn current(&self) -> v1::MachineStatus {
         let mut status = self.status.borrow().clone();
         status.console_bytes = self.console.end();
+        self.scrubs.add_to(&mut status.volumes);
         status
     }
 }
@@ -174,6 +177,18 @@ impl machine_server::Machine for MachineService {
         request: tonic::Request<v1::MigrationOutcomeRequest>,
     ) -> Result<Response<v1::MachineStatus>, Status> {
         self.ask(|reply| Request::Outcome(request.into_inner(), reply)).await
+    }
+
+    async fn volume_scrub(
+        &self,
+        request: tonic::Request<v1::VolumeScrubRequest>,
+    ) -> Result<Response<v1::ScrubStatus>, Status> {
+        let request = request.into_inner();
+        if request.task_id == 0 {
+            return Ok(Response::new(self.scrubs.end(request.volume_id)));
+        }
+        let volume = self.ask(|reply| Request::OpenVolume(request.volume_id, reply)).await?.into_inner();
+        Ok(Response::new(self.scrubs.begin(volume, &request)))
     }
 
     async fn volume_operate(

@@ -5,10 +5,13 @@ use crate::disk::VolumeDisk;
 use crate::limit::SharedLimiter;
 use crate::request::Refusal;
 use futures::future::{join_all, try_join_all};
+use proto::limits::BLOCK_BYTES;
 use proto::{Epoch, Sequence, VolumeId, v1};
 use std::path::PathBuf;
 use std::sync::Arc;
-use storage::owner::{ActivateError, ActivationStart, VolumeError, VolumeHandle};
+use storage::owner::{
+    ActivateError, ActivationStart, IoCounts, IoStats, ResyncStatus, VolumeError, VolumeHandle,
+};
 use tokio::runtime::Handle;
 use vmm::BlockBackend;
 
@@ -241,6 +244,7 @@ impl VolumeSet {
     pub fn status(&self) -> Vec<v1::VolumeStatus> {
         let status = |disk: &Disk| {
             let status = disk.handle.status();
+            let resyncs = disk.handle.resyncs();
             v1::VolumeStatus {
                 volume_id: disk.attachment.volume.0,
                 epoch: status.epoch.0,
@@ -249,8 +253,40 @@ impl VolumeSet {
                 issued_seq: status.issued.0,
                 acknowledged_seq: status.acknowledged.0,
                 durable_seq: status.durable.0,
+                io: Some(io_message(&disk.handle.io())),
+                resyncs: resyncs.iter().map(resync_message).collect(),
+                damaged: status.damaged_reads,
+                repaired: status.repairs,
+                scrub: None,
             }
         };
         self.disks.iter().map(status).collect()
+    }
+}
+
+fn io_message(stats: &IoStats) -> v1::IoStats {
+    let counts = |counts: &IoCounts| v1::IoCounts {
+        operations: counts.operations,
+        bytes: counts.bytes,
+        errors: counts.errors,
+        total_us: counts.total_us,
+        classes: counts.classes.to_vec(),
+    };
+    v1::IoStats {
+        reads: Some(counts(&stats.reads)),
+        writes: Some(counts(&stats.writes)),
+        discards: Some(counts(&stats.discards)),
+        flushes: Some(counts(&stats.flushes)),
+    }
+}
+
+fn resync_message(resync: &ResyncStatus) -> v1::ResyncStatus {
+    let bytes = |blocks: u64| blocks.saturating_mul(BLOCK_BYTES as u64);
+    v1::ResyncStatus {
+        host_id: resync.host.0,
+        copied_bytes: bytes(resync.copied),
+        left_bytes: bytes(resync.left),
+        counted: resync.counted,
+        running_ms: u64::try_from(resync.running.as_millis()).unwrap_or(u64::MAX),
     }
 }

@@ -492,8 +492,8 @@ pub(super) fn verify_all(
     data: &[u8],
     checksums: &[u64],
 ) -> io::Result<()> {
-    let blocks = (first.0..).zip(data.chunks_exact(BLOCK_BYTES)).zip(checksums);
-    blocks.map(|((block, content), sum)| verify(volume, BlockIndex(block), content, *sum)).collect()
+    let mut blocks = (first.0..).zip(data.chunks_exact(BLOCK_BYTES)).zip(checksums);
+    blocks.try_for_each(|((block, content), sum)| verify(volume, BlockIndex(block), content, *sum))
 }
 
 /// Whether two blocks lie side by side.

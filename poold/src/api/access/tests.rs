@@ -48,7 +48,7 @@ fn each_role_may_do_what_its_name_says_and_no_more() {
         }
         assert!(may(User(Role::Admin)), "{name}");
         let of_admins = service.ends_with("UserService") && !["WhoAmI", "Renew"].contains(&method.as_str());
-        let of_members = ["CreateJoinToken", "ListJoinTokens", "RevokeJoinToken", "Leave"];
+        let of_members = ["CreateJoinToken", "ListJoinTokens", "RevokeJoinToken", "Leave", "Retire"];
         let admin = of_admins
             || of_members.contains(&method.as_str())
             || ["Backup", "Audit", "RotateCa", "FinishCa"].contains(&method.as_str())

@@ -67,7 +67,9 @@ fn describe(state: &PoolState, command: &Command) -> Option<(&'static str, Strin
         Command::CreateToken { .. } => ("token.create", "a join token".to_owned()),
         Command::RevokeToken { token } => ("token.revoke", token.to_string()),
         Command::JoinHost(join) => ("host.join", format!("host {}", join.facts.name)),
-        Command::RemoveHost { host: id, .. } => ("host.remove", host(state, *id)),
+        Command::RemoveHost { host: id, .. } | Command::RetireHost { host: id, .. } => {
+            ("host.remove", host(state, *id))
+        }
         Command::SetHostLabels { host: id, .. } => ("host.label", host(state, *id)),
         Command::CordonHost { host: id } => ("host.cordon", host(state, *id)),
         Command::UncordonHost { host: id } => ("host.uncordon", host(state, *id)),
@@ -105,6 +107,9 @@ fn describe(state: &PoolState, command: &Command) -> Option<(&'static str, Strin
         }
         Command::Volume(VolumeCommand::CopySnapshot { name, .. }) => {
             ("volume.clone", format!("volume {name}"))
+        }
+        Command::Volume(VolumeCommand::ScrubVolume { volume: id, .. }) => {
+            ("volume.scrub", volume(state, *id))
         }
         Command::Volume(VolumeCommand::ServeVolume { volume: id, .. }) => ("volume.nbd", volume(state, *id)),
         Command::Volume(VolumeCommand::StopServingVolume { volume: id }) => {

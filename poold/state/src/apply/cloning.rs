@@ -4,10 +4,13 @@ use super::{Applied, Change, check_name, check_room};
 use crate::rejection::VolumeRejection;
 use crate::{
     command::CreateVm,
-    limits::VMS_MAX,
+    limits::{PLANNED_WORK_MS, VMS_MAX},
     outcome::Outcome,
     rejection::{ObjectKind, Rejection},
-    state::{ClonedDisk, PoolState, SnapshotState, TaskKind, TaskState, VmCloning, VmSpec, VmState},
+    state::{
+        ClonedDisk, DiskCloning, PoolState, SnapshotState, TaskKind, TaskState, VmCloning, VmSpec, VmState,
+        Volume,
+    },
 };
 use proto::{TaskId, VmId, VolumeId};
 
@@ -49,7 +52,7 @@ impl PoolState {
                 (None, Some(SnapshotState::Taking { .. })) => return Step::Wait,
                 (None, _) => return Step::GiveUp("a snapshot of a disk could not be taken".into()),
                 (Some(volume), _) => match self.volumes.get(&volume) {
-                    Some(volume) if volume.rewriting.is_some() => return Step::Wait,
+                    Some(volume) if volume.rewriting.is_some() || volume.is_filled() => return Step::Wait,
                     Some(volume) => volumes.push(volume.id),
                     None => return Step::GiveUp("a disk could not be cloned".into()),
                 },
@@ -60,7 +63,7 @@ impl PoolState {
 }
 
 impl Change<'_> {
-    pub(super) fn clone_vm(&mut self, id: VmId, name: &str) -> Applied {
+    pub(super) fn clone_vm(&mut self, id: VmId, name: &str, cloning: DiskCloning) -> Applied {
         let vm = self.state.vm(id)?;
         let being_made = self.state.clonings.values().map(|cloning| cloning.name.as_str());
         check_name(
@@ -75,10 +78,14 @@ impl Change<'_> {
         }
         let spec = vm.spec.clone();
         let steps = spec.disks.len() as u64 + 1;
-        let ms = self.state.settings.timing.vm_start_ms.saturating_mul(steps);
+        let copies_ms = match cloning {
+            DiskCloning::Linked => 0,
+            DiskCloning::Full => PLANNED_WORK_MS,
+        };
+        let ms = self.state.settings.timing.vm_start_ms.saturating_mul(steps).saturating_add(copies_ms);
         let task = self.create_pool_task(TaskKind::VmClone { source: id }, format!("vm {name}"), ms);
         let disks = vec![ClonedDisk::Wanted; spec.disks.len()];
-        let cloning = VmCloning { task, source: id, spec, name: name.to_owned(), disks };
+        let cloning = VmCloning { task, source: id, spec, name: name.to_owned(), cloning, disks };
         self.state.clonings.insert(task, cloning);
         Ok(Outcome::Task(task))
     }
@@ -111,7 +118,11 @@ impl Change<'_> {
         let task = cloning.task;
         let snapshot = cloning.disks[position].snapshot().ok_or(Rejection::TaskEnded { task })?;
         let name = format!("{}-disk{position}", cloning.name);
-        let Outcome::Task(cloned) = self.clone_volume(snapshot, &name)? else {
+        let begun = match cloning.cloning {
+            DiskCloning::Linked => self.clone_volume(snapshot, &name)?,
+            DiskCloning::Full => self.copy_snapshot(snapshot, &name, None)?,
+        };
+        let Outcome::Task(cloned) = begun else {
             return Err(Rejection::TaskEnded { task });
         };
         self.set_cloned(task, position, ClonedDisk::Cloned { snapshot, volume: VolumeId(cloned.0) })
@@ -153,6 +164,9 @@ impl Change<'_> {
         for volume in cloning.disks.iter().filter_map(|disk| disk.volume()) {
             if self.state.volumes.contains(&volume) {
                 self.give_up_rewriting(volume, "the VM is not made")?;
+            }
+            if self.state.volumes.get(&volume).is_some_and(Volume::is_filled) {
+                self.end_loan(volume, TaskState::Cancelled)?;
             }
             // What an operator has taken into use meanwhile stays.
             let is_free = self.state.volumes.get(&volume).is_some_and(|volume| {

@@ -156,7 +156,7 @@ impl Change<'_> {
         }
     }
 
-    fn set_duty(&mut self, id: HostId, duty: HostDuty) -> Result<(), Rejection> {
+    pub(super) fn set_duty(&mut self, id: HostId, duty: HostDuty) -> Result<(), Rejection> {
         let host = self.host_mut(id)?;
         if host.duty != duty {
             host.duty = duty;

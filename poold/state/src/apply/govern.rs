@@ -10,14 +10,14 @@ use crate::{
     command::{Govern, NewCa, PoolChange},
     features::Feature,
     limits::{
-        ACCESS_TOKEN_TTL_MS_MAX, ACCESS_TOKENS_MAX, CPU_OVERCOMMIT_MAX, PEM_BYTES_MAX, REPLICAS_MAX,
-        VERSION_BYTES_MAX,
+        ACCESS_TOKEN_TTL_MS_MAX, ACCESS_TOKENS_MAX, BANDWIDTH_MAX, CPU_OVERCOMMIT_MAX, PEM_BYTES_MAX,
+        REPLICAS_MAX, SCRUB_BYTES_PER_S_MIN, SCRUB_INTERVAL_MS_MAX, VERSION_BYTES_MAX,
     },
     outcome::Outcome,
     rejection::{Field, GovernRejection, ObjectKind, Rejection},
     state::{AccessToken, EventKind, OldCa, PoolState, Role},
 };
-use proto::{HostId, TokenId};
+use proto::{ByteCount, HostId, TokenId};
 
 impl PoolState {
     /// The access token with this secret (its blake3), and what it may do now; none: it is void.
@@ -117,6 +117,16 @@ impl Change<'_> {
         if let Some(profile) = change.cpu_profile {
             self.state.settings.cpu_profile = profile;
             told.push(format!("cpu-profile is {profile}"));
+        }
+        if let Some(ms) = change.scrub_interval_ms {
+            check_range(Field::ScrubInterval, ms, 0, SCRUB_INTERVAL_MS_MAX)?;
+            self.state.settings.scrub_interval_ms = ms;
+            told.push(format!("scrub-interval is {} s", ms / 1000));
+        }
+        if let Some(rate) = change.scrub_bytes_per_s {
+            check_range(Field::Bandwidth, rate, SCRUB_BYTES_PER_S_MIN, BANDWIDTH_MAX)?;
+            self.state.settings.scrub_bytes_per_s = rate;
+            told.push(format!("scrub-rate is {} per second", ByteCount(rate)));
         }
         self.pool_event(format!("{}, by {}", told.join(", "), self.principal));
         Ok(Outcome::Done)

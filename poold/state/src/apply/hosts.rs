@@ -3,6 +3,7 @@
 use super::{
     Applied, Change, check_length, check_name, check_range, check_room, find_mut, placement::check_up,
 };
+use crate::rejection::VolumeRejection;
 use crate::{
     command::{HostFacts, JoinHost, RemoveMode, UpdateHost},
     limits::{ADDRESS_BYTES_MAX, HOSTS_MAX, PUBLIC_KEY_BYTES_MAX, REMOVED_HOSTS_MAX},
@@ -10,7 +11,7 @@ use crate::{
     rejection::{Field, ObjectKind, Rejection},
     state::{
         Desired, EventKind, HaPolicy, Host, HostDuty, HostState, IsrMember, MigrationOutcome, PoolState,
-        TaskState, Token, TokenState,
+        StoreSpace, TaskState, Token, TokenState, Volume,
     },
 };
 use proto::{HostId, MigrationId, VmId, VolumeId};
@@ -117,6 +118,7 @@ impl Change<'_> {
             labels: BTreeMap::new(),
             cpus: 0,
             cpu: proto::HostCpu::default(),
+            store: None,
         };
         self.state.hosts.insert(id, host);
         self.event(
@@ -151,6 +153,21 @@ impl Change<'_> {
             self.event(EventKind::HostUp, object, message);
         }
         Ok(Outcome::Host(update.host))
+    }
+
+    /// The disk of its block store is fuller or emptier.
+    pub(super) fn set_host_store(&mut self, id: HostId, store: StoreSpace) -> Applied {
+        self.check_member(id)?;
+        let host = self.host_mut(id)?;
+        let had_room = host.has_store_room();
+        host.store = Some(store);
+        if host.has_store_room() != had_room {
+            let object = format!("host {}", host.name);
+            let word = if had_room { "takes no further replicas" } else { "takes replicas again" };
+            let message = format!("{word}: its block store is {} percent full", store.percent());
+            self.event(EventKind::HostUp, object, message);
+        }
+        Ok(Outcome::Host(id))
     }
 
     pub(super) fn host_lost(&mut self, id: HostId) -> Applied {
@@ -276,6 +293,16 @@ impl Change<'_> {
         if let Some(first) = vms.first() {
             let example = self.state.vm(*first)?.name.clone();
             return Err(Rejection::HostHasVms { host: host.name.clone(), count: vms.len() as u64, example });
+        }
+        // Its copies are made elsewhere first; a volume that is nowhere else is the worse news.
+        let held = self.state.volumes.values().filter(|volume| volume.replicas.contains(&host.id));
+        let held: Vec<&Volume> = held.collect();
+        let stays = |member: &&IsrMember| member.host != host.id && self.state.is_current(member);
+        if held.iter().all(|volume| volume.isr.iter().any(|member| stays(&member)))
+            && let Some(example) = held.first()
+        {
+            let (host, count, example) = (host.name.clone(), held.len() as u64, example.name.clone());
+            return Err(Rejection::Volume(VolumeRejection::HostHasReplicas { host, count, example }));
         }
         match self.state.images.values().find(|image| image.holders == [host.id]) {
             Some(image) => {

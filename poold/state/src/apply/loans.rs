@@ -10,7 +10,9 @@ use crate::{
     limits::PLANNED_WORK_MS,
     outcome::Outcome,
     rejection::Rejection,
-    state::{EventKind, Loan, LoanKey, LoanPurpose, ServiceWanted, TaskKind, TaskState, VolumeService},
+    state::{
+        EventKind, Loan, LoanKey, LoanPurpose, PoolState, ServiceWanted, TaskKind, TaskState, VolumeService,
+    },
 };
 use proto::{ByteCount, HostId, SnapshotId, VolumeId};
 
@@ -21,6 +23,15 @@ pub(super) enum LoanRest {
     Volume,
     /// Nothing: its import did not succeed.
     Nothing,
+}
+
+impl PoolState {
+    /// The host whose daemon fills a volume best: one that has a replica of it and can be reached.
+    fn host_for_copy(&self, id: VolumeId, lost: Option<HostId>) -> Option<HostId> {
+        let volume = self.volumes.get(&id)?;
+        let serving = self.serving_members(volume).map(|member| member.host);
+        serving.filter(|host| Some(*host) != lost).min_by_key(|host| (self.work_of(*host), *host))
+    }
 }
 
 impl Change<'_> {
@@ -39,19 +50,17 @@ impl Change<'_> {
         Ok(outcome)
     }
 
-    /// A volume with a copy of what a snapshot holds, which shares nothing with it.
-    pub(super) fn copy_snapshot(
-        &mut self,
-        id: SnapshotId,
-        name: &str,
-        replicas: Option<u32>,
-        (host, key): (HostId, LoanKey),
-    ) -> Applied {
-        check_up(self.state.host(host)?)?;
+    /// A volume with a copy of what a snapshot holds, which shares nothing with it. Whichever daemon dies meanwhile, another one begins
+    /// anew: what was written is the same.
+    pub(super) fn copy_snapshot(&mut self, id: SnapshotId, name: &str, replicas: Option<u32>) -> Applied {
         let snapshot = self.state.snapshot(id)?;
         snapshot.taken_at().ok_or_else(|| self.state.not_ready(snapshot))?;
         let outcome = self.create_volume(name, snapshot.size, replicas)?;
         let Outcome::Volume(volume) = outcome else { return Ok(outcome) };
+        // Its daemon writes to the nearest replica without the network.
+        let host =
+            self.state.host_for_copy(volume, None).ok_or(Rejection::NotEnoughHosts { wanted: 1, up: 0 })?;
+        let key = LoanKey(self.index);
         let kind = TaskKind::VolumeCopy { volume };
         let task = self.create_volume_task(kind, volume, host, PLANNED_WORK_MS);
         self.lend(volume, host, Loan { task, purpose: LoanPurpose::Copy { snapshot: id }, key })?;
@@ -95,6 +104,22 @@ impl Change<'_> {
         };
         self.end_loan(id, end)?;
         Ok(Outcome::Task(task))
+    }
+
+    /// A copy that has lost its host is made by another one; `false`: it is no copy, or there is none.
+    pub(super) fn copy_elsewhere(&mut self, id: VolumeId, lost: HostId) -> Result<bool, Rejection> {
+        let Some(service) = self.state.volume(id)?.service.clone() else { return Ok(false) };
+        let Some(loan) = service.loan.filter(|loan| matches!(loan.purpose, LoanPurpose::Copy { .. })) else {
+            return Ok(false);
+        };
+        let Some(host) = self.state.host_for_copy(id, Some(lost)) else { return Ok(false) };
+        self.own_by_service(id, VolumeService { loan: Some(loan), ..VolumeService::new(host, None) })?;
+        if let Some(task) = self.state.tasks.get_mut(&loan.task) {
+            task.executor = Some(host);
+        }
+        let name = self.state.host_name(host);
+        self.service_event(id, format!("host {name} fills it now, from the beginning"));
+        Ok(true)
     }
 
     /// Ends the loan of a volume, if there is one: its process is to close, and an unfinished import goes away.

@@ -19,6 +19,7 @@ mod govern;
 mod groups;
 mod hosts;
 mod images;
+mod leaving;
 mod loans;
 mod migrations;
 mod moves;
@@ -29,6 +30,7 @@ mod pool;
 mod reclaim;
 mod replicas;
 mod run;
+mod scrubs;
 mod services;
 mod snapshots;
 mod tasks;
@@ -140,6 +142,8 @@ impl Change<'_> {
             Command::HostLost { host } => self.host_lost(*host),
             Command::HostReturned { host } => self.host_returned(*host),
             Command::RemoveHost { host, mode } => self.remove_host(*host, *mode),
+            Command::RetireHost { host, copies } => self.retire_host(*host, *copies),
+            Command::SetHostStore { host, store } => self.set_host_store(*host, *store),
             Command::CreateImage { name, blake3, size, holders } => {
                 self.create_image(name, *blake3, *size, holders)
             }
@@ -207,8 +211,14 @@ impl Change<'_> {
             VolumeCommand::DeleteSnapshot { snapshot } => self.delete_snapshot(*snapshot),
             VolumeCommand::RevertVolume { snapshot } => self.revert_volume(*snapshot),
             VolumeCommand::CloneVolume { snapshot, name } => self.clone_volume(*snapshot, name),
-            VolumeCommand::CopySnapshot { snapshot, name, replicas, host, key } => {
-                self.copy_snapshot(*snapshot, name, *replicas, (*host, *key))
+            VolumeCommand::CopySnapshot { snapshot, name, replicas } => {
+                self.copy_snapshot(*snapshot, name, *replicas)
+            }
+            VolumeCommand::ScrubVolume { volume, replica, bytes_per_s } => {
+                self.scrub_volume(*volume, *replica, *bytes_per_s)
+            }
+            VolumeCommand::VolumeScrubbed { volume, epoch, task, end } => {
+                self.volume_scrubbed((*volume, *epoch), *task, end)
             }
             VolumeCommand::VolumeWorkDone { volume, epoch, work, at } => {
                 self.volume_work_done((*volume, *epoch), *work, *at)
@@ -219,6 +229,7 @@ impl Change<'_> {
             VolumeCommand::PlaceReplica { volume, host, replaces } => {
                 self.place_replica(*volume, *host, *replaces)
             }
+            VolumeCommand::DropReplica { volume, host } => self.drop_replica(*volume, *host),
             VolumeCommand::WorkOnVolume { volume, host } => self.work_on_volume(*volume, *host),
             VolumeCommand::FinishVolumeWork { volume } => self.finish_volume_work(*volume),
         }
@@ -228,7 +239,7 @@ impl Change<'_> {
     fn dispatch_vm(&mut self, command: &Command) -> Applied {
         match command {
             Command::CreateVm(create) => self.create_vm(create),
-            Command::CloneVm { vm, name } => self.clone_vm(*vm, name),
+            Command::CloneVm { vm, name, disks } => self.clone_vm(*vm, name, *disks),
             Command::StepVmClone { task } => self.step_vm_clone(*task),
             Command::DeleteVm { vm } => self.delete_vm(*vm),
             Command::StartVm { vm, host } => self.start_vm(*vm, *host),

@@ -62,6 +62,7 @@ impl Change<'_> {
         let kind = task.kind;
         let reached = match kind {
             TaskKind::HostDrain { host } => self.is_empty(host),
+            TaskKind::HostRemove { host, .. } => self.has_left(host),
             TaskKind::HostRestore { host } => self.home_of(host).is_empty(),
             TaskKind::PoolBalance => {
                 let moving = |cause| cause == MoveCause::Balance;
@@ -79,6 +80,7 @@ impl Change<'_> {
             | TaskKind::VolumeCopy { .. }
             | TaskKind::SnapshotTake { .. }
             | TaskKind::SnapshotDelete { .. }
+            | TaskKind::VolumeScrub { .. }
             | TaskKind::VmClone { .. }
             | TaskKind::VolumeRewrite { .. } => false,
         };
@@ -87,6 +89,7 @@ impl Change<'_> {
         }
         match kind {
             TaskKind::HostDrain { host } => self.finish_drain(host, id)?,
+            TaskKind::HostRemove { host, .. } => drop(self.finish_removal(host, id)?),
             _ => self.end_task(id, TaskState::Done),
         }
         Ok(Outcome::Task(id))

@@ -4,7 +4,7 @@
 
 use super::cpu;
 use crate::{
-    limits::{MOVES_IN_MAX, MOVES_OF_POOL_MAX, MOVES_OUT_MAX},
+    limits::{MOVES_IN_MAX, MOVES_OF_POOL_MAX, MOVES_OUT_MAX, STORE_STEP_PERCENT},
     rejection::Rejection,
     state::{Desired, GroupRule, GroupStrength, Host, HostDuty, MoveDirection, PoolState, Vm},
 };
@@ -266,7 +266,7 @@ impl PoolState {
         exceeded
     }
 
-    /// Hosts that can take a replica, those with the fewest first.
+    /// Hosts that can take a replica: the emptier ones first, and of those that are about as full the ones with the fewest.
     pub(super) fn replica_hosts(&self) -> Vec<HostId> {
         let mut counts: BTreeMap<HostId, usize> =
             self.hosts.values().filter(|host| host.takes_replicas()).map(|host| (host.id, 0)).collect();
@@ -275,8 +275,12 @@ impl PoolState {
                 *count += 1;
             }
         }
+        let step = |id: &HostId| {
+            let store = self.hosts.get(id).and_then(|host| host.store);
+            store.map_or(0, |store| store.percent() / STORE_STEP_PERCENT)
+        };
         let mut hosts: Vec<_> = counts.into_iter().collect();
-        hosts.sort_by_key(|&(id, count)| (count, id));
+        hosts.sort_by_key(|&(id, count)| (step(&id), count, id));
         hosts.into_iter().map(|(id, _)| id).collect()
     }
 

@@ -3,7 +3,7 @@
 use super::{Applied, Change, check_length, check_name};
 use crate::{
     command::InitPool,
-    limits::{CPU_OVERCOMMIT, PEM_BYTES_MAX, REPLICAS_DEFAULT},
+    limits::{CPU_OVERCOMMIT, PEM_BYTES_MAX, REPLICAS_DEFAULT, SCRUB_BYTES_PER_S, SCRUB_INTERVAL_MS},
     outcome::Outcome,
     rejection::{Field, ObjectKind, Rejection},
     state::{EventKind, FIRST_HOST, Settings},
@@ -37,6 +37,8 @@ impl Change<'_> {
             replicas_default: REPLICAS_DEFAULT,
             cpu_overcommit: CPU_OVERCOMMIT,
             cpu_profile: CpuProfile::default(),
+            scrub_interval_ms: SCRUB_INTERVAL_MS,
+            scrub_bytes_per_s: SCRUB_BYTES_PER_S,
         };
         self.event(EventKind::PoolCreated, format!("pool {}", init.name), "the pool was founded".into());
         self.add_host(FIRST_HOST, &init.first_host)?;

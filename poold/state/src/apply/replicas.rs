@@ -32,10 +32,12 @@ impl PoolState {
         up && !volume.isr_member(host).is_some_and(|member| self.is_current(member))
     }
 
-    /// Whether a volume needs an owner: for a replica that is behind, or for a snapshot.
+    /// Whether a volume needs an owner: for a replica that is behind, for a snapshot, or to be scrubbed.
     #[must_use]
     pub fn has_work(&self, volume: &Volume) -> bool {
-        self.work_for(volume).is_some() || volume.replicas.iter().any(|host| self.is_behind(volume, *host))
+        self.work_for(volume).is_some()
+            || volume.scrub.is_some()
+            || volume.replicas.iter().any(|host| self.is_behind(volume, *host))
     }
 
     /// The in-sync members that can be reached now.
@@ -65,7 +67,10 @@ impl Change<'_> {
             || Rejection::Volume(VolumeRejection::ReplicaNotWanted { volume: volume.name.clone() });
         let present: Vec<HostId> =
             volume.replicas.iter().copied().filter(|replica| Some(*replica) != replaces).collect();
-        let room = present.len() < volume.replicas_wanted.min(REPLICAS_MAX) as usize;
+        // Those of hosts that leave don't count: they go when their successors have everything.
+        let staying: Vec<HostId> =
+            present.iter().copied().filter(|replica| self.state.leaves_with(*replica).is_none()).collect();
+        let room = staying.len() < volume.replicas_wanted.min(REPLICAS_MAX) as usize;
         let is_due = match replaces {
             Some(old) => volume.replicas.contains(&old) && self.state.is_lost_for_good(old, self.time_ms),
             None => true,
@@ -73,7 +78,7 @@ impl Change<'_> {
         if !room || !is_due || present.contains(&host) {
             return Err(unwanted());
         }
-        self.check_place(volume, &present, host)?;
+        self.check_place(volume, &staying, host)?;
         let stays = |member: &&IsrMember| Some(member.host) != replaces;
         if !self.state.serving_members(volume).any(|member| stays(&member)) {
             let host = self.state.host_name(replaces.unwrap_or(host));
@@ -101,6 +106,11 @@ impl Change<'_> {
     fn check_place(&self, volume: &Volume, present: &[HostId], id: HostId) -> Result<(), Rejection> {
         let host = self.state.host(id)?;
         super::placement::check_up(host)?;
+        if host.may_have_replicas() && !host.has_store_room() {
+            let percent = host.store.map_or(100, |store| store.percent());
+            let host = host.name.clone();
+            return Err(Rejection::Volume(VolumeRejection::HostStoreFull { host, percent }));
+        }
         if !host.takes_replicas() {
             let duty = host.duty.as_str().to_owned();
             return Err(Rejection::HostOutOfService { host: host.name.clone(), duty });

@@ -9,7 +9,7 @@ use crate::{
     limits::{RESTART_BACKOFF_MS, RESTARTS_MAX},
     outcome::Outcome,
     rejection::Rejection,
-    state::{EventKind, HostState, ServiceWanted, TaskKind, TaskState, Volume, VolumeService},
+    state::{EventKind, HostState, LoanPurpose, ServiceWanted, TaskKind, TaskState, Volume, VolumeService},
 };
 use proto::{Epoch, HostId, ListenAddress, TaskId, VolumeId};
 
@@ -110,8 +110,11 @@ impl Change<'_> {
             ServiceEnd::Closed => "its process closed it".to_owned(),
             ServiceEnd::Died { problem } | ServiceEnd::Failed { problem } => cut(problem),
         };
-        // What the daemon did with it is over half-way.
-        self.end_loan(id, TaskState::Failed { problem: problem.clone() })?;
+        // What the daemon did with it is over half-way; a copy begins anew.
+        let purpose = self.state.volume(id)?.service.as_ref().and_then(|service| Some(service.loan?.purpose));
+        if !matches!(purpose, Some(LoanPurpose::Copy { .. })) {
+            self.end_loan(id, TaskState::Failed { problem: problem.clone() })?;
+        }
         let Some(service) = self.state.volumes.get(&id).and_then(|volume| volume.service.as_ref()) else {
             return Ok(Outcome::Volume(id));
         };
@@ -165,6 +168,9 @@ impl Change<'_> {
     pub(super) fn services_lost_their_host(&mut self, host: HostId, name: &str) -> Result<(), Rejection> {
         for id in self.services_of(host) {
             let problem = format!("host {name} was lost");
+            if self.copy_elsewhere(id, host)? {
+                continue;
+            }
             if self.end_loan(id, TaskState::Failed { problem: problem.clone() })? == LoanRest::Nothing {
                 continue;
             }
@@ -189,6 +195,9 @@ impl Change<'_> {
     /// The host is no member any more.
     pub(super) fn give_up_services(&mut self, host: HostId, problem: &str) -> Result<(), Rejection> {
         for id in self.services_of(host) {
+            if self.copy_elsewhere(id, host)? {
+                continue;
+            }
             if self.end_loan(id, TaskState::Failed { problem: problem.to_owned() })? == LoanRest::Nothing {
                 continue;
             }

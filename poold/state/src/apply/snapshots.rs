@@ -55,8 +55,7 @@ impl Change<'_> {
         self.check_not_rewriting(id)?;
         let volume = self.state.volume(id)?;
         // Half an import is nothing to keep; an export goes on.
-        let loan = volume.service.as_ref().and_then(|service| service.loan);
-        if loan.is_some_and(|loan| loan.purpose.fills()) {
+        if volume.is_filled() {
             self.check_not_lent(id)?;
         }
         let size = volume.size;
@@ -122,6 +121,7 @@ impl Change<'_> {
             limits: origin.limits,
             origin: Some(id),
             depth: origin.depth.saturating_add(u32::try_from(below).unwrap_or(u32::MAX)),
+            scrub_from_ms: self.time_ms,
             ..Volume::unused(clone, name, snapshot.size, replicas, wanted, isr)
         };
         self.state.volumes.insert(clone, volume);

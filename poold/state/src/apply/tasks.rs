@@ -111,6 +111,7 @@ impl Change<'_> {
             ) => {
                 self.end_loan(volume, TaskState::Cancelled)?;
             }
+            (TaskKind::VolumeScrub { volume }, _) => self.end_scrub(volume, TaskState::Cancelled)?,
             (TaskKind::VmClone { .. }, _) => {
                 self.give_up_vm_clone(id, TaskState::Cancelled)?;
             }
@@ -129,7 +130,7 @@ impl Change<'_> {
                 return Err(Rejection::TaskNotCancellable { task: id });
             }
             // What has moved stays where it is; a move under way goes on to its end.
-            (TaskKind::HostDrain { host }, _) => {
+            (TaskKind::HostDrain { host } | TaskKind::HostRemove { host, .. }, _) => {
                 self.give_up_drain(host, HostDuty::Active, TaskState::Cancelled)?;
             }
             (TaskKind::HostRestore { .. } | TaskKind::PoolBalance, _) => {
@@ -160,6 +161,7 @@ impl Change<'_> {
             | TaskKind::VolumeCopy { volume } => {
                 self.end_loan(volume, late("it was not over in time"))?;
             }
+            TaskKind::VolumeScrub { volume } => self.end_scrub(volume, late("it was not over in time"))?,
             TaskKind::VmClone { .. } => {
                 self.give_up_vm_clone(id, late("its disks were not cloned in time"))?;
             }
@@ -177,6 +179,10 @@ impl Change<'_> {
             }
             TaskKind::HostDrain { host } => {
                 let end = late("not all VMs could be moved in time; the host stays cordoned");
+                self.give_up_drain(host, HostDuty::Cordoned, end)?;
+            }
+            TaskKind::HostRemove { host, .. } => {
+                let end = late("not all VMs and replicas could be moved in time; the host stays cordoned");
                 self.give_up_drain(host, HostDuty::Cordoned, end)?;
             }
             TaskKind::HostRestore { .. } | TaskKind::PoolBalance => {

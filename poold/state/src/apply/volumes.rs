@@ -9,7 +9,7 @@ use crate::{
     },
     outcome::Outcome,
     rejection::{Field, ObjectKind, Rejection},
-    state::{EpochStart, EventKind, IsrMember, Volume, VolumeLimits},
+    state::{EpochStart, EventKind, IsrMember, TaskState, Volume, VolumeLimits},
 };
 use proto::{ByteCount, VolumeId, limits::BLOCK_BYTES};
 
@@ -19,13 +19,19 @@ impl Change<'_> {
         check_room(ObjectKind::Volume, self.state.volumes.len(), VOLUMES_MAX)?;
         check_size(size)?;
         let mut hosts = self.state.replica_hosts();
+        let may = self.state.hosts.values().filter(|host| host.may_have_replicas()).count();
         let wanted = match replicas {
             Some(wanted) => {
                 check_range(Field::Replicas, wanted.into(), 1, REPLICAS_MAX.into())?;
                 wanted as usize
             }
-            None => hosts.len().clamp(1, self.state.settings.replicas_default.max(1) as usize),
+            // A full disk does not make it fewer without a word.
+            None => may.clamp(1, self.state.settings.replicas_default.max(1) as usize),
         };
+        if hosts.len() < wanted && may >= wanted {
+            let (wanted, with_space) = (wanted as u64, hosts.len() as u64);
+            return Err(Rejection::Volume(VolumeRejection::NoHostHasSpace { wanted, with_space }));
+        }
         if hosts.len() < wanted {
             return Err(Rejection::NotEnoughHosts { wanted: wanted as u64, up: hosts.len() as u64 });
         }
@@ -45,7 +51,8 @@ impl Change<'_> {
             .collect();
         let id = VolumeId(self.index);
         let replicas_wanted = u32::try_from(wanted).unwrap_or(REPLICAS_MAX);
-        let volume = Volume::unused(id, name, size, hosts, replicas_wanted, isr);
+        let scrub_from_ms = self.time_ms;
+        let volume = Volume { scrub_from_ms, ..Volume::unused(id, name, size, hosts, replicas_wanted, isr) };
         let message = format!("created, {size} on {wanted} hosts");
         self.state.volumes.insert(id, volume);
         self.event(EventKind::VolumeCreated, format!("volume {name}"), message);
@@ -99,6 +106,7 @@ impl Change<'_> {
         self.check_not_served(id)?;
         self.check_no_snapshots(id)?;
         self.give_up_rewriting(id, "the volume was deleted")?;
+        self.end_scrub(id, TaskState::Cancelled)?;
         self.drop_service(id)?;
         self.state.volumes.remove(&id);
         self.event(EventKind::VolumeDeleted, format!("volume {name}"), "deleted".into());

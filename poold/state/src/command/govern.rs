@@ -64,6 +64,10 @@ pub struct PoolChange {
     pub cpu_overcommit: Option<u32>,
     /// Which features guests see whose VM names no profile of its own; takes effect at their next boot.
     pub cpu_profile: Option<CpuProfile>,
+    /// A volume is scrubbed this long after its last scrub; 0: never.
+    pub scrub_interval_ms: Option<u64>,
+    /// Bytes per second that this reads of each replica.
+    pub scrub_bytes_per_s: Option<u64>,
 }
 
 /// A certificate authority that takes the present one's place.

@@ -1,7 +1,7 @@
 //! Everything that changes volumes but their creation, deletion and in-sync sets.
 
-use crate::state::{LoanKey, Position, VolumeLimits, VolumeWork};
-use proto::{ByteCount, Epoch, HostId, ListenAddress, SnapshotId, VolumeId};
+use crate::state::{LoanKey, Position, ScrubCounts, VolumeLimits, VolumeWork};
+use proto::{ByteCount, Epoch, HostId, ListenAddress, SnapshotId, TaskId, VolumeId};
 use serde::{Deserialize, Serialize};
 
 /// A change of a volume.
@@ -108,7 +108,7 @@ pub enum VolumeCommand {
         /// Name of the new volume.
         name: String,
     },
-    /// Makes a volume that the daemon of a host fills with what a snapshot holds. → `Outcome::Task`; the volume has the same number
+    /// Makes a volume that is filled with what a snapshot holds, by the daemon of one host after the other if need be. → `Outcome::Task`; the volume has the same number
     CopySnapshot {
         /// The snapshot.
         snapshot: SnapshotId,
@@ -116,10 +116,26 @@ pub enum VolumeCommand {
         name: String,
         /// Number of replicas; none: as many as usual.
         replicas: Option<u32>,
-        /// The daemon that copies.
-        host: HostId,
-        /// By which it knows this work.
-        key: LoanKey,
+    },
+    /// Has all replicas of a volume compared with their checksums and repaired. → `Outcome::Task`
+    ScrubVolume {
+        /// The volume.
+        volume: VolumeId,
+        /// Only the replica of this host.
+        replica: Option<HostId>,
+        /// Bytes per second of each replica; none: as fast as it goes.
+        bytes_per_s: Option<u64>,
+    },
+    /// Report: the owner has.
+    VolumeScrubbed {
+        /// The volume.
+        volume: VolumeId,
+        /// The owner's epoch.
+        epoch: Epoch,
+        /// For which task.
+        task: TaskId,
+        /// What it found.
+        end: ScrubEnd,
     },
     /// Report: the owner has done what was to be done next.
     VolumeWorkDone {
@@ -152,6 +168,13 @@ pub enum VolumeCommand {
         /// The one that is lost for good; none: one is missing.
         replaces: Option<HostId>,
     },
+    /// The leader takes a replica away that is not needed. → `Outcome::Volume`
+    DropReplica {
+        /// The volume.
+        volume: VolumeId,
+        /// Its host.
+        host: HostId,
+    },
     /// The leader has a volume opened that nobody has open, to bring its replicas up to date. → `Outcome::Volume`
     WorkOnVolume {
         /// The volume.
@@ -163,6 +186,18 @@ pub enum VolumeCommand {
     FinishVolumeWork {
         /// The volume.
         volume: VolumeId,
+    },
+}
+
+/// How a scrub has ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ScrubEnd {
+    /// Everything was read.
+    Done(ScrubCounts),
+    /// It was not.
+    Failed {
+        /// Why.
+        problem: String,
     },
 }
 

@@ -16,7 +16,7 @@ impl Draft {
         let tasks: Vec<_> = running.map(|task| (task.id, task.kind)).collect();
         for (task, kind) in tasks {
             match kind {
-                TaskKind::HostDrain { host } => self.drain(host),
+                TaskKind::HostDrain { host } | TaskKind::HostRemove { host, .. } => self.drain(host),
                 TaskKind::HostRestore { host } => self.restore(host),
                 TaskKind::PoolBalance => self.balance(),
                 TaskKind::VmClone { .. } => {
@@ -32,6 +32,7 @@ impl Draft {
                 | TaskKind::VolumeImport { .. }
                 | TaskKind::VolumeExport { .. }
                 | TaskKind::VolumeCopy { .. }
+                | TaskKind::VolumeScrub { .. }
                 | TaskKind::SnapshotTake { .. }
                 | TaskKind::SnapshotDelete { .. }
                 | TaskKind::VolumeRewrite { .. } => continue,

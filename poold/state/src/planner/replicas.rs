@@ -17,6 +17,7 @@ impl Draft {
         if !self.state.settings.ha_braked {
             self.replace_replicas();
         }
+        self.drop_replicas();
         self.work_on_volumes();
     }
 
@@ -29,11 +30,20 @@ impl Draft {
             .collect();
         for (id, replaces) in due {
             let Some(volume) = self.state.volumes.get(&id) else { continue };
-            let present: Vec<HostId> =
-                volume.replicas.iter().copied().filter(|replica| Some(*replica) != replaces).collect();
+            let mut present = self.state.staying_replicas(volume);
+            present.retain(|replica| Some(*replica) != replaces);
             if let Some(host) = self.state.host_for_replica(&present) {
                 self.propose(Command::Volume(VolumeCommand::PlaceReplica { volume: id, host, replaces }));
             }
+        }
+    }
+
+    /// Slowly, and no disk for two volumes at a time.
+    pub(super) fn scrub_volumes(&mut self) {
+        let rate = self.state.settings.scrub_bytes_per_s;
+        for volume in self.state.scrubs_due(self.now_ms) {
+            let (replica, bytes_per_s) = (None, Some(rate));
+            self.propose(Command::Volume(VolumeCommand::ScrubVolume { volume, replica, bytes_per_s }));
         }
     }
 
@@ -43,7 +53,16 @@ impl Draft {
         if let Some(host) = volume.replicas.iter().find(lost) {
             return Some(Some(*host));
         }
-        (volume.replicas.len() < volume.replicas_wanted as usize).then_some(None)
+        (self.state.staying_replicas(volume).len() < self.state.replicas_needed(volume)).then_some(None)
+    }
+
+    /// Those of hosts that leave, and those that are too many, once the others have everything.
+    fn drop_replicas(&mut self) {
+        let surplus = |volume: &Volume| Some((volume.id, self.state.surplus_replica(volume)?));
+        let surplus: Vec<(VolumeId, HostId)> = self.state.volumes.values().filter_map(surplus).collect();
+        for (volume, host) in surplus {
+            self.propose(Command::Volume(VolumeCommand::DropReplica { volume, host }));
+        }
     }
 
     fn work_on_volumes(&mut self) {
@@ -56,7 +75,10 @@ impl Draft {
                     // A member's own host reads without the network.
                     let free = |host: &HostId| self.state.work_of(*host) < SERVICES_PER_HOST_MAX;
                     let members = self.state.serving_members(volume).map(|member| member.host);
-                    let host = members.collect::<Vec<_>>().into_iter().find(free);
+                    let mut members: Vec<HostId> = members.collect();
+                    // A host that leaves is to be rid of it.
+                    members.sort_by_key(|host| self.state.leaves_with(*host).is_some());
+                    let host = members.into_iter().find(free);
                     if let Some(host) = host {
                         self.propose(Command::Volume(VolumeCommand::WorkOnVolume { volume: id, host }));
                     }

@@ -4,7 +4,7 @@ use super::{HostAction, ProcessState, VolumesDigest};
 use crate::command::VolumeCommand;
 use crate::{
     command::{Command, LoanEnd, ServiceEnd},
-    state::{Host, LoanKey, PoolState, ServiceWanted, Volume, VolumeService},
+    state::{Host, LoanKey, LoanPurpose, PoolState, ServiceWanted, Volume, VolumeService},
 };
 use proto::{Epoch, HostId, VolumeId};
 use std::collections::BTreeSet;
@@ -38,6 +38,9 @@ pub fn reconcile_services(
 ) -> Vec<HostAction> {
     let mut actions = Vec::new();
     for (volume, loan) in state.services_on(me).filter_map(|(volume, it)| Some((volume.id, it.loan?))) {
+        if let LoanPurpose::Copy { .. } = loan.purpose {
+            continue;
+        }
         if !loans.contains(&loan.key) {
             let problem = "the daemon that worked on it was restarted".to_owned();
             let end = LoanEnd::Failed { problem };
@@ -69,18 +72,22 @@ pub fn reconcile_services(
     actions
 }
 
-/// What the owners at this host are to do next in the order of their writes.
-#[must_use]
-pub fn reconcile_work(state: &PoolState, me: HostId) -> Vec<HostAction> {
-    let serves = |volume: &&Volume| match volume.owner.filter(|owner| owner.host == me) {
+/// The volumes that a process of this host has open and works on.
+pub(super) fn owned_by(state: &PoolState, me: HostId) -> impl Iterator<Item = &Volume> {
+    let serves = move |volume: &&Volume| match volume.owner.filter(|owner| owner.host == me) {
         None => false,
         Some(owner) => match owner.vm().and_then(|vm| state.vms.get(&vm)) {
             Some(vm) => vm.is_reported_running(),
             None => volume.service.as_ref().is_some_and(|service| service.serves_at(volume.epoch)),
         },
     };
-    let owned = state.volumes.values().filter(serves);
-    let work = owned.filter_map(|volume| {
+    state.volumes.values().filter(serves)
+}
+
+/// What the owners at this host are to do next in the order of their writes.
+#[must_use]
+pub fn reconcile_work(state: &PoolState, me: HostId) -> Vec<HostAction> {
+    let work = owned_by(state, me).filter_map(|volume| {
         let work = state.work_for(volume)?;
         Some(HostAction::Work { volume: volume.id, epoch: volume.epoch, work })
     });
@@ -128,6 +135,12 @@ fn present(
     let digest = VolumesDigest::of_volumes(state, &[id]);
     if process.volumes != Some(digest) {
         actions.push(HostAction::UpdateService { volume: id, digest });
+    }
+    if let Some(loan) = service.loan.filter(|loan| matches!(loan.purpose, LoanPurpose::Copy { .. }))
+        && process.state == ProcessState::Running
+        && service.serves_at(epoch)
+    {
+        actions.push(HostAction::CopySnapshot { volume: id, epoch, loan });
     }
     if process.state == ProcessState::Running && service.serving_epoch != Some(epoch) {
         let uri = process.uri.clone();

@@ -118,6 +118,62 @@ pub enum VolumeRejection {
         /// The volume.
         volume: String,
     },
+    /// No host has room for a replica on its disk.
+    #[error("{wanted} copies need as many hosts with space, and {with_space} have it")]
+    NoHostHasSpace {
+        /// How many are needed.
+        wanted: u64,
+        /// How many there are.
+        with_space: u64,
+    },
+    /// The host's disk is too full for one more replica.
+    #[error("the block store of host {host} is {percent} percent full and takes no further replica")]
+    HostStoreFull {
+        /// The host.
+        host: String,
+        /// How full it is.
+        percent: u64,
+    },
+    /// The host still keeps copies.
+    #[error("host {host} has replicas of {count} volumes, {example} among them")]
+    HostHasReplicas {
+        /// The host.
+        host: String,
+        /// Of how many volumes.
+        count: u64,
+        /// One of them.
+        example: String,
+    },
+    /// There is no other place for the host's copy.
+    #[error(
+        "volume {volume} is to have {wanted} copies, and without host {host} {others} hosts can have one"
+    )]
+    CopiesWouldBeFewer {
+        /// The volume.
+        volume: String,
+        /// The host.
+        host: String,
+        /// How many copies it is to have.
+        wanted: u64,
+        /// How many hosts there are for them.
+        others: u64,
+    },
+    /// The replica must stay.
+    #[error("the replica of volume {volume} at host {host} is needed")]
+    ReplicaNeeded {
+        /// The volume.
+        volume: String,
+        /// The host.
+        host: String,
+    },
+    /// The replica does not hold everything now.
+    #[error("the replica of volume {volume} at host {host} is not in sync")]
+    ReplicaNotInSync {
+        /// The volume.
+        volume: String,
+        /// The host.
+        host: String,
+    },
     /// Nobody has the volume served.
     #[error("volume {volume} is not served over NBD")]
     VolumeNotServed {
@@ -153,6 +209,12 @@ impl VolumeRejection {
             Self::ReplicaNotWanted { .. } => "REPLICA_NOT_WANTED",
             Self::ZoneHasReplica { .. } => "ZONE_HAS_REPLICA",
             Self::TooMuchWork { .. } => "TOO_MUCH_WORK",
+            Self::NoHostHasSpace { .. } => "NO_HOST_HAS_SPACE",
+            Self::HostStoreFull { .. } => "HOST_STORE_FULL",
+            Self::HostHasReplicas { .. } => "HOST_HAS_REPLICAS",
+            Self::CopiesWouldBeFewer { .. } => "COPIES_WOULD_BE_FEWER",
+            Self::ReplicaNeeded { .. } => "REPLICA_NEEDED",
+            Self::ReplicaNotInSync { .. } => "REPLICA_NOT_IN_SYNC",
             Self::VolumeNotServed { .. } => "VOLUME_NOT_SERVED",
             Self::VmRunsOnVolume { .. } => "VM_RUNS_ON_VOLUME",
         }
@@ -167,6 +229,9 @@ impl VolumeRejection {
             | Self::VmRunsOnVolume { volume, .. }
             | Self::VolumeWouldShrink { volume, .. }
             | Self::ReplicaNotWanted { volume }
+            | Self::ReplicaNotInSync { volume, .. }
+            | Self::ReplicaNeeded { volume, .. }
+            | Self::CopiesWouldBeFewer { volume, .. }
             | Self::ZoneHasReplica { volume, .. }
             | Self::VolumeLent { volume, .. }
             | Self::LoanEnded { volume }
@@ -175,7 +240,10 @@ impl VolumeRejection {
             | Self::TooManySnapshots { volume, .. }
             | Self::WorkNotWanted { volume } => format!("volume {volume}"),
             Self::DisksInMotion { vm, .. } => format!("vm {vm}"),
-            Self::TooMuchWork { host, .. } => format!("host {host}"),
+            Self::NoHostHasSpace { .. } => "the pool".to_owned(),
+            Self::TooMuchWork { host, .. }
+            | Self::HostStoreFull { host, .. }
+            | Self::HostHasReplicas { host, .. } => format!("host {host}"),
             Self::SnapshotNotReady { snapshot, .. } | Self::SnapshotInUse { snapshot, .. } => {
                 format!("snapshot {snapshot}")
             }
@@ -188,6 +256,18 @@ impl VolumeRejection {
         match self {
             Self::VolumeServed { volume, .. } => {
                 format!("end that first: `poolctl volume nbd {volume} --stop`")
+            }
+            Self::NoHostHasSpace { .. } | Self::HostStoreFull { .. } => {
+                "delete what is not needed, or add a host; `poolctl host list -o wide` shows how full they are".into()
+            }
+            Self::HostHasReplicas { host, .. } => {
+                format!("`poolctl host remove {host}` moves them away first")
+            }
+            Self::CopiesWouldBeFewer { host, .. } => {
+                format!("add a host first, or do with fewer copies: `poolctl host remove {host} --fewer-copies`")
+            }
+            Self::ReplicaNotInSync { volume, .. } => {
+                format!("wait until it is: `poolctl volume show {volume}`")
             }
             Self::VolumeNotServed { volume } => format!("see `poolctl volume show {volume}`"),
             Self::VmRunsOnVolume { vm, .. } => format!("stop the VM first: `poolctl vm stop {vm}`"),

@@ -99,6 +99,8 @@ pub enum Field {
     GroupHosts,
     /// vCPUs that a logical CPU is counted for.
     CpuOvercommit,
+    /// Milliseconds between two scrubs.
+    ScrubInterval,
 }
 
 impl Field {
@@ -134,6 +136,7 @@ impl Field {
             Self::GroupVms => "number of VMs",
             Self::GroupHosts => "number of hosts",
             Self::CpuOvercommit => "cpu-overcommit",
+            Self::ScrubInterval => "scrub-interval",
         }
     }
 }

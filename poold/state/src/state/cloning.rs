@@ -22,8 +22,19 @@ pub struct VmCloning {
     pub spec: VmSpec,
     /// Name of the copy.
     pub name: String,
+    /// How its disks are made.
+    pub cloning: DiskCloning,
     /// What there is of its disks, in device order.
     pub disks: Vec<ClonedDisk>,
+}
+
+/// How the disks of a copied VM are made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DiskCloning {
+    /// They share what neither changes.
+    Linked,
+    /// They share nothing.
+    Full,
 }
 
 /// What there is of a copied disk.

@@ -54,6 +54,8 @@ pub enum EventKind {
     VolumeIsr,
     /// A volume's own process was asked for, serves, or has ended.
     VolumeService,
+    /// A volume's replicas were compared with their checksums.
+    VolumeScrubbed,
     /// A VM was created.
     VmCreated,
     /// A VM was deleted.
@@ -104,6 +106,7 @@ impl EventKind {
             Self::VolumeDeleted => "volume.deleted",
             Self::VolumeIsr => "volume.isr",
             Self::VolumeService => "volume.service",
+            Self::VolumeScrubbed => "volume.scrubbed",
             Self::VmCreated => "vm.created",
             Self::VmDeleted => "vm.deleted",
             Self::VmPlaced => "vm.placed",

@@ -1,5 +1,6 @@
 //! Hosts and the tokens with which they join.
 
+use crate::limits::STORE_REPLICAS_PERCENT_MAX;
 use proto::{ByteCount, CertificateFingerprint, HostCpu, HostId, Incarnation, TaskId, TokenId};
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, fmt};
@@ -48,6 +49,31 @@ pub struct Host {
     pub cpus: u32,
     /// What its processor can be to guests; not known before it has served.
     pub cpu: HostCpu,
+    /// Disk of its block store; not known before it has served.
+    pub store: Option<StoreSpace>,
+}
+
+/// The disk of a block store, as its host last told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoreSpace {
+    /// Used, by whomever.
+    pub used: ByteCount,
+    /// All of it.
+    pub capacity: ByteCount,
+}
+
+impl StoreSpace {
+    /// Used share.
+    #[must_use]
+    pub fn percent(&self) -> u64 {
+        self.used.0.saturating_mul(100) / self.capacity.0.max(1)
+    }
+
+    /// Whether one more replica may come to it.
+    #[must_use]
+    pub fn has_room(&self) -> bool {
+        self.percent() < STORE_REPLICAS_PERCENT_MAX
+    }
 }
 
 /// The label that names a host's zone: what fails together.
@@ -61,7 +87,7 @@ pub const ZONE_LABEL: &str = "zone";
 ///    ▲                   │ uncordon             │ cancelled                        │ restore
 ///    └───────────────────┴──────────────────────┴──────────────────────────────────┘
 /// ```
-/// A drain that fails ends in `Cordoned`. A host with any duty votes and keeps its replicas.
+/// A drain that fails ends in `Cordoned`. A host with any duty votes and keeps its replicas, unless it is to leave the pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum HostDuty {
     /// VMs and replicas come to it.
@@ -136,11 +162,23 @@ impl Host {
         self.is_up() && self.duty == HostDuty::Active
     }
 
+    /// Whether it may get a replica that it does not have, if its disk has room.
+    #[must_use]
+    pub fn may_have_replicas(&self) -> bool {
+        let stays = matches!(self.duty, HostDuty::Active | HostDuty::Cordoned);
+        self.is_up() && self.incarnation.is_some() && stays
+    }
+
+    /// Whether its disk has room for one more replica; one that nothing is known of does.
+    #[must_use]
+    pub fn has_store_room(&self) -> bool {
+        self.store.is_none_or(|store| store.has_room())
+    }
+
     /// Whether it may get a replica that it does not have.
     #[must_use]
     pub fn takes_replicas(&self) -> bool {
-        let stays = matches!(self.duty, HostDuty::Active | HostDuty::Cordoned);
-        self.is_up() && self.incarnation.is_some() && stays
+        self.may_have_replicas() && self.has_store_room()
     }
 
     /// Its zone; hosts without one are in a common zone of their own.

@@ -15,6 +15,7 @@ pub mod network;
 pub mod record;
 pub mod request;
 pub mod resolve;
+pub mod scrub;
 pub mod service;
 pub mod snapshot;
 pub mod table;
@@ -25,10 +26,10 @@ pub mod vm;
 pub mod volume;
 
 pub use audit::{AuditLog, AuditRecord};
-pub use cloning::{ClonedDisk, VmCloning};
+pub use cloning::{ClonedDisk, DiskCloning, VmCloning};
 pub use event::{Event, EventKind, EventLog};
 pub use group::{Group, GroupRule, GroupStrength};
-pub use host::{FIRST_HOST, Host, HostDuty, HostState, Token, TokenState, ZONE_LABEL};
+pub use host::{FIRST_HOST, Host, HostDuty, HostState, StoreSpace, Token, TokenState, ZONE_LABEL};
 pub use image::{ContentHash, Image, ParseContentHashError};
 pub use migration::{
     HandedVolume, Migration, MigrationOptions, MigrationOutcome, MigrationPhase, MigrationPolicy, MoveCause,
@@ -38,10 +39,11 @@ pub use network::{Network, NetworkAddressing, NetworkLink, Nic};
 pub use proto::{AttachmentSecret, CertificateFingerprint};
 pub use record::{BlackoutParts, MigrationRecord, PageCounts, RoundRecord};
 pub use request::{Answer, RequestTable};
+pub use scrub::{Scrub, ScrubCounts, ScrubRecord};
 pub use service::{Loan, LoanKey, LoanPurpose, NbdExport, ServiceWanted, VolumeService};
 pub use snapshot::{Position, Rewriting, Snapshot, SnapshotState, VolumeWork};
 pub use table::Table;
-pub use task::{RewriteKind, Task, TaskKind, TaskState};
+pub use task::{Copies, RewriteKind, Task, TaskKind, TaskState};
 pub use user::{AccessToken, FOUNDER, Role, User};
 pub use vm::{Desired, HaPolicy, Intent, StartCause, StopMode, Vm, VmSpec, VmState};
 pub use volume::{EpochStart, Holder, IsrMember, Volume, VolumeLimits, VolumeOwner};
@@ -122,6 +124,10 @@ pub struct Settings {
     pub cpu_overcommit: u32,
     /// Which features guests see whose VM names no profile of its own.
     pub cpu_profile: CpuProfile,
+    /// A volume is scrubbed this long after its last scrub; 0: never.
+    pub scrub_interval_ms: u64,
+    /// Bytes per second that this reads of each replica.
+    pub scrub_bytes_per_s: u64,
 }
 
 /// A CA that is trusted but signs no more.

@@ -47,7 +47,7 @@ pub struct Loan {
     pub task: TaskId,
     /// What it is.
     pub purpose: LoanPurpose,
-    /// Chosen by the daemon before it asked: by it, it knows its own loans, and after a restart it knows none.
+    /// Chosen by the daemon before it asked: by it, it knows its own loans, and after a restart it knows none. A copy is nobody's own.
     pub key: LoanKey,
 }
 

@@ -49,6 +49,13 @@ pub enum TaskKind {
         /// The host.
         host: HostId,
     },
+    /// Moves every VM and replica away from a host and takes it out of the pool.
+    HostRemove {
+        /// The host.
+        host: HostId,
+        /// How many copies volumes keep.
+        copies: Copies,
+    },
     /// Moves the VMs back that a drain took away.
     HostRestore {
         /// The host.
@@ -91,6 +98,11 @@ pub enum TaskKind {
         /// The new volume.
         volume: VolumeId,
     },
+    /// Scrubs a volume.
+    VolumeScrub {
+        /// The volume.
+        volume: VolumeId,
+    },
     /// Makes a VM like another one.
     VmClone {
         /// The other one.
@@ -103,6 +115,15 @@ pub enum TaskKind {
         /// Which of both.
         kind: RewriteKind,
     },
+}
+
+/// How many copies volumes keep when a host leaves; the greater one is the weaker promise.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Copies {
+    /// As many as they are to have.
+    AsMany,
+    /// Fewer where there is no other place for one.
+    MayBeFewer,
 }
 
 /// How all of a volume's content changes.
@@ -140,6 +161,7 @@ impl TaskKind {
             Self::VmReboot => "vm.reboot",
             Self::VmMigrate { .. } => "vm.migrate",
             Self::HostDrain { .. } => "host.drain",
+            Self::HostRemove { .. } => "host.remove",
             Self::HostRestore { .. } => "host.restore",
             Self::PoolBalance => "pool.balance",
             Self::VolumeServe { .. } => "volume.nbd",
@@ -150,6 +172,7 @@ impl TaskKind {
             Self::SnapshotDelete { .. } => "snapshot.delete",
             Self::VolumeRewrite { kind: RewriteKind::Revert, .. } => "volume.revert",
             Self::VolumeRewrite { kind: RewriteKind::Clone, .. } | Self::VolumeCopy { .. } => "volume.clone",
+            Self::VolumeScrub { .. } => "volume.scrub",
             Self::VmClone { .. } => "vm.clone",
         }
     }

@@ -1,6 +1,6 @@
 //! Volumes: replica sets, in-sync sets and epochs.
 
-use super::{Rewriting, VolumeService};
+use super::{Rewriting, Scrub, ScrubRecord, VolumeService};
 use proto::{ByteCount, Epoch, HostId, Incarnation, IsrVersion, Sequence, SnapshotId, VmId, VolumeId};
 use serde::{Deserialize, Serialize};
 
@@ -46,6 +46,12 @@ pub struct Volume {
     pub snapshots: Vec<SnapshotId>,
     /// Its own process, which owns it while there is one.
     pub service: Option<VolumeService>,
+    /// A scrub that is to be done.
+    pub scrub: Option<Scrub>,
+    /// The last one that came to its end.
+    pub last_scrub: Option<ScrubRecord>,
+    /// Unix time of its creation, or of the end of the last scrub of all its replicas.
+    pub scrub_from_ms: u64,
 }
 
 impl Volume {
@@ -77,6 +83,9 @@ impl Volume {
             depth: 0,
             snapshots: Vec::new(),
             service: None,
+            scrub: None,
+            last_scrub: None,
+            scrub_from_ms: 0,
         }
     }
 }
@@ -142,6 +151,12 @@ impl Volume {
     #[must_use]
     pub fn min_isr(&self) -> usize {
         if self.replicas.len() >= 3 { 2 } else { 1 }
+    }
+
+    /// Whether its content is still coming, so that it is worth nothing yet.
+    #[must_use]
+    pub fn is_filled(&self) -> bool {
+        self.service.as_ref().and_then(|service| service.loan).is_some_and(|loan| loan.purpose.fills())
     }
 
     /// The in-sync entry of a host.

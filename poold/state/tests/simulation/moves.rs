@@ -54,6 +54,9 @@ impl World {
             | HostAction::CloseService { .. }
             | HostAction::DestroyService { .. }
             | HostAction::UpdateService { .. }
+            | HostAction::CopySnapshot { .. }
+            | HostAction::Scrub { .. }
+            | HostAction::EndScrub { .. }
             | HostAction::Work { .. } => {}
             HostAction::TakeBack { migration } => self.take_back(host, &state, migration),
         }

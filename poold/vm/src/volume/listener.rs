@@ -7,8 +7,9 @@ use std::net::SocketAddr;
 use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-use storage::nbd::{Export, serve};
+use storage::nbd::{Export, SessionError, serve};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -78,6 +79,7 @@ fn remove_dead(path: &Path) -> io::Result<()> {
 pub struct Listener {
     uri: String,
     places: Arc<Semaphore>,
+    refused: Arc<AtomicU64>,
     _accepting: AbortOnDropHandle<()>,
     _file: Option<SocketFile>,
 }
@@ -86,7 +88,8 @@ impl Bound {
     /// Serves `export` under `name` to whoever connects.
     pub fn serve(self, name: String, export: Arc<dyn Export>) -> Listener {
         let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-        let door = Door { name: name.into(), export, places: places.clone() };
+        let refused = Arc::new(AtomicU64::new(0));
+        let door = Door { name: name.into(), export, places: places.clone(), refused: refused.clone() };
         let (uri, accepting, file) = match self {
             Self::Unix(listener, file) => {
                 let uri = ListenAddress::Unix(file.0.clone()).nbd_uri(&door.name);
@@ -97,7 +100,7 @@ impl Bound {
                 (uri, tokio::spawn(door.accept_tcp(listener)), None)
             }
         };
-        Listener { uri, places, _accepting: AbortOnDropHandle::new(accepting), _file: file }
+        Listener { uri, places, refused, _accepting: AbortOnDropHandle::new(accepting), _file: file }
     }
 }
 
@@ -111,12 +114,18 @@ impl Listener {
     pub fn connections(&self) -> u32 {
         u32::try_from(CONNECTIONS_MAX - self.places.available_permits()).unwrap_or(u32::MAX)
     }
+
+    /// Connections that were ended since the client did not keep to the protocol.
+    pub fn refused(&self) -> u64 {
+        self.refused.load(Ordering::Relaxed)
+    }
 }
 
 struct Door {
     name: Arc<str>,
     export: Arc<dyn Export>,
     places: Arc<Semaphore>,
+    refused: Arc<AtomicU64>,
 }
 
 impl Door {
@@ -152,9 +161,12 @@ impl Door {
         place: OwnedSemaphorePermit,
     ) {
         while sessions.try_join_next().is_some() {}
-        let (name, export) = (self.name.clone(), self.export.clone());
+        let (name, export, refused) = (self.name.clone(), self.export.clone(), self.refused.clone());
         sessions.spawn(async move {
             if let Err(error) = serve(stream, &name, export).await {
+                if let SessionError::Protocol(_) | SessionError::Timeout = error {
+                    refused.fetch_add(1, Ordering::Relaxed);
+                }
                 tracing::warn!(%error, "a client of the volume");
             }
             drop(place);

@@ -373,6 +373,7 @@ impl VolumeProcess {
             status.nbd = nbd.map(|listener| v1::NbdStatus {
                 uri: listener.uri().to_owned(),
                 connections: listener.connections(),
+                refused: listener.refused(),
             });
         }
         self.status.send_if_modified(|published| {

@@ -117,6 +117,24 @@ impl Journal {
     }
 }
 
+/// Writes the last block of a disk that has another size, has it flushed, and reads it back. It lies behind the ring.
+pub fn check_edge(device: &mut Device, errors: &mut u64) -> Result<(), u8> {
+    let last = device.blocks().saturating_sub(1);
+    if last < RING_MAX {
+        return Ok(());
+    }
+    fill(&mut device.buffer()[..BLOCK], last);
+    device.transfer(Kind::Write, last, BLOCK)?;
+    device.transfer(Kind::Flush, 0, 0)?;
+    device.buffer()[..BLOCK].fill(0);
+    device.transfer(Kind::Read, last, BLOCK)?;
+    if !matches!(content(&device.buffer()[..BLOCK]), Content::Stamp(found) if found == last) {
+        *errors += 1;
+        say!("PROBE ERROR disk block=", last, " read back wrong");
+    }
+    Ok(())
+}
+
 /// Whether a block holds what it must when `newest` is the last counter written.
 fn judge(at: u64, found: &Content, ring: u64, newest: u64, errors: &mut u64) -> bool {
     // The last counter of this block at or below `newest`; 0 is never written.

@@ -6,6 +6,7 @@
 //! ```text
 //! PROBE boot disk_counter=41 verified=41 errors=0      what it found on its disk
 //! PROBE disk acked=49                                   everything up to this counter was flushed
+//! PROBE size blocks=8192 errors=0                       its disk has another size, and the last block of it works
 //! PROBE beat=1 pass=0 acked=49 errors=0                 a sign of life, after every turn
 //! PROBE typed …                                         what came in on the serial port
 //! PROBE ERROR memory page=7 …                           an inconsistency; also counted in `errors`
@@ -80,6 +81,15 @@ extern "C" fn guest_main(start_info: u64) -> ! {
                     say!("PROBE ERROR disk status=", u64::from(status));
                 }
             }
+        }
+        if let Some(device) = disk.as_mut()
+            && device.look_at_size()
+        {
+            if let Err(status) = disk::check_edge(device, &mut errors) {
+                errors += 1;
+                say!("PROBE ERROR disk edge status=", u64::from(status));
+            }
+            say!("PROBE size blocks=", device.blocks(), " errors=", errors);
         }
         if let Some(net) = net.as_mut() {
             net.turn(&mut errors);

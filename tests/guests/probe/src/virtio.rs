@@ -104,7 +104,18 @@ pub fn set_up(entries: u32, [descriptors, available, used]: [u64; 3]) -> Option<
     unsafe { ptr::write_volatile(available as *mut u16, 1) };
     write(0x44, 1);
     write(0x70, SETUP[3]);
-    Some(u64::from(read(0x100)) | u64::from(read(0x104)) << 32)
+    Some(sectors())
+}
+
+/// The size of the device in sectors, read as a whole: it may be growing.
+fn sectors() -> u64 {
+    loop {
+        let before = read(0xfc);
+        let size = u64::from(read(0x100)) | u64::from(read(0x104)) << 32;
+        if read(0xfc) == before {
+            return size;
+        }
+    }
 }
 
 /// Tells the device that its queue has something new.
@@ -131,6 +142,12 @@ impl Device {
     /// Size in blocks.
     pub fn blocks(&self) -> u64 {
         self.blocks
+    }
+
+    /// Looks at the size anew; whether it is another one.
+    pub fn look_at_size(&mut self) -> bool {
+        let blocks = sectors() / 8;
+        core::mem::replace(&mut self.blocks, blocks) != blocks
     }
 
     /// The transfer buffer.

@@ -98,7 +98,8 @@ fn a_removed_host_is_replaced_in_replica_sets_and_stays_out() {
     let volume = pool.volume("data");
     let replicas = pool.state.volume(volume).expect("it exists").replicas.clone();
     assert_eq!(replicas, hosts[..3]);
-    pool.accept(Command::RemoveHost { host: hosts[1], mode: RemoveMode::Drained });
+    pool.accept(Command::HostLost { host: hosts[1] });
+    pool.accept(Command::RemoveHost { host: hosts[1], mode: RemoveMode::ConfirmDead });
     let data = pool.state.volume(volume).expect("it exists");
     assert_eq!(data.replicas, [hosts[0], hosts[2], hosts[3]]);
     assert_eq!(data.isr.iter().map(|member| member.host).collect::<Vec<_>>(), [hosts[0], hosts[2]]);

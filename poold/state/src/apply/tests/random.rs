@@ -4,14 +4,14 @@ use crate::command::VolumeCommand;
 use crate::{
     Command, Entry, PoolState,
     command::{
-        CreateGroup, IsrChange, LastSequence, LoanEnd, RemoveMode, RestartCause, ServiceEnd, StopReason,
-        VolumeStart,
+        CreateGroup, IsrChange, LastSequence, LoanEnd, RemoveMode, RestartCause, ScrubEnd, ServiceEnd,
+        StopReason, VolumeStart,
     },
     fixture::{Pool, endpoint, incarnation},
     planner::{LeaderView, plan},
     state::{
-        CertificateFingerprint, GroupRule, GroupStrength, HaPolicy, LoanKey, MigrationOptions, MoveCause,
-        Position, StopMode,
+        CertificateFingerprint, Copies, DiskCloning, GroupRule, GroupStrength, HaPolicy, LoanKey,
+        MigrationOptions, MoveCause, Position, ScrubCounts, StopMode, StoreSpace,
     },
 };
 use proptest::prelude::*;
@@ -112,6 +112,13 @@ fn of_service(pool: &Pool, (kind, a, b, c): Roll) -> Command {
     match kind % 47 {
         28 => Command::CordonHost { host },
         29 => Command::UncordonHost { host },
+        30 if a < 40 => {
+            Command::RetireHost { host, copies: if b < 128 { Copies::AsMany } else { Copies::MayBeFewer } }
+        }
+        30 if a < 80 => {
+            let (used, capacity) = (ByteCount(u64::from(b)), ByteCount(255));
+            Command::SetHostStore { host, store: StoreSpace { used, capacity } }
+        }
         30 => Command::DrainHost { host },
         31 => Command::RestoreHost { host },
         32 if a < 32 => Command::ConfirmDead { host },
@@ -151,7 +158,7 @@ fn of_volume_service(pool: &Pool, host: HostId, (kind, a, b, c): Roll) -> Comman
             })
         }
         41..=43 => of_snapshot(pool, volume, (kind, a, b, c)),
-        44..=46 => of_copy(pool, host, (kind, a, b, c)),
+        44..=46 => of_copy(pool, (kind, a, b, c)),
         38 if b < 60 => Command::Volume(VolumeCommand::ImportVolume {
             name: format!("i{c}"),
             size: ByteCount(1 << 20),
@@ -161,15 +168,29 @@ fn of_volume_service(pool: &Pool, host: HostId, (kind, a, b, c): Roll) -> Comman
         }),
         38 if b < 90 => Command::Volume(VolumeCommand::ExportVolume { volume, host, key: LoanKey(1) }),
         38 if b < 120 => {
+            let loan = volumes.get(&volume).and_then(|volume| volume.service.as_ref()?.loan);
+            let key = loan.map_or(LoanKey(1), |loan| loan.key);
             let failed = LoanEnd::Failed { problem: "it broke".into() };
             Command::Volume(VolumeCommand::EndLoan {
                 volume,
-                key: LoanKey(1),
+                key,
                 end: if a < 128 { LoanEnd::Done } else { failed },
             })
         }
         40 if a < 100 => Command::Volume(VolumeCommand::WorkOnVolume { volume, host }),
-        40 if a < 200 => Command::Volume(VolumeCommand::FinishVolumeWork { volume }),
+        40 if a < 180 => Command::Volume(VolumeCommand::FinishVolumeWork { volume }),
+        40 if a < 200 => Command::Volume(VolumeCommand::DropReplica { volume, host }),
+        40 if b < 60 => {
+            Command::Volume(VolumeCommand::ScrubVolume { volume, replica: None, bytes_per_s: None })
+        }
+        40 if b < 120 => {
+            let scrub = pool.state.volumes.get(&volume).and_then(|volume| volume.scrub);
+            let task = scrub.map_or(TaskId(9_999), |scrub| scrub.task);
+            let counts = ScrubCounts { checked: 9, damaged: u64::from(b % 3), repaired: 1 };
+            let failed = ScrubEnd::Failed { problem: "it broke".into() };
+            let end = if b % 2 == 0 { ScrubEnd::Done(counts) } else { failed };
+            Command::Volume(VolumeCommand::VolumeScrubbed { volume, epoch, task, end })
+        }
         40 => Command::Volume(VolumeCommand::ResizeVolume { volume, size: ByteCount(u64::from(b) << 24) }),
         _ => {
             let problem = "it broke".to_owned();
@@ -212,22 +233,19 @@ fn of_snapshot(pool: &Pool, volume: VolumeId, (kind, a, b, c): Roll) -> Command 
 }
 
 /// Commands about copies of VMs and of snapshots.
-fn of_copy(pool: &Pool, host: HostId, (kind, a, b, c): Roll) -> Command {
+fn of_copy(pool: &Pool, (kind, a, b, c): Roll) -> Command {
     let state = &pool.state;
     let vm = pick(&state.vms.keys().copied().collect::<Vec<_>>(), c, VmId(9_999));
     let task = pick(&state.clonings.keys().copied().collect::<Vec<_>>(), a, TaskId(9_999));
     let snapshot = pick(&state.snapshots.keys().copied().collect::<Vec<_>>(), c, SnapshotId(9_999));
     match kind % 47 {
-        44 => Command::CloneVm { vm, name: format!("m{b}") },
+        44 => {
+            let disks = if a < 128 { DiskCloning::Linked } else { DiskCloning::Full };
+            Command::CloneVm { vm, name: format!("m{b}"), disks }
+        }
         45 if a < 240 => Command::StepVmClone { task },
         45 => Command::CancelTask { task },
-        _ => Command::Volume(VolumeCommand::CopySnapshot {
-            snapshot,
-            name: format!("f{b}"),
-            replicas: None,
-            host,
-            key: LoanKey(u64::from(a)),
-        }),
+        _ => Command::Volume(VolumeCommand::CopySnapshot { snapshot, name: format!("f{b}"), replicas: None }),
     }
 }
 

@@ -16,7 +16,7 @@ fn volume(pool: &Pool, id: VolumeId) -> &Volume {
 }
 
 /// Carries out what the leader plans until nothing is left, with owners that resync at once.
-fn settle(pool: &mut Pool) {
+pub(super) fn settle(pool: &mut Pool) {
     for _ in 0..32 {
         let mut commands = plan(&pool.state, &LeaderView { now_ms: pool.now_ms });
         for (id, service) in pool.state.volumes.values().filter_map(|it| Some((it.id, it.service.clone()?))) {
@@ -41,7 +41,10 @@ fn settle(pool: &mut Pool) {
             return;
         }
         for command in commands {
-            pool.accept(command);
+            // An owner whose proposal comes too late tries again.
+            if let Err(rejection) = pool.apply(command.clone()) {
+                assert!(matches!(command, Command::AddToIsr(_)), "{command:?}: {rejection}");
+            }
         }
     }
     panic!("the pool does not come to rest");
