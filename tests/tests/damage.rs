@@ -100,6 +100,7 @@ fn swapped_blocks_are_noticed_and_put_right_and_a_cut_log_is_copied_anew() -> Re
     // Read by the one that was cut, which is the nearest there, and all of it compared.
     let uri = pool.serve_nbd("data", "h2")?;
     qemu_io(&uri, &["read -P 0x11 0 4k", "read -P 0x22 4k 4k", "read -P 0x33 1M 8M", "read -P 0x44 20M 1M"])?;
+    healthy(&pool)?;
     let whole = pool.json(&["volume", "scrub", "data", "--replica", "h2"])?;
     let last = &whole["last_scrub"];
     assert_eq!((&last["damaged"], &last["checked"]), (&0.into(), &(2 + 9 * 256).into()), "{whole}");
