@@ -7,6 +7,7 @@ use proto::{
 };
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// A volume as the pool's state has it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -112,6 +113,21 @@ pub struct VolumeStatus {
     pub damaged_reads: u64,
     /// Times that a replica was given intact content in the place of what was damaged.
     pub repairs: u64,
+}
+
+/// How far a resync is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ResyncStatus {
+    /// The host of the replica.
+    pub host: HostId,
+    /// Blocks that were sent to it.
+    pub copied: u64,
+    /// Blocks that are still to be looked at, as far as they are known.
+    pub left: u64,
+    /// Whether all of them are known: not before they were listed, and not while snapshots are to follow.
+    pub counted: bool,
+    /// How long it has been going on.
+    pub running: Duration,
 }
 
 /// An operation on a volume failed.

@@ -1,7 +1,7 @@
 //! What users of a volume hold.
 
-use super::config::{ActivateError, ActivationStart, VolumeConfig, VolumeError, VolumeStatus};
-use super::core::{Owner, ResyncStatus};
+use super::config::{ActivateError, ActivationStart, ResyncStatus, VolumeConfig, VolumeError, VolumeStatus};
+use super::core::Owner;
 use super::meter::{IoKind, IoMeter, IoStats};
 use super::task::{Message, VolumeTask};
 use crate::limits::{WINDOW_BYTES, write_cost};

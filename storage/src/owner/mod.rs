@@ -23,10 +23,9 @@ mod task;
 mod tests;
 
 pub use config::{
-    ActivateError, ActivationStart, ReplicaEndpoint, ReplicaRoute, VolumeConfig, VolumeError, VolumeState,
-    VolumeStatus,
+    ActivateError, ActivationStart, ReplicaEndpoint, ReplicaRoute, ResyncStatus, VolumeConfig, VolumeError,
+    VolumeState, VolumeStatus,
 };
-pub use core::ResyncStatus;
 pub use features::{Ranges, ScrubOptions, ScrubProgress};
 pub use handle::VolumeHandle;
 pub use meter::{IoCounts, IoStats, LATENCY_US};

@@ -1,9 +1,7 @@
 //! The task around an [`Owner`]: turns what happens into inputs, and does what the outputs say.
 
-use super::config::{ActivateError, ActivationStart, VolumeConfig, VolumeError, VolumeStatus};
-use super::core::{
-    Command, CommandId, Generation, Input, Look, Looked, Output, Owner, Reply, ResyncStatus, TICK,
-};
+use super::config::{ActivateError, ActivationStart, ResyncStatus, VolumeConfig, VolumeError, VolumeStatus};
+use super::core::{Command, CommandId, Generation, Input, Look, Looked, Output, Owner, Reply, TICK};
 use super::link::{FrameSender, LinkEvent, LinkEventKind, LinkTask};
 use crate::frames::{FRAMES_MAX, Frame};
 use crate::types::{Tail, View, VolumeOp};

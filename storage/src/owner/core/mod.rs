@@ -38,7 +38,6 @@ mod tests;
 pub(crate) mod writes;
 
 pub use io::{Command, CommandId, Generation, Input, Look, Looked, Output, Reply};
-pub use resync::ResyncStatus;
 
 use super::config::{ActivateError, ReplicaRoute, VolumeConfig, VolumeError};
 use super::rules::Progress;

@@ -11,6 +11,7 @@
 //! Invariant: a source holds everything up to the point at which the live writes began, and is in sync as long as it is read.
 
 use super::io::Generation;
+use crate::owner::config::ResyncStatus;
 use crate::owner::lineage::{Leg, Plan};
 use crate::safety::Rule;
 use crate::types::{Tail, View};
@@ -70,21 +71,6 @@ struct List {
     from: BlockIndex,
     asked: bool,
     done: bool,
-}
-
-/// How far a resync is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ResyncStatus {
-    /// The host of the replica.
-    pub host: HostId,
-    /// Blocks that were sent to it.
-    pub copied: u64,
-    /// Blocks that are still to be looked at, as far as they are known.
-    pub left: u64,
-    /// Whether all of them are known: not before they were listed, and not while snapshots are to follow.
-    pub counted: bool,
-    /// How long it has been going on.
-    pub running: Duration,
 }
 
 /// How far the copy of one block is.

@@ -1,8 +1,8 @@
 //! What users see of an owner.
 
 use super::peer::Part;
-use super::{Owner, ResyncStatus, State};
-use crate::owner::config::{VolumeState, VolumeStatus};
+use super::{Owner, State};
+use crate::owner::config::{ResyncStatus, VolumeState, VolumeStatus};
 use crate::owner::rules::Progress;
 
 impl Owner {
