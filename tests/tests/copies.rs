@@ -88,13 +88,21 @@ fn an_import_that_breaks_off_leaves_nothing() -> Result<()> {
         wait_for(PATIENCE, "the import has begun", || {
             Ok(pool.items(&["volume", "list"])?.iter().any(|volume| volume["name"] == name))
         })?;
+        wait_for(PATIENCE, "its task tells how far it is", || {
+            let tasks = pool.items(&["task", "list"])?;
+            let mut running = tasks.iter().filter(|task| task["state"] == "running");
+            Ok(running.any(|task| {
+                task["operation"] == "volume.import" && task["progress"]["total_bytes"] == 8_u64 << 30
+            }))
+        })?;
         Ok(child)
     };
     let gone = |name: &str| {
         wait_for(PATIENCE, "nothing is left of it", || {
             let listed = pool.items(&["volume", "list"])?.iter().any(|volume| volume["name"] == name);
             let tasks = pool.items(&["task", "list"])?;
-            let runs = tasks.iter().any(|task| task["kind"] == "volume.import" && task["state"] == "running");
+            let runs =
+                tasks.iter().any(|task| task["operation"] == "volume.import" && task["state"] == "running");
             Ok(!listed && !runs && pool.hosts().iter().all(|host| host.volume_processes().is_empty()))
         })
     };
