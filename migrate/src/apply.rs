@@ -9,7 +9,7 @@
 use crate::{
     bitmap::PageBitmap,
     machine::{PAGE_BYTES, TargetVm, VmError},
-    proof::{HashedMemory, MemoryHash, MemoryProof, PageHashes, ZERO_MARK},
+    proof::{HashedMemory, MemoryHash, MemoryProof, PageHashes, Sample, ZERO_MARK},
     wire::{
         BatchReader, PageFrame, WireError,
         batch::{RUN_PAGES_MAX, Round},
@@ -119,6 +119,7 @@ pub struct PageApplier {
     /// Pages that hold something.
     written: PageBitmap,
     hashes: Option<PageHashes>,
+    keeps: KeepHashes,
     streams: Vec<StreamProgress>,
     completed: Round,
     unpacked: Vec<u8>,
@@ -137,10 +138,15 @@ struct OnDemand {
 /// Whether page hashes are kept for a proof.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KeepHashes {
-    /// A proof will be asked for.
-    Yes,
+    /// A proof of these pages will be asked for.
+    Of(Sample),
     /// Nobody compares.
     No,
+}
+
+impl KeepHashes {
+    /// For a proof of every page.
+    pub const ALL: Self = Self::Of(Sample::ALL);
 }
 
 impl PageApplier {
@@ -150,7 +156,11 @@ impl PageApplier {
         Self {
             rounds: vec![0; usize::try_from(page_count).expect("guest memory fits in memory")],
             written: PageBitmap::new(page_count),
-            hashes: (hashes == KeepHashes::Yes).then(|| PageHashes::new(page_count)),
+            hashes: match hashes {
+                KeepHashes::Of(sample) => Some(PageHashes::sampled(page_count, sample)),
+                KeepHashes::No => None,
+            },
+            keeps: hashes,
             streams: vec![StreamProgress { ended: Round(0), pages: 0 }; usize::from(streams)],
             completed: Round(0),
             unpacked: vec![0; RUN_PAGES_MAX * PAGE_BYTES],
@@ -166,7 +176,9 @@ impl PageApplier {
         assert!(kept.page_count() == self.written.page_count() && self.completed == Round(0));
         let is_full = |page: &PageIndex| kept.get(*page) != &ZERO_MARK;
         (0..kept.page_count()).map(PageIndex).filter(is_full).for_each(|page| self.written.insert(page));
-        self.hashes = Some(kept);
+        if let KeepHashes::Of(sample) = self.keeps {
+            self.hashes = Some(kept.restricted(sample));
+        }
     }
 
     /// From now on only the `missing` pages are taken, as copies of `round`, each of them once, and placed. Everything that
@@ -207,6 +219,15 @@ impl PageApplier {
     #[must_use]
     pub fn proof(&mut self) -> Option<MemoryProof> {
         self.hashes.as_mut().map(PageHashes::combine)
+    }
+
+    /// The pages that a proof is of.
+    #[must_use]
+    pub fn sample(&self) -> Option<Sample> {
+        match self.keeps {
+            KeepHashes::Of(sample) => Some(sample),
+            KeepHashes::No => None,
+        }
     }
 
     /// Does now what would be left for [`Self::proof`].
@@ -365,13 +386,14 @@ impl PageApplier {
         if self.rounds[page.0 as usize] > round.0 {
             return Ok(());
         }
-        let is_here = source.0 < self.written.page_count()
-            && self.hashes.as_ref().is_some_and(|hashes| hashes.get(source) == &hash);
-        if !is_here || !self.written.contains(source) {
+        let mut content = [0; PAGE_BYTES];
+        let is_here = self.written.contains(source) && {
+            vm.read_pages(source, &mut content)?;
+            blake3::hash(&content).as_bytes() == &hash
+        };
+        if !is_here {
             return Err(ApplyError::Reference { page, source_page: source });
         }
-        let mut content = [0; PAGE_BYTES];
-        vm.read_pages(source, &mut content)?;
         vm.write_pages(page, &content)?;
         self.accept(page.0, round);
         self.written.insert(page);
@@ -385,7 +407,7 @@ impl PageApplier {
     fn keep(&mut self, round: Round, pages: Range<u64>) -> Result<(), ApplyError> {
         for page in pages {
             let is_first = self.rounds[page as usize] == 0;
-            if !is_first || self.hashes.is_none() || !self.written.contains(PageIndex(page)) {
+            if !is_first || !self.written.contains(PageIndex(page)) {
                 return Err(ApplyError::NotKept { page: PageIndex(page) });
             }
             self.accept(page, round);

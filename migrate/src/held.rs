@@ -2,14 +2,17 @@
 //!
 //! ```text
 //!  page content ── as the target has kept it from an earlier stay? ─────────────▶ kept
-//!               ── hash known? ── an earlier page of the same stream has it ──▶ copy of that page (reference)
+//!               ── mark known? ── an earlier page of the same stream has it ──▶ copy of that page (reference)
 //!               ── last version kept? ── the difference is small ─────────────▶ delta
 //!               ── otherwise ─────────────────────────────────────────────────▶ data
 //! ```
 //! Everything here follows the order of one stream: a page always travels on the same stream, so whatever was put on it
 //! before is at the target when the next frame is read. That is why a reference names only pages of its own stream.
 //!
-//! Invariants: a kept version is exactly what was sent last for its page; a twin is only used if the kept hash still
+//! A mark is a keyed hash of 128 bits (HighwayHash), a fifth of blake3's price; nobody without the key can make two contents
+//! with the same mark. What is said to the target is the blake3 hash, and the target looks at the content before it believes.
+//!
+//! Invariants: a kept version is exactly what was sent last for its page; a twin is only used if its mark still
 //! says so. Every table has a fixed size; a collision forgets, it never lies.
 
 use crate::{
@@ -17,12 +20,13 @@ use crate::{
     proof::{MemoryHash, PageHashes},
     wire::batch::Round,
 };
+use highway::{HighwayHash, HighwayHasher, Key};
 use proto::PageIndex;
 
 /// Sent versions kept for deltas: as much as a guest rewrites in a second at 64 MiB/s; more costs the host memory.
 pub const VERSIONS_BYTES: usize = 64 << 20;
 
-/// Places for hashes of pages: 16 bytes each, so 1 MiB; they cover the duplicates within 256 MiB.
+/// Places for marks of pages: 16 bytes each, so 1 MiB; they cover the duplicates within 256 MiB.
 const TWINS: usize = 1 << 16;
 
 /// A delta must be at most this part of the page: above it, unpacking costs more than the bytes are worth.
@@ -113,38 +117,69 @@ pub struct Held {
     /// What the target has from before.
     kept: Option<PageHashes>,
     versions: Versions,
-    twins: Vec<Option<PageIndex>>,
+    twins: Option<Twins>,
     changed: Box<[u8; PAGE_BYTES]>,
 }
 
-/// The first eight bytes of a hash as a place in a table.
-fn place(hash: &MemoryHash) -> usize {
-    let head = u64::from_le_bytes(hash[..8].try_into().expect("a hash has 32 bytes"));
-    (head % TWINS as u64) as usize
+/// Key of the marks, from the system's randomness: a guest that knew it could make pages look alike.
+pub type MarkKey = [u64; 4];
+
+/// A short name of a page's content; zero for a page that holds nothing, or nothing known.
+type Mark = [u64; 2];
+
+const NO_MARK: Mark = [0; 2];
+
+/// Pages that were sent with the same content.
+struct Twins {
+    key: MarkKey,
+    /// Of what was sent last for each page.
+    marks: Vec<Mark>,
+    /// A page that had this mark.
+    pages: Vec<Option<PageIndex>>,
+}
+
+impl Twins {
+    /// Another page of the stream that holds the same, as far as this one knows. The page has this content from now on.
+    fn find(
+        &mut self,
+        page: PageIndex,
+        content: &[u8],
+        same_stream: impl Fn(PageIndex) -> bool,
+    ) -> Option<PageIndex> {
+        let mark = HighwayHasher::new(Key(self.key)).hash128(content);
+        let known = &mut self.pages[(mark[0] % TWINS as u64) as usize];
+        let marks = &self.marks;
+        let twin = known.filter(|&twin| twin != page && same_stream(twin) && marks[twin.0 as usize] == mark);
+        *known = Some(twin.unwrap_or(page));
+        self.marks[page.0 as usize] = mark;
+        twin
+    }
 }
 
 impl Held {
-    /// A target that holds nothing yet. With `hashes` the hash of every sent page is kept.
+    /// A target that holds nothing yet. With `hashes` those of sent pages are kept.
     #[must_use]
     pub fn new(hashes: Option<PageHashes>, versions_bytes: usize) -> Self {
-        let twins = if hashes.is_some() { TWINS } else { 0 };
         Self {
             hashes,
             kept: None,
             versions: Versions::new(versions_bytes),
-            twins: vec![None; twins],
+            twins: None,
             changed: Box::new([0; PAGE_BYTES]),
         }
+    }
+
+    /// With a look for pages of the same content, in a memory of so many pages.
+    #[must_use]
+    pub fn with_twins(mut self, page_count: u64, key: MarkKey) -> Self {
+        let marks = vec![NO_MARK; usize::try_from(page_count).expect("guest memory fits in memory")];
+        self.twins = Some(Twins { key, marks, pages: vec![None; TWINS] });
+        self
     }
 
     /// The target has kept an image with these hashes, and nothing has been sent yet.
     pub fn begin_with(&mut self, kept: PageHashes) {
         self.kept = Some(kept);
-    }
-
-    /// The hashes of all that the target holds when everything sent has arrived; gone from here.
-    pub fn take_hashes(&mut self) -> Option<PageHashes> {
-        self.hashes.take()
     }
 
     /// The kept hashes.
@@ -156,6 +191,9 @@ impl Held {
     pub(crate) fn zero(&mut self, pages: std::ops::Range<u64>) {
         for page in pages {
             self.versions.forget(PageIndex(page));
+            if let Some(twins) = &mut self.twins {
+                twins.marks[page as usize] = NO_MARK;
+            }
             if let Some(hashes) = &mut self.hashes {
                 hashes.set_zero(PageIndex(page));
             }
@@ -174,17 +212,19 @@ impl Held {
     ) -> Option<Shortcut> {
         let mut shortcut = None;
         if let Some(hashes) = &mut self.hashes {
-            let hash = *blake3::hash(content).as_bytes();
-            if round == Round(1) && self.kept.as_ref().is_some_and(|kept| kept.get(page) == &hash) {
-                hashes.set_hash(page, hash);
-                self.versions.forget(page);
-                return Some(Shortcut::Kept);
-            }
-            let known = &mut self.twins[place(&hash)];
-            let twin = known.filter(|&twin| twin != page && same_stream(twin) && hashes.get(twin) == &hash);
-            shortcut = twin.map(|source| Shortcut::Reference { source, hash });
-            *known = Some(twin.unwrap_or(page));
-            hashes.set_hash(page, hash);
+            hashes.set(page, content);
+        }
+        if round == Round(1)
+            && let Some(kept) = &self.kept
+            && kept.get(page) == blake3::hash(content).as_bytes()
+        {
+            self.versions.forget(page);
+            return Some(Shortcut::Kept);
+        }
+        if let Some(twins) = &mut self.twins
+            && let Some(source) = twins.find(page, content, same_stream)
+        {
+            shortcut = Some(Shortcut::Reference { source, hash: *blake3::hash(content).as_bytes() });
         }
         if deltas == Deltas::Skip {
             self.versions.forget(page);
@@ -224,7 +264,7 @@ mod tests {
     }
 
     fn held(pages: u64) -> Held {
-        Held::new(Some(PageHashes::new(pages)), 8 * PAGE_BYTES)
+        Held::new(Some(PageHashes::new(pages)), 8 * PAGE_BYTES).with_twins(pages, [5; 4])
     }
 
     #[test]

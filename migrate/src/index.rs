@@ -25,6 +25,9 @@ const HASH_BYTES: usize = size_of::<MemoryHash>();
 /// Largest index in bytes: the content of 8 GiB. A larger guest comes back whole.
 pub const INDEX_BYTES_MAX: usize = 64 << 20;
 
+/// Pages that fit in at most.
+pub const PAGES_MAX: u64 = (INDEX_BYTES_MAX / size_of::<MemoryHash>()) as u64;
+
 /// The index of an image; `None` when it would be over [`INDEX_BYTES_MAX`].
 #[must_use]
 pub fn encode(hashes: &PageHashes) -> Option<Vec<u8>> {

@@ -8,10 +8,12 @@
 //! Zero pages are left out, so it does not matter which side has memory behind a zero page. The groups travel with the
 //! root, so that a mismatch names the first range of pages that differs.
 //!
-//! The target has kept the hash of every page as it arrived ([`PageHashes`]) and only combines them. The source either
-//! hashes its memory from scratch at the pause ([`hash_memory`]): a dirty bit that was lost shows as a difference. Or it
-//! has kept the hashes of what it sent, too, combines them, and reads a sample of its memory again
-//! ([`PageHashes::first_changed`]): that costs a large guest milliseconds instead of tenths of a second.
+//! A full proof: the target has kept the hash of every page as it arrived ([`PageHashes`]) and only combines them; the source
+//! hashes its memory from scratch at the pause ([`hash_memory`]). A dirty bit that was lost shows as a difference.
+//!
+//! A sampled proof is the same over the pages of a [`Sample`] that both sides know, and the source keeps hashes, too: of what
+//! it sent of the sample. At the pause it reads these pages again ([`PageHashes::first_changed`]). To hash every page was a
+//! third of all that a migration costs the processors (ADR 50).
 
 use crate::{
     bitmap::PageBitmap,
@@ -32,6 +34,9 @@ pub const GROUPS_MAX: usize = 1024;
 
 /// Smallest group in pages: 2 MiB, so that a mismatch in a small guest is named precisely.
 const GROUP_PAGES_MIN: u64 = 512;
+
+/// Pages of a sample: 4 MiB, hashed in 2 ms while the target still applies the last pages.
+pub const SAMPLE_PAGES: u64 = 1024;
 
 /// Pages read at a time: 64 KiB stays in a core's fast cache between the copy and the hash.
 const READ_PAGES: u64 = 16;
@@ -122,6 +127,36 @@ impl GroupHasher {
     }
 }
 
+/// The pages that a proof speaks of: `first`, and every `stride`-th from there on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sample {
+    stride: u64,
+    first: u64,
+}
+
+impl Sample {
+    /// Every page.
+    pub const ALL: Self = Self { stride: 1, first: 0 };
+
+    /// About [`SAMPLE_PAGES`] pages, evenly spread from a start that `seed` picks.
+    #[must_use]
+    pub fn pick(page_count: u64, seed: u64) -> Self {
+        let stride = page_count.div_ceil(SAMPLE_PAGES).max(1);
+        Self { stride, first: seed % stride }
+    }
+
+    /// Whether the page is one of them. A sample that came from a peer may be anything.
+    #[must_use]
+    pub fn contains(self, page: PageIndex) -> bool {
+        page.0 >= self.first && (page.0 - self.first).is_multiple_of(self.stride.max(1))
+    }
+
+    fn pages(self, page_count: u64) -> impl Iterator<Item = PageIndex> {
+        let stride = usize::try_from(self.stride.max(1)).unwrap_or(usize::MAX);
+        (self.first..page_count).step_by(stride).map(PageIndex)
+    }
+}
+
 /// Hashes of pages, kept as they come and go, with the groups above them.
 #[derive(Debug, Clone)]
 pub struct PageHashes {
@@ -129,6 +164,8 @@ pub struct PageHashes {
     hashes: Vec<MemoryHash>,
     groups: Vec<Group>,
     group_pages: u64,
+    /// Only of these pages.
+    sample: Sample,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -145,9 +182,55 @@ impl PageHashes {
     /// Of a memory that is all zero.
     #[must_use]
     pub fn new(page_count: u64) -> Self {
+        Self::sampled(page_count, Sample::ALL)
+    }
+
+    /// The same of some of its pages; all others are passed over in silence.
+    #[must_use]
+    pub fn sampled(page_count: u64, sample: Sample) -> Self {
         let groups = vec![Group { hash: None, is_stale: false }; group_count(page_count) as usize];
         let hashes = vec![ZERO_MARK; usize::try_from(page_count).expect("guest memory fits in memory")];
-        Self { hashes, groups, group_pages: group_pages(page_count) }
+        Self { hashes, groups, group_pages: group_pages(page_count), sample }
+    }
+
+    /// Of a memory as it is now; `None` when more than `pages_max` pages hold something.
+    ///
+    /// # Errors
+    /// Memory could not be read.
+    pub fn of<M: HashedMemory>(memory: &M, pages_max: u64) -> Result<Option<Self>, VmError> {
+        let mut hashes = Self::new(memory.page_count());
+        let mut left = pages_max;
+        let found = each_page(memory, PageIndex(0)..PageIndex(memory.page_count()), |page, content| {
+            let has_room = left > 0;
+            left = left.saturating_sub(1);
+            if has_room {
+                hashes.set(PageIndex(page), content);
+            }
+            has_room
+        })?;
+        Ok(found.then_some(hashes))
+    }
+
+    /// Of those pages of a memory as they are now.
+    ///
+    /// # Errors
+    /// Memory could not be read.
+    pub fn of_sample<M: HashedMemory>(memory: &M, sample: Sample) -> Result<Self, VmError> {
+        let mut hashes = Self::sampled(memory.page_count(), sample);
+        let mut content = [0; PAGE_BYTES];
+        for page in sample.pages(memory.page_count()) {
+            memory.read(page, &mut content)?;
+            hashes.set(page, &content);
+        }
+        Ok(hashes)
+    }
+
+    /// What of it belongs to the sample.
+    #[must_use]
+    pub fn restricted(&self, sample: Sample) -> Self {
+        let mut some = Self::sampled(self.page_count(), sample);
+        sample.pages(self.page_count()).for_each(|page| some.set_hash(page, *self.get(page)));
+        some
     }
 
     /// Pages of the memory.
@@ -170,7 +253,9 @@ impl PageHashes {
     /// # Panics
     /// The page is outside of the memory.
     pub fn set(&mut self, page: PageIndex, content: &[u8]) {
-        self.set_hash(page, hash_page(content));
+        if self.sample.contains(page) {
+            self.set_hash(page, hash_page(content));
+        }
     }
 
     /// The page has this hash now.
@@ -178,6 +263,9 @@ impl PageHashes {
     /// # Panics
     /// The page is outside of the memory.
     pub fn set_hash(&mut self, page: PageIndex, hash: MemoryHash) {
+        if !self.sample.contains(page) {
+            return;
+        }
         self.hashes[page.0 as usize] = hash;
         self.groups[(page.0 / self.group_pages) as usize].is_stale = true;
     }
@@ -220,8 +308,7 @@ impl PageHashes {
         MemoryProof::from_groups(self.hashes.len() as u64, groups.collect())
     }
 
-    /// Reads about `pages_max` pages again, spread evenly from a start that `seed` picks, and returns the first one that
-    /// is not what was kept. Pages in `except` are passed over.
+    /// Reads the pages again, and returns the first one that is not what was kept. Pages in `except` are passed over.
     ///
     /// # Errors
     /// Memory could not be read.
@@ -229,12 +316,9 @@ impl PageHashes {
         &self,
         memory: &M,
         except: &PageBitmap,
-        pages_max: u64,
-        seed: u64,
     ) -> Result<Option<PageIndex>, VmError> {
-        let stride = memory.page_count().div_ceil(pages_max.max(1)).max(1);
         let mut content = [0; PAGE_BYTES];
-        for page in (seed % stride..memory.page_count()).step_by(stride as usize).map(PageIndex) {
+        for page in self.sample.pages(memory.page_count()) {
             let kept = self.get(page);
             // A zero page may have no memory behind it; reading it would give it some.
             let next = PageIndex(page.0 + 1);
@@ -290,22 +374,35 @@ impl<V: SourceVm> HashedMemory for OfSource<'_, V> {
 
 fn hash_group<M: HashedMemory>(memory: &M, group: u32) -> Result<Option<MemoryHash>, VmError> {
     let mut hasher = GroupHasher::new();
+    each_page(memory, group_range(memory.page_count(), group), |page, content| {
+        hasher.add(page, blake3::hash(content).as_bytes());
+        true
+    })?;
+    Ok(hasher.finish())
+}
+
+/// Shows every page of the range that is not zero, in order, for as long as that is wanted; whether it was to the end.
+fn each_page<M: HashedMemory>(
+    memory: &M,
+    range: Range<PageIndex>,
+    mut show: impl FnMut(u64, &[u8]) -> bool,
+) -> Result<bool, VmError> {
     let mut buffer = vec![0; READ_PAGES as usize * PAGE_BYTES];
-    for run in memory.present(group_range(memory.page_count(), group))? {
+    for run in memory.present(range)? {
         let mut first = run.start.0;
         while first < run.end.0 {
             let pages = READ_PAGES.min(run.end.0 - first);
             let bytes = &mut buffer[..pages as usize * PAGE_BYTES];
             memory.read(PageIndex(first), bytes)?;
             for (page, content) in (first..).zip(bytes.chunks_exact(PAGE_BYTES)) {
-                if !is_zero(content) {
-                    hasher.add(page, blake3::hash(content).as_bytes());
+                if !is_zero(content) && !show(page, content) {
+                    return Ok(false);
                 }
             }
             first += pages;
         }
     }
-    Ok(hasher.finish())
+    Ok(true)
 }
 
 /// Hashes the memory as it is now with `threads` threads; `None` when `stop` was set meanwhile.
@@ -415,28 +512,55 @@ mod tests {
     }
 
     #[test]
-    fn a_change_without_a_dirty_bit_is_found_by_a_sample_that_is_large_enough() {
+    fn a_change_without_a_dirty_bit_is_found_where_the_sample_looks() {
+        let every_eighth = Sample { stride: 8, first: 5 };
+        for (sample, is_seen) in [(Sample::ALL, true), (every_eighth, true), (Sample::pick(64, 3), true)]
+            .into_iter()
+            .chain([(Sample { stride: 8, first: 4 }, false)])
+        {
+            let mut memory = Plain(vec![0; 64 * PAGE_BYTES]);
+            let mut kept = PageHashes::sampled(64, sample);
+            (0..32).for_each(|page| memory.0[page * PAGE_BYTES] = page as u8 + 1);
+            (0..32).for_each(|page| {
+                kept.set(PageIndex(page), &memory.0[page as usize * PAGE_BYTES..][..PAGE_BYTES])
+            });
+            let mut dirty = PageBitmap::new(64);
+            let found =
+                |memory: &Plain, dirty: &PageBitmap| kept.first_changed(memory, dirty).unwrap().map(|p| p.0);
+            assert_eq!(found(&memory, &dirty), None);
+            memory.0[21 * PAGE_BYTES + 8] = 1;
+            assert_eq!(found(&memory, &dirty), is_seen.then_some(21));
+            dirty.insert(PageIndex(21));
+            assert_eq!(found(&memory, &dirty), None);
+            memory.0[45 * PAGE_BYTES] = 1;
+            assert_eq!(found(&memory, &dirty), is_seen.then_some(45), "it was zero");
+        }
+    }
+
+    #[test]
+    fn a_sample_of_both_sides_is_the_same_whatever_they_know_besides() {
+        let sample = Sample::pick(5000, 77);
+        let (mut all, mut some) = (PageHashes::new(5000), PageHashes::sampled(5000, sample));
+        for page in (0..5000).map(PageIndex) {
+            all.set(page, &[(page.0 % 200) as u8 + 1; PAGE_BYTES]);
+            some.set(page, &[(page.0 % 200) as u8 + 1; PAGE_BYTES]);
+        }
+        let count = (0..5000).filter(|page| sample.contains(PageIndex(*page))).count();
+        assert!((900..=1024).contains(&count), "{count}");
+        assert_eq!(all.restricted(sample).combine(), some.combine());
+        assert_ne!(all.combine(), some.combine());
+        // Of a peer that lies.
+        assert!(Sample { stride: 0, first: 0 }.contains(PageIndex(3)));
+    }
+
+    #[test]
+    fn hashes_of_a_whole_memory_have_a_limit() {
         let mut memory = Plain(vec![0; 64 * PAGE_BYTES]);
-        let mut kept = PageHashes::new(64);
-        (0..32).for_each(|page| memory.0[page * PAGE_BYTES] = page as u8 + 1);
-        (0..32).for_each(|page| {
-            kept.set(PageIndex(page), &memory.0[page as usize * PAGE_BYTES..][..PAGE_BYTES])
-        });
-        let mut dirty = PageBitmap::new(64);
-        let found = |memory: &Plain, dirty: &PageBitmap, pages, seed| {
-            kept.first_changed(memory, dirty, pages, seed).unwrap()
-        };
-        assert_eq!(found(&memory, &dirty, 64, 3), None);
-        memory.0[21 * PAGE_BYTES + 8] = 1;
-        assert_eq!(found(&memory, &dirty, 64, 3), Some(PageIndex(21)));
-        assert_eq!(
-            (found(&memory, &dirty, 8, 20), found(&memory, &dirty, 8, 21)),
-            (None, Some(PageIndex(21)))
-        );
-        dirty.insert(PageIndex(21));
-        assert_eq!(found(&memory, &dirty, 64, 3), None);
-        memory.0[40 * PAGE_BYTES] = 1;
-        assert_eq!(found(&memory, &dirty, 64, 3), Some(PageIndex(40)), "it was zero");
+        (0..32).for_each(|page| memory.0[page * PAGE_BYTES] = 1);
+        let hashes = PageHashes::of(&memory, 32).unwrap().unwrap();
+        assert_eq!(hashes.get(PageIndex(31)), &hash_page(&memory.0[..PAGE_BYTES]));
+        assert_eq!(hashes.get(PageIndex(32)), &ZERO_MARK);
+        assert!(PageHashes::of(&memory, 31).unwrap().is_none());
     }
 
     #[test]

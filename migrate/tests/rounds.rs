@@ -69,10 +69,13 @@ fn no_write_is_lost_whichever_call_it_falls_on() {
         let mut rng = StdRng::seed_from_u64(seed);
         let (source, target) = (ModelGuest::running(PAGES, b""), ModelGuest::new(PAGES));
         random_pages(&mut rng).into_iter().for_each(|page| source.fill(page, seed));
-        let mut applier = PageApplier::new(PAGES as u64, STREAMS, KeepHashes::Yes);
+        let mut applier = PageApplier::new(PAGES as u64, STREAMS, KeepHashes::ALL);
         let codec = if rng.random() { Codec::Raw } else { Codec::Compact };
         let hashes = rng.random::<bool>().then(|| PageHashes::new(PAGES as u64));
-        let held = Held::new(hashes, 500 * PAGE_BYTES);
+        let mut held = Held::new(hashes, 500 * PAGE_BYTES);
+        if rng.random() {
+            held = held.with_twins(PAGES as u64, [seed; 4]);
+        }
         let mut sink = Direct { target: &target, applier: &mut applier, held, completed: Vec::new(), codec };
         source.start_dirty_tracking().unwrap();
         let mut dirty = PageBitmap::new(PAGES as u64);
@@ -103,8 +106,8 @@ fn no_write_is_lost_whichever_call_it_falls_on() {
 fn pages_sent_again_travel_as_deltas_and_duplicates_as_references() {
     let (source, target) = (ModelGuest::running(PAGES, b""), ModelGuest::new(PAGES));
     (0..500).for_each(|page| source.fill(page, page as u64 % 100));
-    let mut applier = PageApplier::new(PAGES as u64, STREAMS, KeepHashes::Yes);
-    let held = Held::new(Some(PageHashes::new(PAGES as u64)), 1000 * PAGE_BYTES);
+    let mut applier = PageApplier::new(PAGES as u64, STREAMS, KeepHashes::ALL);
+    let held = Held::new(None, 1000 * PAGE_BYTES).with_twins(PAGES as u64, [7; 4]);
     let mut sink =
         Direct { target: &target, applier: &mut applier, held, completed: Vec::new(), codec: Codec::Compact };
     let mut pages = PageBitmap::new(PAGES as u64);

@@ -19,6 +19,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
+use std::sync::{Mutex, PoisonError};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{Bytes, GuestRegionMmap};
 use vm_memory::{
@@ -71,6 +72,9 @@ pub struct Memory {
     ram: GuestRam,
     file: File,
     size: ByteCount,
+    /// A stretch of the file that held data when it was last looked at, in bytes. The kernel walks page by page to the end
+    /// of a stretch; asked anew for each chunk of a large one, it would do that for most of the time of a migration.
+    known_data: Mutex<Range<u64>>,
 }
 
 impl Memory {
@@ -104,7 +108,7 @@ impl Memory {
             ranges.push((GuestAddress(start), len, Some(FileOffset::new(file, offset))));
         }
         let ram = GuestRam::from_ranges_with_files(ranges).map_err(|error| map(error.to_string()))?;
-        Ok(Self { ram, file, size })
+        Ok(Self { ram, file, size, known_data: Mutex::new(0..0) })
     }
 
     /// The memory for devices and loaders.
@@ -150,15 +154,26 @@ impl Memory {
         let mut at = range.start.0 * PAGE;
         let mut found = Vec::new();
         while at < end {
-            let Some(data) = self.seek(at, libc::SEEK_DATA)? else { break };
-            if data >= end {
+            let Some(data) = self.data_at(at)? else { break };
+            if data.start >= end {
                 break;
             }
-            let hole = self.seek(data, libc::SEEK_HOLE)?.unwrap_or(end).min(end);
-            found.push(PageIndex(data / PAGE)..PageIndex(hole.div_ceil(PAGE)));
+            let hole = data.end.min(end);
+            found.push(PageIndex(data.start / PAGE)..PageIndex(hole.div_ceil(PAGE)));
             at = hole;
         }
         Ok(found)
+    }
+
+    /// The first data at or after the offset, up to a hole.
+    fn data_at(&self, at: u64) -> Result<Option<Range<u64>>, MemoryError> {
+        // What was data still is, unless `zero_pages` has forgotten it; nothing is known of holes.
+        let mut known = self.known_data.lock().unwrap_or_else(PoisonError::into_inner);
+        if !known.contains(&at) {
+            let Some(data) = self.seek(at, libc::SEEK_DATA)? else { return Ok(None) };
+            *known = data..self.seek(data, libc::SEEK_HOLE)?.unwrap_or(self.size.0);
+        }
+        Ok(Some(known.start.max(at)..known.end))
     }
 
     fn seek(&self, offset: u64, whence: i32) -> Result<Option<u64>, MemoryError> {
@@ -218,6 +233,8 @@ impl Memory {
             |pages: u64| i64::try_from(pages * PAGE).map_err(|e| MemoryError::Examine(io::Error::other(e)));
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         let (offset, len) = (part(range.start.0)?, part(count)?);
+        let mut known = self.known_data.lock().unwrap_or_else(PoisonError::into_inner);
+        *known = 0..0;
         // SAFETY: a valid descriptor of ours; punching a hole in a shared mapping keeps the mapping valid.
         let done = unsafe { libc::fallocate(self.file.as_raw_fd(), mode, offset, len) };
         Errno::result(done).map(drop).map_err(|errno| MemoryError::Examine(errno.into()))
@@ -290,7 +307,9 @@ mod tests {
         let mut filled = [0; 2 * BLOCK_BYTES];
         memory.read_pages(PageIndex(9), &mut filled).unwrap();
         assert_eq!(filled, [4; 2 * BLOCK_BYTES]);
+        assert_eq!(memory.resident(PageIndex(9)..PageIndex(20)).unwrap(), [PageIndex(9)..PageIndex(11)]);
         memory.zero_pages(PageIndex(9)..PageIndex(11)).unwrap();
+        assert!(memory.resident(PageIndex(9)..PageIndex(20)).unwrap().is_empty());
         memory.zero_pages(PageIndex(5)..PageIndex(6)).unwrap();
         assert_eq!(memory.resident(all).unwrap(), [PageIndex(6)..PageIndex(7)]);
         let mut page = [1; BLOCK_BYTES];

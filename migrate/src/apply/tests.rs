@@ -63,7 +63,7 @@ fn a_page_of_an_older_round_never_overwrites_a_newer_one() {
     let (old, new) = (vec![1; 3 * PAGE_BYTES], vec![2; PAGE_BYTES]);
     let raw = |round, first, data| PageFrame::Raw { round: Round(round), first: PageIndex(first), data };
     let memory = Memory::new(4);
-    let mut applier = PageApplier::new(4, 2, KeepHashes::Yes);
+    let mut applier = PageApplier::new(4, 2, KeepHashes::ALL);
     let newer = batch(&[zero(1, 0, 4), end(1, 4), raw(2, 1, &new), end(2, 1)]);
     assert_eq!(applier.apply(&memory, 0, &newer).unwrap(), []);
     let older = batch(&[raw(1, 0, &old), zero(1, 1, 1), end(1, 4)]);
@@ -77,7 +77,7 @@ fn a_page_of_an_older_round_never_overwrites_a_newer_one() {
 fn pages_never_written_are_not_touched_by_zero_runs() {
     let data = vec![9; PAGE_BYTES];
     let memory = Memory::new(8);
-    let mut applier = PageApplier::new(8, 1, KeepHashes::Yes);
+    let mut applier = PageApplier::new(8, 1, KeepHashes::ALL);
     let page = PageFrame::Raw { round: Round(1), first: PageIndex(3), data: &data };
     applier.apply(&memory, 0, &batch(&[zero(1, 0, 8), page, end(1, 9)])).unwrap();
     assert!(memory.1.lock().unwrap().is_empty());
@@ -143,7 +143,7 @@ fn kept_pages_stay_and_others_can_not_be_called_kept() {
     let begin = || {
         let mut hashes = PageHashes::new(4);
         [1, 2].into_iter().for_each(|page| hashes.set(PageIndex(page), &kept_page));
-        let mut applier = PageApplier::new(4, 1, KeepHashes::Yes);
+        let mut applier = PageApplier::new(4, 1, KeepHashes::ALL);
         applier.begin_with(hashes);
         applier
     };
@@ -160,7 +160,7 @@ fn kept_pages_stay_and_others_can_not_be_called_kept() {
     for frames in refusals {
         assert!(matches!(refused(frames), ApplyError::NotKept { .. }), "{frames:?}");
     }
-    let empty = PageApplier::new(4, 1, KeepHashes::Yes).apply(&memory, 0, &batch(&[kept(1, 1)]));
+    let empty = PageApplier::new(4, 1, KeepHashes::ALL).apply(&memory, 0, &batch(&[kept(1, 1)]));
     assert!(matches!(empty, Err(ApplyError::NotKept { .. })));
 }
 
@@ -176,7 +176,7 @@ fn deltas_and_references_bring_the_content_that_they_name() {
         hash,
     };
     let memory = Memory::new(4);
-    let mut applier = PageApplier::new(4, 1, KeepHashes::Yes);
+    let mut applier = PageApplier::new(4, 1, KeepHashes::ALL);
     let raw = PageFrame::Raw { round: Round(1), first: PageIndex(1), data: &old };
     let frames =
         [zero(1, 0, 1), raw, zero(1, 2, 2), end(1, 4), delta(2, 1, 1, &block), refer(3, 1), end(2, 2)];
@@ -204,12 +204,11 @@ fn deltas_and_references_to_what_is_not_here_are_refused() {
         hash,
     };
     for (source, hash, hashes) in [
-        (2, hash, KeepHashes::Yes),
-        (2, [0; 32], KeepHashes::Yes),
-        (1, [9; 32], KeepHashes::Yes),
-        (4, hash, KeepHashes::Yes),
-        (u64::MAX, hash, KeepHashes::Yes),
-        (1, hash, KeepHashes::No),
+        (2, hash, KeepHashes::ALL),
+        (2, [0; 32], KeepHashes::ALL),
+        (1, [9; 32], KeepHashes::ALL),
+        (4, hash, KeepHashes::ALL),
+        (u64::MAX, hash, KeepHashes::ALL),
     ] {
         let error = refused(refer(source, hash), hashes);
         assert!(matches!(error, ApplyError::Reference { page: PageIndex(3), .. }), "{source}: {error}");
@@ -236,7 +235,7 @@ proptest! {
     #[test]
     fn any_delta_is_refused_or_applied_without_a_panic(base in 0u32..3, block in prop::collection::vec(any::<u8>(), 0..500)) {
         let memory = Memory::new(2);
-        let mut applier = PageApplier::new(2, 1, KeepHashes::Yes);
+        let mut applier = PageApplier::new(2, 1, KeepHashes::ALL);
         let frames = [zero(1, 0, 2), end(1, 2), delta(2, 1, base, &block)];
         let _ = applier.apply(&memory, 0, &batch(&frames));
     }
@@ -245,7 +244,7 @@ proptest! {
     #[test]
     fn a_page_sent_again_and_again_arrives(changes in prop::collection::vec((0usize..PAGE_BYTES, any::<u8>(), 0usize..3), 1..12)) {
         let memory = Memory::new(2);
-        let mut applier = PageApplier::new(2, 1, KeepHashes::Yes);
+        let mut applier = PageApplier::new(2, 1, KeepHashes::ALL);
         let mut held = crate::held::Held::new(None, 4 * PAGE_BYTES);
         let mut content = vec![0x11; PAGE_BYTES];
         applier.apply(&memory, 0, &batch(&[zero(1, 0, 2), end(1, 2)])).unwrap();
@@ -266,7 +265,7 @@ proptest! {
     #[test]
     fn any_block_is_refused_or_unpacked_without_a_panic(count in 1u32..=16, block in prop::collection::vec(any::<u8>(), 0..500)) {
         let memory = Memory::new(16);
-        let mut applier = PageApplier::new(16, 1, KeepHashes::Yes);
+        let mut applier = PageApplier::new(16, 1, KeepHashes::ALL);
         let frame = PageFrame::Lz4 { round: Round(1), first: PageIndex(0), count, block: &block };
         let _ = applier.apply(&memory, 0, &batch(&[frame]));
     }

@@ -133,8 +133,8 @@ impl SourceHandle {
         self.ask(Request::Reclaimed).await.unwrap_or(Err(ReclaimRefused::NotCommitted { phase }))
     }
 
-    /// The index of this side's memory as the target has it (see [`crate::index`]), for a machine that has moved. `None` when
-    /// there is none: nothing was proved, pages came on demand, or it would be too large. Can be taken once.
+    /// The index of this side's memory as the target began with it (see [`crate::index`]), for a machine that has moved. It is
+    /// made now, so that the migration itself need not wait for it. `None` when it would be too large.
     pub async fn take_index(&self) -> Option<Vec<u8>> {
         self.ask(Request::TakeIndex).await.flatten()
     }

@@ -5,7 +5,7 @@ use crate::{
     bitmap::PageBitmap,
     codec::{BatchTiming, Codec, CodecChoice},
     encode::{BatchSink, EncodeError, RoundPlan, RoundScope, RoundTotals, Stopped, send_round},
-    held::{Held, VERSIONS_BYTES},
+    held::{Held, MarkKey, VERSIONS_BYTES},
     index,
     machine::{PAGE_BYTES, SourceVm, VmError},
     moment::Moment,
@@ -18,6 +18,7 @@ use crate::{
 use bytes::Bytes;
 use proto::PageIndex;
 use std::{
+    hash::{BuildHasher, RandomState},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -36,7 +37,7 @@ pub(super) enum Job {
     Streams(Vec<mpsc::Sender<Bytes>>),
     /// The target has kept an image with these hashes.
     BeginWith(Box<PageHashes>),
-    /// Give the index of what the target holds away.
+    /// Make the index of this memory, which is what the target began with.
     TakeIndex(oneshot::Sender<Option<Vec<u8>>>),
     StartTracking,
     FetchDirty,
@@ -78,10 +79,6 @@ pub(super) struct Worker<V> {
     out: mpsc::Sender<Done>,
     dirty: PageBitmap,
     held: Held,
-    /// What was sent on demand is not in `held`.
-    was_on_demand: bool,
-    /// Picks the sample of the proof.
-    seed: u64,
     sink: QueueSink,
 }
 
@@ -106,11 +103,12 @@ impl<V: SourceVm> Worker<V> {
             last_batch: origin,
         };
         let dirty = PageBitmap::new(vm.page_count());
-        // Also where they prove nothing: a machine that comes back is compared with them.
-        let hashes = (config.proof != Proof::Skip).then(|| PageHashes::new(vm.page_count()));
-        let held = Held::new(hashes, VERSIONS_BYTES);
-        let seed = config.migration.0.wrapping_mul(SEED_FACTOR);
-        let mut worker = Self { vm, shared, out, dirty, held, was_on_demand: false, seed, sink };
+        let sample = config.proof.sample(vm.page_count(), config.migration);
+        // A full proof hashes all memory at the pause.
+        let sample = sample.filter(|_| config.proof == Proof::Sampled);
+        let hashes = sample.map(|sample| PageHashes::sampled(vm.page_count(), sample));
+        let held = Held::new(hashes, VERSIONS_BYTES).with_twins(vm.page_count(), random_key());
+        let mut worker = Self { vm, shared, out, dirty, held, sink };
         std::thread::Builder::new().name("migrate-read".to_owned()).spawn(move || {
             let _counted = meter.count();
             for job in jobs {
@@ -137,7 +135,10 @@ impl<V: SourceVm> Worker<V> {
                 return None;
             }
             Job::TakeIndex(answer) => {
-                let hashes = self.held.take_hashes().filter(|_| !self.was_on_demand);
+                let hashes = PageHashes::of(&OfSource(&*self.vm), index::PAGES_MAX).unwrap_or_else(|error| {
+                    tracing::warn!(%error, "the memory that stays behind can't be read; it is not kept");
+                    None
+                });
                 // Whoever asked may be gone; then nobody keeps the image.
                 let _ = answer.send(hashes.and_then(|hashes| index::encode(&hashes)));
                 return None;
@@ -162,7 +163,7 @@ impl<V: SourceVm> Worker<V> {
                 Ok(()) => Done::Event(SourceEvent::DirtyFetched { pages: self.dirty.count() }),
                 Err(error) => failed(&error),
             },
-            Job::ListMissing => match self.list_missing() {
+            Job::ListMissing => match self.fetch_dirty() {
                 Ok(()) => Done::Event(SourceEvent::MissingListed(self.dirty.clone())),
                 Err(error) => failed(&error),
             },
@@ -194,11 +195,6 @@ impl<V: SourceVm> Worker<V> {
         self.vm.fetch_dirty(&mut self.dirty)
     }
 
-    fn list_missing(&mut self) -> Result<(), VmError> {
-        self.was_on_demand = true;
-        self.fetch_dirty()
-    }
-
     /// Comes after the last round, so what is dirty has just been sent.
     fn prove(&mut self) -> Result<Option<SourceEvent>, VmError> {
         if self.shared.is_called_off.load(Ordering::Relaxed) {
@@ -206,7 +202,7 @@ impl<V: SourceVm> Worker<V> {
         }
         let Some(hashes) = self.held.hashes() else { return Ok(None) };
         let memory = OfSource(&*self.vm);
-        if let Some(page) = hashes.first_changed(&memory, &self.dirty, SAMPLE_PAGES, self.seed)? {
+        if let Some(page) = hashes.first_changed(&memory, &self.dirty)? {
             return Ok(Some(SourceEvent::WriteLost { page }));
         }
         Ok(Some(SourceEvent::MemoryHashed(hashes.combine())))
@@ -248,11 +244,11 @@ impl<V: SourceVm> Worker<V> {
     }
 }
 
-/// Spreads the numbers of migrations over the places where a sample may begin.
-const SEED_FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
-
-/// Pages of a sample: 4 MiB, hashed in 2 ms while the target still applies the last pages.
-const SAMPLE_PAGES: u64 = 1024;
+/// A key that nobody else knows.
+fn random_key() -> MarkKey {
+    // The standard library seeds each of these from the system's randomness.
+    [(); 4].map(|()| RandomState::new().hash_one(0))
+}
 
 /// A batch with one page of a machine that stands still.
 pub(super) fn urgent_batch<V: SourceVm>(vm: &V, round: Round, page: PageIndex) -> Result<Bytes, VmError> {

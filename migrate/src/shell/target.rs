@@ -15,7 +15,7 @@ use crate::{
     index,
     machine::{TargetVm, VmError},
     moment::Moment,
-    proof::{PageHashes, hash_memory},
+    proof::PageHashes,
     source::ResumedParts,
     target::{Target, TargetCommand, TargetEvent, TargetFailure, TargetPhase, TargetSettings},
     wire::{BULK_STREAMS_MAX, Kept, ToSource, batch::Round, control},
@@ -23,7 +23,7 @@ use crate::{
 use proto::{CertificateFingerprint, MigrationId, VmId};
 use std::{
     net::{IpAddr, SocketAddr},
-    sync::{Arc, atomic::AtomicBool},
+    sync::Arc,
     time::{Duration, Instant},
 };
 use tokio::sync::{mpsc, oneshot, watch};
@@ -40,7 +40,7 @@ pub enum Rehash {
     /// Hashes of pages are kept as they arrive and only combined at the end.
     #[default]
     Incremental,
-    /// All memory is read again at the end: slow, shows that nothing else wrote to it.
+    /// What the proof is of is read again at the end: slow, shows that nothing else wrote to it.
     Full,
 }
 
@@ -457,12 +457,9 @@ fn begin_on_demand<V: TargetVm>(
 fn prove<V: TargetVm>(vm: &V, applier: &mut PageApplier, rehash: Rehash) -> Option<TargetEvent> {
     match rehash {
         Rehash::Incremental => applier.proof().map(TargetEvent::MemoryHashed),
-        Rehash::Full => {
-            let threads = std::thread::available_parallelism().map_or(1, usize::from);
-            match hash_memory(&OfTarget(vm), threads, &AtomicBool::new(false)) {
-                Ok(proof) => proof.map(TargetEvent::MemoryHashed),
-                Err(error) => Some(TargetEvent::Failed(TargetFailure::Pages { error: error.to_string() })),
-            }
-        }
+        Rehash::Full => match PageHashes::of_sample(&OfTarget(vm), applier.sample()?) {
+            Ok(mut hashes) => Some(TargetEvent::MemoryHashed(hashes.combine())),
+            Err(error) => Some(TargetEvent::Failed(TargetFailure::Pages { error: error.to_string() })),
+        },
     }
 }

@@ -330,7 +330,7 @@ impl Source {
             page_count: settings.page_count,
             streams: settings.streams,
             connections: settings.connections,
-            with_proof: settings.proof != Proof::Skip,
+            proof: settings.proof.sample(settings.page_count, settings.migration),
         })]
     }
 

@@ -5,7 +5,7 @@ use crate::{
     converge::Policy,
     encode::{RoundScope, RoundTotals},
     machine::PausedVm,
-    proof::MemoryProof,
+    proof::{MemoryProof, Sample},
     stats::MigrationStats,
     wire::{Kept, ToSource, ToTarget, batch::Round},
 };
@@ -15,14 +15,29 @@ use std::{sync::Arc, time::Duration};
 /// How the source shows that the target holds its memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Proof {
-    /// The hashes of what was sent must equal those of what was received, and a sample of the memory must still be what
-    /// was sent. Costs next to nothing at the pause.
+    /// A sample of the memory: the hashes of what was sent must equal those of what was received, and it must still be what
+    /// was sent. Costs next to nothing.
     #[default]
     Sampled,
     /// All memory is hashed again at the pause: finds every lost dirty bit.
     Full,
     /// Trust the dirty bitmap.
     Skip,
+}
+
+/// Spreads the numbers of migrations over the places where a sample may begin.
+const SEED_FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
+
+impl Proof {
+    /// The pages that it is of; other ones at each attempt.
+    #[must_use]
+    pub fn sample(self, page_count: u64, migration: MigrationId) -> Option<Sample> {
+        match self {
+            Self::Sampled => Some(Sample::pick(page_count, migration.0.wrapping_mul(SEED_FACTOR))),
+            Self::Full => Some(Sample::ALL),
+            Self::Skip => None,
+        }
+    }
 }
 
 /// What a source is to do.

@@ -30,7 +30,7 @@ use crate::{
     bitmap::PageBitmap,
     machine::Supply,
     moment::Moment,
-    proof::{MemoryHash, MemoryProof},
+    proof::{MemoryHash, MemoryProof, Sample},
     source::ResumedParts,
     wire::{
         BULK_STREAMS_MAX, CONNECTIONS_MAX, Refusal, Rest, ToSource, ToTarget, WIRE_VERSION, batch::Round,
@@ -241,7 +241,7 @@ impl Target {
 
     fn on_message(&mut self, message: ToTarget) -> Vec<TargetCommand> {
         match message {
-            ToTarget::Hello { version, migration, vm, page_count, streams, connections, with_proof } => {
+            ToTarget::Hello { version, migration, vm, page_count, streams, connections, proof } => {
                 let settings = &self.settings;
                 let refusal = if version != WIRE_VERSION {
                     Some(Refusal::Version { version: WIRE_VERSION })
@@ -258,7 +258,7 @@ impl Target {
                 } else {
                     None
                 };
-                self.on_hello(streams, connections, with_proof, refusal)
+                self.on_hello(streams, connections, proof, refusal)
             }
             ToTarget::Stopped { last_round, last_sequences, rest } => {
                 self.on_stopped(last_round, last_sequences, rest)
@@ -273,7 +273,7 @@ impl Target {
         &mut self,
         streams: u8,
         connections: u8,
-        with_proof: bool,
+        proof: Option<Sample>,
         refusal: Option<Refusal>,
     ) -> Vec<TargetCommand> {
         if !matches!(self.state, State::Listening) {
@@ -283,8 +283,9 @@ impl Target {
             self.enter(State::Failed { failure: TargetFailure::Refused { refusal: refusal.clone() } });
             return vec![TargetCommand::Send(ToSource::Refused(refusal))];
         }
+        let with_proof = proof.is_some();
         self.enter(State::Receiving(Receiving { with_proof, received: Round(0), early_state: None }));
-        let hashes = if with_proof { KeepHashes::Yes } else { KeepHashes::No };
+        let hashes = proof.map_or(KeepHashes::No, KeepHashes::Of);
         vec![TargetCommand::Receive { streams, connections, hashes }]
     }
 

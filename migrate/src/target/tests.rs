@@ -14,7 +14,7 @@ fn hello() -> ToTarget {
         page_count: 1024,
         streams: 2,
         connections: 1,
-        with_proof: true,
+        proof: Some(crate::proof::Sample::ALL),
     }
 }
 
@@ -74,8 +74,8 @@ fn without_a_proof_pages_and_state_make_it_ready() {
     let start = || {
         let mut target = new();
         let mut hello = hello();
-        if let ToTarget::Hello { with_proof, .. } = &mut hello {
-            *with_proof = false;
+        if let ToTarget::Hello { proof, .. } = &mut hello {
+            *proof = None;
         }
         handle(&mut target, TargetEvent::Message(hello));
         let stopped = ToTarget::Stopped { last_round: Round(2), last_sequences: Vec::new(), rest: Rest::Now };

@@ -3,7 +3,7 @@
 use super::{CONNECTIONS_MAX, CONTROL_BYTES_MAX, VOLUMES_MAX, WireError, batch::Round};
 use crate::{
     bitmap::PageBitmap,
-    proof::{GROUPS_MAX, MemoryProof},
+    proof::{GROUPS_MAX, MemoryProof, Sample},
 };
 use proto::{MigrationId, PageIndex, Sequence, VmId, VolumeId};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -81,8 +81,8 @@ pub enum ToTarget {
         streams: u8,
         /// Connections that they will come on, this one included.
         connections: u8,
-        /// A [`ToTarget::Proof`] will come.
-        with_proof: bool,
+        /// A [`ToTarget::Proof`] of these pages will come.
+        proof: Option<Sample>,
     },
     /// The machine stands still; `last_round` and the state are all that follows.
     Stopped {

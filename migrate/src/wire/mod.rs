@@ -23,8 +23,8 @@ pub use batch::{BatchReader, BatchWriter, PageFrame};
 pub use control::{Kept, PageWords, Refusal, Rest, ToSource, ToTarget};
 
 /// Version of everything in this module. 1: the first. 2: deltas, references, several connections, pages on
-/// demand. 3: what the target has spent; pages that it has kept.
-pub const WIRE_VERSION: u16 = 3;
+/// demand. 3: what the target has spent; pages that it has kept. 4: which pages a proof is of.
+pub const WIRE_VERSION: u16 = 4;
 
 /// Largest machine state in bytes. State of 64 vCPUs and 32 devices is below 2 MiB; the rest is room.
 pub const STATE_BYTES_MAX: usize = 16 << 20;

@@ -10,7 +10,7 @@ use migrate::{
     index,
     machine::PAGE_BYTES,
     moment::Moment,
-    proof::{MemoryProof, PageHashes},
+    proof::{MemoryProof, PageHashes, Sample},
     source::{Outcome, Source, SourceCommand, SourceEvent, SourceSettings},
     target::{Target, TargetEvent, TargetSettings},
     wire::{
@@ -91,7 +91,7 @@ fn spoilt_batches_are_applied_or_refused() {
     let (mut applied, mut refused) = (0, 0);
     for (seed, mut rng) in rounds(4_000) {
         let guest = ModelGuest::new(PAGES as usize);
-        let mut applier = PageApplier::new(PAGES, 2, KeepHashes::Yes);
+        let mut applier = PageApplier::new(PAGES, 2, KeepHashes::ALL);
         if rng.random() {
             let mut kept = PageHashes::new(PAGES);
             for page in 40..47 {
@@ -143,7 +143,7 @@ fn to_target(rng: &mut StdRng) -> ToTarget {
             page_count: PAGES,
             streams: rng.random_range(0..4),
             connections: rng.random_range(0..3),
-            with_proof: rng.random(),
+            proof: rng.random::<bool>().then(|| Sample::pick(PAGES, rng.random())),
         },
         1 => ToTarget::Stopped {
             last_round: Round(rng.random_range(0..4)),

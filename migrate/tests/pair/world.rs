@@ -145,7 +145,9 @@ impl World {
             page_count: plan.pages as u64,
             kept: Kept::Nothing,
         };
-        let hashes = (plan.proof == Proof::Sampled).then(|| PageHashes::new(plan.pages as u64));
+        let pages = plan.pages as u64;
+        let sample = plan.proof.sample(pages, MigrationId(9)).filter(|_| plan.proof == Proof::Sampled);
+        let hashes = sample.map(|sample| PageHashes::sampled(pages, sample));
         let mut world = Self {
             plan: plan.clone(),
             rng: StdRng::seed_from_u64(plan.seed),
@@ -168,7 +170,7 @@ impl World {
             target: Some(Target::new(target_settings)),
             applier: None,
             dirty: PageBitmap::new(plan.pages as u64),
-            held: Held::new(hashes, VERSIONS_BYTES),
+            held: Held::new(hashes, VERSIONS_BYTES).with_twins(pages, [plan.seed; 4]),
             source_vm,
             target_vm: Arc::new(ModelGuest::new(plan.pages)),
             is_proposing: false,
@@ -473,7 +475,7 @@ impl World {
             return hash_memory(&memory, 1, &AtomicBool::new(false)).unwrap().unwrap();
         }
         let hashes = self.held.hashes().unwrap();
-        let lost = hashes.first_changed(&memory, &self.dirty, u64::MAX, self.plan.seed).unwrap();
+        let lost = hashes.first_changed(&memory, &self.dirty).unwrap();
         assert_eq!(lost, None, "a write was lost: {:?}", self.plan);
         hashes.combine()
     }

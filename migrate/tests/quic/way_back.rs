@@ -2,7 +2,7 @@
 
 use crate::harness::{Pair, STATE, source_phase};
 use crate::support::ModelGuest;
-use migrate::{Rehash, SourcePhase, index, proof::PageHashes};
+use migrate::{Proof, Rehash, SourceConfig, SourcePhase, index, proof::PageHashes};
 use std::sync::Arc;
 
 const PAGES: usize = 6000;
@@ -14,7 +14,6 @@ async fn there() -> (Pair, u64, PageHashes) {
     let outgoing = pair.start(pair.config());
     let record = pair.commit(&outgoing).await.stats;
     let kept = outgoing.take_index().await.expect("it was proved");
-    assert_eq!(outgoing.take_index().await, None, "it is given away once");
     assert!(record.source_cpu > std::time::Duration::ZERO && record.target_cpu > std::time::Duration::ZERO);
     (pair, record.bytes_sent, index::decode(&kept, PAGES as u64).unwrap())
 }
@@ -45,7 +44,7 @@ async fn an_image_that_is_not_what_its_index_says_is_noticed_before_anything_mov
     let (pair, _, kept) = there().await;
     pair.source.store(1234, 5, 999);
     let back = back(&pair, Rehash::Full, kept);
-    let outgoing = back.start(back.config());
+    let outgoing = back.start(SourceConfig { proof: Proof::Full, ..back.config() });
     let ended = source_phase(&outgoing, SourcePhase::is_final).await;
     assert!(matches!(ended.phase, SourcePhase::Aborted { .. }), "{:?}", ended.phase);
     assert!(back.source.is_running());

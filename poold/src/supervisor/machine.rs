@@ -239,7 +239,7 @@ impl Machine {
     pub async fn keep_memory(&self, migration: MigrationId) -> Result<v1::KeepMemoryResponse, MachineError> {
         let mut client = self.client.clone();
         let request = v1::KeepMemoryRequest { migration_id: migration.0 };
-        self.call("KeepMemory", STATUS_TIMEOUT, client.keep_memory(request)).await
+        self.call("KeepMemory", CHANGE_TIMEOUT, client.keep_memory(request)).await
     }
 
     /// Serial output from byte `offset` on.
