@@ -72,7 +72,7 @@ impl SourceVm for Memory {
     fn stop_dirty_tracking(&self) -> Result<(), VmError> {
         Ok(())
     }
-    fn throttle(&self, _: u8) -> Result<(), VmError> {
+    fn throttle(&self, _: &[u8]) -> Result<(), VmError> {
         Ok(())
     }
     async fn pause_and_drain(&self) -> Result<PausedVm, VmError> {

@@ -397,4 +397,6 @@ fn fixed_cost(proof_pages: u64) -> Duration {
 }
 
 #[cfg(test)]
+mod recorded;
+#[cfg(test)]
 mod tests;

@@ -11,6 +11,7 @@
 //! - [`encode`], [`apply`], [`held`], `unsent`, [`codec`], [`rate`], [`bitmap`]: page data; [`index`]: what a host has kept
 //!   of a machine that comes back.
 //! - [`converge`]: when to stop the machine, and how hard to try.
+//! - [`throttle`]: whom to slow.
 //! - [`proof`]: both sides hold the same memory.
 //! - [`stats`]: what a migration did.
 //! - [`SourceTask`], [`TargetTask`], [`Identity`]: the shells.
@@ -33,12 +34,13 @@ mod shell;
 pub mod source;
 pub mod stats;
 pub mod target;
+pub mod throttle;
 mod unsent;
 pub mod wire;
 
 pub use bitmap::PageBitmap;
 pub use converge::{DOWNTIME_LIMIT_DEFAULT, Policy, PolicyError};
-pub use machine::{FaultSink, PAGE_BYTES, PausedVm, SourceVm, Supply, TargetVm, VmError};
+pub use machine::{FaultSink, PAGE_BYTES, PausedVm, SourceVm, Supply, TargetVm, VcpuActivity, VmError};
 pub use shell::{
     SpawnError,
     identity::{Identity, IdentityError},

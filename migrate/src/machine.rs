@@ -42,6 +42,15 @@ pub struct PausedVm {
     pub drain: Duration,
 }
 
+/// What a vCPU has done, as sums over its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct VcpuActivity {
+    /// Faults of the write protection that tracks dirty pages, and other page faults.
+    pub faults: u64,
+    /// Time that it had on a processor.
+    pub cpu: Duration,
+}
+
 /// The machine that is moved away. Synchronous calls come from blocking threads, one at a time, except `read_pages`,
 /// `resident` (several threads at once) and `resume` (may come while another call is being abandoned).
 pub trait SourceVm: Send + Sync + 'static {
@@ -84,11 +93,17 @@ pub trait SourceVm: Send + Sync + 'static {
     /// The kernel refused.
     fn stop_dirty_tracking(&self) -> Result<(), VmError>;
 
-    /// Takes `percent` (0–99) of their time from the vCPUs; 0 is full speed.
+    /// Takes these percents (0–99) of their time from the vCPUs, in their order; those that are not named run at full speed.
     ///
     /// # Errors
     /// The machine can't be slowed.
-    fn throttle(&self, percent: u8) -> Result<(), VmError>;
+    fn throttle(&self, percents: &[u8]) -> Result<(), VmError>;
+
+    /// What each vCPU has done so far, so that the one is slowed that dirties memory. Empty where nobody counts: then all
+    /// are slowed alike.
+    fn vcpu_activity(&self) -> Vec<VcpuActivity> {
+        Vec::new()
+    }
 
     /// Stops the vCPUs and drains the devices. After it nothing writes to guest memory or to a volume.
     ///

@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result};
 use std::time::Duration;
+use tests::process::Signal;
 use tests::vms::PROBE_LIGHT;
 use tests::wait::{wait_for, wait_until};
 use tests::{Pool, pool::Timing, serial};
@@ -136,4 +137,44 @@ fn a_target_that_dies_during_a_move_leaves_the_vm_at_its_source() -> Result<()> 
     assert_eq!(pool.vm_host("web")?, source.name());
     pool.wait_beats("web", 5, Duration::from_secs(30))?;
     Ok(())
+}
+
+/// The target's daemon hangs while the pool decides, so its VM process never hears that it may run; then the host dies.
+#[test]
+fn a_target_that_dies_between_the_commit_and_the_first_instruction_gives_the_vm_back() -> Result<()> {
+    let _turn = serial();
+    let pool = Pool::builder().timing(Timing::Fast).start()?;
+    let target = pool.host_besides(&[pool.leader()?.name()])?;
+    let source = pool.host_besides(&[target.name()])?;
+    pool.start_probe("web", "64MiB", "wss=8M rate=4M disk=1", Some(source.name()))?;
+    pool.wait_probe("web", Duration::from_secs(60), "writes", |now| now.acked >= 10)?;
+    let (process, before) = (pool.vm_process("web")?, pool.probe("web")?);
+    pool.json(&["vm", "migrate", "web", "--to", target.name(), "--bandwidth", "12MiB", "--async"])?;
+    wait_for(Duration::from_secs(20), "the move copies", || {
+        Ok(pool.items(&["migration", "list"])?.iter().any(|record| record["phase"] == "copying"))
+    })?;
+    let daemon = target.daemon().context("the target's daemon runs")?;
+    daemon.signal(Signal::SIGSTOP)?;
+    wait_for(Duration::from_secs(20), "the pool has given the VM to the target", || {
+        Ok(pool.vm_host("web")? == target.name())
+    })?;
+    target.kill9_host()?;
+    wait_for(
+        Duration::from_secs(40),
+        "the source has it back",
+        || Ok(pool.vm_host("web")? == source.name()),
+    )?;
+    let after = pool.wait_probe("web", Duration::from_secs(40), "goes on", |now| {
+        now.beat > before.beat + 3 && now.acked > before.acked + 3
+    })?;
+    assert_eq!((after.boots, after.errors.is_empty()), (before.boots, true), "with its memory: {after:?}");
+    assert_eq!(pool.vm_process("web")?.process, process.process, "in the same process");
+    let record = pool.items(&["migration", "list"])?.pop().context("the move is listed")?;
+    assert_ne!(record["outcome"], "done", "{record}");
+    target.start_daemon()?;
+    pool.wait_hosts_up()?;
+    // And it can be moved again.
+    assert_eq!(pool.json(&["vm", "migrate", "web", "--to", target.name()])?["outcome"], "done");
+    pool.wait_beats("web", 3, Duration::from_secs(20))?;
+    wait_one_process(&pool)
 }

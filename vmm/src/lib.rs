@@ -7,6 +7,7 @@
 //!           ├─ bus      serial console, reset ports, virtio-mmio windows ── virtio  disks on a `BlockBackend`, cards on a tap
 //!           ├─ boot     PVH ELF, bzImage; or what the disk has in its own /boot
 //!           ├─ dirty    KVM's log, cleared range by range
+//!           ├─ activity what each vCPU has done
 //!           ├─ demand   missing pages, brought when they are touched
 //!           ├─ host     /dev/kvm and userfaultfd, opened before a process gives up its rights
 //!           └─ state    everything but memory, as bytes
@@ -16,6 +17,7 @@
 //!
 //! Absent on purpose: networks of hosts, volumes, leases (only the deadline is looked at), migration.
 
+pub mod activity;
 pub mod boot;
 pub mod bus;
 mod cmos;
@@ -32,6 +34,7 @@ pub mod state;
 mod vcpu;
 pub mod virtio;
 
+pub use activity::VcpuActivity;
 pub use boot::{BootConfig, BootError, DiskBootError};
 pub use console::ConsoleRing;
 pub use cpu::{HostCpuError, host_cpu};

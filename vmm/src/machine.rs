@@ -7,6 +7,7 @@
 //! ```
 //! Invariant: after `pause` no vCPU executes guest code; after `drain` no device writes guest memory or its disk.
 
+use crate::activity::VcpuActivity;
 use crate::boot::acpi::Hardware;
 use crate::boot::{self, BootConfig, BootError, DiskBootError};
 use crate::bus::{Bus, POWER_BUTTON_IRQ, SERIAL_IRQ};
@@ -317,6 +318,19 @@ impl Machine {
         match self.vcpus.iter().position(|vcpu| !vcpu.wait_stopped(deadline)) {
             None => Ok(()),
             Some(vcpu) => Err(MachineError::Stuck { vcpu, timeout: PAUSE_TIMEOUT }),
+        }
+    }
+
+    /// What each vCPU has done so far.
+    #[must_use]
+    pub fn activity(&self) -> Vec<VcpuActivity> {
+        self.vcpus.iter().map(Vcpu::activity).collect()
+    }
+
+    /// Keeps one vCPU out of the guest until then, if it runs. The others run on.
+    pub fn rest(&self, vcpu: usize, until: Instant) {
+        if let Some(vcpu) = self.vcpus.get(vcpu) {
+            vcpu.rest(until);
         }
     }
 

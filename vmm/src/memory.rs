@@ -154,26 +154,28 @@ impl Memory {
         let mut at = range.start.0 * PAGE;
         let mut found = Vec::new();
         while at < end {
-            let Some(data) = self.data_at(at)? else { break };
-            if data.start >= end {
-                break;
-            }
-            let hole = data.end.min(end);
-            found.push(PageIndex(data.start / PAGE)..PageIndex(hole.div_ceil(PAGE)));
-            at = hole;
+            let Some(data) = self.data_within(at..end)? else { break };
+            found.push(PageIndex(data.start / PAGE)..PageIndex(data.end.div_ceil(PAGE)));
+            at = data.end;
         }
         Ok(found)
     }
 
-    /// The first data at or after the offset, up to a hole.
-    fn data_at(&self, at: u64) -> Result<Option<Range<u64>>, MemoryError> {
+    /// The first data in the range, up to a hole.
+    fn data_within(&self, range: Range<u64>) -> Result<Option<Range<u64>>, MemoryError> {
         // What was data still is, unless `zero_pages` has forgotten it; nothing is known of holes.
         let mut known = self.known_data.lock().unwrap_or_else(PoisonError::into_inner);
-        if !known.contains(&at) {
-            let Some(data) = self.seek(at, libc::SEEK_DATA)? else { return Ok(None) };
+        let mut data = range.start;
+        if !known.contains(&data) {
+            match self.seek(data, libc::SEEK_DATA)?.filter(|found| *found < range.end) {
+                Some(found) => data = found,
+                None => return Ok(None),
+            }
+        }
+        if !known.contains(&data) {
             *known = data..self.seek(data, libc::SEEK_HOLE)?.unwrap_or(self.size.0);
         }
-        Ok(Some(known.start.max(at)..known.end))
+        Ok(Some(data..known.end.min(range.end)))
     }
 
     fn seek(&self, offset: u64, whence: i32) -> Result<Option<u64>, MemoryError> {

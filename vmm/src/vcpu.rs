@@ -3,9 +3,13 @@
 //! ```text
 //!  Paused ──run──▶ Running ──stop, kicked by a signal──▶ Paused      Exited: the guest ended, or the machine is dropped
 //! ```
+//! A vCPU that runs may be told to rest for a while: it leaves the guest, and enters again by itself. That is no pause: it is
+//! not stopped meanwhile, and whoever wants it to stop does not wait for the end of the rest.
+//!
 //! A kick is a signal that makes `KVM_RUN` return. It may come in the moment before the thread enters the kernel and be lost,
 //! so the one who stops repeats it until the thread has acknowledged.
 
+use crate::activity::{Counters, VcpuActivity, cpu_time};
 use crate::bus::Bus;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use nix::time::{ClockId, clock_gettime};
@@ -45,6 +49,8 @@ struct Control {
     wanted: Wanted,
     /// The thread is out of the guest and will not enter it while `wanted` is not `Run`.
     stopped: bool,
+    /// Stays out of the guest until then.
+    rests_until: Option<Instant>,
 }
 
 struct Shared {
@@ -56,6 +62,8 @@ struct Shared {
 /// One vCPU with its thread.
 pub struct Vcpu {
     shared: Arc<Shared>,
+    /// None where the kernel does not count.
+    counters: Option<Counters>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -81,14 +89,18 @@ impl Vcpu {
         deadline_ns: Arc<AtomicU64>,
         exits: Sender<GuestExit>,
     ) -> std::io::Result<Self> {
-        let control = Control { wanted: Wanted::Stop, stopped: true };
+        let counters = Counters::open(&fd);
+        if let Err(error) = &counters {
+            tracing::debug!(%error, "the kernel does not count what a vCPU does");
+        }
+        let control = Control { wanted: Wanted::Stop, stopped: true, rests_until: None };
         let shared =
             Arc::new(Shared { control: Mutex::new(control), changed: Condvar::new(), fd: Mutex::new(fd) });
         let of_thread = shared.clone();
         let thread = std::thread::Builder::new()
             .name(format!("vcpu{index}"))
             .spawn(move || of_thread.run(&bus, &deadline_ns, &exits))?;
-        Ok(Self { shared, thread: Some(thread) })
+        Ok(Self { shared, counters: counters.ok(), thread: Some(thread) })
     }
 
     /// Lets it run.
@@ -103,8 +115,29 @@ impl Vcpu {
         if control.wanted == Wanted::Run {
             control.wanted = Wanted::Stop;
         }
+        control.rests_until = None;
         drop(control);
+        // It may rest.
+        self.shared.changed.notify_all();
         self.kick();
+    }
+
+    /// Tells it to stay out of the guest until then, if it runs; a kick that is lost costs it the rest, and a stop ends it.
+    pub fn rest(&self, until: Instant) {
+        let mut control = self.shared.control();
+        if control.wanted == Wanted::Run {
+            control.rests_until = Some(until);
+            drop(control);
+            self.shared.changed.notify_all();
+            self.kick();
+        }
+    }
+
+    /// What it has done so far.
+    pub fn activity(&self) -> VcpuActivity {
+        let faults = self.counters.as_ref().and_then(|counters| counters.faults().ok()).unwrap_or(0);
+        let cpu = self.thread.as_ref().map_or(Duration::ZERO, |thread| cpu_time(thread.as_pthread_t()));
+        VcpuActivity { faults, cpu }
     }
 
     /// Waits until it has stopped; `false` when the deadline passed first.
@@ -184,7 +217,13 @@ impl Shared {
             match control.wanted {
                 Wanted::Run => {
                     control.stopped = false;
-                    return true;
+                    let now = Instant::now();
+                    let Some(until) = control.rests_until.filter(|until| *until > now) else {
+                        control.rests_until = None;
+                        return true;
+                    };
+                    let waited = self.changed.wait_timeout(control, until - now);
+                    control = waited.unwrap_or_else(PoisonError::into_inner).0;
                 }
                 Wanted::Exit => {
                     control.stopped = true;

@@ -255,7 +255,7 @@ impl<V: SourceVm> Driver<V> {
             SourceCommand::ListMissing => self.job(Job::ListMissing),
             SourceCommand::Serve { round, missing } => self.serve(round, &missing),
             SourceCommand::SendUrgent { page } => self.send_urgent(page),
-            SourceCommand::Throttle(percent) => self.job(Job::Throttle(percent)),
+            SourceCommand::Throttle(percents) => self.job(Job::Throttle(percents)),
             SourceCommand::Pause => self.pause(),
             SourceCommand::SaveState => self.job(Job::SaveState),
             SourceCommand::SendState => self.send_state(),

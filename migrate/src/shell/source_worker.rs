@@ -54,7 +54,7 @@ pub(super) enum Job {
     SaveState,
     /// Make the proof out of what is known to be sent.
     Prove,
-    Throttle(u8),
+    Throttle(Vec<u8>),
     StopTracking,
 }
 
@@ -143,9 +143,9 @@ impl<V: SourceVm> Worker<V> {
                 let _ = answer.send(hashes.and_then(|hashes| index::encode(&hashes)));
                 return None;
             }
-            Job::Throttle(percent) => {
-                if let Err(error) = self.vm.throttle(percent) {
-                    tracing::warn!(percent, %error, "the vCPUs can't be slowed; the migration goes on without");
+            Job::Throttle(percents) => {
+                if let Err(error) = self.vm.throttle(&percents) {
+                    tracing::warn!(?percents, %error, "the vCPUs can't be slowed; the migration goes on without");
                 }
                 return None;
             }
@@ -160,7 +160,10 @@ impl<V: SourceVm> Worker<V> {
                 Err(error) => failed(&error),
             },
             Job::FetchDirty => match self.fetch_dirty() {
-                Ok(()) => Done::Event(SourceEvent::DirtyFetched { pages: self.dirty.count() }),
+                Ok(()) => {
+                    let (pages, vcpus) = (self.dirty.count(), self.vm.vcpu_activity());
+                    Done::Event(SourceEvent::DirtyFetched { pages, vcpus })
+                }
                 Err(error) => failed(&error),
             },
             Job::ListMissing => match self.fetch_dirty() {

@@ -120,7 +120,7 @@ impl Source {
     }
 
     fn full_speed(&mut self) -> Vec<SourceCommand> {
-        let was = std::mem::take(&mut self.stats.throttle_percent);
-        if was == 0 { Vec::new() } else { vec![SourceCommand::Throttle(0)] }
+        self.stats.throttle_percent = 0;
+        self.dirtiers.slow(0).map(SourceCommand::Throttle).into_iter().collect()
     }
 }

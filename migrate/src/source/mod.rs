@@ -40,10 +40,11 @@ use crate::{
     bitmap::PageBitmap,
     converge::{Convergence, Decision, Forecast, RoundFacts},
     encode::{RoundScope, RoundTotals},
-    machine::PausedVm,
+    machine::{PausedVm, VcpuActivity},
     moment::Moment,
     proof::MemoryHash,
     stats::{MigrationStats, ROUNDS_KEPT_MAX, RoundStats},
+    throttle::Dirtiers,
     wire::{Rest, ToTarget, WIRE_VERSION, batch::Round},
 };
 use abort::Aborting;
@@ -202,6 +203,7 @@ pub struct Source {
     has_link: bool,
     /// Pages that held data in the first round: what a proof has to hash.
     filled_pages: u64,
+    dirtiers: Dirtiers,
     /// Made at the end of the last round.
     forecast: Option<(Moment, Forecast)>,
 }
@@ -221,6 +223,7 @@ impl Source {
             is_tracking: false,
             has_link: true,
             filled_pages: 0,
+            dirtiers: Dirtiers::default(),
             forecast: None,
         };
         (source, vec![SourceCommand::Connect])
@@ -282,7 +285,7 @@ impl Source {
             SourceEvent::Message(message) => self.on_message(now, message),
             SourceEvent::TrackingStarted => self.begin_round(now, Round(1), RoundScope::Everything),
             SourceEvent::RoundSent(totals) => self.on_round_sent(now, totals),
-            SourceEvent::DirtyFetched { pages } => self.on_dirty_fetched(now, pages),
+            SourceEvent::DirtyFetched { pages, vcpus } => self.on_dirty_fetched(now, pages, vcpus),
             SourceEvent::Paused(facts) => self.on_paused(now, facts),
             SourceEvent::MissingListed(missing) => self.on_missing_listed(now, missing),
             SourceEvent::StateSaved { bytes } => self.on_state_saved(now, bytes),
@@ -373,13 +376,14 @@ impl Source {
         }
     }
 
-    fn on_dirty_fetched(&mut self, now: Moment, pages: u64) -> Vec<SourceCommand> {
+    fn on_dirty_fetched(&mut self, now: Moment, pages: u64, vcpus: Vec<VcpuActivity>) -> Vec<SourceCommand> {
         let State::Copying(Copying { round, since, sent: Some(totals), received_at: Some(end), .. }) =
             self.state
         else {
             return Vec::new();
         };
         let took = end.since(since);
+        self.dirtiers.learn(pages, vcpus);
         self.record_round(round, totals, took, pages);
         let data_pages = totals.pages.with_content();
         self.filled_pages = self.filled_pages.max(data_pages);
@@ -395,11 +399,9 @@ impl Source {
             Decision::Stop { blackout_expected } => self.stop(now, blackout_expected, Rest::Now),
             Decision::PostCopy { blackout_expected } => self.stop(now, blackout_expected, Rest::OnDemand),
             Decision::Round { throttle_percent } => {
-                let mut commands = Vec::new();
-                if throttle_percent != self.stats.throttle_percent {
-                    self.stats.throttle_percent = throttle_percent;
-                    commands.push(SourceCommand::Throttle(throttle_percent));
-                }
+                self.stats.throttle_percent = throttle_percent;
+                let mut commands: Vec<_> =
+                    self.dirtiers.slow(throttle_percent).map(SourceCommand::Throttle).into_iter().collect();
                 commands.extend(self.begin_round(now, Round(round.0 + 1), RoundScope::Dirty));
                 commands
             }

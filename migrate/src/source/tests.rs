@@ -49,7 +49,10 @@ fn finishing() -> Source {
     source.handle(at(10), SourceEvent::RoundSent(totals(100)));
     let fetch = message(&mut source, 13, ToSource::RoundReceived { round: Round(1) });
     assert_eq!(fetch, [SourceCommand::FetchDirty]);
-    assert_eq!(source.handle(at(15), SourceEvent::DirtyFetched { pages: 3 }), [SourceCommand::Pause]);
+    assert_eq!(
+        source.handle(at(15), SourceEvent::DirtyFetched { pages: 3, vcpus: Vec::new() }),
+        [SourceCommand::Pause]
+    );
     let (pause, drain) = (Duration::from_millis(1), Duration::from_millis(4));
     let facts = PausedVm { pause, drain, ..PausedVm::default() };
     source.handle(at(21), SourceEvent::Paused(facts));
@@ -170,7 +173,7 @@ fn a_cancel_during_the_pause_waits_for_it() {
     source.handle(at(3), SourceEvent::TrackingStarted);
     source.handle(at(10), SourceEvent::RoundSent(totals(100)));
     message(&mut source, 13, ToSource::RoundReceived { round: Round(1) });
-    source.handle(at(15), SourceEvent::DirtyFetched { pages: 3 });
+    source.handle(at(15), SourceEvent::DirtyFetched { pages: 3, vcpus: Vec::new() });
     assert!(!source.handle(at(16), SourceEvent::Cancel).contains(&SourceCommand::Resume));
     assert_eq!(source.handle(at(18), SourceEvent::Paused(PausedVm::default())), [SourceCommand::Resume]);
     assert_eq!(source.handle(at(19), SourceEvent::VmResumed), [SourceCommand::StopTracking]);

@@ -4,7 +4,7 @@ use crate::{
     bitmap::PageBitmap,
     converge::Policy,
     encode::{RoundScope, RoundTotals},
-    machine::PausedVm,
+    machine::{PausedVm, VcpuActivity},
     proof::{MemoryProof, Sample},
     stats::MigrationStats,
     wire::{Kept, ToSource, ToTarget, batch::Round},
@@ -83,6 +83,8 @@ pub enum SourceEvent {
     DirtyFetched {
         /// Pages in it.
         pages: u64,
+        /// What the vCPUs have done so far.
+        vcpus: Vec<VcpuActivity>,
     },
     /// The machine stands still.
     Paused(PausedVm),
@@ -174,8 +176,8 @@ pub enum SourceCommand {
     },
     /// Fetch the dirty bitmap for the next round.
     FetchDirty,
-    /// Take this percent of their time from the vCPUs.
-    Throttle(u8),
+    /// Take these percents of their time from the vCPUs; from the ones not named, nothing.
+    Throttle(Vec<u8>),
     /// Stop vCPUs and devices.
     Pause,
     /// Take the state of vCPUs and devices.

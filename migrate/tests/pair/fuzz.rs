@@ -5,7 +5,7 @@
 
 use crate::support::ModelGuest;
 use migrate::{
-    Policy, Proof, SourcePhase,
+    Policy, Proof, SourcePhase, VcpuActivity,
     apply::{KeepHashes, PageApplier},
     index,
     machine::PAGE_BYTES,
@@ -291,7 +291,13 @@ fn obey_source(source: &mut Source, commands: Vec<SourceCommand>, rng: &mut StdR
             SourceCommand::OpenBulk { .. } => SourceEvent::BulkOpened,
             SourceCommand::StartTracking => SourceEvent::TrackingStarted,
             SourceCommand::SendRound { .. } => SourceEvent::RoundSent(Default::default()),
-            SourceCommand::FetchDirty => SourceEvent::DirtyFetched { pages: rng.random_range(0..PAGES) },
+            SourceCommand::FetchDirty => SourceEvent::DirtyFetched {
+                pages: rng.random_range(0..PAGES),
+                vcpus: vec![
+                    VcpuActivity { faults: rng.random(), ..VcpuActivity::default() };
+                    rng.random_range(0..3)
+                ],
+            },
             SourceCommand::ListMissing => SourceEvent::MissingListed(migrate::PageBitmap::new(PAGES)),
             SourceCommand::Pause => SourceEvent::Paused(Default::default()),
             SourceCommand::SaveState => SourceEvent::StateSaved { bytes: 1 },

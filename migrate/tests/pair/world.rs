@@ -429,9 +429,12 @@ impl World {
                     self.dirty.clear();
                     self.source_vm.fetch_dirty(&mut self.dirty).unwrap();
                     let pages = self.dirty.count();
-                    self.later(step, Happening::Source(SourceEvent::DirtyFetched { pages }));
+                    self.later(
+                        step,
+                        Happening::Source(SourceEvent::DirtyFetched { pages, vcpus: Vec::new() }),
+                    );
                 }
-                SourceCommand::Throttle(percent) => self.source_vm.throttle(percent).unwrap(),
+                SourceCommand::Throttle(percents) => self.source_vm.throttle(&percents).unwrap(),
                 SourceCommand::Pause => {
                     let took = self.rng.random_range(step..Duration::from_millis(4));
                     self.later(took, Happening::PauseEnds);

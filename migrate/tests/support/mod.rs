@@ -212,8 +212,8 @@ impl SourceVm for ModelGuest {
         Ok(())
     }
 
-    fn throttle(&self, percent: u8) -> Result<(), VmError> {
-        self.throttled.store(percent, Ordering::Relaxed);
+    fn throttle(&self, percents: &[u8]) -> Result<(), VmError> {
+        self.throttled.store(percents.iter().copied().max().unwrap_or(0), Ordering::Relaxed);
         Ok(())
     }
 

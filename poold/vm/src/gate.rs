@@ -23,8 +23,6 @@ pub enum Hold {
     Incoming,
     /// Incoming migration: pages are missing, and there is no link to where they are.
     Starved,
-    /// Outgoing migration: the guest is being slowed.
-    Throttle,
     /// The machine is being taken down.
     Shutdown,
 }
@@ -34,7 +32,7 @@ impl Hold {
     fn unplugs(self) -> bool {
         match self {
             Self::Boot | Self::Lease | Self::Incoming | Self::Shutdown => true,
-            Self::Operator | Self::Outgoing | Self::Starved | Self::Throttle => false,
+            Self::Operator | Self::Outgoing | Self::Starved => false,
         }
     }
 }
@@ -202,7 +200,6 @@ mod tests {
         gate.release(Hold::Lease).unwrap();
         for (hold, link) in [
             (Hold::Operator, LinkState::Up),
-            (Hold::Throttle, LinkState::Up),
             (Hold::Outgoing, LinkState::Up),
             (Hold::Starved, LinkState::Up),
             (Hold::Lease, LinkState::Down),

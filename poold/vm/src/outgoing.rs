@@ -4,7 +4,7 @@ use crate::fence::{SharedGate, lock};
 use crate::gate::Hold;
 use crate::throttle::Throttle;
 use crate::volumes::VolumeSet;
-use migrate::{PageBitmap, PausedVm, SourceVm, VmError};
+use migrate::{PageBitmap, PausedVm, SourceVm, VcpuActivity, VmError};
 use proto::PageIndex;
 use std::ops::Range;
 use std::sync::Arc;
@@ -39,7 +39,7 @@ pub struct OutgoingVm {
 impl OutgoingVm {
     /// An attempt with this machine. Must be called within the runtime.
     pub fn new(machine: Arc<Machine>, gate: SharedGate<Machine>, volumes: VolumeSet) -> Self {
-        let throttle = Throttle::new(gate.clone());
+        let throttle = Throttle::new(machine.clone());
         Self { machine, gate, volumes, throttle, runtime: Handle::current(), is_over: Arc::default() }
     }
 
@@ -100,8 +100,13 @@ impl SourceVm for OutgoingVm {
         self.machine.stop_dirty_log().map_err(|error| VmError::new("stop dirty tracking", error))
     }
 
-    fn throttle(&self, percent: u8) -> Result<(), VmError> {
-        self.throttle.set(percent).map_err(|error| VmError::new("slow its vCPUs", error))
+    fn throttle(&self, percents: &[u8]) -> Result<(), VmError> {
+        self.throttle.set(percents).map_err(|error| VmError::new("slow its vCPUs", error))
+    }
+
+    fn vcpu_activity(&self) -> Vec<VcpuActivity> {
+        let activity = self.machine.activity().into_iter();
+        activity.map(|vmm::VcpuActivity { faults, cpu }| VcpuActivity { faults, cpu }).collect()
     }
 
     async fn pause_and_drain(&self) -> Result<PausedVm, VmError> {

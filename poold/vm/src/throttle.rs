@@ -1,62 +1,68 @@
-//! Slows a guest that dirties its memory faster than the link carries: holds the vCPUs for a part of each period.
+//! Slows vCPUs of a guest that dirties its memory faster than the link carries: each rests for its own part of every period.
 //!
-//! The thread exists only while the guest is slowed. It works through the run gate like everybody else, so it can neither run
-//! a VM without a lease nor undo the pause at the end of the migration.
+//! The thread exists only while one is slowed. A rest is no pause and no hold: it ends by itself, and whoever stops the machine,
+//! for the lease's end or the last pages, does not wait for it. So this can neither run a VM without a lease nor undo a pause.
 
-use crate::fence::{SharedGate, lock};
-use crate::gate::{Hold, Vcpus};
-use std::fmt::Display;
 use std::io;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-/// One cycle of running and standing: short enough that the guest seems slow rather than frozen, long beside the tens of
-/// microseconds that a stop takes.
+/// One cycle of running and resting: short enough that the guest seems slow rather than frozen, long beside the tens of
+/// microseconds that it takes to leave the guest.
 const PERIOD: Duration = Duration::from_millis(20);
 
 /// The most that is taken; the guest must get on a little, or its clocks and watchdogs fail.
 pub const PERCENT_MAX: u8 = 99;
 
+/// Vcpus that can rest; `vmm::Machine` in the process, a recorder in tests.
+pub trait Restful {
+    /// Keeps one vCPU out of the guest until then.
+    fn rest(&self, vcpu: usize, until: Instant);
+}
+
+impl Restful for vmm::Machine {
+    fn rest(&self, vcpu: usize, until: Instant) {
+        Self::rest(self, vcpu, until);
+    }
+}
+
 /// Handle of the throttle of one machine.
 pub struct Throttle<M> {
-    gate: SharedGate<M>,
+    machine: Arc<M>,
     worker: Mutex<Option<Worker>>,
 }
 
 struct Worker {
-    percents: Sender<u8>,
+    percents: Sender<Vec<u8>>,
     thread: JoinHandle<()>,
 }
 
-impl<M> Throttle<M>
-where
-    M: Vcpus + Send + Sync + 'static,
-    M::Error: Display,
-{
+impl<M: Restful + Send + Sync + 'static> Throttle<M> {
     /// A throttle that takes nothing yet.
-    pub fn new(gate: SharedGate<M>) -> Self {
-        Self { gate, worker: Mutex::new(None) }
+    pub fn new(machine: Arc<M>) -> Self {
+        Self { machine, worker: Mutex::new(None) }
     }
 
-    /// Takes `percent` of their time from the vCPUs; 0 is full speed, which holds once this returns.
+    /// Takes these percents of their time from the vCPUs, in their order; from those not named, nothing. With nothing to take,
+    /// nobody begins a rest once this returns, and one that was begun ends within a period.
     ///
     /// # Errors
     /// The thread can't be started.
-    pub fn set(&self, percent: u8) -> io::Result<()> {
+    pub fn set(&self, percents: &[u8]) -> io::Result<()> {
         let mut worker = self.worker.lock().unwrap_or_else(PoisonError::into_inner);
-        if percent == 0 {
+        if percents.iter().all(|percent| *percent == 0) {
             if let Some(worker) = worker.take() {
                 worker.end();
             }
             return Ok(());
         }
-        let percent = percent.min(PERCENT_MAX);
+        let percents = percents.iter().map(|percent| *percent.min(&PERCENT_MAX)).collect();
         match &*worker {
             // The thread ends only when this sender is dropped.
-            Some(worker) => drop(worker.percents.send(percent)),
-            None => *worker = Some(Worker::spawn(self.gate.clone(), percent)?),
+            Some(worker) => drop(worker.percents.send(percents)),
+            None => *worker = Some(Worker::spawn(self.machine.clone(), percents)?),
         }
         Ok(())
     }
@@ -71,13 +77,9 @@ impl<M> Drop for Throttle<M> {
 }
 
 impl Worker {
-    fn spawn<M>(gate: SharedGate<M>, percent: u8) -> io::Result<Self>
-    where
-        M: Vcpus + Send + Sync + 'static,
-        M::Error: Display,
-    {
+    fn spawn<M: Restful + Send + Sync + 'static>(machine: Arc<M>, first: Vec<u8>) -> io::Result<Self> {
         let (percents, inbox) = mpsc::channel();
-        let run = move || run(&gate, &inbox, percent);
+        let run = move || run(&*machine, &inbox, first);
         let thread = thread::Builder::new().name("throttle".to_owned()).spawn(run)?;
         Ok(Self { percents, thread })
     }
@@ -89,79 +91,65 @@ impl Worker {
     }
 }
 
-/// Alternates until the handle is gone; the hold is gone then, too.
-fn run<M: Vcpus>(gate: &SharedGate<M>, inbox: &Receiver<u8>, mut percent: u8)
-where
-    M::Error: Display,
-{
-    let mut stands = false;
+/// Begins the rests of each period until the handle is gone.
+fn run<M: Restful>(machine: &M, inbox: &Receiver<Vec<u8>>, mut percents: Vec<u8>) {
     loop {
-        stands = !stands;
-        let changed =
-            if stands { lock(gate).hold(Hold::Throttle) } else { lock(gate).release(Hold::Throttle) };
-        if let Err(error) = changed {
-            tracing::warn!(%error, "the guest can't be slowed");
+        let begun = Instant::now();
+        for (vcpu, percent) in percents.iter().enumerate().filter(|(_, percent)| **percent > 0) {
+            machine.rest(vcpu, begun + PERIOD * u32::from(*percent) / 100);
         }
-        let share = if stands { percent } else { 100 - percent };
-        match inbox.recv_timeout(PERIOD * u32::from(share) / 100) {
-            Ok(next) => percent = next,
+        match inbox.recv_timeout(PERIOD) {
+            Ok(next) => percents = next,
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => break,
         }
-    }
-    if let Err(error) = lock(gate).release(Hold::Throttle) {
-        tracing::error!(%error, "the guest does not run at full speed again");
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gate::RunGate;
-    use std::sync::Arc;
-    use std::sync::atomic::{AtomicU32, Ordering};
-    use std::time::Instant;
 
+    /// What each vCPU was told, and when.
     #[derive(Default)]
-    struct Counter {
-        pauses: AtomicU32,
-        resumes: AtomicU32,
+    struct Recorder(Mutex<Vec<(usize, Duration)>>);
+
+    impl Restful for Recorder {
+        fn rest(&self, vcpu: usize, until: Instant) {
+            let length = until.saturating_duration_since(Instant::now());
+            self.0.lock().unwrap().push((vcpu, length));
+        }
     }
 
-    impl Vcpus for Counter {
-        type Error = String;
-
-        fn set_link(&self, _: vmm::virtio::LinkState) {}
-
-        fn pause(&self) -> Result<(), String> {
-            self.pauses.fetch_add(1, Ordering::SeqCst);
-            Ok(())
-        }
-
-        fn resume(&self) -> Result<(), String> {
-            self.resumes.fetch_add(1, Ordering::SeqCst);
-            Ok(())
+    fn wait_for(recorder: &Recorder, count: usize) -> Vec<(usize, Duration)> {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            let told = recorder.0.lock().unwrap().clone();
+            if told.len() >= count {
+                return told;
+            }
+            assert!(Instant::now() < deadline, "nobody rests: {told:?}");
+            thread::yield_now();
         }
     }
 
     #[test]
-    fn a_slowed_guest_stands_and_runs_in_turns_and_runs_freely_afterwards() {
-        let machine = Arc::new(Counter::default());
-        let gate: SharedGate<Counter> = Arc::new(Mutex::new(RunGate::new([])));
-        lock(&gate).install(machine.clone()).unwrap();
-        let throttle = Throttle::new(gate.clone());
-        throttle.set(50).unwrap();
-        let deadline = Instant::now() + Duration::from_secs(20);
-        while machine.pauses.load(Ordering::SeqCst) < 3 {
-            assert!(Instant::now() < deadline, "the guest is not slowed");
-            thread::yield_now();
-        }
-        throttle.set(0).unwrap();
-        assert!(lock(&gate).is_running() && lock(&gate).holds().is_empty());
-        // Another party's hold is left alone by the end of the throttle.
-        throttle.set(99).unwrap();
-        lock(&gate).hold(Hold::Outgoing).unwrap();
+    fn each_vcpu_rests_for_its_own_part_of_every_period() {
+        let machine = Arc::new(Recorder::default());
+        let throttle = Throttle::new(machine.clone());
+        throttle.set(&[75, 0, 25]).unwrap();
+        let told = wait_for(&machine, 6);
+        assert!(told.iter().all(|(vcpu, _)| *vcpu != 1), "{told:?}");
+        assert!(told.iter().all(|(vcpu, length)| *length <= PERIOD * [3, 0, 1][*vcpu] / 4), "{told:?}");
+        assert!(told.iter().any(|(vcpu, length)| *vcpu == 0 && *length > PERIOD / 4), "{told:?}");
+        throttle.set(&[0, 50]).unwrap();
+        let before = machine.0.lock().unwrap().len();
+        let told = wait_for(&machine, before + 4);
+        assert!(told[before + 2..].iter().all(|(vcpu, _)| *vcpu == 1), "{told:?}");
+        throttle.set(&[]).unwrap();
+        let ended = machine.0.lock().unwrap().len();
+        throttle.set(&[0, 0]).unwrap();
         drop(throttle);
-        assert!(!lock(&gate).is_running());
+        assert_eq!(machine.0.lock().unwrap().len(), ended, "nobody is left who could tell them");
     }
 }

@@ -93,6 +93,27 @@ fn a_paused_machine_stands_still() {
 }
 
 #[test]
+fn a_vcpu_that_rests_uses_little_time_and_stops_at_once() {
+    let rig = Rig::with_probe(64 << 20, "wss=1M rate=0 disk=0", vec![]);
+    rig.machine.resume();
+    rig.wait_beats(1);
+    let cpu = || rig.machine.activity()[0].cpu;
+    let long = Duration::from_secs(3600);
+    rig.machine.rest(0, Instant::now() + long);
+    rig.machine.rest(7, Instant::now() + long);
+    // The last instructions before the rest.
+    wait("the rest", || cpu() == cpu(), || "it runs on".to_owned());
+    let (used, begun) = (cpu(), Instant::now());
+    wait("a tenth of a second", || begun.elapsed() > Duration::from_millis(100), String::new);
+    assert!(cpu() - used < Duration::from_millis(20), "{:?} of 100 ms", cpu() - used);
+    // A pause does not wait for its end, and ends it.
+    rig.machine.pause().unwrap();
+    rig.machine.resume();
+    rig.wait_beats(1);
+    assert!(cpu() > used);
+}
+
+#[test]
 fn no_vcpu_runs_past_the_lease() {
     let rig = Rig::with_probe(64 * MIB, "wss=1M", vec![]);
     rig.lease.store(0, Ordering::SeqCst);

@@ -32,13 +32,10 @@ const WORKING_SETS: [&str; 2] = ["16M", "256M"];
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Bytes of its working set that the guest has written between two beats, as its source says.
-const BYTES_PER_BEAT: f64 = (16 << 20) as f64;
+const BYTES_PER_BEAT: u64 = 16 << 20;
 
 /// How long the guest's own speed is measured.
 const SPEED_TIME: Duration = Duration::from_secs(3);
-
-/// Beats that show that the guest has written its working set.
-const WARM_BEATS: u64 = 20;
 
 /// Runs of what needs no distribution.
 const FEW_RUNS: usize = 3;
@@ -103,7 +100,18 @@ pub fn run(options: &Options) -> Result<()> {
     for set in sets {
         println!("── a working set of {set}");
         let cmdline = format!("wss={set} rate=0 disk=0");
-        let guest = Guest { kernel: &kernel, initrd: &initrd, cmdline: &cmdline, memory_mib: MEMORY_MIB };
+        let bytes: u64 = set
+            .strip_suffix('M')
+            .and_then(|mib| mib.parse::<u64>().ok())
+            .context("a set is MiB, as in 16M")?
+            << 20;
+        let guest = Guest {
+            kernel: &kernel,
+            initrd: &initrd,
+            cmdline: &cmdline,
+            memory_mib: MEMORY_MIB,
+            warm_beats: bytes.div_ceil(BYTES_PER_BEAT) + 1,
+        };
         let mut theirs = Vec::new();
         for mode in Mode::ALL {
             let figures = (0..qemu_runs).map(|_| qemu::migrate(&folder.0, &guest, mode));
@@ -124,7 +132,13 @@ pub fn run(options: &Options) -> Result<()> {
         }
         stage.no_errors()?;
     }
-    let idle = Guest { kernel: &kernel, initrd: &initrd, cmdline: "wss=1M rate=1M", memory_mib: MEMORY_MIB };
+    let idle = Guest {
+        kernel: &kernel,
+        initrd: &initrd,
+        cmdline: "wss=1M rate=1M",
+        memory_mib: MEMORY_MIB,
+        warm_beats: 2,
+    };
     Stage::start(&binaries, &idle)?.there_and_back(&mut report)?;
     report.end(options.check)
 }
@@ -132,6 +146,7 @@ pub fn run(options: &Options) -> Result<()> {
 /// A pool of two hosts with the guest in it.
 struct Stage {
     pool: Pool,
+    warm_beats: u64,
 }
 
 impl Stage {
@@ -150,7 +165,7 @@ impl Stage {
         let boots = ["--kernel", PROBE_IMAGE, "--initrd", "random", "--cmdline", guest.cmdline];
         pool.json(&[&create[..], &boots[..]].concat())?;
         pool.json(&["vm", "start", "web", "--host", "h1"])?;
-        Ok(Self { pool })
+        Ok(Self { pool, warm_beats: guest.warm_beats })
     }
 
     /// A beat and when it was.
@@ -160,7 +175,7 @@ impl Stage {
 
     /// Beats per second of the guest when nothing moves.
     fn speed(&self) -> Result<f64> {
-        self.pool.wait_probe("web", PATIENCE, "writes its memory", |now| now.beat >= WARM_BEATS)?;
+        self.pool.wait_probe("web", PATIENCE, "writes its memory", |now| now.beat >= self.warm_beats)?;
         let (first, begun) = self.beat()?;
         // The time is what is measured; there is nothing to wait for.
         std::thread::sleep(SPEED_TIME);
@@ -182,7 +197,7 @@ impl Stage {
         for _ in 0..runs {
             let (beat, _) = self.beat()?;
             self.pool
-                .wait_probe("web", PATIENCE, "writes its memory", |now| now.beat >= beat + WARM_BEATS)?;
+                .wait_probe("web", PATIENCE, "writes its memory", |now| now.beat >= beat + self.warm_beats)?;
             let (first, begun) = self.beat()?;
             let record = self.migrate(&[])?;
             let (last, ended) = self.beat()?;
@@ -200,7 +215,7 @@ impl Stage {
 
     /// A link that carries half of what the guest writes.
     fn outrun(&self, report: &mut Report) -> Result<()> {
-        let writes_bytes_per_s = self.speed()? * BYTES_PER_BEAT;
+        let writes_bytes_per_s = self.speed()? * BYTES_PER_BEAT as f64;
         let bandwidth = format!("{:.0}", writes_bytes_per_s / 2.0);
         let record = self.migrate(&["--policy", "must-finish", "--bandwidth", &bandwidth])?;
         let copy_ms = number(&record["per_round"][0], "ms")?;

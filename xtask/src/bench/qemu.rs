@@ -27,9 +27,6 @@ const TICKS_PER_SECOND: f64 = 100.0;
 /// How long the guest's own speed is measured.
 const SPEED_TIME: Duration = Duration::from_secs(3);
 
-/// Beats that show that the guest has written its working set.
-const WARM_BEATS: u64 = 20;
-
 /// How pages travel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
@@ -61,6 +58,8 @@ pub struct Guest<'a> {
     pub initrd: &'a Path,
     pub cmdline: &'a str,
     pub memory_mib: u64,
+    /// Beats that show that it has written its working set.
+    pub warm_beats: u64,
 }
 
 /// One qemu. Killed when dropped.
@@ -186,7 +185,9 @@ pub fn migrate(dir: &Path, guest: &Guest<'_>, mode: Mode) -> Result<Figures> {
     fs::write(dir.join("keys.psk"), format!("bench:{}\n", "5a".repeat(32)))?;
     let mut source = Qemu::start(dir, "source", guest, mode, &[])?;
     // The whole working set has been written by then.
-    wait_until(PATIENCE, "the guest beats under qemu", || Ok((source.beats() >= WARM_BEATS).then_some(())))?;
+    wait_until(PATIENCE, "the guest beats under qemu", || {
+        Ok((source.beats() >= guest.warm_beats).then_some(()))
+    })?;
     let (first, begun) = (source.beats(), Instant::now());
     // The time is what is measured; there is nothing to wait for.
     std::thread::sleep(SPEED_TIME);

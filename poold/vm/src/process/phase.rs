@@ -76,7 +76,6 @@ mod tests {
         let fenced = LeaseState::Fenced { deadline: BootTime(9) };
         let word = |lease, holds: &[Hold]| Phase::Live.word(lease, &holds.iter().copied().collect());
         assert_eq!(word(held, &[]), "running");
-        assert_eq!(word(held, &[Hold::Throttle]), "running");
         assert_eq!(word(held, &[Hold::Outgoing]), "paused");
         assert_eq!(word(fenced, &[Hold::Lease, Hold::Operator]), "fenced");
         assert_eq!(word(LeaseState::Unleased, &[Hold::Lease]), "starting");
