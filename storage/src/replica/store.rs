@@ -49,14 +49,32 @@ enum Asker {
     Done(Done<()>),
 }
 
-impl Asker {
-    fn tell(self, told: Told) {
-        match (self, told) {
-            (Self::Sink(sink), Told::Mark(mark)) => sink.send_modify(|seen| seen.advance(mark)),
+/// Tells who asked. A connection is told once of a whole batch: it would be woken, and the owner too, for each operation.
+#[derive(Default)]
+struct Teller {
+    marks: Vec<(WatermarkSink, Watermark)>,
+}
+
+impl Teller {
+    fn tell(&mut self, asker: Asker, told: Told) {
+        match (asker, told) {
+            (Asker::Sink(sink), Told::Mark(mark)) => {
+                match self.marks.iter_mut().find(|(known, _)| Arc::ptr_eq(known, &sink)) {
+                    Some((_, seen)) => seen.advance(mark),
+                    None => self.marks.push((sink, mark)),
+                }
+            }
             // The connection may be gone.
-            (Self::Done(done), Told::Done(result)) => drop(done.send(result)),
-            (Self::Done(done), Told::Mark(mark)) => drop(done.send(mark.into_result())),
-            (Self::Sink(_), Told::Done(_)) => unreachable!("only writes and flushes are marked"),
+            (Asker::Done(done), Told::Done(result)) => drop(done.send(result)),
+            (Asker::Done(done), Told::Mark(mark)) => drop(done.send(mark.into_result())),
+            (Asker::Sink(_), Told::Done(_)) => unreachable!("only writes and flushes are marked"),
+        }
+    }
+
+    /// The batch is over.
+    fn send(&mut self) {
+        for (sink, mark) in self.marks.drain(..) {
+            sink.send_modify(|seen| seen.advance(mark));
         }
     }
 }
@@ -194,8 +212,10 @@ impl Store {
 }
 
 fn run(mut engine: Engine<Asker>, mut queue: mpsc::Receiver<Message>) -> Result<(), LogError> {
-    let tell = &mut Asker::tell;
+    let mut teller = Teller::default();
     loop {
+        teller.send();
+        let tell = &mut |asker, told| teller.tell(asker, told);
         let first = if engine.is_busy() {
             match queue.try_recv() {
                 Err(TryRecvError::Empty) => {
@@ -221,6 +241,7 @@ fn run(mut engine: Engine<Asker>, mut queue: mpsc::Receiver<Message>) -> Result<
                 Message::Delete { volume, done } => engine.delete(volume, Asker::Done(done), tell)?,
                 Message::Close => {
                     engine.commit(tell)?;
+                    teller.send();
                     // The next start has nothing to replay.
                     return engine.checkpoint();
                 }
@@ -229,6 +250,7 @@ fn run(mut engine: Engine<Asker>, mut queue: mpsc::Receiver<Message>) -> Result<
         }
         let written = engine.gathered_bytes();
         engine.commit(tell)?;
+        teller.send();
         let pause = engine.pause(written);
         if !pause.is_zero() {
             // A nearly full disk: cleaning must keep up with what is written.
