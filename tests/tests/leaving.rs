@@ -28,7 +28,7 @@ fn a_host_is_removed_without_ever_having_fewer_copies() -> Result<()> {
     pool.json(&["volume", "create", "data", "--size", "128MiB"])?;
     let served = in_sync(&pool, "data")?[0].clone();
     let uri = pool.serve_nbd("data", &served)?;
-    qemu_io(&uri, &["write -P 0x5a 0 96M", "flush"])?;
+    qemu_io(&uri, &["write -P 0x5a 0 64M", "flush"])?;
     // Whoever is served must be asked first.
     let refused = pool.poolctl(&["host", "remove", &served])?.expect_code(4)?;
     ensure!(refused.stderr.contains("poolctl volume nbd data --stop"), "{}", refused.stderr);
@@ -61,7 +61,7 @@ fn a_host_is_removed_without_ever_having_fewer_copies() -> Result<()> {
     let last = pool.wait_beats("web", 3, PATIENCE)?;
     ensure!(last.errors.is_empty() && last.boots == 1, "{last:?}");
     let uri = pool.serve_nbd("data", &in_sync(&pool, "data")?[0])?;
-    qemu_io(&uri, &["read -P 0x5a 0 96M"])?;
+    qemu_io(&uri, &["read -P 0x5a 0 64M"])?;
 
     // Of three hosts none can go without a copy less, which the operator must want.
     pool.json(&["volume", "nbd", "data", "--stop"])?;

@@ -85,6 +85,8 @@ const MANUAL: &[&str] = &[
     "volume create data --size 10GiB --replicas 3",
     "volume list -o name",
     "volume show data",
+    "vm clone web web2",
+    "vm clone web web2 --full --async",
     "volume scrub data",
     "volume scrub data --replica h2 --rate 100MiB",
     "volume scrub data --async",

@@ -102,7 +102,7 @@ pub const STORE_REPLICAS_PERCENT_MAX: u64 = 85;
 /// Steps of used share in which hosts count as equally full for a new replica, in percent: within a step the number of replicas
 /// decides, so that volumes which are still empty are spread, too.
 pub const STORE_STEP_PERCENT: u64 = 10;
-/// Most replicas of a volume.
+/// Most replicas of a volume; one more while a host with one of them leaves.
 pub const REPLICAS_MAX: u32 = 5;
 /// Replicas of a volume whose creator names no number, if the pool has as many hosts and its settings say nothing else.
 pub const REPLICAS_DEFAULT: u32 = 3;

@@ -11,8 +11,8 @@ use std::net::SocketAddr;
 use std::path::Path;
 use storage::owner::{ReplicaEndpoint, ReplicaRoute, VolumeConfig};
 
-/// Most replicas of a volume.
-const REPLICAS_MAX: usize = 5;
+/// Most replicas of a volume: the pool's limit, and one more while a host with one of them leaves.
+const REPLICAS_MAX: usize = 6;
 
 /// Epoch starts of one volume; the pool keeps fewer.
 const EPOCH_HISTORY_MAX: usize = 256;

@@ -60,15 +60,18 @@ impl PoolState {
         let needed = self.replicas_needed(volume);
         let stays = |host: HostId| self.leaves_with(host).is_none();
         let serving: Vec<HostId> = self.serving_members(volume).map(|member| member.host).collect();
-        let enough_without = |host: HostId| {
-            serving.iter().filter(|other| **other != host && stays(**other)).count() >= needed.max(1)
+        let enough_without = |host: HostId, counts: &dyn Fn(HostId) -> bool| {
+            serving.iter().filter(|other| **other != host && counts(**other)).count() >= needed.max(1)
         };
-        let leaving = volume.replicas.iter().copied().find(|host| !stays(*host) && enough_without(*host));
+        // Where several hosts leave, the copies of the others still count: they go one after the other.
+        let goes = |host: &HostId| !stays(*host) && enough_without(*host, &|_| true);
+        let leaving = volume.replicas.iter().copied().find(goes);
         let too_many = self.staying_replicas(volume).len() > volume.replicas_wanted as usize;
         let zone = |host: HostId| self.hosts.get(&host).map_or("", Host::zone);
         let crowd = |host: HostId| volume.replicas.iter().filter(|other| zone(**other) == zone(host)).count();
         // One that is not in sync first, then where most of them are together.
-        let surplus = volume.replicas.iter().copied().filter(|host| stays(*host) && enough_without(*host));
+        let surplus = volume.replicas.iter().copied();
+        let surplus = surplus.filter(|host| stays(*host) && enough_without(*host, &stays));
         leaving.or_else(|| {
             surplus.filter(|_| too_many).max_by_key(|host| (!serving.contains(host), crowd(*host), *host))
         })

@@ -75,7 +75,9 @@ impl Change<'_> {
             Some(old) => volume.replicas.contains(&old) && self.state.is_lost_for_good(old, self.time_ms),
             None => true,
         };
-        if !room || !is_due || present.contains(&host) {
+        // However many hosts leave: one replica more at a time is what an owner is made for.
+        let fits = present.len() <= REPLICAS_MAX as usize;
+        if !room || !fits || !is_due || present.contains(&host) {
             return Err(unwanted());
         }
         self.check_place(volume, &staying, host)?;

@@ -147,10 +147,10 @@ impl VolumeOwner {
 }
 
 impl Volume {
-    /// Fewest in-sync replicas with which writes go on: 2 of 3 or more, else 1.
+    /// Fewest in-sync replicas with which writes go on: 2 of 3 or more, else 1. One that takes another one's place changes nothing.
     #[must_use]
     pub fn min_isr(&self) -> usize {
-        if self.replicas.len() >= 3 { 2 } else { 1 }
+        if self.replicas.len().min(self.replicas_wanted as usize) >= 3 { 2 } else { 1 }
     }
 
     /// Whether its content is still coming, so that it is worth nothing yet.

@@ -118,3 +118,33 @@ fn a_volume_that_no_host_has_space_for_is_refused_and_not_made_with_fewer_copies
     fill(&mut pool, hosts[0], 84);
     pool.accept(create());
 }
+
+#[test]
+fn a_volume_has_one_replica_more_at_a_time_however_many_hosts_leave() {
+    let mut pool = Pool::new(9);
+    let hosts = pool.hosts();
+    let create = Command::CreateVolume { name: "data".into(), size: ByteCount(1 << 30), replicas: Some(5) };
+    let Outcome::Volume(id) = pool.accept(create) else { panic!("a volume") };
+    let tasks = [1, 2, 3].map(|at| retire(&mut pool, hosts[at], Copies::AsMany));
+    for command in plan(&pool.state, &LeaderView { now_ms: pool.now_ms }) {
+        pool.accept(command);
+    }
+    assert_eq!(pool.state.volume(id).unwrap().replicas.len(), 6);
+    settle(&mut pool);
+    assert!(tasks.iter().all(|task| pool.state.task(*task).unwrap().state == TaskState::Done));
+    assert_eq!(pool.state.volume(id).unwrap().replicas.len(), 5);
+}
+
+#[test]
+fn a_volume_of_two_copies_goes_on_with_one_while_a_third_takes_a_place() {
+    let mut pool = Pool::new(3);
+    let hosts = pool.hosts();
+    let create = Command::CreateVolume { name: "data".into(), size: ByteCount(1 << 30), replicas: Some(2) };
+    let Outcome::Volume(id) = pool.accept(create) else { panic!("a volume") };
+    retire(&mut pool, hosts[1], Copies::AsMany);
+    for command in plan(&pool.state, &LeaderView { now_ms: pool.now_ms }) {
+        pool.accept(command);
+    }
+    let volume = pool.state.volume(id).unwrap();
+    assert_eq!((volume.replicas.len(), volume.min_isr()), (3, 1));
+}
