@@ -1,11 +1,10 @@
-//! Measures the disk side of the store and prints what it finds:
+//! Measures the disk side of the store and prints what it finds, a figure a line, as `cargo xtask bench storage` takes it:
 //!
 //! ```sh
-//! cargo run --release -p storage --example store_measure            # all, some minutes and 12 GiB in the temporary folder
-//! cargo run --release -p storage --example store_measure -- writes  # or: restart, map
+//! cargo run --release -p storage --example store_measure            # all, some minutes and 4 GiB in the temporary folder
+//! cargo run --release -p storage --example store_measure -- writes  # or: map
 //! ```
 //! - `writes`: write amplification of uniform 4 KiB overwrites, at the share of live blocks that cleaning keeps.
-//! - `restart`: opening a store after 4 GiB of 4 KiB writes, without a clean end.
 //! - `map`: memory of the map when every block of 1 TiB was written once and then at random places.
 
 use anyhow::{Context, Result};
@@ -144,27 +143,10 @@ fn writes() -> Result<()> {
     let written = store.disk.written.load(Ordering::Relaxed) - before;
     let guest = count * BLOCK_BYTES as u64;
     let in_use = store.engine.segments_in_use() as u64 * store.disk.segment_bytes();
-    say!(
-        "write amplification {:.2} at {:.0} % live ({} segments, with those that wait for a checkpoint), {:.0} k writes/s in one thread",
-        written as f64 / guest as f64,
-        100.0 * (BLOCKS * BLOCK_BYTES as u64) as f64 / in_use as f64,
-        store.engine.segments().len(),
-        count as f64 / begun.elapsed().as_secs_f64() / 1e3,
-    );
-    Ok(())
-}
-
-fn restart() -> Result<()> {
-    let dir = tempfile::tempdir()?;
-    let mut store = Store::open(dir.path())?;
-    store.overwrite((4 << 30) / BLOCK_BYTES as u64)?;
-    let sequence = store.sequence;
-    drop(store);
-    let begun = Instant::now();
-    let (_, engine) = open(dir.path())?;
-    let took = begun.elapsed();
-    assert_eq!(engine.reader().position(VOLUME).0.tail().sequence, Sequence(sequence));
-    say!("opened in {} ms after 4 GiB of 4 KiB writes and no clean end", took.as_millis());
+    say!("write-amplification {:.3}", written as f64 / guest as f64);
+    say!("live-percent {:.1}", 100.0 * (BLOCKS * BLOCK_BYTES as u64) as f64 / in_use as f64);
+    say!("segments {}", store.engine.segments().len());
+    say!("writes-per-second {:.0}", count as f64 / begun.elapsed().as_secs_f64());
     Ok(())
 }
 
@@ -235,10 +217,8 @@ fn map() -> Result<()> {
     for _ in 0..200_000 {
         put(&mut maps, random.random_range(0..TIB_BLOCKS), 1)?;
     }
-    say!(
-        "map of a full 1 TiB volume: at most {pages_peak} pages in memory, {} MiB resident ({before} MiB before)",
-        peak
-    );
+    say!("map-pages {pages_peak}");
+    say!("map-mib {}", peak - before);
     Ok(())
 }
 
@@ -247,9 +227,6 @@ fn main() -> Result<()> {
     let is_wanted = |name: &str| wanted.as_deref().is_none_or(|wanted| wanted == name);
     if is_wanted("writes") {
         writes()?;
-    }
-    if is_wanted("restart") {
-        restart()?;
     }
     if is_wanted("map") {
         map()?;

@@ -1,14 +1,15 @@
 //! `cargo xtask bench storage`: a volume with three replicas through NBD, beside the bare disk and nbdkit, in one run.
 //!
 //! Everything is on one disk of one machine: each write is three there, and all processes share its processors.
-//! - [`fio`]: one job.    - [`servers`]: what is measured.    - [`report`]: the table.
+//! - [`fio`]: one job.    - [`servers`]: what is measured.    - [`engine`]: the store by itself.    - [`report`]: the table.
 
+mod engine;
 mod fio;
 mod report;
 mod servers;
 
 use crate::machine;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 use fio::{Figures, Pattern, Target};
 use report::{Row, print};
@@ -48,6 +49,15 @@ enum Job {
     WriteFlush,
     Sequential,
     Restart,
+    /// What the disk writes for each byte that a guest writes
+    Amplification,
+    /// Memory of the map of a full volume of 1 TiB
+    Map,
+}
+
+impl Job {
+    /// Those that need a volume.
+    const ON_A_VOLUME: [Self; 4] = [Self::RandomWrite, Self::RandomRead, Self::WriteFlush, Self::Sequential];
 }
 
 /// Files of the bench, removed when dropped.
@@ -81,35 +91,50 @@ struct Bench<'a> {
 /// Measures, prints the table.
 pub fn run(options: &Options) -> Result<()> {
     machine::prepare_bench_storage()?;
-    let program = servers::build_cluster(if options.dev { "debug" } else { "release" })?;
+    let profile = if options.dev { "debug" } else { "release" };
+    let program = servers::build_example("nbd_cluster", profile)?;
     let folder = Folder::new(&options.dir)?;
     let dir = folder.0.join("volume");
-    let bench = Bench { options, folder: &folder.0, cluster: Cluster::start(&program, &dir, options.mib)? };
-    let wants = |job| options.only.is_empty() || options.only.contains(&job);
-    println!("filling a volume and a file of {} MiB", options.mib);
-    bench.fill()?;
+    let wants = |job: &Job| options.only.is_empty() || options.only.contains(job);
     let mut rows = Vec::new();
-    if wants(Job::RandomWrite) {
-        rows.push(bench.random_write()?);
+    if Job::ON_A_VOLUME.iter().any(wants) {
+        let cluster = Cluster::start(&program, &dir, options.mib)?;
+        let bench = Bench { options, folder: &folder.0, cluster };
+        println!("filling a volume and a file of {} MiB", options.mib);
+        bench.fill()?;
+        for job in Job::ON_A_VOLUME.into_iter().filter(wants) {
+            rows.push(bench.row(job)?);
+        }
+        bench.cluster.stop()?;
     }
-    if wants(Job::RandomRead) {
-        rows.push(bench.random_read()?);
-    }
-    if wants(Job::WriteFlush) {
-        rows.push(bench.write_flush()?);
-    }
-    if wants(Job::Sequential) {
-        rows.push(bench.sequential()?);
-    }
-    bench.cluster.stop()?;
-    if wants(Job::Restart) {
+    if wants(&Job::Restart) {
         rows.push(restart(&program, &dir)?);
+    }
+    fio::remove_files(&dir)?;
+    if wants(&Job::Amplification) || wants(&Job::Map) {
+        let program = servers::build_example("store_measure", profile)?;
+        if wants(&Job::Amplification) {
+            rows.push(engine::amplification(&program, &dir)?);
+        }
+        if wants(&Job::Map) {
+            rows.push(engine::map(&program, &dir)?);
+        }
     }
     print(&rows);
     Ok(())
 }
 
 impl Bench<'_> {
+    fn row(&self, job: Job) -> Result<Row> {
+        match job {
+            Job::RandomWrite => self.random_write(),
+            Job::RandomRead => self.random_read(),
+            Job::WriteFlush => self.write_flush(),
+            Job::Sequential => self.sequential(),
+            Job::Restart | Job::Amplification | Job::Map => bail!("{job:?} has no volume"),
+        }
+    }
+
     fn bytes(&self) -> u64 {
         self.options.mib << 20
     }

@@ -13,14 +13,14 @@ use tests::wait::{wait_for, wait_until};
 /// Longest wait for a process to serve.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Builds the program of the volume; returns its path.
-pub fn build_cluster(folder: &str) -> Result<PathBuf> {
-    let mut command = cargo(&["build", "-p", "storage", "--example", "nbd_cluster"]);
+/// Builds an example of the storage crate; returns its path.
+pub fn build_example(name: &str, folder: &str) -> Result<PathBuf> {
+    let mut command = cargo(&["build", "-p", "storage", "--example", name]);
     if folder == "release" {
         command.arg("--release");
     }
     build::run(&mut command)?;
-    Ok(tests::binaries::target_root().join(folder).join("examples/nbd_cluster"))
+    Ok(tests::binaries::target_root().join(folder).join("examples").join(name))
 }
 
 /// A process, killed when dropped.
