@@ -385,7 +385,7 @@ impl Executor {
         let key = ProcessKey::vm(vm.id, migration.to_epoch());
         let not_ready = |what| ActionError::NotReady { migration: migration.id, what };
         let source = migration.source_fingerprint.ok_or_else(|| not_ready("certificate of the source"))?;
-        let machine = self.spawn(state, vm, key, self.kept.take(vm.id)).await?;
+        let machine = self.spawn(state, vm, key, self.kept.take(vm.id).await).await?;
         // The guest's memory comes from the source: nothing is booted from a file.
         self.configure(state, vm, key, &machine, BootFiles::default()).await?;
         self.lease.pass_on(&self.supervisor, key).await;

@@ -72,6 +72,8 @@ pub enum KeepError {
 pub struct KeptImages {
     /// The oldest first.
     images: Mutex<Vec<(VmId, KeptImage)>>,
+    /// Held while an image is made, which takes a second for each 2 GiB: a machine that comes back at once waits for it.
+    making: tokio::sync::Mutex<()>,
 }
 
 impl KeptImages {
@@ -86,6 +88,7 @@ impl KeptImages {
         pid: i32,
         migration: MigrationId,
     ) -> Result<(), KeepError> {
+        let _making = self.making.lock().await;
         if let Some(image) = KeptImage::of(machine, pid, migration).await? {
             self.put(vm, image);
         }
@@ -104,8 +107,13 @@ impl KeptImages {
         self.images().is_empty()
     }
 
-    /// The image of a VM; its memory is about to change.
-    pub fn take(&self, vm: VmId) -> Option<KeptImage> {
+    /// The image of a VM, also if it is being made; its memory is about to change.
+    pub async fn take(&self, vm: VmId) -> Option<KeptImage> {
+        drop(self.making.lock().await);
+        self.take_made(vm)
+    }
+
+    fn take_made(&self, vm: VmId) -> Option<KeptImage> {
         let mut images = self.images();
         let at = images.iter().position(|(of, _)| *of == vm)?;
         Some(images.remove(at).1)
@@ -141,6 +149,17 @@ mod tests {
         KeptImage { memory, index: tempfile::tempfile().unwrap() }
     }
 
+    #[tokio::test]
+    async fn a_machine_that_comes_back_at_once_waits_for_its_image() {
+        let images = KeptImages::default();
+        let making = images.making.lock().await;
+        let mut taking = std::pin::pin!(images.take(VmId(4)));
+        assert!(futures::poll!(taking.as_mut()).is_pending());
+        images.put(VmId(4), image(1 << 20));
+        drop(making);
+        assert!(taking.await.is_some());
+    }
+
     #[test]
     fn the_oldest_images_go_first_and_a_new_one_replaces_that_of_its_vm() {
         let images = KeptImages::default();
@@ -153,7 +172,7 @@ mod tests {
         assert_eq!(kept(&images), [3, 2]);
         images.trim(ByteCount(u64::MAX), |vm| vm != VmId(3));
         assert_eq!(kept(&images), [2]);
-        assert!(images.take(VmId(2)).is_some() && images.take(VmId(2)).is_none());
+        assert!(images.take_made(VmId(2)).is_some() && images.take_made(VmId(2)).is_none());
     }
 
     #[test]
