@@ -17,7 +17,7 @@
 use super::catalog::Catalog;
 use super::engine::{Engine, OP_BLOCKS_MAX};
 use super::reader::verify_all;
-use crate::log::disk::aligned;
+use crate::log::disk::{aligned, full};
 use crate::log::format::{BATCH_BLOCKS_MAX, BATCH_RECORDS_MAX};
 use crate::log::{Batch, Location, LogError, Record, RecordKind, Room, SegmentId, Window};
 use crate::map::{Content, MapError, PageReader, Place};
@@ -298,7 +298,8 @@ impl<T> Engine<T> {
             let (from, to) = (run.skip as usize, (run.skip + run.count) as usize);
             let kind = RecordKind::Moved { checksums: record.kind.checksums()[from..to].to_vec() };
             let first = BlockIndex(record.first.0 + u64::from(run.skip));
-            let moved = Record { first, count: run.count, kind, ..record.clone() };
+            let Record { volume, layer, epoch, sequence, .. } = *record;
+            let moved = Record { volume, layer, epoch, sequence, first, count: run.count, kind };
             self.copy(moved, data.after_blocks(run.skip), window, copies)?;
         }
         Ok(())
@@ -326,7 +327,8 @@ impl<T> Engine<T> {
         if copies.records.is_empty() {
             return Ok(());
         }
-        let parts: &[&[u8]] = if copies.data.is_empty() { &[] } else { &[&copies.data] };
+        let data = full(copies.data);
+        let parts: &[&[u8]] = if data.is_empty() { &[] } else { &[&data] };
         let written = self.append(copies.records.clone(), parts, Room::All)?;
         self.index(copies.records, written.data);
         Ok(())
