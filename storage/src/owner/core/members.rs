@@ -133,7 +133,9 @@ impl Owner {
         let joined = self.peers.iter().find_map(|(host, peer)| {
             let joining = peer.joining.as_ref()?;
             // Without the connection only an earlier attempt is followed up: its outcome must be known.
-            let may = peer.is_streaming() || joining.proposed_at.is_some();
+            // It may still have to write what others had acknowledged before it was required: as a member it must have that.
+            let has_all = peer.progress.written >= active.acknowledged.written;
+            let may = (peer.is_streaming() && has_all) || joining.proposed_at.is_some();
             may.then(|| (*host, joining.incarnation.clone()))
         });
         if let Some((host, incarnation)) = joined {
