@@ -22,6 +22,8 @@ struct Script {
     /// Requests to make everything durable.
     flushes: usize,
     replied: Vec<CommandId>,
+    /// A replica that may become a member.
+    resynced: Option<HostId>,
     generations: u64,
     commands: u64,
 }
@@ -64,6 +66,7 @@ impl Script {
             proposals: Vec::new(),
             attached: Vec::new(),
             flushes: 0,
+            resynced: None,
             replied: Vec::new(),
             generations: 0,
             commands: 0,
@@ -146,7 +149,11 @@ impl Script {
                 self.view.isr.retain(|member| member.host != *host);
                 self.view.isr_version = self.view.isr_version.next();
             }
-            VolumeProposal::AddToIsr { .. } => panic!("nobody is resynced here"),
+            VolumeProposal::AddToIsr { host, incarnation, .. } => {
+                assert_eq!(self.resynced, Some(*host), "nobody else is resynced here");
+                self.view.isr.push(IsrMember { host: *host, incarnation: incarnation.clone() });
+                self.view.isr_version = self.view.isr_version.next();
+            }
             VolumeProposal::RecordStart { .. } => {}
         }
         self.proposals.push((self.now, proposal));
@@ -256,4 +263,26 @@ fn a_flush_that_was_foreseen_has_been_done_with_the_write() {
     }
     assert_eq!(asked[..5], [(0, 3); 5], "not known yet");
     assert_eq!(asked[5..], [(3, 3); 3], "once for each replica, with the write");
+}
+
+#[test]
+fn a_resynced_replica_is_no_member_before_it_has_what_others_had_acknowledged() {
+    let mut script = Script::new(2);
+    let data = Some(Bytes::from_static(&[0; BLOCK]));
+    script.command(Command::Write { first: BlockIndex(7), count: 1, data });
+    // The third one was just resynced; the others had confirmed the write before it counted, and its disk is slow.
+    let (host, written) = (HostId(3), Sequence(1));
+    script.view.isr.retain(|member| member.host != host);
+    let State::Active(active) = &mut script.owner.state else { panic!("it is active") };
+    active.view = script.view.clone();
+    active.acknowledged.written = written;
+    let joining = peer::Joining { incarnation: incarnation(host), proposed_at: None };
+    script.owner.peers.get_mut(&host).unwrap().joining = Some(joining);
+    script.resynced = Some(host);
+    script.input(Input::Tick);
+    assert_eq!(script.view.isr.len(), 2, "a read of it would be stale");
+    let (_, generation, _) = script.confirms[2][0];
+    let response = Response::Watermark { written, durable: Sequence(0), full: false };
+    script.input(Input::Received { host, generation, response, data: Bytes::new() });
+    assert_eq!(script.view.isr.len(), 3);
 }
