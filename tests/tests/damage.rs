@@ -40,6 +40,15 @@ fn block_of(host: &Host, byte: u8) -> Result<(PathBuf, u64)> {
     anyhow::bail!("{} has no block of {byte:#x}", host.name())
 }
 
+/// A host whose metrics can be read.
+fn measured<'a>(pool: &'a Pool, name: &str) -> Result<&'a Host> {
+    let host = pool.host_named(name)?;
+    host.configure_metrics()?;
+    host.restart_daemon()?;
+    pool.wait_host_state(name, "up", PATIENCE)?;
+    Ok(host)
+}
+
 fn healthy(pool: &Pool) -> Result<()> {
     wait_for(PATIENCE, "all replicas are in sync", || {
         Ok(pool.json(&["volume", "show", "data"])?["health"] == "healthy")
@@ -50,10 +59,7 @@ fn healthy(pool: &Pool) -> Result<()> {
 fn swapped_blocks_are_noticed_and_put_right_and_a_cut_log_is_copied_anew() -> Result<()> {
     let _turn = serial();
     let pool = Pool::builder().timing(Timing::Fast).start()?;
-    let victim = pool.host_named("h1")?;
-    victim.configure_metrics()?;
-    victim.restart_daemon()?;
-    pool.wait_host_state("h1", "up", PATIENCE)?;
+    let victim = measured(&pool, "h1")?;
     pool.json(&["volume", "create", "data", "--size", "32MiB"])?;
     let uri = pool.serve_nbd("data", "h1")?;
     qemu_io(&uri, &["write -P 0x11 0 4k", "write -P 0x22 4k 4k", "write -P 0x33 1M 8M", "flush"])?;
@@ -111,10 +117,7 @@ fn swapped_blocks_are_noticed_and_put_right_and_a_cut_log_is_copied_anew() -> Re
 fn garbage_on_any_port_is_refused_counted_and_disturbs_nobody() -> Result<()> {
     let _turn = serial();
     let pool = Pool::builder().timing(Timing::Fast).start()?;
-    let host = pool.host_named("h2")?;
-    host.configure_metrics()?;
-    host.restart_daemon()?;
-    pool.wait_host_state("h2", "up", PATIENCE)?;
+    let host = measured(&pool, "h2")?;
     pool.json(&["volume", "create", "data", "--size", "16MiB"])?;
     let listen = format!("{}:0", host.address().ip());
     let served = pool.json(&["volume", "nbd", "data", "--listen", &listen, "--host", "h2"])?;

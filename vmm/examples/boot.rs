@@ -3,8 +3,7 @@
 use anyhow::{Context as _, Result};
 use std::io::Write as _;
 use std::path::PathBuf;
-use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, mpsc};
+use std::sync::mpsc;
 use std::time::Duration;
 use vmm::{BootConfig, ConsoleRing, Machine, MachineConfig};
 
@@ -16,17 +15,8 @@ fn main() -> Result<()> {
     let kernel = PathBuf::from(arguments.next().context("which kernel?")?);
     let mib: u64 = arguments.next().context("how many MiB?")?.parse()?;
     let (console, (exits, ended)) = (ConsoleRing::default(), mpsc::channel());
-    let machine = Machine::new(MachineConfig {
-        vcpus: 1,
-        memory: proto::ByteCount(mib << 20),
-        memory_file: None,
-        cpu: proto::CpuFeatures::default(),
-        disks: Vec::new(),
-        nics: Vec::new(),
-        console: console.clone(),
-        lease_deadline_ns: Arc::new(AtomicU64::new(u64::MAX)),
-        exits,
-    })?;
+    let bare = MachineConfig::bare(proto::ByteCount(mib << 20), exits);
+    let machine = Machine::new(MachineConfig { console: console.clone(), ..bare })?;
     machine.boot(&BootConfig { kernel, initrd: None, cmdline: "wss=4K disk=0".to_owned() })?;
     machine.resume();
     let mut seen = 0;

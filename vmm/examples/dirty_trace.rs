@@ -6,10 +6,9 @@
 use anyhow::{Context as _, Result};
 use std::io::Write as _;
 use std::path::PathBuf;
-use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, mpsc};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
-use vmm::{BootConfig, ConsoleRing, Machine, MachineConfig};
+use vmm::{BootConfig, Machine, MachineConfig};
 
 /// The guest has written its whole working set once by then.
 const WARM: Duration = Duration::from_secs(10);
@@ -34,17 +33,7 @@ fn main() -> Result<()> {
     let step = Duration::from_millis(arguments.next().context("how many ms is a step?")?.parse()?);
     let cmdline = arguments.next().context("which command line?")?;
     let (exits, _ended) = mpsc::channel();
-    let machine = Machine::new(MachineConfig {
-        vcpus: 1,
-        memory: proto::ByteCount(mib << 20),
-        memory_file: None,
-        cpu: proto::CpuFeatures::default(),
-        disks: Vec::new(),
-        nics: Vec::new(),
-        console: ConsoleRing::default(),
-        lease_deadline_ns: Arc::new(AtomicU64::new(u64::MAX)),
-        exits,
-    })?;
+    let machine = Machine::new(MachineConfig::bare(proto::ByteCount(mib << 20), exits))?;
     machine.boot(&BootConfig { kernel, initrd: None, cmdline: cmdline.clone() })?;
     machine.resume();
     // A recording begins at a time of its own choice; there is nothing to wait for.

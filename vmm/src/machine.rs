@@ -69,6 +69,24 @@ pub struct MachineConfig {
     pub exits: Sender<GuestExit>,
 }
 
+impl MachineConfig {
+    /// One vCPU and nothing attached, with a lease that never ends: for measurements and tests, not for a pool.
+    #[must_use]
+    pub fn bare(memory: ByteCount, exits: Sender<GuestExit>) -> Self {
+        Self {
+            vcpus: 1,
+            memory,
+            memory_file: None,
+            cpu: CpuFeatures::default(),
+            disks: Vec::new(),
+            nics: Vec::new(),
+            console: ConsoleRing::default(),
+            lease_deadline_ns: Arc::new(AtomicU64::new(u64::MAX)),
+            exits,
+        }
+    }
+}
+
 /// The machine can't be built or worked.
 #[derive(Debug, thiserror::Error)]
 pub enum MachineError {

@@ -146,7 +146,7 @@ fn replica(state: &PoolState, volume: &Volume, host: HostId, me: HostId) -> Opti
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pool_state::state::{Holder, Host, HostState, IsrMember, VolumeLimits, VolumeOwner};
+    use pool_state::state::{Holder, Host, HostState, IsrMember, VolumeOwner};
     use proto::{
         AttachmentSecret, ByteCount, CertificateFingerprint, Incarnation, IsrVersion, Sequence, VmId,
         VolumeId,
@@ -179,14 +179,9 @@ mod tests {
 
     fn volume() -> Volume {
         let member = |id: u64| IsrMember { host: HostId(id), incarnation: Incarnation(format!("life-{id}")) };
+        let replicas = vec![HostId(1), HostId(2), HostId(3)];
+        let isr = vec![member(1), member(2)];
         Volume {
-            id: VolumeId(20),
-            name: "data".to_owned(),
-            size: ByteCount(1 << 20),
-            limits: VolumeLimits::default(),
-            replicas: vec![HostId(1), HostId(2), HostId(3)],
-            replicas_wanted: 3,
-            isr: vec![member(1), member(2)],
             isr_version: IsrVersion(5),
             epoch: Epoch(4),
             epoch_history: vec![
@@ -196,14 +191,7 @@ mod tests {
             attached_to: Some(VmId(10)),
             owner: Some(VolumeOwner { holder: Holder::Vm(VmId(10)), host: HostId(1) }),
             secret: Some(AttachmentSecret([7; 32])),
-            rewriting: None,
-            origin: None,
-            depth: 0,
-            snapshots: Vec::new(),
-            service: None,
-            scrub: None,
-            last_scrub: None,
-            scrub_from_ms: 0,
+            ..Volume::unused(VolumeId(20), "data", ByteCount(1 << 20), replicas, 3, isr)
         }
     }
 

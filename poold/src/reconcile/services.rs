@@ -7,7 +7,7 @@ use super::{
     schedule::owner_key,
 };
 use crate::api::Copies;
-use crate::supervisor::{Inherited, MachineError, ProcessError, ProcessKey, StopMode, Subject};
+use crate::supervisor::{Inherited, Machine, MachineError, ProcessError, ProcessKey, StopMode, Subject};
 use pool_state::command::VolumeCommand;
 use pool_state::{
     Command, PoolState,
@@ -104,14 +104,24 @@ impl Executor {
         Ok(self.context.try_report(Command::Volume(report)).await?)
     }
 
+    /// The process of this host that owns a volume at this epoch.
+    fn owner_of(
+        &self,
+        state: &PoolState,
+        (volume, epoch): (VolumeId, Epoch),
+    ) -> Result<(ProcessKey, Machine), ActionError> {
+        let key = owner_key(state, volume, epoch).unwrap_or(ProcessKey::volume(volume, epoch));
+        let machine = self.supervisor.machine(key).ok_or(ActionError::NoProcess { key })?;
+        Ok((key, machine))
+    }
+
     async fn scrub(
         &self,
         state: &PoolState,
         (volume, epoch): (VolumeId, Epoch),
         request: VolumeScrubRequest,
     ) -> Result<(), ActionError> {
-        let key = owner_key(state, volume, epoch).unwrap_or(ProcessKey::volume(volume, epoch));
-        let machine = self.supervisor.machine(key).ok_or(ActionError::NoProcess { key })?;
+        let (key, machine) = self.owner_of(state, (volume, epoch))?;
         machine.volume_scrub(request).await?;
         self.supervisor.poke(key);
         Ok(())
@@ -169,9 +179,7 @@ impl Executor {
         (volume, epoch): (VolumeId, Epoch),
         work: VolumeWork,
     ) -> Result<(), ActionError> {
-        let key = owner_key(state, volume, epoch);
-        let key = key.unwrap_or(ProcessKey::volume(volume, epoch));
-        let machine = self.supervisor.machine(key).ok_or(ActionError::NoProcess { key })?;
+        let (key, machine) = self.owner_of(state, (volume, epoch))?;
         let op = match work {
             VolumeWork::Snapshot { snapshot } => Op::TakeSnapshotId(snapshot.0),
             VolumeWork::DeleteSnapshot { snapshot } => Op::DeleteSnapshotId(snapshot.0),

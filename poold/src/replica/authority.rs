@@ -184,28 +184,12 @@ mod tests {
 
     fn state(epoch: Epoch) -> PoolState {
         let mut state = PoolState::default();
+        let isr = vec![pool_state::state::IsrMember { host: ME, incarnation: Incarnation("a".to_owned()) }];
         let volume = Volume {
-            id: VOLUME,
-            name: "data".to_owned(),
-            size: ByteCount(1 << 20),
-            limits: pool_state::state::VolumeLimits::default(),
-            replicas: vec![ME],
-            replicas_wanted: 1,
-            isr: vec![pool_state::state::IsrMember { host: ME, incarnation: Incarnation("a".to_owned()) }],
             isr_version: IsrVersion(5),
             epoch,
-            epoch_history: Vec::new(),
-            attached_to: None,
-            owner: None,
             secret: Some(AttachmentSecret([7; 32])),
-            rewriting: None,
-            origin: None,
-            depth: 0,
-            snapshots: Vec::new(),
-            service: None,
-            scrub: None,
-            last_scrub: None,
-            scrub_from_ms: 0,
+            ..Volume::unused(VOLUME, "data", ByteCount(1 << 20), vec![ME], 1, isr)
         };
         state.volumes.insert(VOLUME, volume);
         state

@@ -78,7 +78,8 @@ fn put(status: &mut v1::ScrubStatus, now: ScrubProgress, begun: Instant) {
     status.running_ms = millis(begun.elapsed());
 }
 
-fn millis(duration: Duration) -> u64 {
+/// As messages have it.
+pub fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 

@@ -4,6 +4,7 @@ use crate::attachment::Attachment;
 use crate::disk::VolumeDisk;
 use crate::limit::SharedLimiter;
 use crate::request::Refusal;
+use crate::scrub::millis;
 use futures::future::{join_all, try_join_all};
 use proto::limits::BLOCK_BYTES;
 use proto::{Epoch, Sequence, VolumeId, v1};
@@ -287,6 +288,6 @@ fn resync_message(resync: &ResyncStatus) -> v1::ResyncStatus {
         copied_bytes: bytes(resync.copied),
         left_bytes: bytes(resync.left),
         counted: resync.counted,
-        running_ms: u64::try_from(resync.running.as_millis()).unwrap_or(u64::MAX),
+        running_ms: millis(resync.running),
     }
 }

@@ -99,15 +99,13 @@ impl Copies {
             self.data = aligned(COPY_BLOCKS_MAX * BLOCK_BYTES);
         }
         self.data.resize(from + checksums.len() * BLOCK_BYTES, 0);
-        let copied = read(&mut self.data[from..]);
-        match copied.and_then(|()| verify_all(record.volume, record.first, &self.data[from..], checksums)) {
+        let copied = read(&mut self.data[from..])
+            .and_then(|()| verify_all(record.volume, record.first, &self.data[from..], checksums));
+        match copied {
             Ok(()) => self.records.push(record),
-            Err(error) => {
-                self.data.truncate(from);
-                return Err(error);
-            }
+            Err(_) => self.data.truncate(from),
         }
-        Ok(())
+        copied
     }
 }
 

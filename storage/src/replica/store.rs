@@ -214,12 +214,12 @@ impl Store {
 fn run(mut engine: Engine<Asker>, mut queue: mpsc::Receiver<Message>) -> Result<(), LogError> {
     let mut teller = Teller::default();
     loop {
-        teller.send();
         let tell = &mut |asker, told| teller.tell(asker, told);
         let first = if engine.is_busy() {
             match queue.try_recv() {
                 Err(TryRecvError::Empty) => {
                     engine.commit(tell)?;
+                    teller.send();
                     continue;
                 }
                 received => received.ok(),

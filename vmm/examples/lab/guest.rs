@@ -9,7 +9,6 @@ use std::fs::File;
 use std::io::{Seek as _, SeekFrom};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 use vmm::{
@@ -66,14 +65,9 @@ impl Guest {
         let (console, (sender, exits)) = (ConsoleRing::default(), mpsc::channel());
         let machine = Machine::new(MachineConfig {
             vcpus: shape.vcpus,
-            memory: proto::ByteCount(shape.memory_mib << 20),
-            memory_file: None,
-            cpu: proto::CpuFeatures::default(),
             disks: shape.disks.clone(),
-            nics: Vec::new(),
             console: console.clone(),
-            lease_deadline_ns: Arc::new(AtomicU64::new(u64::MAX)),
-            exits: sender,
+            ..MachineConfig::bare(proto::ByteCount(shape.memory_mib << 20), sender)
         })?;
         Ok(Self { machine, console, exits, seen: 0, commands: 0 })
     }

@@ -110,15 +110,10 @@ impl Rig {
         let lease = Arc::new(AtomicU64::new(u64::MAX));
         let disks = disks.into_iter().map(|disk| ("probe-disk".to_owned(), disk)).collect();
         let machine = Machine::new(MachineConfig {
-            vcpus: 1,
-            memory: proto::ByteCount(memory),
-            memory_file: None,
-            cpu: proto::CpuFeatures::default(),
             disks,
-            nics: Vec::new(),
             console: console.clone(),
             lease_deadline_ns: lease.clone(),
-            exits: sender,
+            ..MachineConfig::bare(proto::ByteCount(memory), sender)
         });
         let machine = machine.unwrap_or_else(|error| panic!("no machine: {error}; is /dev/kvm there?"));
         Self { machine, console, exits, lease }

@@ -56,7 +56,8 @@ pub struct Volume {
 
 impl Volume {
     /// One that nobody has used yet.
-    pub(crate) fn unused(
+    #[must_use]
+    pub fn unused(
         id: VolumeId,
         name: &str,
         size: ByteCount,

@@ -340,7 +340,8 @@ impl Owner {
         }
     }
 
-    /// Asks replicas to make durable what a flush or the drain waits for, or is going to wait for; those that are full, whether they still are.
+    /// Asks replicas to make durable what a flush or the drain waits for, or is going to wait for; those that are full, whether
+    /// they still are.
     pub(super) fn flush_peers(&mut self) {
         let State::Active(active) = &self.state else { return };
         let is_idle = active.in_flight.is_empty() && active.waiting.is_empty();
