@@ -38,8 +38,9 @@ const THROTTLE_MAX_PERCENT: u8 = 80;
 /// Rounds after which `must-finish` stops the machine even if all of them were quick.
 const MUST_FINISH_ROUNDS: u32 = 24;
 
-/// What a `must-finish` migration may take, in halves of the time that the first, full round took.
-const MUST_FINISH_HALVES: u32 = 3;
+/// What a `must-finish` migration may take up to its last page, in percent of the time that the first, full round took: what a
+/// blackout costs besides its pages comes on top, and all of it shall stay within 1.5 times that round.
+const MUST_FINISH_PERCENT: u32 = 145;
 
 /// Rounds before pages come on demand: the first one carries what the guest does not write to, the second one most of what
 /// it has written to once; further ones bring what is dirty again before it is needed.
@@ -319,7 +320,7 @@ impl Convergence {
 
     /// `must-finish` stops when another round like this one and then the last pages would take too long.
     fn is_forced(&self, now: Moment, predicted: Duration) -> bool {
-        let budget = self.first_round * MUST_FINISH_HALVES / 2;
+        let budget = self.first_round * MUST_FINISH_PERCENT / 100;
         let is_late = now.since(self.started).saturating_add(predicted * 2) > budget;
         self.policy == Policy::MustFinish && (is_late || self.rounds >= MUST_FINISH_ROUNDS)
     }

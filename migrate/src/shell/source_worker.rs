@@ -215,7 +215,7 @@ impl<V: SourceVm> Worker<V> {
         let streams = u8::try_from(self.sink.queues.len()).expect("streams are counted in a byte");
         let (mut totals, mut held) = (RoundTotals::default(), Held::new(None, 0));
         let mut pages = PageBitmap::new(self.vm.page_count());
-        while let Some(words) = unsent.take_chunk(&mut pages) {
+        while let Some(words) = unsent.take_piece(&mut pages) {
             let window = Some((words.start, words.end));
             let plan = RoundPlan { round, scope: RoundScope::Last, pages: &pages, window, streams };
             let part = send_round(&*self.vm, plan, &mut held, &mut self.sink)?;

@@ -6,7 +6,7 @@ use super::{
     endpoint,
     identity::Identity,
     spawn_driver,
-    target_link::{self, ApplyJob, Link},
+    target_link::{self, ApplyJob, Batches, Link},
     waits::Waits,
 };
 use crate::{
@@ -30,6 +30,13 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 /// How long a finished target waits for the source to close the link, so that its last message arrives.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Number of the stream of such pages, which is none of the bulk's: it does not matter to pages on demand, and other frames are
+/// refused on it.
+const OF_URGENT: u8 = BULK_STREAMS_MAX;
+
+/// Batches of pages that are waited for; each thread of the machine waits for one page.
+const QUEUE_URGENT: usize = 64;
 
 /// Requests that wait; each handle waits for its answer.
 const QUEUE_REQUESTS: usize = 4;
@@ -137,6 +144,7 @@ impl TargetTask {
         let (sender, events_in) = mpsc::channel(QUEUE_EVENTS);
         let events = LinkEvents { events: sender, link: OF_NO_LINK };
         let (jobs, queued) = mpsc::channel(QUEUE_BATCHES * usize::from(BULK_STREAMS_MAX));
+        let (urgent, queued_urgent) = mpsc::channel(QUEUE_URGENT);
         let meter = Arc::new(CpuMeter::default());
         let driver = Driver {
             vm,
@@ -151,8 +159,8 @@ impl TargetTask {
             waits: Arc::default(),
             origin: Instant::now(),
             events,
-            jobs,
-            queued: Some(queued),
+            batches: Batches { jobs, urgent },
+            queued: Some((queued, queued_urgent)),
             published,
             link: None,
             link_number: OF_NO_LINK,
@@ -173,6 +181,9 @@ impl TargetTask {
     }
 }
 
+/// Jobs, and batches that pass them.
+type Queued = (mpsc::Receiver<ApplyJob>, mpsc::Receiver<Vec<u8>>);
+
 struct Driver<V> {
     vm: Arc<V>,
     identity: Identity,
@@ -187,9 +198,9 @@ struct Driver<V> {
     waits: Arc<Waits>,
     origin: Instant,
     events: LinkEvents<TargetEvent>,
-    jobs: mpsc::Sender<ApplyJob>,
+    batches: Batches,
     /// Until the thread that owns the received memory takes them.
-    queued: Option<mpsc::Receiver<ApplyJob>>,
+    queued: Option<Queued>,
     published: watch::Sender<TargetPhase>,
     link: Option<Link>,
     link_number: LinkNumber,
@@ -239,7 +250,7 @@ impl<V: TargetVm> Driver<V> {
         }
         self.link_number = LinkNumber(self.link_number.0 + 1);
         let events = LinkEvents { events: self.events.events.clone(), link: self.link_number };
-        self.link = Some(target_link::serve(connection, events, self.jobs.clone()));
+        self.link = Some(target_link::serve(connection, events, self.batches.clone()));
     }
 
     fn request(&mut self, request: Request) -> TargetEvent {
@@ -311,7 +322,7 @@ impl<V: TargetVm> Driver<V> {
 
     /// In the order of the calls: tasks of this runtime begin in the order in which they were made, and the queue is fair.
     fn job(&self, job: ApplyJob) {
-        let jobs = self.jobs.clone();
+        let jobs = self.batches.jobs.clone();
         tokio::spawn(async move { jobs.send(job).await });
     }
 
@@ -335,9 +346,9 @@ impl<V: TargetVm> Driver<V> {
 
     /// Sockets with threads of their own for the further connections.
     fn listen_more(&self, count: u8) {
-        let (events, jobs) = (self.events.clone(), self.jobs.clone());
+        let events = self.events.clone();
         let Some(link) = &self.link else { return };
-        let bulk = link.bulk(jobs);
+        let bulk = link.bulk(self.batches.clone());
         let (identity, ip, pinned) = (self.identity.clone(), self.listen_ip, self.source_fingerprint);
         let meter = self.meter.clone();
         tokio::task::spawn_blocking(move || {
@@ -376,52 +387,64 @@ impl<V: TargetVm> Driver<V> {
 fn apply_jobs<V: TargetVm>(
     vm: &V,
     mut applier: PageApplier,
-    mut jobs: mpsc::Receiver<ApplyJob>,
+    (mut jobs, mut urgent): Queued,
     (events, waits): (&LinkEvents<TargetEvent>, &Arc<Waits>),
 ) {
+    while let Some(job) = jobs.blocking_recv() {
+        // What is waited for passes what stands in line, this job included.
+        let passing = std::iter::from_fn(|| urgent.try_recv().ok());
+        let passing = passing.map(|bytes| ApplyJob::Batch { stream: OF_URGENT, bytes });
+        for job in passing.chain([job]) {
+            for event in apply_job(vm, &mut applier, job, (events, waits)) {
+                let is_failure = matches!(event, TargetEvent::Failed(_));
+                let round_ended = matches!(event, TargetEvent::RoundApplied { .. });
+                if events.blocking_send(event).is_err() || is_failure {
+                    return;
+                }
+                if round_ended {
+                    // Between two rounds, so that it is not left for the blackout.
+                    applier.settle();
+                }
+            }
+        }
+    }
+}
+
+fn apply_job<V: TargetVm>(
+    vm: &V,
+    applier: &mut PageApplier,
+    job: ApplyJob,
+    (events, waits): (&LinkEvents<TargetEvent>, &Arc<Waits>),
+) -> Vec<TargetEvent> {
     let failed = |error: &dyn std::fmt::Display| {
         vec![TargetEvent::Failed(TargetFailure::Pages { error: error.to_string() })]
     };
-    while let Some(job) = jobs.blocking_recv() {
-        let done = match job {
-            ApplyJob::Batch { stream, bytes } => match apply_batch(vm, &mut applier, stream, &bytes, waits) {
-                Ok(_) if applier.has_filled() => {
-                    vm.end_on_demand();
-                    vec![TargetEvent::Filled]
-                }
-                Ok(rounds) => rounds.into_iter().map(|round| TargetEvent::RoundApplied { round }).collect(),
-                Err(error) => failed(&error),
-            },
-            ApplyJob::BeginOnDemand { round, missing } => {
-                match begin_on_demand(vm, &missing, events, waits) {
-                    Ok(()) => {
-                        applier.begin_on_demand(round, missing);
-                        let filled = applier.has_filled().then_some(TargetEvent::Filled);
-                        [TargetEvent::OnDemandBegun].into_iter().chain(filled).collect()
-                    }
-                    Err(error) => failed(&error),
-                }
+    match job {
+        ApplyJob::Urgent => Vec::new(),
+        ApplyJob::Batch { stream, bytes } => match apply_batch(vm, applier, stream, &bytes, waits) {
+            Ok(_) if applier.has_filled() => {
+                vm.end_on_demand();
+                vec![TargetEvent::Filled]
             }
-            ApplyJob::ListMissing => {
-                applier.missing().cloned().map(TargetEvent::MissingListed).into_iter().collect()
+            Ok(rounds) => rounds.into_iter().map(|round| TargetEvent::RoundApplied { round }).collect(),
+            Err(error) => failed(&error),
+        },
+        ApplyJob::BeginOnDemand { round, missing } => match begin_on_demand(vm, &missing, events, waits) {
+            Ok(()) => {
+                applier.begin_on_demand(round, missing);
+                let filled = applier.has_filled().then_some(TargetEvent::Filled);
+                [TargetEvent::OnDemandBegun].into_iter().chain(filled).collect()
             }
-            ApplyJob::Starve(supply) => match vm.starve(supply) {
-                Ok(()) => Vec::new(),
-                Err(error) => failed(&error),
-            },
-            ApplyJob::Prove(rehash) => prove(vm, &mut applier, rehash).into_iter().collect(),
-        };
-        for event in done {
-            let is_failure = matches!(event, TargetEvent::Failed(_));
-            let round_ended = matches!(event, TargetEvent::RoundApplied { .. });
-            if events.blocking_send(event).is_err() || is_failure {
-                return;
-            }
-            if round_ended {
-                // Between two rounds, so that it is not left for the blackout.
-                applier.settle();
-            }
+            Err(error) => failed(&error),
+        },
+        ApplyJob::ListMissing => {
+            applier.missing().cloned().map(TargetEvent::MissingListed).into_iter().collect()
         }
+        ApplyJob::Starve(supply) => match vm.starve(supply) {
+            Ok(()) => Vec::new(),
+            Err(error) => failed(&error),
+        },
+        ApplyJob::Prove(rehash) => prove(vm, applier, rehash).into_iter().collect(),
     }
 }
 

@@ -40,6 +40,8 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 pub(super) enum ApplyJob {
     /// A batch as it came, with the index of its stream.
     Batch { stream: u8, bytes: Vec<u8> },
+    /// There is something in the queue of pages that are waited for.
+    Urgent,
     /// Make the proof of all that was received.
     Prove(Rehash),
     /// Give up these pages, and take them as copies of the round from now on.
@@ -91,11 +93,7 @@ async fn handshake(incoming: Incoming) -> Option<Connection> {
 }
 
 /// Starts the readers of a connection. They report to `events`, and batches go to `batches`.
-pub(super) fn serve(
-    connection: Connection,
-    events: LinkEvents<TargetEvent>,
-    batches: mpsc::Sender<ApplyJob>,
-) -> Link {
+pub(super) fn serve(connection: Connection, events: LinkEvents<TargetEvent>, batches: Batches) -> Link {
     let (messages, queue) = mpsc::channel(QUEUE_MESSAGES);
     let taken = Arc::new(AtomicU32::new(0));
     tokio::spawn(serve_control(connection.clone(), events.clone(), queue));
@@ -108,16 +106,24 @@ pub(super) fn serve(
 
 impl Link {
     /// Where the streams of further connections go.
-    pub(super) fn bulk(&self, batches: mpsc::Sender<ApplyJob>) -> Bulk {
+    pub(super) fn bulk(&self, batches: Batches) -> Bulk {
         Bulk { events: self.events.clone(), batches, taken: self.taken.clone() }
     }
+}
+
+/// Where batches go.
+#[derive(Clone)]
+pub(super) struct Batches {
+    pub(super) jobs: mpsc::Sender<ApplyJob>,
+    /// Batches with pages that are waited for; they pass the jobs that stand in line.
+    pub(super) urgent: mpsc::Sender<Vec<u8>>,
 }
 
 /// Where pages go, whatever connection they come on.
 #[derive(Clone)]
 pub(super) struct Bulk {
     events: LinkEvents<TargetEvent>,
-    batches: mpsc::Sender<ApplyJob>,
+    batches: Batches,
     /// One bit for each stream index that was opened.
     taken: Arc<AtomicU32>,
 }
@@ -238,7 +244,7 @@ impl From<ReadExactError> for StreamError {
 async fn serve_stream(
     mut stream: RecvStream,
     events: &LinkEvents<TargetEvent>,
-    batches: mpsc::Sender<ApplyJob>,
+    batches: Batches,
     taken: &AtomicU32,
 ) -> Result<(), StreamError> {
     let mut kind = [0];
@@ -253,10 +259,20 @@ async fn serve_stream(
             if index >= BULK_STREAMS_MAX || before & bit != 0 {
                 return Err(WireError::StreamIndex { index }.into());
             }
-            read_batches(stream, index, batches).await
+            loop {
+                let bytes = read_batch(&mut stream).await?;
+                if batches.jobs.send(ApplyJob::Batch { stream: index, bytes }).await.is_err() {
+                    return Ok(());
+                }
+            }
         }
-        // Which stream it is does not matter to pages on demand, and others are refused on it.
-        StreamKind::Urgent => read_batches(stream, BULK_STREAMS_MAX, batches).await,
+        StreamKind::Urgent => loop {
+            let bytes = read_batch(&mut stream).await?;
+            let is_queued = batches.urgent.send(bytes).await.is_ok();
+            if !is_queued || batches.jobs.send(ApplyJob::Urgent).await.is_err() {
+                return Ok(());
+            }
+        },
         StreamKind::State => {
             let mut length = [0; 8];
             stream.read_exact(&mut length).await?;
@@ -269,25 +285,18 @@ async fn serve_stream(
     }
 }
 
-async fn read_batches(
-    mut stream: RecvStream,
-    index: u8,
-    batches: mpsc::Sender<ApplyJob>,
-) -> Result<(), StreamError> {
-    loop {
-        let mut length = [0; BATCH_PREFIX_BYTES];
-        stream.read_exact(&mut length).await?;
-        let length = check_length("batch", u64::from(u32::from_le_bytes(length)), BATCH_BYTES_MAX)?;
-        let mut bytes = Vec::with_capacity(length);
-        while bytes.len() < length {
-            // Nothing is cleared only to be overwritten.
-            match stream.read_chunk(length - bytes.len(), true).await {
-                Ok(Some(chunk)) => bytes.extend_from_slice(&chunk.bytes),
-                Ok(None) | Err(_) => return Err(StreamError::Link),
-            }
-        }
-        if batches.send(ApplyJob::Batch { stream: index, bytes }).await.is_err() {
-            return Ok(());
+/// The next batch, with its length checked. The stream's end is that of the link, which the control reader reports.
+async fn read_batch(stream: &mut RecvStream) -> Result<Vec<u8>, StreamError> {
+    let mut length = [0; BATCH_PREFIX_BYTES];
+    stream.read_exact(&mut length).await?;
+    let length = check_length("batch", u64::from(u32::from_le_bytes(length)), BATCH_BYTES_MAX)?;
+    let mut bytes = Vec::with_capacity(length);
+    while bytes.len() < length {
+        // Nothing is cleared only to be overwritten.
+        match stream.read_chunk(length - bytes.len(), true).await {
+            Ok(Some(chunk)) => bytes.extend_from_slice(&chunk.bytes),
+            Ok(None) | Err(_) => return Err(StreamError::Link),
         }
     }
+    Ok(bytes)
 }

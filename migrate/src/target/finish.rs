@@ -7,6 +7,7 @@ use crate::{
     source::ResumedParts,
     wire::{Rest, ToSource},
 };
+use std::collections::BTreeSet;
 
 impl Target {
     /// The state is restored as soon as it is here: it touches vCPUs and devices, never guest memory.
@@ -75,7 +76,7 @@ impl Target {
             return Vec::new();
         }
         let (memory_hash, last_sequences) = (ours.as_ref().map(|proof| proof.root), last_sequences.clone());
-        let fill = Fill { supply: Supply::Flows, is_filled: false };
+        let fill = Fill { supply: Supply::Flows, is_filled: false, wanted: BTreeSet::new() };
         let fill = (*rest == Rest::OnDemand).then_some(fill);
         self.enter(State::Ready(Ready { memory_hash, last_sequences, fill }));
         vec![TargetCommand::Send(ToSource::Ready)]
@@ -83,7 +84,7 @@ impl Target {
 
     pub(super) fn on_resumed(&mut self, parts: ResumedParts) -> Vec<TargetCommand> {
         let State::Ready(Ready { fill, .. }) = &self.state else { return Vec::new() };
-        match *fill {
+        match fill.clone() {
             None => {
                 self.enter(State::Resumed);
                 vec![TargetCommand::Send(resumed(parts))]

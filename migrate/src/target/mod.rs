@@ -71,10 +71,12 @@ struct Ready {
 }
 
 /// How far pages on demand are.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 struct Fill {
     supply: Supply,
     is_filled: bool,
+    /// Pages that somebody waits for; what has come meanwhile may still be among them.
+    wanted: BTreeSet<PageIndex>,
 }
 
 /// The machine runs here without some of its pages.
@@ -82,8 +84,6 @@ struct Fill {
 struct Filling {
     fill: Fill,
     parts: ResumedParts,
-    /// Pages that somebody waits for; what has come meanwhile may still be among them.
-    wanted: BTreeSet<PageIndex>,
 }
 
 /// The source stands still; what has arrived so far.

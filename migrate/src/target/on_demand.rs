@@ -14,7 +14,6 @@ use crate::{
     wire::{PageWords, Rest, ToSource},
 };
 use proto::{MigrationId, PageIndex, VmId};
-use std::collections::BTreeSet;
 
 /// Pages waited for at once: a thread waits for one, and a machine has fewer threads. More are left to the background.
 const WANTED_MAX: usize = 1024;
@@ -41,24 +40,30 @@ impl Target {
     }
 
     pub(super) fn begin_filling(&mut self, fill: Fill, parts: ResumedParts) -> Vec<TargetCommand> {
-        self.enter(State::Filling(Filling { fill, parts, wanted: BTreeSet::new() }));
-        if fill.supply == Supply::Broken {
-            return if fill.is_filled { Vec::new() } else { vec![TargetCommand::Starve(Supply::Broken)] };
+        let (supply, is_filled) = (fill.supply, fill.is_filled);
+        self.enter(State::Filling(Filling { fill, parts }));
+        if supply == Supply::Broken {
+            return if is_filled { Vec::new() } else { vec![TargetCommand::Starve(Supply::Broken)] };
         }
         let mut commands = vec![TargetCommand::Send(resumed(parts))];
-        if fill.is_filled {
+        if is_filled {
             commands.push(TargetCommand::Send(ToSource::Complete));
         }
         commands
     }
 
+    /// The machine may touch a page before its owner gets to say that it runs.
     pub(super) fn on_fault(&mut self, page: PageIndex) -> Vec<TargetCommand> {
-        let State::Filling(filling) = &mut self.state else { return Vec::new() };
-        if filling.wanted.len() == WANTED_MAX {
-            filling.wanted.clear();
+        let (State::Ready(Ready { fill: Some(fill), .. }) | State::Filling(Filling { fill, .. })) =
+            &mut self.state
+        else {
+            return Vec::new();
+        };
+        if fill.wanted.len() == WANTED_MAX {
+            fill.wanted.clear();
         }
-        filling.wanted.insert(page);
-        match filling.fill.supply {
+        fill.wanted.insert(page);
+        match fill.supply {
             Supply::Flows => vec![TargetCommand::Send(ToSource::Need { page })],
             Supply::Broken => Vec::new(),
         }
@@ -72,7 +77,7 @@ impl Target {
             }
             State::Filling(filling) => {
                 filling.fill.is_filled = true;
-                filling.wanted.clear();
+                filling.fill.wanted.clear();
                 match filling.fill.supply {
                     Supply::Flows => vec![TargetCommand::Send(ToSource::Complete)],
                     // Nothing is missing, so nothing is waited for; the source hears it when it rejoins.
@@ -125,8 +130,14 @@ impl Target {
     pub(super) fn on_missing_listed(&mut self, missing: &PageBitmap) -> Vec<TargetCommand> {
         let list =
             || PageWords::of(missing).into_iter().map(|pages| TargetCommand::Send(ToSource::Missing(pages)));
+        let needs = |fill: &Fill| {
+            let wanted = fill.wanted.iter().filter(|page| missing.contains(**page));
+            wanted.map(|&page| TargetCommand::Send(ToSource::Need { page })).collect::<Vec<_>>()
+        };
         match &self.state {
-            State::Ready(Ready { fill: Some(Fill { supply: Supply::Flows, .. }), .. }) => list().collect(),
+            State::Ready(Ready { fill: Some(fill), .. }) if fill.supply == Supply::Flows => {
+                list().chain(needs(fill)).collect()
+            }
             State::Filling(filling) if filling.fill.supply == Supply::Flows => {
                 // The source may not have heard it before the link broke.
                 let mut commands = vec![TargetCommand::Send(resumed(filling.parts))];
@@ -135,8 +146,7 @@ impl Target {
                     return commands;
                 }
                 commands.extend(list());
-                let wanted = filling.wanted.iter().filter(|page| missing.contains(**page));
-                commands.extend(wanted.map(|&page| TargetCommand::Send(ToSource::Need { page })));
+                commands.extend(needs(&filling.fill));
                 commands.push(TargetCommand::Starve(Supply::Flows));
                 commands
             }

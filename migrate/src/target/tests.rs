@@ -199,3 +199,39 @@ fn messages_out_of_turn_fail_the_target() {
     handle(&mut target, TargetEvent::Message(hello()));
     assert!(matches!(target.phase(), TargetPhase::Failed { .. }));
 }
+
+/// A target with a machine that may run before its pages are there.
+fn ready_on_demand() -> Target {
+    let mut target = receiving();
+    let stopped =
+        ToTarget::Stopped { last_round: Round(2), last_sequences: Vec::new(), rest: Rest::OnDemand };
+    let mut missing = PageBitmap::new(1024);
+    missing.fill();
+    handle(&mut target, TargetEvent::Message(stopped));
+    for words in crate::wire::PageWords::of(&missing) {
+        handle(&mut target, TargetEvent::Message(ToTarget::Missing(words)));
+    }
+    handle(&mut target, TargetEvent::StateReceived(vec![1]));
+    handle(&mut target, TargetEvent::OnDemandBegun);
+    handle(&mut target, TargetEvent::StateLoaded);
+    assert!(matches!(target.phase(), TargetPhase::Ready { .. }));
+    target
+}
+
+/// The vCPUs run for a moment before their owner says so; whoever waits for a page then must not wait for the background.
+#[test]
+fn a_page_that_is_touched_before_the_machine_is_said_to_run_is_asked_for() {
+    let need = |page| TargetCommand::Send(ToSource::Need { page });
+    let mut target = ready_on_demand();
+    assert_eq!(handle(&mut target, TargetEvent::Fault { page: PageIndex(9) }), [need(PageIndex(9))]);
+    // Asked for once more on the next link.
+    let mut target = ready_on_demand();
+    handle(&mut target, TargetEvent::LinkLost { error: "gone".to_owned() });
+    assert!(handle(&mut target, TargetEvent::Fault { page: PageIndex(9) }).is_empty());
+    let rejoin = ToTarget::Rejoin { migration: MigrationId(1), vm: VmId(2) };
+    assert_eq!(handle(&mut target, TargetEvent::Message(rejoin)), [TargetCommand::ListMissing]);
+    let mut missing = PageBitmap::new(1024);
+    missing.fill();
+    let listed = handle(&mut target, TargetEvent::MissingListed(missing));
+    assert_eq!(listed.last(), Some(&need(PageIndex(9))));
+}
