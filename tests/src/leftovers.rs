@@ -1,10 +1,12 @@
 //! Clean-up after runs that were killed themselves.
 //!
-//! Each run keeps its files in `/tmp/pool-tests/TAG` with a file `owner` that names the process. When that process is gone,
+//! A run that someone waits for is cleaned up at once when it is killed ([`collect_after`]); of all others:
+//! each run keeps its files in `/tmp/pool-tests/TAG` with a file `owner` that names the process. When that process is gone,
 //! the next run kills what the run left (by path in the command line), unmounts, deletes namespaces and files.
 
 use anyhow::{Context, Result};
 use std::fs;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -16,14 +18,18 @@ pub const RUNS_DIR: &str = "/tmp/pool-tests";
 
 /// Directory and tag of a new run.
 #[derive(Debug)]
-pub(crate) struct Run {
+pub struct Run {
     pub(crate) tag: String,
-    pub(crate) dir: PathBuf,
+    /// Its folder.
+    pub dir: PathBuf,
 }
 
 impl Run {
     /// Takes a tag that no other run has, below `root`.
-    pub(crate) fn new(root: &Path) -> Result<Self> {
+    ///
+    /// # Errors
+    /// The folder can't be made.
+    pub fn new(root: &Path) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         collect(root);
         let own = ProcessId::of(pid_of_this()).context("find the own process in /proc")?;
@@ -51,8 +57,16 @@ pub fn collect(root: &Path) {
     }
 }
 
+/// [`collect`], as soon as `alive` ends: the other end of a pipe of which the kernel closes the writing end with its process,
+/// whatever ended that.
+pub fn collect_after(mut alive: impl Read, root: &Path) {
+    // An error ends it, too.
+    let _ = io::copy(&mut alive, &mut io::sink());
+    collect(root);
+}
+
 /// Kills everything that works below `dir`, then removes mounts, namespaces and files.
-pub(crate) fn remove_run(dir: &Path) {
+pub fn remove_run(dir: &Path) {
     // The daemons first: a daemon would start a VM process anew. Two rounds catch one that was just being started.
     for _ in 0..2 {
         let (vms, others): (Vec<ProcessId>, Vec<ProcessId>) = processes_below(dir)
@@ -109,7 +123,8 @@ mod tests {
         .unwrap();
         // A start time that no process has: the owner is gone.
         fs::write(dead.join("owner"), format!("{} 1", pid_of_this())).unwrap();
-        collect(root.path());
+        // As when the run's process has ended: nothing more comes.
+        collect_after(io::empty(), root.path());
         assert!(live.dir.exists());
         assert!(!dead.exists());
         assert!(!anything_runs_below(&dead));

@@ -18,6 +18,7 @@
 pub mod binaries;
 pub mod disks;
 pub mod fabric;
+pub mod guest_memory;
 pub mod host;
 pub mod leftovers;
 pub mod links;
@@ -36,6 +37,7 @@ pub mod wait;
 pub use binaries::{Binaries, build_probe};
 pub use disks::DiskKind;
 pub use fabric::Network;
+pub use guest_memory::GuestMemory;
 pub use host::Host;
 pub use output::Output;
 pub use pool::{Pool, PoolBuilder, Proof, Timing};

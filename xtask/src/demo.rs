@@ -1,6 +1,7 @@
 //! `cargo xtask demo`: the main job on this machine, with real daemons, a real guest and a real death.
 
 use crate::build::{self, Profile};
+use crate::guard::Guard;
 use crate::{lab, machine};
 use anyhow::{Context, Result, ensure};
 use comfy_table::{Table, presets};
@@ -30,6 +31,7 @@ pub fn run() -> Result<()> {
     println!("Building (only the first time takes long) …");
     let folder = build::programs(Profile::Dev)?;
     let start = Instant::now();
+    let _guard = Guard::start()?;
     let mut pool = Pool::builder().name("demo").hosts(0).binaries(Binaries::in_dir(&folder)?).start()?;
     let dir = pool.dir().to_owned();
     make_pool(&mut pool)?;

@@ -13,6 +13,7 @@
 mod bench;
 mod build;
 mod demo;
+mod guard;
 mod lab;
 mod machine;
 mod test;
@@ -61,6 +62,9 @@ enum Command {
         /// Which ones; all of them by default
         scenarios: Vec<String>,
     },
+    /// Cleans up after the process at the other end of its input
+    #[command(name = guard::COMMAND, hide = true)]
+    CollectLeftovers,
     /// Faults on a pool of real processes, and checkers; see chaos/README.md
     Chaos {
         /// Passed on to the program: --seed 7 --minutes 10, scenario all, replay DIR
@@ -82,6 +86,7 @@ fn main() -> Result<ExitCode> {
         Command::Lab { list: true, .. } => lab::list(),
         Command::Lab { quick: true, .. } => lab::quick()?,
         Command::Lab { scenarios, .. } => lab::run(&scenarios)?,
+        Command::CollectLeftovers => guard::run(),
         Command::Chaos { arguments } => return chaos(&arguments),
     }
     Ok(ExitCode::SUCCESS)

@@ -8,6 +8,7 @@ mod report;
 mod storage;
 mod vmm;
 
+use crate::guard::Guard;
 use anyhow::Result;
 use clap::Subcommand;
 
@@ -27,6 +28,7 @@ pub enum Bench {
 impl Bench {
     /// Measures and prints.
     pub fn run(&self) -> Result<()> {
+        let _guard = Guard::start()?;
         match self {
             Self::Control(options) => control::run(options),
             Self::Migrate(options) => migrate::run(options),

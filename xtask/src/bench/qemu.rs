@@ -1,5 +1,6 @@
 //! Migrations of Debian's qemu, driven over QMP.
 
+use super::migrate::{GuestSpec, Walked};
 use super::report::Figures;
 use ::tests::wait_until;
 use anyhow::{Context, Result, bail};
@@ -10,7 +11,7 @@ use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Longest wait for anything.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -23,9 +24,6 @@ const CHANNELS: u64 = 2;
 
 /// Clock ticks of /proc, the same on every Linux that Debian builds.
 const TICKS_PER_SECOND: f64 = 100.0;
-
-/// How long the guest's own speed is measured.
-const SPEED_TIME: Duration = Duration::from_secs(3);
 
 /// How pages travel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,21 +50,10 @@ impl Mode {
     }
 }
 
-/// The guest.
-pub struct Guest<'a> {
-    pub kernel: &'a Path,
-    pub initrd: &'a Path,
-    pub cmdline: &'a str,
-    pub memory_mib: u64,
-    /// Beats that show that it has written its working set.
-    pub warm_beats: u64,
-}
-
 /// One qemu. Killed when dropped.
 struct Qemu {
     child: Child,
     stream: BufReader<UnixStream>,
-    console: PathBuf,
 }
 
 impl Drop for Qemu {
@@ -78,7 +65,7 @@ impl Drop for Qemu {
 }
 
 impl Qemu {
-    fn start(dir: &Path, name: &str, guest: &Guest<'_>, mode: Mode, more: &[&str]) -> Result<Self> {
+    fn start(dir: &Path, name: &str, guest: &GuestSpec<'_>, mode: Mode, more: &[&str]) -> Result<Self> {
         let (socket, console) = (dir.join(format!("{name}.qmp")), dir.join(format!("{name}.console")));
         let mut command = Command::new("qemu-system-x86_64");
         // Its default processor: `host` asks for registers that a nested KVM may not have.
@@ -117,7 +104,7 @@ impl Qemu {
             }
         };
         stream.set_read_timeout(Some(PATIENCE))?;
-        let mut qemu = Self { child, stream: BufReader::new(stream), console };
+        let mut qemu = Self { child, stream: BufReader::new(stream) };
         qemu.read()?;
         qemu.ask("qmp_capabilities", json!({}))?;
         let multifd = mode == Mode::Multifd;
@@ -136,9 +123,8 @@ impl Qemu {
         Ok(qemu)
     }
 
-    /// Beats of the guest on this console.
-    fn beats(&self) -> u64 {
-        fs::read_to_string(&self.console).unwrap_or_default().matches("PROBE beat=").count() as u64
+    fn pid(&self) -> i32 {
+        self.child.id().cast_signed()
     }
 
     /// Seconds of processor time of all threads that ever were, but those of vCPUs.
@@ -181,22 +167,17 @@ impl Qemu {
 }
 
 /// Boots the guest, moves it to a second qemu, and sees it go on there.
-pub fn migrate(dir: &Path, guest: &Guest<'_>, mode: Mode) -> Result<Figures> {
+pub fn migrate(dir: &Path, guest: &GuestSpec<'_>, mode: Mode) -> Result<Figures> {
     fs::write(dir.join("keys.psk"), format!("bench:{}\n", "5a".repeat(32)))?;
     let mut source = Qemu::start(dir, "source", guest, mode, &[])?;
     // The whole working set has been written by then.
-    wait_until(PATIENCE, "the guest beats under qemu", || {
-        Ok((source.beats() >= guest.warm_beats).then_some(()))
-    })?;
-    let (first, begun) = (source.beats(), Instant::now());
-    // The time is what is measured; there is nothing to wait for.
-    std::thread::sleep(SPEED_TIME);
-    let speed = (source.beats() - first) as f64 / begun.elapsed().as_secs_f64();
+    Walked::wait(source.pid(), 2 * guest.working_set_pages)?;
+    let speed = Walked::speed(source.pid())?;
     let mut target = Qemu::start(dir, "target", guest, mode, &["-incoming", "defer"])?;
     let port = TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port();
     let uri = format!("tcp:127.0.0.1:{port}");
     target.ask("migrate-incoming", json!({"uri": uri}))?;
-    let (cpu_s, first, begun) = (source.cpu_s()? + target.cpu_s()?, source.beats(), Instant::now());
+    let (cpu_s, before) = (source.cpu_s()? + target.cpu_s()?, Walked::of(source.pid())?);
     source.ask("migrate", json!({"uri": uri}))?;
     let found = wait_until(PATIENCE, "qemu has migrated", || {
         let found = source.ask("query-migrate", json!({}))?;
@@ -206,19 +187,18 @@ pub fn migrate(dir: &Path, guest: &Guest<'_>, mode: Mode) -> Result<Figures> {
             _ => Ok(None),
         }
     })?;
-    let (took, cpu_s) = (begun.elapsed(), source.cpu_s()? + target.cpu_s()? - cpu_s);
-    // The console of the target begins empty.
-    let beats = source.beats() - first + target.beats();
-    wait_until(PATIENCE, "the guest beats at the target", || Ok((target.beats() > 2).then_some(())))?;
+    let cpu_s = source.cpu_s()? + target.cpu_s()? - cpu_s;
+    // Its memory is there, and it goes on.
+    let after = Walked::of(target.pid())?;
+    Walked::wait(target.pid(), 1)?;
     let number = |value: &Value| value.as_f64().with_context(|| format!("a number is missing in {found}"));
     let total_ms = number(&found["total-time"])?;
-    let missing = speed * took.as_secs_f64() - beats as f64;
     Ok(Figures {
         total_ms,
         blackout_ms: number(&found["downtime"])?,
         bytes: number(&found["ram"]["transferred"])?,
         cpu_s,
-        lost_share: Figures::lost_share(missing, speed, total_ms),
+        lost_share: before.lost_share(after, speed, total_ms),
     })
 }
 

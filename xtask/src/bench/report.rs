@@ -20,13 +20,6 @@ pub struct Figures {
     pub lost_share: f64,
 }
 
-impl Figures {
-    /// The share for so many beats that were missing of a guest of this speed.
-    pub fn lost_share(missing_beats: f64, beats_per_s: f64, total_ms: f64) -> f64 {
-        missing_beats / (beats_per_s * total_ms / 1e3).max(f64::MIN_POSITIVE)
-    }
-}
-
 /// Median of a figure.
 pub fn median(figures: &[Figures], get: impl Fn(&Figures) -> f64) -> f64 {
     quantile(figures.iter().map(get).collect(), 0.5)
@@ -123,7 +116,7 @@ impl Report {
 
 fn row(name: &str, figures: &[Figures], part: f64) -> [String; 6] {
     let of = |get: fn(&Figures) -> f64| quantile(figures.iter().map(get).collect(), part);
-    // Single runs lose or win a beat by chance; only their mean means something.
+    // Single runs lose or win by chance; only their mean means something.
     let lost = figures.iter().map(|one| one.lost_share).sum::<f64>() / figures.len().max(1) as f64;
     [
         name.to_owned(),
@@ -155,11 +148,5 @@ mod tests {
         report.figure("slow", f64::NAN, "×", 0.6);
         assert!(report.end(true).unwrap_err().to_string().contains("slow"));
         assert!(report.end(false).is_ok());
-    }
-
-    #[test]
-    fn work_that_is_lost_counts_against_the_time_of_the_migration() {
-        // 20 beats a second for half a second, of which 5 are missing.
-        assert!((Figures::lost_share(5.0, 20.0, 500.0) - 0.5).abs() < 1e-9);
     }
 }

@@ -11,7 +11,8 @@
 //! PROBE typed …                                         what came in on the serial port
 //! PROBE ERROR memory page=7 …                           an inconsistency; also counted in `errors`
 //! ```
-//! Parameters on the command line: `wss=64M` (working set), `rate=20M` (bytes of it per second, judged by a TSC of 2 GHz;
+//! Parameters on the command line: `wss=64M` (working set), `light=1` (one word of each page
+//! instead of two stamps), `scatter=1` (in a scattered order), `initrd=1` (the working set lies in the initrd), `rate=20M` (bytes of it per second, judged by a TSC of 2 GHz;
 //! 0: as fast as it goes), `disk=1` (0: leave the disk alone), `turns=N` (power off after N turns; 0: never), `net=1` (use the
 //! network card), `peer=10.7.0.2` (send this address datagrams); `load=1` (2: writes) instead of all this reads the disk at random,
 //! 32 requests in flight, and counts: `PROBE io done=1000 errors=0`.
@@ -53,7 +54,13 @@ extern "C" fn guest_main(start_info: u64) -> ! {
         1 => load::run(virtio::Kind::Read),
         _ => load::run(virtio::Kind::Write),
     }
-    let mut walker = memory::Walker::new(params.working_set, start::low_memory_end(start_info));
+    let step = if params.light { memory::Step::Word } else { memory::Step::Stamps };
+    let order = if params.scattered { memory::Order::Scattered } else { memory::Order::Ascending };
+    let place = match start::initrd(start_info).filter(|_| params.in_initrd) {
+        Some(place) => memory::Place::in_initrd(place),
+        None => memory::Place::free(start::low_memory_end(start_info)),
+    };
+    let mut walker = memory::Walker::new(step, order, &place, params.working_set);
     let mut errors = 0;
     let mut disk = if params.disk { virtio::Device::open() } else { None };
     let mut journal = disk.as_mut().and_then(|device| match disk::Journal::recover(device, &mut errors) {

@@ -4,6 +4,12 @@
 pub struct Params {
     /// Working set in bytes.
     pub working_set: u64,
+    /// Write one word of each page instead of two stamps.
+    pub light: bool,
+    /// Visit the pages all over the place.
+    pub scattered: bool,
+    /// Walk in the initrd, whose pages are of whatever it is of.
+    pub in_initrd: bool,
     /// Bytes of the working set per second; 0: no limit.
     pub rate: u64,
     /// Whether to use the disk.
@@ -21,8 +27,18 @@ pub struct Params {
 impl Params {
     /// Reads them.
     pub fn parse(cmdline: &[u8]) -> Self {
-        let mut params =
-            Self { working_set: 16 << 20, rate: 0, disk: false, net: false, peer: [0; 4], turns: 0, load: 0 };
+        let mut params = Self {
+            working_set: 16 << 20,
+            light: false,
+            scattered: false,
+            in_initrd: false,
+            rate: 0,
+            disk: false,
+            net: false,
+            peer: [0; 4],
+            turns: 0,
+            load: 0,
+        };
         for word in cmdline.split(|&byte| byte == b' ') {
             let Some(at) = word.iter().position(|&byte| byte == b'=') else { continue };
             let (key, value) = word.split_at(at);
@@ -33,6 +49,9 @@ impl Params {
             let Some(value) = size(&value[1..]) else { continue };
             match key {
                 b"wss" => params.working_set = value,
+                b"light" => params.light = value != 0,
+                b"scatter" => params.scattered = value != 0,
+                b"initrd" => params.in_initrd = value != 0,
                 b"rate" => params.rate = value,
                 b"disk" => params.disk = value != 0,
                 b"net" => params.net = value != 0,

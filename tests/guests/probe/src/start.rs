@@ -4,6 +4,8 @@ use core::ptr;
 use core::slice;
 
 /// Offsets in the start information.
+const MODULES: u64 = 12;
+const MODULE_LIST: u64 = 16;
 const CMDLINE: u64 = 24;
 const MAP: u64 = 40;
 const MAP_ENTRIES: u64 = 48;
@@ -34,6 +36,16 @@ pub fn cmdline(start_info: u64) -> &'static [u8] {
     let len = (0..CMDLINE_BYTES_MAX).take_while(|&at| unsafe { *text.add(at) } != 0).count();
     // SAFETY: these bytes were just read, and nobody changes them.
     unsafe { slice::from_raw_parts(text, len) }
+}
+
+/// Where the initrd begins and ends; nothing without one.
+pub fn initrd(start_info: u64) -> Option<(u64, u64)> {
+    if read_u32(start_info + MODULES) == 0 {
+        return None;
+    }
+    let list = read_u64(start_info + MODULE_LIST);
+    let (start, len) = (read_u64(list), read_u64(list + 8));
+    (start + len <= MAPPED_END).then_some((start, start + len))
 }
 
 /// End of the low memory.
