@@ -109,7 +109,12 @@ impl Drop for MigrationBar {
 
 /// Phase, remainder, rates and estimate in one line.
 fn line(migration: &v1::Migration) -> String {
-    let Some(record) = &migration.record else { return migration.phase.clone() };
+    let Some(record) = &migration.record else {
+        return match migration.waits_for.as_str() {
+            "" => migration.phase.clone(),
+            limit => format!("{}: {limit}", migration.phase),
+        };
+    };
     let remaining_bytes = record.pages_remaining * BLOCK_BYTES as u64;
     let eta = match record.eta_ms {
         Some(ms) => format!("{:.1} s ±{}%", ms / 1e3, record.eta_error_percent),
@@ -177,6 +182,12 @@ mod tests {
         };
         let told = "copying · 1 MiB left · 2 MiB/s · guest writes 1 MiB/s · ETA 1.2 s ±20%";
         assert_eq!(line(&migration(&record)), told);
+        let queued = v1::Migration {
+            phase: "queued".into(),
+            waits_for: "host h1 already sends 2 VMs".into(),
+            ..Default::default()
+        };
+        assert_eq!(line(&queued), "queued: host h1 already sends 2 VMs");
         record.throttle_percent = 40;
         record.eta_ms = None;
         let told = "copying · 1 MiB left · 2 MiB/s · guest writes 1 MiB/s (slowed by 40%) · ETA –";

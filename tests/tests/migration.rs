@@ -1,6 +1,6 @@
 //! A VM moves while it runs; whatever happens to the move, it is at exactly one host.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use std::time::Duration;
 use tests::process::Signal;
 use tests::vms::PROBE_LIGHT;
@@ -177,4 +177,57 @@ fn a_target_that_dies_between_the_commit_and_the_first_instruction_gives_the_vm_
     assert_eq!(pool.json(&["vm", "migrate", "web", "--to", target.name()])?["outcome"], "done");
     pool.wait_beats("web", 3, Duration::from_secs(20))?;
     wait_one_process(&pool)
+}
+
+/// The source hangs right after the commit, as a host does whose disk or kernel stops: the pool declares it lost, and it comes back
+/// with the process of the VM that it had.
+#[test]
+fn a_source_that_hangs_after_the_commit_never_runs_its_copy_again() -> Result<()> {
+    let _turn = serial();
+    let pool = Pool::builder().timing(Timing::Fast).start()?;
+    let leader = pool.leader()?.name();
+    let target = pool.host_besides(&[leader])?;
+    let source = pool.host_besides(&[leader, target.name()])?;
+    pool.start_probe("web", "64MiB", "wss=8M rate=4M disk=1", Some(source.name()))?;
+    pool.wait_probe("web", Duration::from_secs(60), "writes", |now| now.acked >= 10)?;
+    let (old, before) = (pool.vm_process("web")?, pool.probe("web")?);
+    pool.json(&["vm", "migrate", "web", "--to", target.name(), "--bandwidth", "12MiB", "--async"])?;
+    wait_for(Duration::from_secs(20), "the move copies", || {
+        Ok(pool.items(&["migration", "list"])?.iter().any(|record| record["phase"] == "copying"))
+    })?;
+    let daemon = target.daemon().context("the target's daemon runs")?;
+    daemon.signal(Signal::SIGSTOP)?;
+    wait_for(Duration::from_secs(20), "the pool has given the VM to the target", || {
+        Ok(pool.vm_host("web")? == target.name())
+    })?;
+    source.stop_all()?;
+    let worked = old.vcpu_time()?;
+    daemon.signal(Signal::SIGCONT)?;
+    let after = pool.wait_probe("web", Duration::from_secs(60), "goes on at the target", |now| {
+        now.beat > before.beat + 3 && now.acked > before.acked + 3
+    })?;
+    assert_eq!((after.boots, after.errors.is_empty()), (before.boots, true), "with its memory: {after:?}");
+    pool.wait_host_state(source.name(), "lost", Duration::from_secs(40))?;
+    let new = pool.vm_process("web")?;
+
+    source.cont_all()?;
+    wait_for(Duration::from_secs(40), "the old copy is gone", || {
+        if let Ok(now) = old.vcpu_time() {
+            // A thread that wakes up to find that it must not run takes its time for that.
+            ensure!(now < worked + Duration::from_millis(50), "it ran: {worked:?} → {now:?}");
+        }
+        Ok(!old.process.alive())
+    })?;
+    pool.wait_hosts_up()?;
+    wait_one_process(&pool)?;
+    assert_eq!(pool.vm_process("web")?, new, "the VM was not touched");
+    let record = pool.items(&["migration", "list"])?.pop().context("the move is listed")?;
+    assert_eq!(record["outcome"], "done", "{record}");
+    // What it wrote at the target is what it finds.
+    let last = pool.wait_beats("web", 3, Duration::from_secs(20))?;
+    pool.json(&["vm", "stop", "web"])?;
+    pool.start_vm("web", None)?;
+    let booted = pool.wait_probe("web", Duration::from_secs(60), "boots again", |now| now.verified > 0)?;
+    assert!(booted.disk_counter >= last.acked, "{last:?} → {booted:?}");
+    Ok(())
 }

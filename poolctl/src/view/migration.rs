@@ -14,6 +14,7 @@ pub struct MigrationView {
     target: String,
     outcome: String,
     phase: String,
+    waits_for: String,
     error: String,
     policy: String,
     task: String,
@@ -101,6 +102,7 @@ impl From<v1::Migration> for MigrationView {
             target: migration.target,
             outcome: migration.outcome,
             phase: migration.phase,
+            waits_for: migration.waits_for,
             error: migration.error,
             policy: migration.policy,
             task: TaskId(migration.task).to_string(),
@@ -142,6 +144,9 @@ impl MigrationView {
                 self.rounds,
                 if self.memory_proved { ", memory proved equal" } else { "" },
             ),
+            "running" if self.phase == "queued" => {
+                format!("{vm} waits to move from {source} to {target}: {} ({id})", self.waits_for)
+            }
             "running" => format!("{vm} moves from {source} to {target}: {} ({id})", self.phase),
             outcome => format!("{vm} stayed at {source}: {outcome} ({id})"),
         }
@@ -152,7 +157,8 @@ impl Object for MigrationView {
     const KIND: &'static str = "Migration";
     const COLUMNS: &'static [&'static str] =
         &["ID", "VM", "FROM", "TO", "OUTCOME", "PHASE", "TOTAL", "BLACKOUT", "SENT"];
-    const WIDE: &'static [&'static str] = &["POLICY", "ROUNDS", "MEMORY", "PROVED", "TASK", "ERROR"];
+    const WIDE: &'static [&'static str] =
+        &["POLICY", "ROUNDS", "MEMORY", "PROVED", "TASK", "WAITS FOR", "ERROR"];
 
     fn name(&self) -> String {
         self.id.clone()
@@ -174,6 +180,7 @@ impl Object for MigrationView {
             bytes(self.memory_bytes),
             if self.memory_proved { "yes" } else { "no" }.to_owned(),
             self.task.clone(),
+            self.waits_for.clone(),
             self.error.clone(),
         ]
     }
@@ -186,6 +193,7 @@ pub struct PlanView {
     source: String,
     target: String,
     blockers: Vec<String>,
+    waits_for: String,
     memory_bytes: u64,
     predicted_ms: f64,
     predicted_blackout_ms: f64,
@@ -207,6 +215,7 @@ impl From<v1::MigrationPlan> for PlanView {
             source: plan.source,
             target: plan.target,
             blockers: plan.blockers,
+            waits_for: plan.waits_for,
             memory_bytes: plan.memory_bytes,
             predicted_ms: plan.predicted_ms,
             predicted_blackout_ms: plan.predicted_blackout_ms,
@@ -217,7 +226,8 @@ impl From<v1::MigrationPlan> for PlanView {
 
 impl Object for PlanView {
     const KIND: &'static str = "MigrationPlan";
-    const COLUMNS: &'static [&'static str] = &["VM", "FROM", "TO", "BLOCKERS", "TAKES", "BLACKOUT"];
+    const COLUMNS: &'static [&'static str] =
+        &["VM", "FROM", "TO", "BLOCKERS", "WAITS FOR", "TAKES", "BLACKOUT"];
     const WIDE: &'static [&'static str] = &["MEMORY", "SENDS"];
 
     fn name(&self) -> String {
@@ -232,6 +242,7 @@ impl Object for PlanView {
             self.source.clone(),
             self.target.clone(),
             blockers,
+            if self.waits_for.is_empty() { "nothing".to_owned() } else { self.waits_for.clone() },
             known(format!("about {:.0} ms", self.predicted_ms)),
             known(format!("about {:.1} ms", self.predicted_blackout_ms)),
             bytes(self.memory_bytes),

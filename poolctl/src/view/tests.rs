@@ -255,7 +255,18 @@ fn migration() -> v1::Migration {
             fault_mean_ms: 0.25,
         }),
         revision: 30,
+        waits_for: String::new(),
     }
+}
+
+#[test]
+fn a_migration_that_waits_says_for_what() {
+    let waits_for = "host h1 already sends 2 VMs".to_owned();
+    let queued =
+        v1::Migration { outcome: "running".into(), phase: "queued".into(), waits_for, ..migration() };
+    let view = MigrationView::from(queued);
+    assert_eq!(view.sentence(), "a waits to move from h1 to h2: host h1 already sends 2 VMs (mig-21)");
+    assert_eq!(shape(&view)["waits_for"], "host h1 already sends 2 VMs");
 }
 
 #[test]
@@ -266,7 +277,7 @@ fn a_migration_is_one_flat_record() {
     assert_eq!(
         shape(&view),
         json!({"id": "mig-21", "vm": "a", "source": "h1", "target": "h2", "outcome": "done", "phase": "done",
-            "error": "", "policy": "default", "task": "task-20", "total_ms": 900.5, "blackout_ms": 12.5,
+            "waits_for": "", "error": "", "policy": "default", "task": "task-20", "total_ms": 900.5, "blackout_ms": 12.5,
             "blackout_parts": {"pause": 1.0, "drain": 2.0, "last_pages": 3.0, "state": 0.5, "proof": 1.5,
                 "commit": 2.5, "activate": 1.25, "resume": 0.75},
             "rounds": 2, "bytes_sent": 1 << 20, "pages": pages, "memory_bytes": 512 << 20, "memory_proved": true,
@@ -298,10 +309,12 @@ fn plan_task_and_event() {
         predicted_ms: 10.0,
         predicted_blackout_ms: 1.5,
         predicted_bytes: 2048,
+        waits_for: "host h1 already sends 2 VMs".into(),
     };
     assert_eq!(
         shape(&PlanView::from(plan)),
         json!({"vm": "a", "source": "h1", "target": "h1", "blockers": ["target is source"],
+            "waits_for": "host h1 already sends 2 VMs",
             "memory_bytes": 4096, "predicted_ms": 10.0, "predicted_blackout_ms": 1.5, "predicted_bytes": 2048})
     );
     let task = v1::Task {

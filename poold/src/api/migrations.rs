@@ -74,7 +74,7 @@ fn read_move(state: &PoolState, request: &StartMigrationRequest) -> Result<Move,
 /// The migration with its live record while it runs.
 async fn live_view(state: &PoolState, agents: &Agents, migration: &MigrationState) -> Migration {
     let mut view = views::migration(state, migration);
-    if migration.is_running() && view.record.is_none() {
+    if migration.is_under_way() && view.record.is_none() {
         let progress = agents.migration_progress(migration.source, migration.vm);
         view.record = tokio::time::timeout(PROGRESS_TIMEOUT, progress).await.ok().and_then(Result::ok);
     }
@@ -223,6 +223,8 @@ impl MigrationService for MigrationApi {
         };
         let vm = views::found(state.vm(vm))?;
         let prediction = predict(&state, vm, &options);
+        let limits = vm.placement.zip(chosen).map(|(source, target)| state.check_moves(source, target));
+        let waits_for = limits.into_iter().flatten().map(|limit| limit.to_string()).next();
         Ok(Response::new(MigrationPlan {
             vm: vm.name.clone(),
             source: vm.placement.map(|host| state.host_name(host)).unwrap_or_default(),
@@ -232,6 +234,7 @@ impl MigrationService for MigrationApi {
             predicted_ms: prediction.total_ms,
             predicted_blackout_ms: prediction.blackout_ms,
             predicted_bytes: prediction.bytes_sent,
+            waits_for: waits_for.unwrap_or_default(),
         }))
     }
 }

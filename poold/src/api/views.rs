@@ -273,6 +273,7 @@ pub fn migration(state: &PoolState, migration: &Migration) -> v1::Migration {
         task: migration.task.0,
         record: migration.record.as_ref().map(record),
         revision: state.revision,
+        waits_for: state.waits_for(migration).map(|limit| limit.to_string()).unwrap_or_default(),
     }
 }
 

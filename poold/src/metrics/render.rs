@@ -142,7 +142,9 @@ fn work(page: &mut Page, state: &PoolState) {
     }
     let late = state.tasks.values().filter(|task| matches!(task.state, TaskState::Failed { .. }));
     page.gauge("pool_tasks_failed", "Tasks that failed and are still remembered.", count(late));
-    page.gauge("pool_migrations_running", "Moves under way.", count(state.running_migrations()));
+    let (queued, moving): (Vec<_>, Vec<_>) = state.running_migrations().partition(|it| it.is_queued());
+    page.gauge("pool_migrations_running", "Moves under way.", count(moving.iter()));
+    page.gauge("pool_migrations_queued", "Moves that wait for others to end.", count(queued.iter()));
     let records = || state.migrations.values().filter_map(|migration| migration.record.as_ref());
     let sent = records().map(|record| record.bytes_sent).sum();
     page.gauge("pool_migration_sent_bytes", "Bytes of the moves that the pool remembers.", sent);

@@ -280,6 +280,11 @@ pub enum Command {
         /// What it did, if the reporter knows.
         record: Option<Box<MigrationRecord>>,
     },
+    /// The turn of a move that has waited has come. → `Outcome::Migration`
+    BeginMigration {
+        /// The migration.
+        migration: MigrationId,
+    },
     /// An operator takes back a migration that has not committed.
     CancelMigration {
         /// The migration.

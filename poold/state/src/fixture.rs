@@ -229,7 +229,8 @@ impl Pool {
         let mut most = 0;
         for _ in 0..ROUNDS_MAX {
             self.plan();
-            let moving: Vec<MigrationId> = self.state.running_migrations().map(|it| it.id).collect();
+            let moving = self.state.running_migrations().filter(|migration| migration.is_under_way());
+            let moving: Vec<MigrationId> = moving.map(|it| it.id).collect();
             most = most.max(moving.len());
             if moving.is_empty() {
                 return most;

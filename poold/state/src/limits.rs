@@ -125,6 +125,10 @@ pub const MOVES_OUT_MAX: usize = 2;
 pub const MOVES_IN_MAX: usize = 2;
 /// VMs of the pool that move at a time: what a switch between 64 hosts carries while it also carries their disks.
 pub const MOVES_OF_POOL_MAX: usize = 32;
+/// Moves that wait for others to end: a host full of VMs, several times over. More are a mistake of whoever asks.
+pub const MOVES_QUEUED_MAX: usize = 400;
+/// Longest wait of a move for its turn in milliseconds: as long as the longest planned work.
+pub const MOVE_QUEUED_MS: u64 = PLANNED_WORK_MS;
 /// Wait in milliseconds after a planned move that failed before the same VM is tried again.
 pub const PLANNED_MOVE_RETRY_MS: u64 = 10_000;
 /// Time of a drain, restore or balance in milliseconds: a host full of large VMs over a slow link.
@@ -142,5 +146,7 @@ pub const BALANCE_MOVES_MAX: usize = 64;
 /// Commands that one planning round proposes: the rest follows in the next round, a lost host of 500 VMs in eight.
 pub const PLAN_COMMANDS_MAX: usize = 64;
 
+// Those that wait are never forgotten, and leave room for those that have ended.
+const _: () = assert!(2 * (MOVES_QUEUED_MAX + MOVES_OF_POOL_MAX) <= MIGRATIONS_MAX);
 const _: () = assert!(CMDLINE_BYTES_MAX + 4 * PEM_BYTES_MAX < proto::limits::RAFT_ENTRY_BYTES_MAX);
 const _: () = assert!(VM_MEMORY_BYTES_MIN <= VM_MEMORY_BYTES_MAX && VOLUME_BYTES_MIN <= VOLUME_BYTES_MAX);

@@ -15,6 +15,7 @@ use crate::{
     command::{Command, Govern},
     entry::{Entry, Seed},
     limits::PLAN_COMMANDS_MAX,
+    rejection::Rejection,
     state::{Desired, HaPolicy, HostState, MigrationPhase, PoolState, TaskKind, Vm},
 };
 use proto::VmId;
@@ -33,6 +34,7 @@ pub fn plan(state: &PoolState, view: &LeaderView) -> Vec<Command> {
     let mut draft = Draft { state: state.clone(), now_ms: view.now_ms, commands: Vec::new() };
     draft.end_late_work();
     draft.end_stalled_moves();
+    draft.begin_queued_moves();
     draft.recover_vms();
     draft.carry_tasks_on();
     draft.keep_replicas();
@@ -51,8 +53,14 @@ struct Draft {
 impl Draft {
     /// Keeps a command if the state so far accepts it.
     fn propose(&mut self, command: Command) {
+        // What is refused is not due yet.
+        let _ = self.try_propose(command);
+    }
+
+    /// The same; without a reason the plan is full.
+    fn try_propose(&mut self, command: Command) -> Result<(), Option<Rejection>> {
         if self.commands.len() >= PLAN_COMMANDS_MAX {
-            return;
+            return Err(None);
         }
         let entry = Entry {
             request_id: None,
@@ -62,9 +70,9 @@ impl Draft {
             command,
         };
         let index = self.state.revision + 1;
-        if self.state.apply(index, &entry).is_ok() {
-            self.commands.push(entry.command);
-        }
+        self.state.apply(index, &entry).map_err(Some)?;
+        self.commands.push(entry.command);
+        Ok(())
     }
 
     fn end_late_work(&mut self) {

@@ -209,7 +209,8 @@ pub fn reconcile(state: &PoolState, me: HostId, now_ms: u64, observed: &[Observe
         }
         host.outdated(process, &mut actions);
     }
-    for migration in state.running_migrations() {
+    // Nobody has anything to do for those that wait.
+    for migration in state.running_migrations().filter(|migration| migration.is_under_way()) {
         if migration.target == me {
             host.incoming(migration, &mut actions);
         } else if migration.source == me && migration.is_committed() {

@@ -387,6 +387,12 @@ pub enum Rejection {
         /// The limit.
         max: u64,
     },
+    /// As many moves wait as may.
+    #[error("{max} migrations wait for others to end already")]
+    MoveQueueFull {
+        /// The limit.
+        max: u64,
+    },
     /// The task for which the VM was to move is over.
     #[error("nothing wants vm {vm} to move there any more")]
     MoveNotWanted {

@@ -11,7 +11,7 @@ use crate::{
     rejection::{Field, ObjectKind, Rejection},
     state::{
         Desired, EventKind, HaPolicy, Host, HostDuty, HostState, IsrMember, MigrationOutcome, PoolState,
-        StoreSpace, TaskState, Token, TokenState, Volume,
+        StoreSpace, TargetChoice, TaskState, Token, TokenState, Volume,
     },
 };
 use proto::{HostId, MigrationId, VmId, VolumeId};
@@ -212,7 +212,9 @@ impl Change<'_> {
                 let arrived =
                     self.state.vms.get(&migration.vm).is_some_and(crate::state::Vm::is_reported_running);
                 let needs_source = !migration.is_committed() || arrived;
-                migration.target == host || (migration.source == host && needs_source)
+                // The pool chooses another one when its turn comes.
+                let needs_target = !(migration.is_queued() && migration.choice == TargetChoice::Pool);
+                (migration.target == host && needs_target) || (migration.source == host && needs_source)
             })
             .map(|migration| migration.id)
             .collect();

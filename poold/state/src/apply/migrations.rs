@@ -3,12 +3,12 @@
 use super::{Applied, Change, check_length, cut, ownership::Beginning};
 use crate::{
     command::LastSequence,
-    limits::{ADDRESS_BYTES_MAX, MIGRATIONS_MAX, ROUNDS_MAX},
+    limits::{ADDRESS_BYTES_MAX, MIGRATIONS_MAX, MOVE_QUEUED_MS, ROUNDS_MAX},
     outcome::Outcome,
     rejection::{Field, Rejection},
     state::{
         CertificateFingerprint, EventKind, Intent, Migration, MigrationOptions, MigrationOutcome,
-        MigrationPhase, MigrationRecord, MoveCause, TargetEndpoint, TaskKind, TaskState, Vm,
+        MigrationPhase, MigrationRecord, MoveCause, TargetChoice, TargetEndpoint, TaskKind, TaskState, Vm,
     },
 };
 use proto::{HostId, MigrationId, VmId};
@@ -20,13 +20,14 @@ impl Change<'_> {
         target: Option<HostId>,
         options: MigrationOptions,
     ) -> Applied {
-        let outcome = self.begin_migration(id, target, options, MoveCause::Operator)?;
+        let outcome = self.create_migration(id, target, options, MoveCause::Operator)?;
         // Where it shall be is the operator's business from here on.
         self.vm_mut(id)?.home = None;
         Ok(outcome)
     }
 
-    pub(super) fn begin_migration(
+    /// A move that begins at once, or waits for its turn if it was an operator who asked for it; planned ones are asked for again.
+    pub(super) fn create_migration(
         &mut self,
         id: VmId,
         target: Option<HostId>,
@@ -39,16 +40,26 @@ impl Change<'_> {
         let vm = self.state.vm(id)?;
         let source = vm.placement.ok_or_else(|| Rejection::VmIsStopped { vm: vm.name.clone() })?;
         let (vm_name, from_epoch, source_process) = (vm.name.clone(), vm.epoch, vm.process_epoch());
-        let target = match target {
-            Some(target) => target,
-            None => self.state.migration_target(id)?,
+        let (target, choice) = match target {
+            Some(target) => (target, TargetChoice::Caller),
+            None => (self.state.migration_target(id)?, TargetChoice::Pool),
+        };
+        let exceeded = self.state.check_moves(source, target).into_iter().next();
+        let (phase, duration_ms, why) = match (exceeded, cause) {
+            (None, _) => {
+                (MigrationPhase::Intent, self.state.settings.timing.migration_step_ms, String::new())
+            }
+            (Some(limit), MoveCause::Operator) => {
+                self.check_queue()?;
+                (MigrationPhase::Queued, MOVE_QUEUED_MS, format!("; it waits: {limit}"))
+            }
+            (Some(limit), _) => return Err(limit),
         };
         let migration = MigrationId(self.index);
-        let step_ms = self.state.settings.timing.migration_step_ms;
-        let task = self.create_task(TaskKind::VmMigrate { migration }, id, Some(source), step_ms);
+        let task = self.create_task(TaskKind::VmMigrate { migration }, id, Some(source), duration_ms);
         self.forget_ended_migrations();
         let message = format!(
-            "vm {vm_name} is to move from host {} to host {}",
+            "vm {vm_name} is to move from host {} to host {}{why}",
             self.state.host_name(source),
             self.state.host_name(target)
         );
@@ -60,19 +71,20 @@ impl Change<'_> {
                 vm_name,
                 source,
                 target,
+                choice,
                 options,
                 cause,
                 from_epoch,
                 source_process,
                 handed: Vec::new(),
-                phase: MigrationPhase::Intent,
+                phase,
                 outcome: MigrationOutcome::Running,
                 error: None,
                 task,
                 source_fingerprint: None,
                 target_endpoint: None,
                 created_ms: self.time_ms,
-                deadline_ms: self.time_ms.saturating_add(step_ms),
+                deadline_ms: self.time_ms.saturating_add(duration_ms),
                 ended_ms: None,
                 record: None,
             },
@@ -223,7 +235,7 @@ impl Change<'_> {
         Ok(())
     }
 
-    fn check_phase(&self, id: MigrationId, allowed: &[MigrationPhase]) -> Result<(), Rejection> {
+    pub(super) fn check_phase(&self, id: MigrationId, allowed: &[MigrationPhase]) -> Result<(), Rejection> {
         let migration = self.state.migration(id)?;
         if !migration.is_running() {
             return Err(Rejection::MigrationEnded { migration: id });
@@ -235,7 +247,7 @@ impl Change<'_> {
     }
 
     /// Enters a step and gives it its time.
-    fn enter_phase(&mut self, id: MigrationId, phase: MigrationPhase) -> Applied {
+    pub(super) fn enter_phase(&mut self, id: MigrationId, phase: MigrationPhase) -> Applied {
         let timing = self.state.settings.timing;
         let duration_ms = match phase {
             MigrationPhase::Copying => timing.migration_copy_ms,
@@ -253,7 +265,7 @@ impl Change<'_> {
         self.migration_outcome(id)
     }
 
-    fn migration_outcome(&self, id: MigrationId) -> Applied {
+    pub(super) fn migration_outcome(&self, id: MigrationId) -> Applied {
         Ok(Outcome::Migration { migration: id, task: self.state.migration(id)?.task })
     }
 

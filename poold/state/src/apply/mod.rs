@@ -7,7 +7,7 @@
 //! - `pool`, `hosts`, `tokens`, `images`, `volumes`: one kind of object each.
 //! - `replicas`: where replicas are. `services`: processes of volumes without a VM.
 //! - `vms`: creating, deleting and what an operator wants of a VM. `run`: starts, ends, restarts and recovery.
-//! - `migrations`: the moves. `tasks`: long operations and their ends.
+//! - `migrations`: the moves. `queue`: moves that wait, and the limits that they wait for. `tasks`: long operations and their ends.
 //! - `networks`: networks, and the cards of VMs. `duty`, `groups`, `users`: what an operator asks of hosts, of placements, and who may ask. `moves`: tasks of the pool.
 //! - `govern`: settings, feature level, CA and access tokens. `ownership`: placements and epochs, which always change together. `audit`: who changed what.
 
@@ -27,6 +27,7 @@ mod networks;
 mod ownership;
 mod placement;
 mod pool;
+mod queue;
 mod reclaim;
 mod replicas;
 mod run;
@@ -269,6 +270,7 @@ impl Change<'_> {
             Command::MigrationDone { migration, record } => {
                 self.migration_done(*migration, record.as_deref())
             }
+            Command::BeginMigration { migration } => self.begin_queued(*migration),
             Command::CancelMigration { migration } => self.cancel_migration(*migration),
             Command::CancelTask { task } => self.cancel_task(*task),
             Command::ExpireTask { task } => self.expire_task(*task),

@@ -19,7 +19,7 @@ impl Change<'_> {
             return Err(Rejection::MoveNotWanted { vm: vm.name.clone() });
         }
         let home = if cause == MoveCause::Drain { vm.home.or(vm.placement) } else { vm.home };
-        let outcome = self.begin_migration(id, Some(target), MigrationOptions::default(), cause)?;
+        let outcome = self.create_migration(id, Some(target), MigrationOptions::default(), cause)?;
         self.vm_mut(id)?.home = home;
         Ok(outcome)
     }

@@ -2,11 +2,11 @@
 //!
 //! One list of obstacles serves all: what `apply` refuses, what the planner avoids, and what `explain` tells an operator.
 
-use super::cpu;
+use super::{cpu, queue::Moves};
 use crate::{
-    limits::{MOVES_IN_MAX, MOVES_OF_POOL_MAX, MOVES_OUT_MAX, STORE_STEP_PERCENT},
+    limits::STORE_STEP_PERCENT,
     rejection::Rejection,
-    state::{Desired, GroupRule, GroupStrength, Host, HostDuty, MoveDirection, PoolState, Vm},
+    state::{Desired, GroupRule, GroupStrength, Host, HostDuty, PoolState, Vm},
 };
 use proto::{ByteCount, HostId, VmId};
 use std::{
@@ -97,10 +97,16 @@ impl PoolState {
 
     fn best_host(&self, vm: &Vm, search: Search) -> Result<HostId, Rejection> {
         let reserved = self.reserved();
+        let moves = Moves::claimed(self);
+        // One that would make the VM wait comes after all that would not.
+        let goes_at_once = |host: &Host| match search {
+            Search::ColdStart => true,
+            Search::Move { source } => moves.exceeded(self, source, host.id).is_empty(),
+        };
         self.hosts
             .values()
             .filter(|host| self.obstacles(vm, host, search, &reserved).is_empty())
-            .max_by_key(|host| self.rank(vm, host, &reserved))
+            .max_by_key(|host| (goes_at_once(host), self.rank(vm, host, &reserved)))
             .map(|host| host.id)
             .ok_or_else(|| Rejection::NoHostFits { vm: vm.name.clone(), needed: vm.spec.memory })
     }
@@ -194,7 +200,7 @@ impl PoolState {
         obstacles.into_iter().next().map_or(Ok(()), Err)
     }
 
-    /// Everything that forbids a migration now. `target` none: the pool chooses.
+    /// Everything that forbids a migration. `target` none: the pool chooses. Limits of moves forbid none: it waits.
     #[must_use]
     pub fn migration_blockers(&self, vm: VmId, target: Option<HostId>) -> Vec<Rejection> {
         let vm = match self.vm(vm) {
@@ -215,10 +221,7 @@ impl PoolState {
         blockers.extend(self.host(source).and_then(check_up).err());
         match target {
             Some(target) => self.target_blockers(vm, source, target, &mut blockers),
-            None => match self.migration_target(vm.id) {
-                Ok(target) => blockers.extend(self.check_moves(source, target)),
-                Err(rejection) => blockers.push(rejection),
-            },
+            None => blockers.extend(self.migration_target(vm.id).err()),
         }
         blockers
     }
@@ -233,37 +236,6 @@ impl PoolState {
             return blockers.push(Rejection::TargetIsSource { vm: vm.name.clone(), host });
         }
         blockers.extend(self.obstacles(vm, host, Search::Move { source }, &self.reserved()));
-        blockers.extend(self.check_moves(source, target));
-    }
-
-    /// Moves under way that a host takes part in.
-    #[must_use]
-    pub fn moves_of(&self, host: HostId) -> usize {
-        let here = |migration: &&super::Migration| migration.source == host || migration.target == host;
-        self.running_migrations().filter(here).count()
-    }
-
-    /// Limits that one more move from a host to another would exceed.
-    pub(crate) fn check_moves(&self, source: HostId, target: HostId) -> Vec<Rejection> {
-        let count = |is_meant: &dyn Fn(&super::Migration) -> bool| {
-            self.running_migrations().filter(|migration| is_meant(migration)).count()
-        };
-        let too_many = |host, direction, max: usize| Rejection::TooManyMoves {
-            host: self.host_name(host),
-            direction,
-            max: max as u64,
-        };
-        let mut exceeded = Vec::new();
-        if count(&|migration| migration.source == source) >= MOVES_OUT_MAX {
-            exceeded.push(too_many(source, MoveDirection::Out, MOVES_OUT_MAX));
-        }
-        if count(&|migration| migration.target == target) >= MOVES_IN_MAX {
-            exceeded.push(too_many(target, MoveDirection::In, MOVES_IN_MAX));
-        }
-        if count(&|_| true) >= MOVES_OF_POOL_MAX {
-            exceeded.push(Rejection::PoolMovesTooMany { max: MOVES_OF_POOL_MAX as u64 });
-        }
-        exceeded
     }
 
     /// Hosts that can take a replica: the emptier ones first, and of those that are about as full the ones with the fewest.

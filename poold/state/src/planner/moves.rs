@@ -10,6 +10,22 @@ use crate::{
 use proto::{HostId, TaskId, VmId};
 
 impl Draft {
+    /// Lets the moves begin whose turn has come, the oldest first, and ends those that nothing fits any more.
+    pub(super) fn begin_queued_moves(&mut self) {
+        let queued = self.state.running_migrations().filter(|migration| migration.is_queued());
+        let queued: Vec<_> = queued.map(|migration| migration.id).collect();
+        for migration in queued {
+            let turn = self.state.migrations.get(&migration).filter(|it| self.state.waits_for(it).is_none());
+            if turn.is_none() {
+                continue;
+            }
+            if let Err(Some(obstacle)) = self.try_propose(Command::BeginMigration { migration }) {
+                let reason = format!("when its turn came: {obstacle}; {}", obstacle.remedy());
+                self.propose(Command::MigrationAbort { migration, reason });
+            }
+        }
+    }
+
     /// Proposes the next moves of each task, and the end of those that have reached their aim.
     pub(super) fn carry_tasks_on(&mut self) {
         let running = self.state.tasks.values().filter(|task| task.is_running());

@@ -37,7 +37,7 @@ impl Local<'_> {
         }
         self.update_volumes(vm, process, actions);
         let migration = vm.intent.and_then(|intent| self.state.migrations.get(&intent.migration));
-        match migration.filter(|migration| !migration.is_committed()) {
+        match migration.filter(|migration| migration.is_under_way() && !migration.is_committed()) {
             Some(migration) => self.sending(migration, process, actions),
             None => actions.extend(self.steady(vm, process)),
         }

@@ -98,6 +98,7 @@ impl Rejection {
             Self::GroupForbids { .. } => "GROUP_FORBIDS",
             Self::TooManyMoves { .. } => "TOO_MANY_MOVES",
             Self::PoolMovesTooMany { .. } => "POOL_TOO_MANY_MOVES",
+            Self::MoveQueueFull { .. } => "MIGRATION_QUEUE_FULL",
             Self::MayHaveArrived { .. } => "MAY_HAVE_ARRIVED",
             Self::MoveNotWanted { .. } => "MOVE_NOT_WANTED",
             Self::TaskNotFinished { .. } => "TASK_NOT_FINISHED",
@@ -212,6 +213,7 @@ impl Rejection {
             | Self::NotEnoughHosts { .. }
             | Self::Disarmed
             | Self::PoolMovesTooMany { .. }
+            | Self::MoveQueueFull { .. }
             | Self::Braked => String::new(),
         }
     }
@@ -303,7 +305,7 @@ impl Rejection {
             Self::GroupForbids { group, .. } => {
                 format!("choose another host, or change the group: `poolctl group show {group}`")
             }
-            Self::TooManyMoves { .. } | Self::PoolMovesTooMany { .. } => {
+            Self::TooManyMoves { .. } | Self::PoolMovesTooMany { .. } | Self::MoveQueueFull { .. } => {
                 "wait until one has ended: `poolctl migration list`".into()
             }
             Self::LastAdmin { .. } => "make another user an admin first: `poolctl user create`".into(),

@@ -1,12 +1,15 @@
 //! Moves of running VMs.
 //!
 //! ```text
-//! Intent ─▶ Prepared ─▶ Copying ─▶ Paused ─▶ Committed ─▶ Done
-//!    └──────────┴───────────┴─────────┘           ├─▶ (failed: the target was lost, the VM starts anew)
-//!                      │                          └─▶ Reclaimed (failed: the target died before it ran it; the source has it)
-//!                      ▼
+//! Queued ─▶ Intent ─▶ Prepared ─▶ Copying ─▶ Paused ─▶ Committed ─▶ Done
+//!    └────────┴──────────┴───────────┴─────────┘           ├─▶ (failed: the target was lost, the VM starts anew)
+//!                           │                              └─▶ Reclaimed (failed: the target died before it ran it;
+//!                           ▼                                             the source has it)
 //!                   Aborted (failed or cancelled; the source runs on)
 //! ```
+//! A move waits in `Queued` while its hosts have as many moves as they may; nothing is reserved for it and nobody works on it. A
+//! move that need not wait begins with `Intent`.
+//!
 //! `Committed` is the point of no return. Copying may go to Committed at once: the entry for `Paused` is only for display
 //! and must not lengthen the blackout.
 
@@ -28,8 +31,10 @@ pub struct Migration {
     pub vm_name: String,
     /// Where it ran.
     pub source: HostId,
-    /// Where it goes.
+    /// Where it goes; while it waits, and the pool chooses, the host that it would choose now.
     pub target: HostId,
+    /// Who has chosen it.
+    pub choice: TargetChoice,
     /// How it copies.
     pub options: MigrationOptions,
     /// Why it moves.
@@ -73,6 +78,15 @@ pub enum MoveCause {
     Restore,
     /// The load is being evened out.
     Balance,
+}
+
+/// Who says where a VM goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum TargetChoice {
+    /// Whoever asked for the move.
+    Caller,
+    /// The pool, at the time when it begins.
+    Pool,
 }
 
 /// Which way a VM moves, as a host sees it.
@@ -141,6 +155,8 @@ pub enum MigrationPolicy {
 /// The step that a migration has reached, in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum MigrationPhase {
+    /// It waits until its hosts have fewer moves.
+    Queued,
     /// Memory is reserved at the target and the VM is locked.
     Intent,
     /// The target's process listens.
@@ -190,6 +206,7 @@ impl MigrationPhase {
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
+            Self::Queued => "queued",
             Self::Intent => "intent",
             Self::Prepared => "prepared",
             Self::Copying => "copying",
@@ -228,6 +245,18 @@ impl Migration {
         self.outcome == MigrationOutcome::Running
     }
 
+    /// Whether it has begun and not ended: it counts for the limits of its hosts.
+    #[must_use]
+    pub fn is_under_way(&self) -> bool {
+        self.is_running() && self.phase != MigrationPhase::Queued
+    }
+
+    /// Whether it waits for others to end.
+    #[must_use]
+    pub fn is_queued(&self) -> bool {
+        self.is_running() && self.phase == MigrationPhase::Queued
+    }
+
     /// Whether the VM belongs to the target for good, also when the migration failed afterwards.
     #[must_use]
     pub fn is_committed(&self) -> bool {
@@ -239,7 +268,7 @@ impl Migration {
     #[must_use]
     pub fn reserves(&self) -> Option<HostId> {
         let host = if self.is_committed() { self.source } else { self.target };
-        self.is_running().then_some(host)
+        self.is_under_way().then_some(host)
     }
 
     /// The VM's epoch at the target.

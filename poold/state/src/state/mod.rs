@@ -33,7 +33,7 @@ pub use host::{FIRST_HOST, Host, HostDuty, HostState, StoreSpace, Token, TokenSt
 pub use image::{ContentHash, Image, ParseContentHashError};
 pub use migration::{
     HandedVolume, Migration, MigrationOptions, MigrationOutcome, MigrationPhase, MigrationPolicy, MoveCause,
-    MoveDirection, TargetEndpoint,
+    MoveDirection, TargetChoice, TargetEndpoint,
 };
 pub use network::{Network, NetworkAddressing, NetworkLink, Nic};
 pub use proto::{AttachmentSecret, CertificateFingerprint};

@@ -76,7 +76,7 @@ impl PoolState {
             (Desired::Stopped, _) => VmState::Stopping,
             (_, HaPolicy::Restart) if lost => VmState::Recovering,
             (_, HaPolicy::None) if lost => VmState::Failed,
-            _ if vm.intent.is_some() => VmState::Migrating,
+            _ if self.is_moving(vm) => VmState::Migrating,
             _ if !vm.is_reported_running()
                 && matches!(vm.start_cause, StartCause::Recovery | StartCause::Reclaim) =>
             {
@@ -86,6 +86,12 @@ impl PoolState {
             (Desired::Paused, _) => VmState::Paused,
             (Desired::Running, _) => VmState::Running,
         }
+    }
+
+    /// Whether a VM's move has begun.
+    fn is_moving(&self, vm: &Vm) -> bool {
+        let migration = vm.intent.and_then(|intent| self.migrations.get(&intent.migration));
+        migration.is_some_and(super::Migration::is_under_way)
     }
 
     /// Whether a VM's process of this epoch may run at this host: the answer that a fenced process needs, from a

@@ -1,13 +1,13 @@
 //! Moves of running VMs.
 
 use crate::{
-    Command, Outcome, Rejection,
+    Command, Outcome,
     command::{LastSequence, RestartCause, StopReason},
     fixture::{Pool, endpoint, facts},
-    limits::{MIGRATIONS_MAX, MOVES_IN_MAX, MOVES_OF_POOL_MAX, MOVES_OUT_MAX, ROUNDS_MAX},
+    limits::{MIGRATIONS_MAX, ROUNDS_MAX},
     state::{
-        CertificateFingerprint, EpochStart, HaPolicy, Migration, MigrationOptions, MigrationPhase,
-        MigrationRecord, RoundRecord, StopMode,
+        CertificateFingerprint, EpochStart, HaPolicy, MigrationOptions, MigrationPhase, MigrationRecord,
+        RoundRecord, StopMode,
     },
 };
 use proto::{Epoch, HostId, MigrationId, Sequence, VmId, VolumeId};
@@ -108,65 +108,6 @@ fn a_paused_vm_moves_and_stays_paused() {
     let (migration, _) = pool.start_migration(vm, None);
     pool.finish(migration);
     assert_eq!((pool.host_of(vm), pool.vm_state(vm)), (Some(hosts[1]), "paused"));
-}
-
-#[test]
-fn a_host_takes_part_in_so_many_moves_at_a_time() {
-    let mut pool = Pool::new(3);
-    let hosts = pool.hosts();
-    let memory = crate::fixture::HOST_MEMORY;
-    for host in &hosts {
-        let host = *host;
-        let (incarnation, address) = (crate::fixture::incarnation(host, 0), format!("10.9.0.{}:1", host.0));
-        let replica_fingerprint = CertificateFingerprint([1; 32]);
-        let vm_memory = proto::ByteCount(memory.0 * 10);
-        let boot_id = String::new();
-        let facts = crate::command::UpdateHost {
-            host,
-            incarnation,
-            replica_fingerprint,
-            boot_id,
-            address,
-            vm_memory,
-        };
-        pool.accept(Command::UpdateHost(facts));
-    }
-    let vms: Vec<VmId> = (0..=MOVES_OUT_MAX)
-        .map(|number| pool.running_vm(&format!("vm{number}"), hosts[0], HaPolicy::Restart))
-        .collect();
-    let late = vms[MOVES_OUT_MAX];
-    let moving: Vec<MigrationId> =
-        vms[..MOVES_OUT_MAX].iter().map(|vm| pool.start_migration(*vm, Some(hosts[1])).0).collect();
-    assert_eq!(pool.reject(start(late, Some(hosts[2]))), "TOO_MANY_MOVES", "too many leave");
-    // A host that takes in as many as it may can still send some.
-    let (third, other) = (
-        pool.running_vm("third", hosts[2], HaPolicy::Restart),
-        pool.running_vm("other", hosts[1], HaPolicy::Restart),
-    );
-    assert_eq!(MOVES_IN_MAX, MOVES_OUT_MAX);
-    let exceeded = pool.state.migration_blockers(third, Some(hosts[1]));
-    assert_eq!(exceeded.iter().map(Rejection::reason_code).collect::<Vec<_>>(), ["TOO_MANY_MOVES"]);
-    pool.accept(start(other, Some(hosts[2])));
-    pool.finish(moving[0]);
-    pool.accept(start(late, Some(hosts[2])));
-}
-
-#[test]
-fn a_pool_moves_a_bounded_number_of_vms_at_a_time() {
-    let mut pool = Pool::new(3);
-    let hosts = pool.hosts();
-    let vm = pool.running_vm("web", hosts[0], HaPolicy::Restart);
-    let (migration, _) = pool.start_migration(vm, Some(hosts[1]));
-    let running = pool.migration(migration).clone();
-    let last = pool.running_vm("last", hosts[2], HaPolicy::Restart);
-    for number in 0..MOVES_OF_POOL_MAX as u64 {
-        // Of hosts that have nothing to do with it.
-        let (source, target) = (HostId(900 + number), HostId(990 + number));
-        let id = MigrationId(5000 + number);
-        pool.state.migrations.insert(id, Migration { id, source, target, ..running.clone() });
-    }
-    let exceeded = pool.state.migration_blockers(last, Some(hosts[0]));
-    assert_eq!(exceeded.iter().map(Rejection::reason_code).collect::<Vec<_>>(), ["POOL_TOO_MANY_MOVES"]);
 }
 
 #[test]

@@ -11,6 +11,7 @@ mod membership;
 mod migrations;
 mod networks;
 mod pool;
+mod queue;
 mod random;
 mod reclaim;
 mod replicas;

@@ -342,3 +342,21 @@ fn a_vm_that_was_given_back_is_stopped_in_its_old_process() {
     let actions = step.at_source(runs);
     assert!(actions.iter().any(stops), "{actions:?}");
 }
+
+/// Nobody prepares, sends or gives up a move that waits.
+#[test]
+fn a_move_that_waits_is_nobodys_work() {
+    let mut pool = Pool::new(3);
+    let [source, target, third] = pool.hosts()[..] else { panic!("three hosts") };
+    let moving: Vec<VmId> = (0..crate::limits::MOVES_OUT_MAX)
+        .map(|number| pool.running_vm(&format!("vm{number}"), source, HaPolicy::Restart))
+        .collect();
+    moving.iter().for_each(|vm| _ = pool.start_migration(*vm, Some(third)));
+    let vm = pool.running_vm("web", source, HaPolicy::Restart);
+    let (id, _) = pool.start_migration(vm, Some(target));
+    assert!(pool.migration(id).is_queued());
+    let runs = process(&pool, vm, ProcessState::Running);
+    let about_it = |action: &HostAction| matches!(action, HostAction::Report(Command::MigrationAbort { .. }));
+    assert!(!actions(&pool, source, std::slice::from_ref(&runs)).iter().any(about_it));
+    assert_eq!(actions(&pool, target, &[]), []);
+}
