@@ -228,6 +228,11 @@ pub fn hint(text: &str) {
     }
 }
 
+/// Something that an operator and a script should know although the command has done its work.
+pub fn warning(text: &str) {
+    writeln!(io::stderr(), "{text}").ok();
+}
+
 /// Writes a failure to standard error and gives the exit code.
 #[must_use]
 pub fn report(failure: &Failure, format: Format) -> ExitCode {

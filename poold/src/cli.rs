@@ -40,8 +40,19 @@ pub enum CliCommand {
         /// The line that `poolctl host token create` printed.
         token: String,
     },
+    /// Gives this member another key, since the one it had was lost or stolen; safe to run again.
+    Rekey {
+        /// Data folder of this host.
+        #[arg(long, value_parser = absolute)]
+        data: PathBuf,
+        /// The line that `poolctl host rekey` printed.
+        token: String,
+    },
     /// Founds the pool anew from this host, after the loss of the majority for good.
     Recover(RecoverArgs),
+    /// The host's configuration.
+    #[command(subcommand)]
+    Config(ConfigCommand),
     /// Runs the daemon.
     Serve {
         /// Data folder of this host.
@@ -50,17 +61,33 @@ pub enum CliCommand {
         /// Serve Prometheus metrics and /healthz there [default: `metrics` of poold.toml].
         #[arg(long, value_name = "IP:PORT")]
         metrics: Option<SocketAddr>,
-        /// How the memory of VMs that move away from this host is proved.
-        #[arg(long, value_enum, default_value_t)]
-        prove_memory: MemoryProof,
-        /// Logs as JSON, one object per line.
+        /// How the memory of VMs that move away from this host is proved [default: `prove_memory` of poold.toml, or sampled].
+        #[arg(long, value_enum)]
+        prove_memory: Option<MemoryProof>,
+        /// Logs as JSON, one object per line [default: `log_format` of poold.toml, or text].
         #[arg(long)]
         log_json: bool,
     },
 }
 
+/// What to do with the configuration.
+#[derive(Debug, Subcommand)]
+pub enum ConfigCommand {
+    /// Checks poold.toml and prints what is in force: each key, the timings, the limits of this version.
+    Check {
+        /// Data folder of this host.
+        #[arg(long, value_parser = absolute)]
+        data: PathBuf,
+    },
+    /// Prints a file with every key and what it is for.
+    Example,
+}
+
 /// How it is proved that a VM's memory has arrived as it was.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, serde::Serialize, serde::Deserialize,
+)]
+#[serde(rename_all = "kebab-case")]
 pub enum MemoryProof {
     /// Hashes of everything sent and received, and a sample of the memory read again
     #[default]
@@ -96,4 +123,27 @@ fn level() -> clap::builder::RangedI64ValueParser<u32> {
 /// The processes of VMs have other working directories: a relative path would mean something else there.
 fn absolute(path: &str) -> std::io::Result<PathBuf> {
     std::path::absolute(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_shipped_unit_starts_this_program_and_leaves_vms_alone() {
+        let unit = include_str!("../dist/poold.service");
+        let value = |key: &str| unit.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
+        let start = value("ExecStart").unwrap();
+        let cli = Cli::try_parse_from(start.split_whitespace()).unwrap();
+        let CliCommand::Serve { data, .. } = cli.command else { panic!("{start}") };
+        assert_eq!(
+            value("ConditionPathExists"),
+            data.join("poold.toml").to_str(),
+            "only a member is started"
+        );
+        assert_eq!(value("KillMode"), Some("process"), "VM processes outlive the daemon");
+        // A wrong configuration or command line, and what must be put right first: starting again would not help.
+        assert_eq!(value("RestartPreventExitStatus"), Some("2 4"));
+        assert_eq!(value("Restart"), Some("always"));
+    }
 }

@@ -1,5 +1,8 @@
 //! `poold.toml`: the few things that a host must know before it has read the pool's state.
 
+pub mod reference;
+
+use crate::cli::MemoryProof;
 use crate::identity::write_private;
 use pool_state::features;
 use proto::HostId;
@@ -32,6 +35,29 @@ pub struct HostConfig {
     /// Address of the metrics port; none: there is no such port.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub metrics: Option<SocketAddr>,
+    /// Form of the log lines; none: text.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log_format: Option<LogFormat>,
+    /// Which lines are logged; none: [`LOG_FILTER`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log_filter: Option<String>,
+    /// How the memory of VMs that move away is proved; none: by a sample.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prove_memory: Option<MemoryProof>,
+}
+
+/// What is logged unless somebody says otherwise: openraft reports everything that passes by itself as an error.
+pub const LOG_FILTER: &str = "info,openraft=off,sled=warn";
+
+/// Form of the log lines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// One object a line.
+    Json,
 }
 
 /// A named timing profile.
@@ -68,6 +94,13 @@ pub enum ConfigError {
     /// It is not what it should be.
     #[error("{} is no valid configuration: {cause}", path.display())]
     Invalid { path: PathBuf, cause: String },
+    /// It has a key that means nothing.
+    #[error("{}: there is no key `{key}`{}; `poold config example` lists all keys", path.display(), meant(*nearest))]
+    UnknownKey { path: PathBuf, key: String, nearest: Option<&'static str> },
+}
+
+fn meant(nearest: Option<&str>) -> String {
+    nearest.map(|key| format!(", did you mean `{key}`?")).unwrap_or_default()
 }
 
 impl HostConfig {
@@ -82,8 +115,14 @@ impl HostConfig {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(source) => return Err(ConfigError::Io { path, source }),
         };
-        let config: Self = toml::from_str(&text)
-            .map_err(|error| ConfigError::Invalid { path: path.clone(), cause: error.to_string() })?;
+        let invalid =
+            |error: toml::de::Error| ConfigError::Invalid { path: path.clone(), cause: error.to_string() };
+        let keys: toml::Table = text.parse().map_err(invalid)?;
+        if let Some(key) = keys.keys().find(|key| reference::KEYS.iter().all(|known| known.name != **key)) {
+            let (key, nearest) = (key.clone(), reference::nearest(key));
+            return Err(ConfigError::UnknownKey { path, key, nearest });
+        }
+        let config: Self = toml::from_str(&text).map_err(invalid)?;
         config.check().map_err(|cause| ConfigError::Invalid { path, cause })?;
         Ok(Some(config))
     }
@@ -109,6 +148,11 @@ impl HostConfig {
             return Err(format!(
                 "`feature_level_max` {level} is not {oldest} to {newest}, which this version knows"
             ));
+        }
+        if let Some(filter) = &self.log_filter
+            && let Err(error) = tracing_subscriber::EnvFilter::try_new(filter)
+        {
+            return Err(format!("`log_filter` {filter} says nothing that can be logged by: {error}"));
         }
         if self.metrics == Some(self.listen) {
             return Err("`metrics` needs another port than `listen`".to_owned());
@@ -143,6 +187,7 @@ impl HostConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::BTreeSet;
 
     fn valid() -> HostConfig {
         HostConfig {
@@ -154,6 +199,9 @@ mod tests {
             timing: TimingName::Default,
             feature_level_max: None,
             metrics: Some("10.0.0.3:7401".parse().unwrap()),
+            log_format: Some(LogFormat::Json),
+            log_filter: Some("debug".to_owned()),
+            prove_memory: Some(MemoryProof::Full),
         }
     }
 
@@ -170,12 +218,13 @@ mod tests {
     #[test]
     fn each_mistake_is_named() {
         type Spoil = fn(&mut HostConfig);
-        let cases: [(&str, Spoil); 6] = [
+        let cases: [(&str, Spoil); 7] = [
             ("pool_id", |config| config.pool_id.clear()),
             ("host_name", |config| config.host_name = "h 3".to_owned()),
             ("listen", |config| config.listen.set_port(0)),
             ("vm_memory_bytes", |config| config.vm_memory_bytes = 0),
             ("feature_level_max", |config| config.feature_level_max = Some(features::NEWEST + 1)),
+            ("log_filter", |config| config.log_filter = Some("poold=shout".to_owned())),
             ("metrics", |config| config.metrics = Some(config.listen)),
         ];
         let dir = tempfile::tempdir().unwrap();
@@ -186,7 +235,67 @@ mod tests {
             let error = HostConfig::load(dir.path()).unwrap_err().to_string();
             assert!(error.contains(word), "{word}: {error}");
         }
-        std::fs::write(dir.path().join("poold.toml"), "typo = 1\n").unwrap();
-        assert!(HostConfig::load(dir.path()).unwrap_err().to_string().contains("typo"));
+    }
+
+    #[test]
+    fn an_unknown_key_is_named_with_the_one_that_was_meant() {
+        let dir = tempfile::tempdir().unwrap();
+        let told = |line: &str| {
+            valid().save(dir.path()).unwrap();
+            let path = dir.path().join("poold.toml");
+            let text = std::fs::read_to_string(&path).unwrap();
+            std::fs::write(&path, format!("{line}\n{text}")).unwrap();
+            HostConfig::load(dir.path()).unwrap_err().to_string()
+        };
+        let error = told("metric = \"10.0.0.3:1\"");
+        assert!(
+            error.contains("`metric`, did you mean `metrics`?") && error.contains("config example"),
+            "{error}"
+        );
+        let error = told("colour = 1");
+        assert!(error.contains("no key `colour`;"), "{error}");
+    }
+
+    #[test]
+    fn every_key_is_in_the_example_and_every_key_of_the_example_is_read() {
+        let all = HostConfig { feature_level_max: Some(features::NEWEST), ..valid() };
+        let table = toml::Table::try_from(&all).unwrap();
+        let names: Vec<&str> = reference::KEYS.iter().map(|key| key.name).collect();
+        assert_eq!(
+            table.keys().map(String::as_str).collect::<BTreeSet<_>>(),
+            names.iter().copied().collect()
+        );
+        let example = reference::example();
+        for uncommented in
+            [example.clone(), example.replace("\n#log", "\nlog").replace("\n#prove", "\nprove")]
+        {
+            let dir = tempfile::tempdir().unwrap();
+            std::fs::write(dir.path().join("poold.toml"), uncommented).unwrap();
+            assert!(HostConfig::load(dir.path()).unwrap().is_some());
+        }
+        assert_eq!(
+            example,
+            include_str!("../dist/poold.toml.example"),
+            "the shipped file: `poold config example`"
+        );
+    }
+
+    #[test]
+    fn every_timing_and_limit_is_told() {
+        let text = reference::effective(&valid()).unwrap();
+        let timings = toml::Table::try_from(pool_state::Timing::default()).unwrap();
+        let told: BTreeSet<&str> = pool_state::Timing::default().list().map(|(name, ..)| name).into();
+        assert_eq!(timings.keys().map(String::as_str).collect::<BTreeSet<_>>(), told);
+        for (name, value, _) in pool_state::Timing::default().list() {
+            assert_eq!(timings[name].as_integer(), i64::try_from(value).ok(), "{name}");
+            assert!(text.contains(&format!("{name} = {value}\n")), "{name}");
+        }
+        for limit in pool_state::limits::ALL {
+            assert!(
+                text.contains(&format!("{} = {}\n", limit.name.to_lowercase(), limit.value)),
+                "{}",
+                limit.name
+            );
+        }
     }
 }

@@ -26,6 +26,7 @@ pub mod images;
 pub mod join;
 pub mod lease;
 pub mod loans;
+pub mod logs;
 pub mod metrics;
 pub mod network;
 pub mod node;
@@ -34,6 +35,7 @@ pub mod reconcile;
 pub mod replica;
 pub mod server;
 pub mod supervisor;
+pub mod support;
 
 #[cfg(test)]
 mod test_pool;

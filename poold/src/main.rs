@@ -3,6 +3,8 @@
 use clap::Parser;
 use poold::cli::{Cli, CliCommand};
 use poold::commands;
+use poold::config::{HostConfig, LOG_FILTER, LogFormat};
+use poold::logs::LogWriter;
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 
@@ -11,11 +13,20 @@ const WORKER_THREADS: usize = 2;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let log_json = matches!(cli.command, CliCommand::Serve { log_json: true, .. });
-    let filter =
-        EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,openraft=off,sled=warn"));
-    let logs =
-        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false);
+    // What is wrong with it the command itself will say.
+    let config = match &cli.command {
+        CliCommand::Serve { data, .. } => HostConfig::load(data).ok().flatten(),
+        _ => None,
+    };
+    let log_json = matches!(cli.command, CliCommand::Serve { log_json: true, .. })
+        || config.as_ref().is_some_and(|config| config.log_format == Some(LogFormat::Json));
+    let filter = config.and_then(|config| config.log_filter).unwrap_or_else(|| LOG_FILTER.to_owned());
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(filter));
+    let writer = match &cli.command {
+        CliCommand::Serve { data, .. } => LogWriter::at(data),
+        _ => LogWriter::stderr(),
+    };
+    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer).with_ansi(false);
     if log_json {
         logs.json().init()
     } else {

@@ -49,6 +49,12 @@ impl Sources {
         }
     }
 
+    /// All metrics.
+    #[must_use]
+    pub fn text(&self) -> String {
+        render::render(&self.observe())
+    }
+
     /// Clients of the volumes that are served here, and connections that were refused.
     fn nbd_counts(&self) -> (u64, u64) {
         let statuses = self.supervisor.processes().into_iter().filter_map(|process| process.status);

@@ -12,9 +12,9 @@
 use crate::{
     agent::{AgentApi, Agents, LocalFacts},
     api::{
-        Principal, consoles::ConsoleApi, events::EventApi, groups::GroupApi, images::ImageApi,
-        migrations::MigrationApi, networks::NetworkApi, snapshots::SnapshotApi, status, tasks::TaskApi,
-        users::UserApi, vms::VmApi, volumes::VolumeApi,
+        Principal, clusters::ClusterApi, consoles::ConsoleApi, events::EventApi, groups::GroupApi,
+        images::ImageApi, migrations::MigrationApi, networks::NetworkApi, snapshots::SnapshotApi, status,
+        support::SupportApi, tasks::TaskApi, users::UserApi, vms::VmApi, volumes::VolumeApi,
     },
     cli::MemoryProof,
     consensus::{Consensus, HostClients, ProposeError, ProposeMeta, ReadError},
@@ -27,17 +27,19 @@ use crate::{
     reconcile::{self, Executor},
     replica::{self, ReplicaError},
     supervisor::{self, Launch, Privilege, ProcessError, Supervisor},
+    support::Reporter,
 };
 use pool_state::{Command, Outcome, PoolState, Timing};
 use proto::{
     HostId,
     limits::GRPC_MESSAGE_BYTES_MAX,
     v1::{
-        RequestMeta, agent_service_server::AgentServiceServer, console_service_server::ConsoleServiceServer,
-        event_service_server::EventServiceServer, group_service_server::GroupServiceServer,
-        image_service_server::ImageServiceServer, lease_service_server::LeaseServiceServer,
-        migration_service_server::MigrationServiceServer, network_service_server::NetworkServiceServer,
-        snapshot_service_server::SnapshotServiceServer, task_service_server::TaskServiceServer,
+        RequestMeta, agent_service_server::AgentServiceServer, cluster_service_server::ClusterServiceServer,
+        console_service_server::ConsoleServiceServer, event_service_server::EventServiceServer,
+        group_service_server::GroupServiceServer, image_service_server::ImageServiceServer,
+        lease_service_server::LeaseServiceServer, migration_service_server::MigrationServiceServer,
+        network_service_server::NetworkServiceServer, snapshot_service_server::SnapshotServiceServer,
+        support_service_server::SupportServiceServer, task_service_server::TaskServiceServer,
         user_service_server::UserServiceServer, vm_service_server::VmServiceServer,
         volume_service_server::VolumeServiceServer,
     },
@@ -306,7 +308,9 @@ pub async fn run(context: NodeContext, metrics_port: Option<TcpListener>) -> Res
     let agents = Agents::new(context.host, context.clients.clone(), supervisor.clone(), facts.clone());
     let executor =
         Executor::new(context.clone(), supervisor.clone(), images.clone(), lease.clone(), networks.clone());
-    let routes = routes(&context, &supervisor, &images, (&agents, &facts), &leader);
+    let sources = Sources { context: context.clone(), supervisor: supervisor.clone(), facts: facts.clone() };
+    let reporter = Reporter::new(sources.clone());
+    let routes = routes(&context, &supervisor, &images, (&agents, &facts, &reporter), &leader);
 
     let mut tasks = JoinSet::new();
     tasks.spawn(lease::run_leader(context.clone(), leader_queue));
@@ -317,7 +321,6 @@ pub async fn run(context: NodeContext, metrics_port: Option<TcpListener>) -> Res
     tasks.spawn(networks.run(supervisor.clone()));
     tasks.spawn(crate::facts::run(context.clone()));
     if let Some(listener) = metrics_port {
-        let sources = Sources { context: context.clone(), supervisor: supervisor.clone(), facts };
         tasks.spawn(metrics::serve(listener, sources, context.shutdown.clone()));
     }
     tasks.spawn(images::sync_task(context.clone(), images));
@@ -330,10 +333,11 @@ fn routes(
     context: &NodeContext,
     supervisor: &Supervisor,
     images: &ImageStore,
-    (agents, facts): (&Agents, &LocalFacts),
+    (agents, facts, reporter): (&Agents, &LocalFacts, &Reporter),
     leader: &LeaderHandle,
 ) -> Routes {
-    let agent = AgentApi::new(context.host, supervisor.clone(), images.clone(), facts.clone());
+    let (supervisor_too, reporter_too) = (supervisor.clone(), reporter.clone());
+    let agent = AgentApi::new(context.host, supervisor_too, images.clone(), facts.clone(), reporter_too);
     let image = ImageApi::new(context.clone(), images.clone());
     let volumes = VolumeApi::new(context.clone(), supervisor.clone(), agents.clone());
     let volumes = VolumeServiceServer::new(volumes);
@@ -345,7 +349,13 @@ fn routes(
         .add_service(EventServiceServer::new(EventApi::new(context.clone())))
         .add_service(SnapshotServiceServer::new(SnapshotApi::new(context.clone())))
         .add_service(GroupServiceServer::new(GroupApi::new(context.clone())))
+        .add_service(ClusterServiceServer::new(ClusterApi::new(context.clone())))
         .add_service(NetworkServiceServer::new(NetworkApi::new(context.clone())))
+        .add_service(SupportServiceServer::new(SupportApi::new(
+            context.clone(),
+            agents.clone(),
+            reporter.clone(),
+        )))
         .add_service(UserServiceServer::new(UserApi::new(context.clone())))
         .add_service(ConsoleServiceServer::new(ConsoleApi::new(context.clone(), agents.clone())))
         .add_service(AgentServiceServer::new(agent).max_decoding_message_size(GRPC_MESSAGE_BYTES_MAX))

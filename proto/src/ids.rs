@@ -76,6 +76,10 @@ object_id!(
     GroupId, "group-"
 );
 object_id!(
+    /// Hosts with one CPU profile.
+    ClusterId, "cluster-"
+);
+object_id!(
     /// A network.
     NetworkId, "net-"
 );

@@ -26,7 +26,8 @@ const _: () = assert!(CONSOLE_RING_BYTES + 4096 <= GRPC_MESSAGE_BYTES_MAX);
 pub fn is_valid_name(name: &str) -> bool {
     let bytes = name.as_bytes();
     let ends = [bytes.first(), bytes.last()];
-    let id_prefixes = ["host-", "vm-", "vol-", "snap-", "img-", "task-", "mig-", "token-", "group-", "net-"];
+    let id_prefixes =
+        ["host-", "vm-", "vol-", "snap-", "img-", "task-", "mig-", "token-", "group-", "net-", "cluster-"];
     let is_id_form = id_prefixes.iter().any(|prefix| {
         name.strip_prefix(prefix)
             .is_some_and(|rest| !rest.is_empty() && rest.bytes().all(|b| b.is_ascii_digit()))
@@ -46,7 +47,7 @@ mod tests {
         for good in ["web1", "a", "db.prod_2", "vm-web", "host-a1"] {
             assert!(is_valid_name(good), "{good}");
         }
-        for bad in ["", "-a", "a-", "a/b", "a b", "vm-17", "ü", &"x".repeat(64)] {
+        for bad in ["", "-a", "a-", "a/b", "a b", "vm-17", "cluster-3", "ü", &"x".repeat(64)] {
             assert!(!is_valid_name(bad), "{bad}");
         }
     }

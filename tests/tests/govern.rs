@@ -16,13 +16,20 @@ fn level(pool: &Pool) -> Result<u64> {
 #[test]
 fn a_pool_is_upgraded_host_by_host_and_then_gets_another_authority() -> Result<()> {
     let _turn = serial();
-    // Daemons that support level 1 only, as the version before did.
-    let pool = Pool::builder().timing(Timing::Fast).feature_level(1).start()?;
-    let token = ["user", "token", "create", "admin", "--role", "viewer", "-o", "json"];
-    let refused = pool.poolctl(&token)?.expect_code(4)?;
-    assert!(refused.stderr.contains("poolctl upgrade status"), "{}", refused.stderr);
+    // Daemons that support level 2 only, as the version before did.
+    let pool = Pool::builder().timing(Timing::Fast).feature_level(2).start()?;
+    let volume = ["volume", "create", "old", "--size", "1MiB"];
+    pool.json(&volume)?;
+    let cluster = ["cluster", "create", "fast"];
+    let snapshot = ["volume", "snapshot", "old", "first"];
     for host in pool.hosts() {
-        assert_eq!(level(&pool)?, 1, "{} is behind", host.name());
+        assert_eq!(level(&pool)?, 2, "{} is behind", host.name());
+        // Old and new daemons side by side: what only the new ones know is refused by whichever is asked.
+        for new in [&cluster[..], &snapshot] {
+            let refused = pool.poolctl(new)?.expect_code(4)?;
+            assert!(refused.stderr.contains("feature level 3"), "{}", refused.stderr);
+            assert!(refused.stderr.contains("poolctl upgrade status"), "{}", refused.stderr);
+        }
         let path = host.data_dir().join("poold.toml");
         let config = fs::read_to_string(&path)?;
         let upgraded: Vec<&str> =
@@ -33,10 +40,14 @@ fn a_pool_is_upgraded_host_by_host_and_then_gets_another_authority() -> Result<(
         wait_for(SOON, "the host has told its level", || {
             let hosts = pool.json(&["upgrade", "status"])?["hosts"].clone();
             let told = hosts.as_array().and_then(|all| all.iter().find(|it| it["host"] == host.name()));
-            Ok(told.is_some_and(|told| told["feature_level"] == 2))
+            Ok(told.is_some_and(|told| told["feature_level"] == 3))
         })?;
     }
-    wait_for(SOON, "the level is raised", || Ok(level(&pool)? == 2))?;
+    wait_for(SOON, "the level is raised", || Ok(level(&pool)? == 3))?;
+    for new in [&cluster[..], &snapshot] {
+        pool.poolctl(new)?.ok()?;
+    }
+    let token = ["user", "token", "create", "admin", "--role", "viewer", "-o", "json"];
     let made = pool.poolctl(&token)?.ok()?.json()?;
     settings(&pool)?;
     authority(&pool, made["token"].as_str().context("a token")?)?;
@@ -46,10 +57,26 @@ fn a_pool_is_upgraded_host_by_host_and_then_gets_another_authority() -> Result<(
     last.kill9_daemon()?;
     let path = last.data_dir().join("poold.toml");
     let config = fs::read_to_string(&path)?;
-    fs::write(&path, format!("feature_level_max = 1\n{config}"))?;
+    fs::write(&path, format!("feature_level_max = 2\n{config}"))?;
     let data = last.data_dir().to_string_lossy().into_owned();
     let refused = pool.poold_at(2, &["serve", "--data", &data])?.expect_code(4)?;
-    assert!(refused.stderr.contains("feature level 2"), "{}", refused.stderr);
+    assert!(refused.stderr.contains("feature level 3"), "{}", refused.stderr);
+    configuration(&pool, &path, &config)
+}
+
+/// What is in force can be read, and a slip of the pen is named; `config` is a good one.
+fn configuration(pool: &Pool, path: &std::path::Path, config: &str) -> Result<()> {
+    let data = path.parent().context("a folder")?.to_string_lossy().into_owned();
+    fs::write(path, config)?;
+    let told = pool.poold_at(2, &["config", "check", "--data", &data])?.ok()?.stdout;
+    for word in ["host_name = \"h3\"", "lease_ttl_ms = 2000", "vms_max = 10000"] {
+        assert!(told.contains(word), "{word}: {told}");
+    }
+    fs::write(path, format!("log_fromat = \"json\"\n{config}"))?;
+    for arguments in [&["config", "check", "--data", &data][..], &["serve", "--data", &data]] {
+        let refused = pool.poold_at(2, arguments)?.expect_code(2)?;
+        assert!(refused.stderr.contains("`log_fromat`, did you mean `log_format`?"), "{}", refused.stderr);
+    }
     Ok(())
 }
 

@@ -114,6 +114,14 @@ pub enum HostCommand {
         /// The host
         host: String,
     },
+    /// Makes a token with which a host comes with another key, since the one it had was lost or stolen: run `poold rekey` there
+    Rekey {
+        /// The host
+        host: String,
+        /// How long it is valid
+        #[arg(long, value_name = "DURATION", default_value = "3h", value_parser = reference::duration_s)]
+        ttl: Duration,
+    },
     /// Takes a lost host out of the pool for good; its replicas are made anew elsewhere
     Forget {
         /// The host

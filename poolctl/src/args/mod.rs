@@ -14,7 +14,7 @@ mod tests;
 pub use govern::{CaCommand, UpgradeCommand, UserTokenCommand};
 pub use hosts::{BalanceCommand, HaCommand, HostCommand, PoolCommand, TokenCommand};
 pub use networks::{NetArguments, NetCommand};
-pub use rules::{GroupCommand, Members, Rule, SupportCommand, UserCommand};
+pub use rules::{ClusterCommand, GroupCommand, Members, Rule, SupportCommand, UserCommand};
 pub use storage::{DiskFormat, ImageCommand, SnapshotCommand, VolumeCommand};
 pub use vms::{ConsoleCommand, CreateArguments, HaPolicy, MigrateArguments, Policy, VmCommand};
 pub use work::{EventCommand, MigrationCommand, TaskCommand};
@@ -90,6 +90,9 @@ pub enum Noun {
     /// Rules about where VMs run
     #[command(subcommand)]
     Group(GroupCommand),
+    /// Hosts with one CPU profile, and their VMs
+    #[command(subcommand)]
+    Cluster(ClusterCommand),
     /// Networks of VMs
     #[command(subcommand)]
     Net(NetCommand),

@@ -1,7 +1,9 @@
-//! Commands of groups, users and support.
+//! Commands of groups, clusters, users and support.
 
 use super::govern::UserTokenCommand;
+use crate::reference;
 use clap::{Args, Subcommand, ValueEnum, ValueHint};
+use proto::CpuProfile;
 use std::path::PathBuf;
 
 /// What a group says about its VMs.
@@ -64,13 +66,47 @@ pub enum GroupCommand {
     },
 }
 
-/// Members of a group.
+/// `poolctl cluster …`
+#[derive(Debug, Subcommand)]
+pub enum ClusterCommand {
+    /// Makes an empty cluster: hosts with one CPU profile, among which their VMs are placed and moved
+    Create {
+        /// Its name
+        name: String,
+        /// What its guests see of the processor, and what each of its hosts must support: host-common (what they all have),
+        /// x86-64-v2, x86-64-v3, or host (all of it, on equal processors)
+        #[arg(long, value_parser = reference::cpu_profile, value_name = "PROFILE", default_value = "host-common")]
+        cpu_profile: CpuProfile,
+    },
+    /// All clusters; `default` has whatever was put into no other
+    List,
+    /// One cluster
+    Show {
+        /// The cluster
+        cluster: String,
+    },
+    /// Puts hosts without VMs, and stopped VMs, into a cluster; `default` takes them back
+    Add {
+        /// The cluster
+        cluster: String,
+        /// Whom to put there
+        #[command(flatten)]
+        members: Members,
+    },
+    /// Deletes a cluster that nobody is in
+    Delete {
+        /// The cluster
+        cluster: String,
+    },
+}
+
+/// Members of a group or cluster.
 #[derive(Debug, Args)]
 pub struct Members {
     /// A VM; may be repeated
     #[arg(long = "vm", value_name = "VM")]
     pub vms: Vec<String>,
-    /// A host, for rules about hosts; may be repeated
+    /// A host (of groups: for rules about hosts); may be repeated
     #[arg(long = "host", value_name = "HOST")]
     pub hosts: Vec<String>,
 }

@@ -147,9 +147,12 @@ pub struct CreateArguments {
     /// Order of recovery, highest first [default: 100]
     #[arg(long, value_name = "1-255", value_parser = clap::value_parser!(u8).range(1..))]
     pub ha_priority: Option<u8>,
-    /// Which features of the processor the guest sees: host-common, x86-64-v2, x86-64-v3 or host [default: the pool's]
+    /// Which features of the processor the guest sees: host-common, x86-64-v2, x86-64-v3 or host [default: its cluster's]
     #[arg(long, value_parser = reference::cpu_profile, value_name = "PROFILE")]
     pub cpu_profile: Option<CpuProfile>,
+    /// The cluster whose hosts it runs on [default: default]
+    #[arg(long, value_name = "CLUSTER")]
+    pub cluster: Option<String>,
 }
 
 /// A move.

@@ -13,11 +13,11 @@ use proto::{
     TokenId,
     v1::{
         CreateJoinTokenRequest, Host, HostChangeRequest, HostRef, LeaveRequest, ListHostsRequest,
-        ListHostsResponse, ListJoinTokensRequest, RetireHostRequest, RevokeJoinTokenRequest,
-        SetHostLabelsRequest, host_service_client::HostServiceClient,
+        ListHostsResponse, ListJoinTokensRequest, RekeyHostRequest, RetireHostRequest,
+        RevokeJoinTokenRequest, SetHostLabelsRequest, host_service_client::HostServiceClient,
     },
 };
-use std::ops::ControlFlow;
+use std::{ops::ControlFlow, time::Duration};
 
 /// Runs a command of hosts.
 ///
@@ -48,6 +48,7 @@ pub async fn run(command: HostCommand, session: &mut Session) -> Result<(), Fail
             let sentence = format!("the VMs without HA of {} may be started elsewhere", host.name);
             session.output.changed(&HostView::from(host), &sentence)
         }
+        HostCommand::Rekey { host, ttl } => rekey(host, ttl, session).await,
         HostCommand::Drain { host, detach } => {
             let task = call!(session.client, HostServiceClient, drain, change(host.clone())).await?;
             super::end_of_pool_task(session, task, &format!("host {host}"), "draining", detach).await
@@ -105,6 +106,20 @@ async fn forget(host: String, session: &mut Session) -> Result<(), Failure> {
     let host = call!(session.client, HostServiceClient, leave, request).await?;
     let sentence = format!("host {} is no member of the pool any more", host.name);
     session.output.changed(&HostView::from(host), &sentence)
+}
+
+async fn rekey(host: String, ttl: Duration, session: &mut Session) -> Result<(), Failure> {
+    let request = RekeyHostRequest { meta: new_meta(), host: host.clone(), ttl_seconds: ttl.as_secs() };
+    let token = call!(session.client, HostServiceClient, rekey, request).await?;
+    let view = TokenView::from(token);
+    if matches!(session.output.format(), Format::Table | Format::Wide) {
+        hint(&format!(
+            "valid for host {host} until {}; the present key is void once it is used. There run:",
+            view.expires()
+        ));
+        hint("  poold rekey --data DIR TOKEN");
+    }
+    session.output.changed(&view, view.token())
 }
 
 fn views(hosts: ListHostsResponse) -> Vec<HostView> {

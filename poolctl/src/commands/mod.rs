@@ -1,5 +1,6 @@
 //! What each command does: one file for each kind of object.
 
+mod clusters;
 mod console;
 mod copies;
 mod events;
@@ -106,6 +107,7 @@ async fn dispatch(noun: Noun, session: &mut Session) -> Result<(), Failure> {
         Noun::Task(command) => tasks::run(command, session).await,
         Noun::Event(command) => events::run(command, session).await,
         Noun::Group(command) => groups::run(command, session).await,
+        Noun::Cluster(command) => clusters::run(command, session).await,
         Noun::Net(command) => networks::run(command, session).await,
         Noun::Balance(command) => pools::run_balance(command, session).await,
         Noun::User(command) => users::run(command, session).await,

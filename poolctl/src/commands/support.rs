@@ -1,4 +1,5 @@
-//! `poolctl support`: one file with all that the pool says of itself. No keys, tokens or console output are in it.
+//! `poolctl support`: one file with all that the pool and its hosts say of themselves. No keys, tokens or console output are in it.
+//! Its size is bounded by what the pool has: its lists, and less than 1 MiB for each host.
 
 use super::Session;
 use crate::{
@@ -6,18 +7,20 @@ use crate::{
     client::call,
     config::create_private,
     failure::Failure,
-    output::{Object, hint},
+    output::{Object, hint, warning},
     view::{
-        AuditView, EventView, GroupView, HostView, ImageView, MigrationView, PoolView, TaskView, UserView,
-        VmView, VolumeView,
+        AuditView, ClusterView, EventView, GroupView, HostView, ImageView, MigrationView, PoolView, TaskView,
+        UserView, VmView, VolumeView,
     },
 };
 use proto::v1::{
-    AuditRequest, Event, ListGroupsRequest, ListHostsRequest, ListImagesRequest, ListMigrationsRequest,
-    ListTasksRequest, ListUsersRequest, ListVmsRequest, ListVolumesRequest, PoolShowRequest,
-    WatchEventsRequest, event_service_client::EventServiceClient, group_service_client::GroupServiceClient,
-    host_service_client::HostServiceClient, image_service_client::ImageServiceClient,
-    migration_service_client::MigrationServiceClient, pool_service_client::PoolServiceClient,
+    AuditRequest, Event, HostReport, ListClustersRequest, ListGroupsRequest, ListHostsRequest,
+    ListImagesRequest, ListMigrationsRequest, ListTasksRequest, ListUsersRequest, ListVmsRequest,
+    ListVolumesRequest, PoolShowRequest, ReportsRequest, WatchEventsRequest,
+    cluster_service_client::ClusterServiceClient, event_service_client::EventServiceClient,
+    group_service_client::GroupServiceClient, host_service_client::HostServiceClient,
+    image_service_client::ImageServiceClient, migration_service_client::MigrationServiceClient,
+    pool_service_client::PoolServiceClient, support_service_client::SupportServiceClient,
     task_service_client::TaskServiceClient, user_service_client::UserServiceClient,
     vm_service_client::VmServiceClient, volume_service_client::VolumeServiceClient,
 };
@@ -39,9 +42,13 @@ pub async fn run(command: SupportCommand, session: &mut Session) -> Result<(), F
     let mut bundle = Map::new();
     bundle.insert("poolctl".into(), json!(env!("CARGO_PKG_VERSION")));
     collect(session, &mut bundle).await;
+    let missing = reports(session, &mut bundle).await;
     let text = serde_json::to_string_pretty(&bundle).map_err(|error| Failure::local(&object, error))?;
     out.write_all(text.as_bytes()).map_err(|error| Failure::local(&object, error))?;
     hint(&format!("{object} written; it holds names and addresses, but no key"));
+    for (host, why) in missing {
+        warning(&format!("not in it: the report of host {host}: {why}"));
+    }
     Ok(())
 }
 
@@ -72,6 +79,8 @@ async fn collect(session: &Session, bundle: &mut Map<String, Value>) {
     put::<_, ImageView>(bundle, "images", images.map(|list| list.images));
     let groups = call!(client, GroupServiceClient, list, ListGroupsRequest {}).await;
     put::<_, GroupView>(bundle, "groups", groups.map(|list| list.groups));
+    let clusters = call!(client, ClusterServiceClient, list, ListClustersRequest {}).await;
+    put::<_, ClusterView>(bundle, "clusters", clusters.map(|list| list.clusters));
     let users = call!(client, UserServiceClient, list, ListUsersRequest {}).await;
     put::<_, UserView>(bundle, "users", users.map(|list| list.users));
     let tasks = call!(client, TaskServiceClient, list, ListTasksRequest {}).await;
@@ -81,6 +90,56 @@ async fn collect(session: &Session, bundle: &mut Map<String, Value>) {
     let audit = call!(client, EventServiceClient, audit, AuditRequest { from_revision: 0 }).await;
     put::<_, AuditView>(bundle, "audit", audit.map(|list| list.records));
     put::<_, EventView>(bundle, "events", events(session, revision).await);
+}
+
+/// What the hosts say of themselves goes into the bundle; those that said nothing are returned with the reason.
+async fn reports(session: &Session, bundle: &mut Map<String, Value>) -> Vec<(String, String)> {
+    let client = &session.client;
+    let (mut reports, mut missing) = (Map::new(), Vec::new());
+    let opened = call!(client, SupportServiceClient, reports, ReportsRequest {}).await;
+    let read = match opened {
+        Ok(mut stream) => {
+            let put = |report: HostReport| {
+                if !report.missing.is_empty() {
+                    missing.push((report.host.clone(), report.missing.clone()));
+                }
+                reports.insert(report.host.clone(), report_value(report));
+                Ok(ControlFlow::Continue(()))
+            };
+            client.read(&mut stream, put).await.map(drop)
+        }
+        Err(failure) => Err(failure),
+    };
+    if let Err(failure) = read {
+        bundle.insert("reports_error".into(), json!(failure.to_string()));
+    }
+    bundle.insert("reports".into(), Value::Object(reports));
+    missing
+}
+
+fn report_value(report: HostReport) -> Value {
+    let HostReport {
+        missing,
+        version,
+        feature_level,
+        time_ms,
+        kernel,
+        uptime_s,
+        log,
+        processes,
+        metrics,
+        config,
+        ..
+    } = report;
+    if !missing.is_empty() {
+        return json!({ "missing": missing });
+    }
+    let processes: Map<String, Value> =
+        processes.into_iter().map(|process| (process.process, json!(process.log))).collect();
+    json!({
+        "version": version, "feature_level": feature_level, "time_ms": time_ms, "kernel": kernel,
+        "uptime_s": uptime_s, "log": log, "processes": processes, "metrics": metrics, "config": config,
+    })
 }
 
 /// The events up to this revision, as far back as the pool remembers.

@@ -98,6 +98,7 @@ async fn create(arguments: CreateArguments, session: &mut Session) -> Result<(),
         ha,
         ha_priority,
         cpu_profile,
+        cluster,
     } = arguments;
     let request = CreateVmRequest {
         meta: new_meta(),
@@ -116,6 +117,7 @@ async fn create(arguments: CreateArguments, session: &mut Session) -> Result<(),
         ha_priority: ha_priority.map_or(0, u32::from),
         nets,
         cpu_profile: cpu_profile.map(|profile| profile.to_string()).unwrap_or_default(),
+        cluster: cluster.unwrap_or_default(),
     };
     let vm = call!(session.client, VmServiceClient, create, request).await?;
     let sentence = format!("vm {} made; start it with `poolctl vm start {}`", vm.name, vm.name);

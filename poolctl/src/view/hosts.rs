@@ -109,6 +109,7 @@ pub struct HostView {
     feature_level: u32,
     store_used_bytes: u64,
     store_capacity_bytes: u64,
+    cluster: String,
 }
 
 impl From<v1::Host> for HostView {
@@ -131,6 +132,7 @@ impl From<v1::Host> for HostView {
             feature_level: host.feature_level,
             store_used_bytes: host.store_used_bytes,
             store_capacity_bytes: host.store_capacity_bytes,
+            cluster: host.cluster,
         }
     }
 }
@@ -138,8 +140,18 @@ impl From<v1::Host> for HostView {
 impl Object for HostView {
     const KIND: &'static str = "Host";
     const COLUMNS: &'static [&'static str] = &["NAME", "STATE", "ROLE", "ADDRESS", "VMS"];
-    const WIDE: &'static [&'static str] =
-        &["ID", "VM MEMORY", "RESERVED", "CPUS", "VCPUS", "LABELS", "LEASE AGE", "VERSION", "STORE"];
+    const WIDE: &'static [&'static str] = &[
+        "ID",
+        "VM MEMORY",
+        "RESERVED",
+        "CPUS",
+        "VCPUS",
+        "LABELS",
+        "LEASE AGE",
+        "VERSION",
+        "STORE",
+        "CLUSTER",
+    ];
 
     fn name(&self) -> String {
         self.name.clone()
@@ -161,6 +173,7 @@ impl Object for HostView {
             format!("{} ms", self.lease_age_ms),
             self.version.clone(),
             format!("{}/{}", bytes(self.store_used_bytes), bytes(self.store_capacity_bytes)),
+            self.cluster.clone(),
         ]
     }
 }

@@ -19,7 +19,7 @@ pub use govern::{AccessTokenView, UpgradeView, VersionView};
 pub use hosts::{HostView, PoolView, TokenView};
 pub use migration::{MigrationView, PlanView};
 pub use networks::{NetworkView, NicView};
-pub use rules::{AuditView, GroupView, HaPlanView, PlannedMoveView, UserView};
+pub use rules::{AuditView, ClusterView, GroupView, HaPlanView, PlannedMoveView, UserView};
 pub use storage::{ImageView, SnapshotView, VolumeView};
 pub use vm::{ConsoleView, ExplanationView, VmView};
 pub use work::{EventView, TaskView};

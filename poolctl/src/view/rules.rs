@@ -1,8 +1,8 @@
-//! Groups, users, audit records, and plans.
+//! Groups, clusters, users, audit records, and plans.
 
 use super::{utc, words};
 use crate::output::Object;
-use proto::{GroupId, v1};
+use proto::{ClusterId, GroupId, v1};
 use serde::Serialize;
 
 /// A rule about where VMs run.
@@ -49,6 +49,41 @@ impl Object for GroupView {
             words(&self.hosts),
             self.id.clone(),
         ]
+    }
+}
+
+/// Hosts with one CPU profile.
+#[derive(Debug, Serialize)]
+pub struct ClusterView {
+    /// Empty: the default one.
+    id: String,
+    name: String,
+    cpu_profile: String,
+    hosts: Vec<String>,
+    vms: Vec<String>,
+    revision: u64,
+}
+
+impl From<v1::Cluster> for ClusterView {
+    fn from(cluster: v1::Cluster) -> Self {
+        let v1::Cluster { id, name, cpu_profile, hosts, vms, revision } = cluster;
+        let id = if id == 0 { String::new() } else { ClusterId(id).to_string() };
+        Self { id, name, cpu_profile, hosts, vms, revision }
+    }
+}
+
+impl Object for ClusterView {
+    const KIND: &'static str = "Cluster";
+    const COLUMNS: &'static [&'static str] = &["NAME", "CPU PROFILE", "HOSTS", "VMS"];
+    const WIDE: &'static [&'static str] = &["ID"];
+
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn cells(&self) -> Vec<String> {
+        let vms = self.vms.len().to_string();
+        vec![self.name.clone(), self.cpu_profile.clone(), words(&self.hosts), vms, self.id.clone()]
     }
 }
 

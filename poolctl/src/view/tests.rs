@@ -68,6 +68,7 @@ fn host_and_token() {
         feature_level: 2,
         store_used_bytes: 5,
         store_capacity_bytes: 9,
+        cluster: "fast".into(),
     };
     assert_eq!(
         shape(&VersionView::from(host.clone())),
@@ -78,7 +79,7 @@ fn host_and_token() {
         json!({"id": "host-7", "name": "h2", "state": "up", "role": "voter", "address": "10.0.0.2:7443",
             "vm_memory_bytes": 4096, "vm_memory_reserved_bytes": 1024, "lease_age_ms": 12, "vms": ["a"],
             "labels": {"zone": "b"}, "duty": "active", "cpus": 8, "vcpus_reserved": 2, "version": "0.2.0",
-            "feature_level": 2, "store_used_bytes": 5, "store_capacity_bytes": 9})
+            "feature_level": 2, "store_used_bytes": 5, "store_capacity_bytes": 9, "cluster": "fast"})
     );
     let token = v1::JoinToken { id: 9, token: "t".into(), expires_ms: 1, state: "valid".into() };
     assert_eq!(
@@ -191,6 +192,7 @@ fn vm_and_console() {
         home: "h1".into(),
         nics: vec![v1::Nic { network: "lan".into(), mac: "0a:00:00:00:00:01".into(), ip: "10.7.0.2".into() }],
         cpu_profile: "host".into(),
+        cluster: "default".into(),
     };
     let view = VmView::from(vm);
     assert_eq!(view.whereabouts(), "running at h2");
@@ -199,7 +201,8 @@ fn vm_and_console() {
         json!({"id": "vm-17", "name": "a", "state": "running", "host": "h2", "epoch": 3, "vcpus": 1,
             "memory_bytes": 512 << 20, "disks": ["data"], "kernel": "probe", "initrd": "", "cmdline": "disk=1",
             "ha": "restart", "problem": "", "revision": 11, "ha_priority": 100, "home": "h1",
-            "nics": [{"network": "lan", "mac": "0a:00:00:00:00:01", "ip": "10.7.0.2"}], "cpu_profile": "host"})
+            "nics": [{"network": "lan", "mac": "0a:00:00:00:00:01", "ip": "10.7.0.2"}], "cpu_profile": "host",
+            "cluster": "default"})
     );
     let piece = v1::ConsoleLogResponse { data: b"hi\xff".to_vec(), offset: 4 };
     assert_eq!(shape(&ConsoleView::new("a", &piece)), json!({"vm": "a", "offset": 4, "text": "hi\u{fffd}"}));
@@ -376,6 +379,20 @@ fn groups_users_audit_and_plans() {
         json!({"id": "group-5", "name": "web", "rule": "apart", "strength": "must", "vms": ["a"], "hosts": [],
             "revision": 7})
     );
+    let cluster = v1::Cluster {
+        id: 6,
+        name: "fast".into(),
+        cpu_profile: "x86-64-v3".into(),
+        hosts: vec!["h1".into()],
+        vms: vec!["a".into()],
+        revision: 7,
+    };
+    assert_eq!(
+        shape(&ClusterView::from(cluster)),
+        json!({"id": "cluster-6", "name": "fast", "cpu_profile": "x86-64-v3", "hosts": ["h1"], "vms": ["a"],
+            "revision": 7})
+    );
+    assert_eq!(shape(&ClusterView::from(v1::Cluster::default()))["id"], "", "the default one has no id");
     let user = v1::User { name: "ann".into(), role: "viewer".into(), created_ms: 3, tokens: 1 };
     assert_eq!(
         shape(&UserView::from(user)),

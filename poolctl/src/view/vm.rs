@@ -26,6 +26,7 @@ pub struct VmView {
     home: String,
     nics: Vec<NicView>,
     cpu_profile: String,
+    cluster: String,
 }
 
 impl VmView {
@@ -60,6 +61,7 @@ impl From<v1::Vm> for VmView {
             home: vm.home,
             nics: vm.nics.into_iter().map(NicView::from).collect(),
             cpu_profile: vm.cpu_profile,
+            cluster: vm.cluster,
         }
     }
 }
@@ -67,8 +69,10 @@ impl From<v1::Vm> for VmView {
 impl Object for VmView {
     const KIND: &'static str = "Vm";
     const COLUMNS: &'static [&'static str] = &["NAME", "STATE", "HOST", "VCPUS", "MEMORY", "PROBLEM"];
-    const WIDE: &'static [&'static str] =
-        &["ID", "EPOCH", "HA", "PRIORITY", "DISKS", "KERNEL", "INITRD", "CMDLINE", "HOME", "NICS", "CPU"];
+    const WIDE: &'static [&'static str] = &[
+        "ID", "EPOCH", "HA", "PRIORITY", "DISKS", "KERNEL", "INITRD", "CMDLINE", "HOME", "NICS", "CPU",
+        "CLUSTER",
+    ];
 
     fn name(&self) -> String {
         self.name.clone()
@@ -93,6 +97,7 @@ impl Object for VmView {
             self.home.clone(),
             words(&self.nics.iter().map(NicView::text).collect::<Vec<_>>()),
             self.cpu_profile.clone(),
+            self.cluster.clone(),
         ]
     }
 }

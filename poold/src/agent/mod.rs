@@ -17,8 +17,8 @@ use futures::{Stream, StreamExt as _};
 use proto::{
     HostId, VmId,
     v1::{
-        AgentConsole, AgentConsoleType, AgentFacts, AgentFactsRequest, AgentVmRequest, MigrationRecord,
-        agent_service_client::AgentServiceClient,
+        AgentConsole, AgentConsoleType, AgentFacts, AgentFactsRequest, AgentReport, AgentReportRequest,
+        AgentVmRequest, HostReport, MigrationRecord, agent_service_client::AgentServiceClient,
     },
 };
 use std::{collections::BTreeSet, pin::Pin, time::Duration};
@@ -97,6 +97,17 @@ impl Agents {
         let progress = answer(host, client.migration_progress(AgentVmRequest { vm_id: vm.0 })).await?;
         prost::Message::decode(progress.record.as_slice())
             .map_err(|error| Status::internal(format!("{host} sent no migration record: {error}")))
+    }
+
+    /// What another host says of itself.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub async fn report(&self, host: HostId) -> Result<HostReport, Status> {
+        let mut client = self.client(host)?;
+        let AgentReport { report } = answer(host, client.report(AgentReportRequest {})).await?;
+        prost::Message::decode(report.as_slice())
+            .map_err(|error| Status::internal(format!("{host} sent no report: {error}")))
     }
 
     /// What hosts know of volumes; those that don't answer soon are left out.

@@ -5,6 +5,7 @@ use crate::{
     api::require_host,
     images::{self, ImageError, ImageStore, SpreadError},
     supervisor::{Machine, ProcessView, Supervisor},
+    support::Reporter,
 };
 use futures::{Stream, StreamExt as _};
 use pool_state::state::ContentHash;
@@ -12,8 +13,9 @@ use proto::{
     HostId, VmId, VolumeId,
     v1::{
         AgentConsole, AgentConsoleType, AgentConsoleTyped, AgentFacts, AgentFactsRequest, AgentImageAck,
-        AgentImageChunk, AgentImageRequest, AgentMigrationProgress, AgentSnapshotRequest, AgentVmRequest,
-        AgentVmStatus, MigrationRecord, VolumePiece, VolumeReadRequest, agent_service_server::AgentService,
+        AgentImageChunk, AgentImageRequest, AgentMigrationProgress, AgentReport, AgentReportRequest,
+        AgentSnapshotRequest, AgentVmRequest, AgentVmStatus, MigrationRecord, VolumePiece, VolumeReadRequest,
+        agent_service_server::AgentService,
     },
 };
 use std::{pin::Pin, sync::Arc};
@@ -29,13 +31,20 @@ pub struct AgentApi {
     supervisor: Supervisor,
     images: ImageStore,
     facts: LocalFacts,
+    reporter: Reporter,
     receiving: Arc<Semaphore>,
 }
 
 impl AgentApi {
     /// The agent of host `me`.
-    pub fn new(me: HostId, supervisor: Supervisor, images: ImageStore, facts: LocalFacts) -> Self {
-        Self { me, supervisor, images, facts, receiving: Arc::new(Semaphore::new(RECEIVING_MAX)) }
+    pub fn new(
+        me: HostId,
+        supervisor: Supervisor,
+        images: ImageStore,
+        facts: LocalFacts,
+        reporter: Reporter,
+    ) -> Self {
+        Self { me, supervisor, images, facts, reporter, receiving: Arc::new(Semaphore::new(RECEIVING_MAX)) }
     }
 }
 
@@ -129,6 +138,14 @@ impl AgentService for AgentApi {
     async fn facts(&self, request: Request<AgentFactsRequest>) -> Result<Response<AgentFacts>, Status> {
         require_host(&request)?;
         Ok(Response::new(self.facts.now()))
+    }
+
+    async fn report(&self, request: Request<AgentReportRequest>) -> Result<Response<AgentReport>, Status> {
+        require_host(&request)?;
+        let reporter = self.reporter.clone();
+        let report = tokio::task::spawn_blocking(move || reporter.now()).await;
+        let report = report.map_err(|error| Status::internal(error.to_string()))?;
+        Ok(Response::new(AgentReport { report: prost::Message::encode_to_vec(&report) }))
     }
 
     async fn vm_status(&self, request: Request<AgentVmRequest>) -> Result<Response<AgentVmStatus>, Status> {

@@ -88,6 +88,8 @@ const PUBLIC: &[(&str, Methods)] = &[
             ("RevokeJoinToken", ADMIN),
             ("PreflightJoin", OPEN),
             ("Join", OPEN),
+            ("Rekey", ADMIN),
+            ("ReplaceKey", OPEN),
             ("Leave", ADMIN),
             ("Retire", ADMIN),
             ("List", VIEW),
@@ -158,6 +160,12 @@ const PUBLIC: &[(&str, Methods)] = &[
         "pool.v1.GroupService",
         &[("Create", OPERATE), ("List", VIEW), ("Show", VIEW), ("Change", OPERATE), ("Delete", OPERATE)],
     ),
+    (
+        "pool.v1.ClusterService",
+        &[("Create", ADMIN), ("List", VIEW), ("Show", VIEW), ("Add", OPERATE), ("Delete", ADMIN)],
+    ),
+    // Logs name everything that happens.
+    ("pool.v1.SupportService", &[("Reports", ADMIN)]),
     ("pool.v1.NetworkService", &[("Create", OPERATE), ("List", VIEW), ("Show", VIEW), ("Delete", OPERATE)]),
     (
         "pool.v1.UserService",

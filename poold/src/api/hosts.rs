@@ -7,11 +7,12 @@ use crate::consensus::{Consensus, unix_ms};
 use crate::identity::{CertificateAuthority, fingerprint_of_pem, is_public_key, shown_chain};
 use crate::join::{JoinToken, from_hex};
 use crate::lease::LeaderHandle;
-use pool_state::command::{HostFacts, JoinHost, RemoveMode};
+use pool_state::command::{Govern, HostFacts, JoinHost, RemoveMode};
 use pool_state::state::{Copies, Host, Token};
-use pool_state::{Command, Outcome, PoolState, RejectionClass, Timing, features};
+use pool_state::{Command, Outcome, PoolState, RejectionClass, Reserved, Timing, features};
 use proto::v1::{self, host_service_server::HostService};
 use proto::{ByteCount, HostId, TokenId};
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -67,7 +68,11 @@ impl HostApi {
     }
 
     fn view(&self, state: &PoolState, host: &Host) -> v1::Host {
-        let reserved = state.reserved().get(&host.id).copied().unwrap_or_default();
+        self.view_of(state, host, &state.reserved())
+    }
+
+    fn view_of(&self, state: &PoolState, host: &Host, reserved: &BTreeMap<HostId, Reserved>) -> v1::Host {
+        let reserved = reserved.get(&host.id).copied().unwrap_or_default();
         v1::Host {
             id: host.id.0,
             name: host.name.clone(),
@@ -84,13 +89,15 @@ impl HostApi {
             vcpus_reserved: u32::try_from(reserved.vcpus).unwrap_or(u32::MAX),
             version: host.version.clone(),
             feature_level: host.feature_level,
+            cluster: state.cluster_name(host.cluster),
             store_used_bytes: host.store.map_or(0, |store| store.used.0),
             store_capacity_bytes: host.store.map_or(0, |store| store.capacity.0),
         }
     }
 
     fn list_of(&self, state: &PoolState) -> v1::ListHostsResponse {
-        let hosts = state.members().map(|host| self.view(state, host)).collect();
+        let reserved = state.reserved();
+        let hosts = state.members().map(|host| self.view_of(state, host, &reserved)).collect();
         v1::ListHostsResponse { revision: state.revision, hosts }
     }
 
@@ -126,6 +133,34 @@ impl HostApi {
     ) -> Result<Response<v1::Task>, Status> {
         let (outcome, _, state) = self.change_host(request, command).await?;
         Ok(Response::new(views::task_begun(&state, outcome)?))
+    }
+
+    /// Makes a token that admits a host; a repeated request gets the same one.
+    async fn make_token(
+        &self,
+        principal: &Principal,
+        meta: Option<v1::RequestMeta>,
+        ttl_seconds: u64,
+        command: impl FnOnce(&PoolState, [u8; 32], u64) -> Result<Command, Status>,
+    ) -> Result<v1::JoinToken, Status> {
+        let request_id = meta.map(|meta| meta.request_id).filter(|id| !id.is_empty());
+        let request_id = request_id.unwrap_or_else(|| uuid::Uuid::new_v4().to_string());
+        let seconds = if ttl_seconds == 0 { TOKEN_TTL_SECONDS_DEFAULT } else { ttl_seconds };
+        let state = self.read().await?;
+        let secret = secret_of(&state, &request_id);
+        let command = command(&state, *blake3::hash(&secret).as_bytes(), seconds.saturating_mul(1000))?;
+        let meta = v1::RequestMeta { request_id };
+        let outcome = self.change(principal, Some(&meta), command).await?;
+        let Outcome::Token(id) = outcome else { return Err(Status::internal("a token was not created")) };
+        let state = self.read().await?;
+        let token = state.tokens.get(&id).ok_or_else(|| Status::internal("the token is gone"))?;
+        let text = JoinToken {
+            addresses: token_addresses(&state),
+            ca_fingerprint: fingerprint_of_pem(&state.settings.ca_cert_pem).unwrap_or_default(),
+            pool_id: state.settings.pool_id.clone(),
+            secret,
+        };
+        Ok(v1::JoinToken { token: text.encode(), ..token_view(token) })
     }
 
     /// The command of a join request, or what is wrong with the request itself.
@@ -204,6 +239,30 @@ fn removed_before(state: &PoolState, meta: Option<&v1::RequestMeta>) -> Option<H
     }
 }
 
+/// What a host needs to be a member that shows this key.
+fn welcome(state: &PoolState, host: HostId, public_key: &[u8]) -> Result<v1::JoinResponse, Status> {
+    let settings = &state.settings;
+    let internal = |error: &dyn std::error::Error| Status::internal(error.to_string());
+    let ca = CertificateAuthority::load(&settings.ca_cert_pem, &settings.ca_key_pem)
+        .map_err(|error| internal(&error))?;
+    let leaf = ca.sign_host(host, public_key).map_err(|error| internal(&error))?;
+    let peers = state.members().map(|host| v1::HostAddress {
+        host_id: host.id.0,
+        name: host.name.clone(),
+        address: host.address.clone(),
+    });
+    let timing_profile = if settings.timing == Timing::fast() { "fast" } else { "default" };
+    Ok(v1::JoinResponse {
+        host_id: host.0,
+        pool_id: settings.pool_id.clone(),
+        pool_name: settings.name.clone(),
+        ca_pem: settings.trusted_pem(),
+        certificate_pem: shown_chain(settings, &leaf),
+        peers: peers.collect(),
+        timing_profile: timing_profile.to_owned(),
+    })
+}
+
 /// Where a new host finds the pool: hosts that are up first.
 fn token_addresses(state: &PoolState) -> Vec<String> {
     let (up, others): (Vec<_>, Vec<_>) = state.members().partition(|host| host.is_up());
@@ -233,29 +292,42 @@ impl HostService for HostApi {
         request: Request<v1::CreateJoinTokenRequest>,
     ) -> Result<Response<v1::JoinToken>, Status> {
         let principal = require_user(&request)?;
-        let request = request.into_inner();
-        let request_id =
-            request.meta.as_ref().map(|meta| meta.request_id.clone()).filter(|id| !id.is_empty());
-        let request_id = request_id.unwrap_or_else(|| uuid::Uuid::new_v4().to_string());
-        let seconds = if request.ttl_seconds == 0 { TOKEN_TTL_SECONDS_DEFAULT } else { request.ttl_seconds };
-        let state = self.read().await?;
-        let secret = secret_of(&state, &request_id);
-        let command = Command::CreateToken {
-            secret_hash: *blake3::hash(&secret).as_bytes(),
-            ttl_ms: seconds.saturating_mul(1000),
+        let v1::CreateJoinTokenRequest { meta, ttl_seconds } = request.into_inner();
+        let command = |_: &PoolState, secret_hash: [u8; 32], ttl_ms: u64| {
+            Ok(Command::CreateToken { secret_hash, ttl_ms })
         };
-        let meta = v1::RequestMeta { request_id };
-        let outcome = self.change(&principal, Some(&meta), command).await?;
-        let Outcome::Token(id) = outcome else { return Err(Status::internal("a token was not created")) };
-        let state = self.read().await?;
-        let token = state.tokens.get(&id).ok_or_else(|| Status::internal("the token is gone"))?;
-        let text = JoinToken {
-            addresses: token_addresses(&state),
-            ca_fingerprint: fingerprint_of_pem(&state.settings.ca_cert_pem).unwrap_or_default(),
-            pool_id: state.settings.pool_id.clone(),
-            secret,
+        Ok(Response::new(self.make_token(&principal, meta, ttl_seconds, command).await?))
+    }
+
+    async fn rekey(&self, request: Request<v1::RekeyHostRequest>) -> Result<Response<v1::JoinToken>, Status> {
+        let principal = require_user(&request)?;
+        let v1::RekeyHostRequest { meta, host, ttl_seconds } = request.into_inner();
+        let command = |state: &PoolState, secret_hash: [u8; 32], ttl_ms: u64| {
+            let host = views::found(state.resolve_host(&host))?.id;
+            Ok(Command::Govern(Govern::CreateKeyToken { host, secret_hash, ttl_ms }))
         };
-        Ok(Response::new(v1::JoinToken { token: text.encode(), ..token_view(token) }))
+        Ok(Response::new(self.make_token(&principal, meta, ttl_seconds, command).await?))
+    }
+
+    async fn replace_key(
+        &self,
+        request: Request<v1::ReplaceHostKeyRequest>,
+    ) -> Result<Response<v1::JoinResponse>, Status> {
+        let v1::ReplaceHostKeyRequest { secret, pool_id, public_key, host_id } = request.into_inner();
+        let invalid = |what: &str| Status::invalid_argument(format!("another key of a host: {what}"));
+        let secret = from_hex(&secret).ok_or_else(|| invalid("the secret is no hex text"))?;
+        if !is_public_key(&public_key) {
+            return Err(invalid("the key can't be certified"));
+        }
+        if pool_id != self.read().await?.settings.pool_id {
+            return Err(invalid("the token was made for another pool"));
+        }
+        let principal = Principal::User("rekeying".to_owned());
+        let secret_hash = *blake3::hash(&secret).as_bytes();
+        let host = HostId(host_id);
+        let replace = Govern::ReplaceHostKey { host, secret_hash, public_key: public_key.clone() };
+        self.change(&principal, None, Command::Govern(replace)).await?;
+        Ok(Response::new(welcome(&*self.read().await?, host, &public_key)?))
     }
 
     async fn list_join_tokens(
@@ -303,26 +375,7 @@ impl HostService for HostApi {
         let outcome = self.change(&principal, None, Command::JoinHost(join)).await?;
         let Outcome::Host(host_id) = outcome else { return Err(Status::internal("no host was created")) };
         let state = self.read().await?;
-        let settings = &state.settings;
-        let internal = |error: &dyn std::error::Error| Status::internal(error.to_string());
-        let ca = CertificateAuthority::load(&settings.ca_cert_pem, &settings.ca_key_pem)
-            .map_err(|error| internal(&error))?;
-        let leaf = ca.sign_host(host_id, &request.public_key).map_err(|error| internal(&error))?;
-        let peers = state.members().map(|host| v1::HostAddress {
-            host_id: host.id.0,
-            name: host.name.clone(),
-            address: host.address.clone(),
-        });
-        let timing_profile = if settings.timing == Timing::fast() { "fast" } else { "default" };
-        Ok(Response::new(v1::JoinResponse {
-            host_id: host_id.0,
-            pool_id: settings.pool_id.clone(),
-            pool_name: settings.name.clone(),
-            ca_pem: settings.trusted_pem(),
-            certificate_pem: shown_chain(settings, &leaf),
-            peers: peers.collect(),
-            timing_profile: timing_profile.to_owned(),
-        }))
+        Ok(Response::new(welcome(&state, host_id, &request.public_key)?))
     }
 
     async fn retire(&self, request: Request<v1::RetireHostRequest>) -> Result<Response<v1::Task>, Status> {

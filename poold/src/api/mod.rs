@@ -2,6 +2,7 @@
 
 pub mod access;
 mod clones;
+pub mod clusters;
 pub mod consoles;
 pub mod copies;
 pub mod events;
@@ -16,6 +17,7 @@ pub mod pool;
 pub mod principal;
 pub mod snapshots;
 pub mod status;
+pub mod support;
 pub mod tasks;
 pub mod users;
 pub mod views;

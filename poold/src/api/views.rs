@@ -107,6 +107,7 @@ pub fn vm(state: &PoolState, vm: &Vm) -> v1::Vm {
         home: vm.home.map(|home| state.host_name(home)).unwrap_or_default(),
         nics: vm.spec.nics.iter().map(|nic| networks::nic(state, nic)).collect(),
         cpu_profile: state.cpu_profile(vm).to_string(),
+        cluster: state.cluster_name(vm.spec.cluster),
     }
 }
 

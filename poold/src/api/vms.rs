@@ -94,6 +94,10 @@ fn create_command(state: &PoolState, request: CreateVmRequest) -> Result<Command
         .iter()
         .map(|net| views::found(state.resolve_network(net)).map(|network| network.id))
         .collect();
+    let cluster = match request.cluster.as_str() {
+        "" => Ok(None),
+        text => views::found(state.resolve_cluster(text)).map(|cluster| cluster.map(|cluster| cluster.id)),
+    };
     Ok(Command::CreateVm(CreateVm {
         name: request.name,
         vcpus: request.vcpus,
@@ -106,6 +110,7 @@ fn create_command(state: &PoolState, request: CreateVmRequest) -> Result<Command
         priority: priority(request.ha_priority)?,
         nets: nets?,
         cpu_profile: views::cpu_profile(&request.cpu_profile)?,
+        cluster: cluster?,
     }))
 }
 

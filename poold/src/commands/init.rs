@@ -40,6 +40,9 @@ pub async fn run(args: HostArgs, name: String, timing: TimingName) -> Result<(),
         timing,
         feature_level_max: args.feature_level,
         metrics: None,
+        log_format: None,
+        log_filter: None,
+        prove_memory: None,
     };
     let command = Command::InitPool(Box::new(InitPool {
         pool_id: config.pool_id.clone(),

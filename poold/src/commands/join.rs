@@ -1,10 +1,11 @@
-//! `poold join`: joins a pool.
+//! `poold join` and `poold rekey`: a host becomes a member, or comes with another key.
 
 use super::{Failure, chain};
 use crate::cli::HostArgs;
 use crate::join::{JoinError, JoinOptions, Joined, join};
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
 use tonic::Code;
 
 /// Runs the command.
@@ -33,11 +34,24 @@ pub async fn run(args: HostArgs, token: String) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Gives a member another key.
+pub async fn rekey(data: &Path, token: &str) -> Result<(), Failure> {
+    let config = crate::join::rekey(data, token)
+        .await
+        .map_err(|error| Failure { code: code(&error), message: chain(&error) })?;
+    eprintln!(
+        "Host {} has another key; the old one is void. A running daemon takes it by itself.",
+        config.host_name
+    );
+    Ok(())
+}
+
 fn code(error: &JoinError) -> u8 {
     match error {
         JoinError::Token(_) => 2,
         JoinError::Problems { token_refused: true, .. } => 7,
         JoinError::Problems { .. } | JoinError::OtherPool { .. } | JoinError::WasRemoved { .. } => 4,
+        JoinError::NoMember { .. } => 4,
         JoinError::Unreachable { .. } => 5,
         JoinError::WrongPool { .. } | JoinError::Denied { .. } => 7,
         JoinError::Refused { code, .. } => match code {

@@ -1,11 +1,12 @@
 //! The daemon's commands, and the exit codes of their failures (the same as poolctl's).
 
+mod config;
 mod init;
 mod join;
 pub mod recover;
 mod serve;
 
-use crate::cli::CliCommand;
+use crate::cli::{CliCommand, ConfigCommand};
 
 /// A failed command: what to print and how to exit.
 #[derive(Debug)]
@@ -58,7 +59,10 @@ pub async fn run(command: CliCommand) -> Result<(), Failure> {
     match command {
         CliCommand::Init { host, name, timing } => init::run(host, name, timing).await,
         CliCommand::Join { host, token } => join::run(host, token).await,
+        CliCommand::Rekey { data, token } => join::rekey(&data, &token).await,
         CliCommand::Recover(args) => recover::run(args).await,
+        CliCommand::Config(ConfigCommand::Check { data }) => config::check(&data),
+        CliCommand::Config(ConfigCommand::Example) => config::example(),
         CliCommand::Serve { data, metrics, prove_memory, .. } => {
             serve::run(&data, metrics, prove_memory).await
         }

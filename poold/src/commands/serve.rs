@@ -19,9 +19,13 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 /// Runs the daemon until a signal or a fatal error.
-pub async fn run(data: &Path, metrics: Option<SocketAddr>, memory_proof: MemoryProof) -> Result<(), Failure> {
+pub async fn run(
+    data: &Path,
+    metrics: Option<SocketAddr>,
+    memory_proof: Option<MemoryProof>,
+) -> Result<(), Failure> {
     let failed = |error: &dyn std::error::Error| Failure::failed(chain(error));
-    let config = HostConfig::load(data).map_err(|error| failed(&error))?.ok_or_else(|| {
+    let config = HostConfig::load(data).map_err(|error| Failure::usage(chain(&error)))?.ok_or_else(|| {
         let data = data.display();
         Failure::blocked(format!("{data} belongs to no pool: run `poold init` or `poold join` with it first"))
     })?;
@@ -55,7 +59,7 @@ pub async fn run(data: &Path, metrics: Option<SocketAddr>, memory_proof: MemoryP
         address: config.listen,
         vm_memory_bytes: config.vm_memory_bytes,
         feature_level: config.feature_level(),
-        memory_proof,
+        memory_proof: memory_proof.or(config.prove_memory).unwrap_or_default(),
         consensus: consensus.clone(),
         clients: consensus.clients(),
         loans: crate::loans::Loans::default(),

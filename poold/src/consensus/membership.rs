@@ -171,7 +171,7 @@ mod tests {
             vm_memory: ByteCount(1),
             public_key: vec![],
             cpu_vendor: String::new(),
-            feature_level: 1,
+            feature_level: pool_state::features::NEWEST,
             version: String::new(),
             shows_ca: None,
             incarnation: None,
@@ -184,6 +184,7 @@ mod tests {
             labels: std::collections::BTreeMap::new(),
             cpus: 0,
             cpu: proto::HostCpu::default(),
+            cluster: None,
             store: None,
         }
     }

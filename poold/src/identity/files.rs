@@ -27,6 +27,9 @@ pub struct HostIdentity {
     pub key_pem: String,
 }
 
+/// File of a key that is not shown yet.
+const NEXT_KEY: &str = "key-next.pem";
+
 /// The folder with the files.
 #[derive(Debug, Clone)]
 pub struct IdentityDir {
@@ -50,7 +53,11 @@ impl IdentityDir {
     /// # Errors
     /// The file can't be read or written.
     pub fn key_pem(&self) -> Result<String, IdentityError> {
-        let path = self.dir.join("key.pem");
+        self.key_at("key.pem")
+    }
+
+    fn key_at(&self, name: &str) -> Result<String, IdentityError> {
+        let path = self.dir.join(name);
         match fs::read_to_string(&path) {
             Ok(pem) => Ok(pem),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -62,6 +69,25 @@ impl IdentityDir {
             }
             Err(source) => Err(IdentityError { path, source }),
         }
+    }
+
+    /// The key that is to take the present one's place, made and saved first: an interrupted replacement goes on with it.
+    ///
+    /// # Errors
+    /// The file can't be read or written.
+    pub fn next_key_pem(&self) -> Result<String, IdentityError> {
+        self.key_at(NEXT_KEY)
+    }
+
+    /// Shows the next key from now on, with these certificates. Interrupted anywhere, the replacement is run again.
+    ///
+    /// # Errors
+    /// A file can't be written.
+    pub fn adopt_next_key(&self, ca_pem: &str, cert_pem: &str) -> Result<(), IdentityError> {
+        self.save_certificates(ca_pem, cert_pem)?;
+        let (from, path) = (self.dir.join(NEXT_KEY), self.dir.join("key.pem"));
+        let adopted = fs::rename(from, &path).and_then(|()| File::open(&self.dir)?.sync_all());
+        adopted.map_err(|source| IdentityError { path, source })
     }
 
     /// Saves the certificates that the pool gave.

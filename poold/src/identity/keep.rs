@@ -31,6 +31,16 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(3600);
 /// Pause after the identity could not be renewed or reported.
 const RETRY: Duration = Duration::from_secs(5);
 
+/// Pause until the key that the pool knows is looked for on the disk again: the lease runs meanwhile.
+const KEY_RETRY: Duration = Duration::from_millis(200);
+
+/// Whether this host has the key that the pool knows it by.
+enum KeyOnDisk {
+    Present,
+    /// `poold rekey` is at work, or was interrupted.
+    Missing,
+}
+
 /// The identity can't be renewed.
 #[derive(Debug, thiserror::Error)]
 pub enum KeepError {
@@ -132,9 +142,12 @@ impl IdentityTask {
             let settings = state.settings.clone();
             let me = self.consensus.host_id();
             let shows_ca = state.hosts.get(&me).and_then(|host| host.shows_ca);
+            let key = state.hosts.get(&me).map(|host| host.public_key.clone());
             let differs = |state: &std::sync::Arc<PoolState>| {
-                let now = state.hosts.get(&me).and_then(|host| host.shows_ca);
-                state.settings.ca_cert_pem != settings.ca_cert_pem
+                let host = state.hosts.get(&me);
+                let now = host.and_then(|host| host.shows_ca);
+                host.map(|host| &host.public_key) != key.as_ref()
+                    || state.settings.ca_cert_pem != settings.ca_cert_pem
                     || state.settings.old_ca != settings.old_ca
                     || now != shows_ca
             };
@@ -149,6 +162,14 @@ impl IdentityTask {
     /// Renews what is due and reports what is in force. Returns when to look again.
     async fn look(&self, state: &PoolState) -> Duration {
         let host = self.consensus.host_id();
+        match self.adopt_key(state) {
+            Ok(KeyOnDisk::Present) => {}
+            Ok(KeyOnDisk::Missing) => return KEY_RETRY,
+            Err(error) => {
+                tracing::error!(%error, "the host's key was replaced, and the new one can't be read");
+                return RETRY;
+            }
+        }
         match self.renew(state) {
             Ok(()) => {}
             Err(error) => {
@@ -169,6 +190,26 @@ impl IdentityTask {
                 RETRY
             }
         }
+    }
+
+    /// Shows the key that the pool knows this host by: `poold rekey` puts it on the disk right after the pool knows it.
+    fn adopt_key(&self, state: &PoolState) -> Result<KeyOnDisk, KeepError> {
+        let Some(known) = state.hosts.get(&self.consensus.host_id()).map(|host| &host.public_key) else {
+            return Ok(KeyOnDisk::Present);
+        };
+        let is_known = |key_pem: &str| -> Result<bool, KeepError> {
+            Ok(KeyPair::from_pem(key_pem).map_err(KeepError::Key)?.subject_public_key_info() == *known)
+        };
+        if is_known(&self.identity.present().key_pem)? {
+            return Ok(KeyOnDisk::Present);
+        }
+        let next = self.dir.load()?;
+        if !is_known(&next.key_pem)? {
+            return Ok(KeyOnDisk::Missing);
+        }
+        self.identity.replace(next);
+        tracing::info!("the host shows another key");
+        Ok(KeyOnDisk::Present)
     }
 
     fn renew(&self, state: &PoolState) -> Result<(), KeepError> {

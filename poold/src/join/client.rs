@@ -52,6 +52,9 @@ pub enum JoinError {
     /// The folder's host was taken out of the pool.
     #[error("{} belongs to {host}, which was removed from the pool; choose an empty folder", data_dir.display())]
     WasRemoved { data_dir: PathBuf, host: HostId },
+    /// The folder is that of no member.
+    #[error("{} belongs to no pool yet; `poold join` makes this host a member", data_dir.display())]
+    NoMember { data_dir: PathBuf },
     /// No address in the token answers.
     #[error("no host of the pool can be reached at {addresses}: {cause}")]
     Unreachable { addresses: String, cause: String },
@@ -196,10 +199,13 @@ fn config(options: &JoinOptions, answer: &JoinResponse, vm_memory_bytes: u64) ->
         timing,
         feature_level_max: options.feature_level_max,
         metrics: None,
+        log_format: None,
+        log_filter: None,
+        prove_memory: None,
     }
 }
 
-fn refused(status: Status) -> JoinError {
+pub(super) fn refused(status: Status) -> JoinError {
     let message = status.message().to_owned();
     match status.code() {
         Code::PermissionDenied | Code::Unauthenticated => JoinError::Denied { message },

@@ -4,6 +4,7 @@ mod client;
 mod connect;
 mod local;
 mod pin;
+mod rekey;
 mod token;
 
 #[cfg(test)]
@@ -11,4 +12,5 @@ mod tests;
 
 pub use client::{JoinError, JoinOptions, Joined, join};
 pub use local::{LocalFacts, boot_id, local_facts, local_problems};
+pub use rekey::rekey;
 pub use token::{JoinToken, TokenError, from_hex};

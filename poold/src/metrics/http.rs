@@ -1,6 +1,6 @@
 //! As much HTTP/1.1 as a scraper needs: one GET for each connection.
 
-use super::{Health, Sources, render::render};
+use super::{Health, Sources};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -62,7 +62,7 @@ async fn exchange(mut stream: TcpStream, sources: &Sources) -> std::io::Result<(
 
 fn answer(request: &[u8], sources: &Sources) -> String {
     let (status, body) = match path_of(request) {
-        Some("/metrics") => ("200 OK", render(&sources.observe())),
+        Some("/metrics") => ("200 OK", sources.text()),
         Some("/healthz") => match sources.health() {
             Health::Serving => ("200 OK", "ok\n".to_owned()),
             Health::Failing(why) => ("503 Service Unavailable", format!("{why}\n")),

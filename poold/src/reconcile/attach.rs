@@ -160,7 +160,7 @@ mod tests {
             vm_memory: ByteCount(1 << 30),
             public_key: Vec::new(),
             cpu_vendor: String::new(),
-            feature_level: 1,
+            feature_level: pool_state::features::NEWEST,
             version: String::new(),
             shows_ca: None,
             incarnation: Some(Incarnation(format!("life-{id}"))),
@@ -173,6 +173,7 @@ mod tests {
             labels: std::collections::BTreeMap::new(),
             cpus: 0,
             cpu: proto::HostCpu::default(),
+            cluster: None,
             store: None,
         }
     }

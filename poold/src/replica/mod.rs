@@ -19,6 +19,7 @@ use authority::PoolAuthority;
 use pool_state::{
     PoolState,
     command::{Command, UpdateHost},
+    features::Feature,
     state::{HostState, StoreSpace},
 };
 use proto::{ByteCount, Incarnation, VolumeId};
@@ -156,6 +157,9 @@ async fn announce(context: &NodeContext, server: &ReplicaServer, boot_id: &str) 
 
 /// Tells the pool how full the disk is, once that has changed by more than what does not matter: each time is an entry of the log.
 async fn tell_space(context: &NodeContext, server: &ReplicaServer) {
+    if !context.consensus.local().has_feature(Feature::Retirement) {
+        return;
+    }
     let usage = match server.usage() {
         Ok(usage) => usage,
         Err(error) => return tracing::warn!(%error, "the block store's disk can't be looked at"),

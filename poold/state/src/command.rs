@@ -8,7 +8,7 @@ mod guests;
 mod volumes;
 
 pub use govern::{Govern, NewCa, PoolChange};
-pub use guests::{ChangeGroup, CreateGroup, CreateNetwork, CreateVm};
+pub use guests::{ChangeGroup, ClusterCommand, CreateGroup, CreateNetwork, CreateVm};
 pub use volumes::{LoanEnd, ScrubEnd, ServiceEnd, VolumeCommand};
 
 use crate::{
@@ -418,6 +418,8 @@ pub enum Command {
     Volume(VolumeCommand),
     /// Changes what governs the pool.
     Govern(Govern),
+    /// About clusters.
+    Cluster(ClusterCommand),
 }
 
 /// Content of [`Command::InitPool`].

@@ -53,6 +53,20 @@ fn reasons(state: &PoolState, vm: &Vm) -> Vec<String> {
             StartCause::Reclaim => format!("it went back to {} when the target of its move died", host.name),
         }),
     }
+    if let Some(volume) = state.disk_without_life(vm).filter(|_| vm.is_reported_running()) {
+        let (disk, name) = (&volume.name, &vm.name);
+        reasons.push(format!(
+            "its writes to {disk} wait: every in-sync replica had lost power; `poolctl vm reboot {name} --force` boots it on what was flushed"
+        ));
+    }
+    if let Some(volume) = state.missing_disk(vm).filter(|_| !vm.is_reported_running()) {
+        let holders: Vec<String> = volume.isr.iter().map(|member| state.host_name(member.host)).collect();
+        reasons.push(format!(
+            "none of the hosts that have its disk {} whole is up: {}",
+            volume.name,
+            holders.join(", ")
+        ));
+    }
     if vm.failures > 0 {
         reasons.push(format!("it was started {} times in a row and did not stay up", vm.failures));
     }

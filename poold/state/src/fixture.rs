@@ -3,7 +3,7 @@
 use crate::{
     Command, Entry, Outcome, PoolState, Rejection, Seed, Timing,
     command::{CreateGroup, CreateVm, HostFacts, InitPool, JoinHost, LastSequence, UpdateHost},
-    invariants,
+    features, invariants,
     planner::{self, LeaderView},
     state::{
         CertificateFingerprint, ContentHash, FIRST_HOST, GroupRule, GroupStrength, HaPolicy, Migration,
@@ -22,15 +22,22 @@ pub(crate) struct Pool {
     pub(crate) state: PoolState,
     pub(crate) now_ms: u64,
     pub(crate) kernel: ImageId,
+    /// Feature level of the daemons that join.
+    level: u32,
 }
 
 impl Pool {
     /// A pool of `count` hosts that are up, `h1`, `h2`, …, with a kernel image at the first.
     pub(crate) fn new(count: usize) -> Self {
-        let mut pool = Self { state: PoolState::default(), now_ms: 1_000_000, kernel: ImageId(0) };
+        Self::at_level(count, features::NEWEST)
+    }
+
+    /// A pool of daemons that all know this feature level and no newer one.
+    pub(crate) fn at_level(count: usize, level: u32) -> Self {
+        let mut pool = Self { state: PoolState::default(), now_ms: 1_000_000, kernel: ImageId(0), level };
         // Index 1 is the log's own.
         pool.state.note_applied(1);
-        pool.accept(init_pool());
+        pool.accept(init_pool_at(level));
         pool.serve(FIRST_HOST, 0);
         for number in 2..=count {
             let host = pool.join(number);
@@ -91,7 +98,10 @@ impl Pool {
     pub(crate) fn join(&mut self, number: usize) -> HostId {
         let secret_hash = [number as u8; 32];
         self.accept(Command::CreateToken { secret_hash, ttl_ms: 1_000 });
-        let join = Command::JoinHost(JoinHost { secret_hash, facts: facts(number) });
+        let join = Command::JoinHost(JoinHost {
+            secret_hash,
+            facts: HostFacts { feature_level: self.level, ..facts(number) },
+        });
         let Outcome::Host(host) = self.accept(join) else { panic!("a join answers with its host") };
         host
     }
@@ -135,6 +145,7 @@ impl Pool {
             priority: 0,
             nets: Vec::new(),
             cpu_profile: None,
+            cluster: None,
         })
     }
 
@@ -302,18 +313,22 @@ pub(crate) fn facts(number: usize) -> HostFacts {
         public_key: vec![number as u8; 44],
         cpu_vendor: "vendor-a".into(),
         vm_memory: HOST_MEMORY,
-        feature_level: 1,
+        feature_level: features::NEWEST,
     }
 }
 
 pub(crate) fn init_pool() -> Command {
+    init_pool_at(features::NEWEST)
+}
+
+fn init_pool_at(level: u32) -> Command {
     Command::InitPool(Box::new(InitPool {
         pool_id: "5ca1ab1e".into(),
         name: "lab".into(),
         timing: Timing::default(),
         ca_cert_pem: "certificate".into(),
         ca_key_pem: "key".into(),
-        feature_level: 1,
-        first_host: facts(1),
+        feature_level: level,
+        first_host: HostFacts { feature_level: level, ..facts(1) },
     }))
 }

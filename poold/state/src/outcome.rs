@@ -1,6 +1,8 @@
 //! What an accepted entry answers.
 
-use proto::{GroupId, HostId, ImageId, IsrVersion, MigrationId, NetworkId, TaskId, TokenId, VmId, VolumeId};
+use proto::{
+    ClusterId, GroupId, HostId, ImageId, IsrVersion, MigrationId, NetworkId, TaskId, TokenId, VmId, VolumeId,
+};
 use serde::{Deserialize, Serialize};
 
 /// The answer to an accepted entry: which object it created or changed.
@@ -33,4 +35,6 @@ pub enum Outcome {
         /// Its task.
         task: TaskId,
     },
+    /// A cluster.
+    Cluster(ClusterId),
 }

@@ -12,7 +12,7 @@ pub mod voters;
 mod tests;
 
 use crate::{
-    command::{Command, Govern},
+    command::{Command, Govern, RestartCause},
     entry::{Entry, Seed},
     limits::PLAN_COMMANDS_MAX,
     rejection::Rejection,
@@ -36,6 +36,7 @@ pub fn plan(state: &PoolState, view: &LeaderView) -> Vec<Command> {
     draft.end_stalled_moves();
     draft.begin_queued_moves();
     draft.recover_vms();
+    draft.restart_cut_off_owners();
     draft.carry_tasks_on();
     draft.keep_replicas();
     draft.scrub_volumes();
@@ -157,6 +158,28 @@ impl Draft {
             let expect_epoch = vm.epoch;
             self.propose(Command::RecoverVm { vm: id, expect_epoch, host });
         }
+    }
+
+    /// VMs that run and whose disk has no replica left that is in step with them: all of its in-sync ones have lost power and are
+    /// back. What they had not flushed may be gone, which only a guest that boots can bear; until then its writes would wait for ever.
+    fn restart_cut_off_owners(&mut self) {
+        // One that is about to move waits for its writes as well; one that has moved is reported when it has arrived.
+        let committed = |vm: &&Vm| {
+            let migration = vm.intent.and_then(|intent| self.state.migrations.get(&intent.migration));
+            migration.is_some_and(|migration| migration.is_committed())
+        };
+        let cut_off = self.state.vms.values().filter(|vm| vm.is_reported_running() && !committed(vm));
+        let restarts: Vec<Command> = cut_off
+            .filter_map(|vm| Some((vm, self.state.disk_without_life(vm)?.name.clone())))
+            .map(|(vm, disk)| Command::RestartVm {
+                vm: vm.id,
+                expect_epoch: vm.epoch,
+                cause: RestartCause::Failed {
+                    problem: format!("every in-sync replica of its disk {disk} had lost power"),
+                },
+            })
+            .collect();
+        restarts.into_iter().for_each(|command| self.propose(command));
     }
 
     fn needs_recovery(&self, vm: &Vm) -> bool {

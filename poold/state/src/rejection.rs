@@ -3,12 +3,14 @@
 //! Every variant names its objects as operators know them; [`guidance`] adds the stable code, the class for exit codes, and
 //! what to do next.
 
+mod cluster;
 mod govern;
 mod guidance;
 mod network;
 mod volumes;
 mod words;
 
+pub use cluster::ClusterRejection;
 pub use govern::GovernRejection;
 pub use guidance::RejectionClass;
 pub use network::NetworkRejection;
@@ -31,6 +33,9 @@ pub enum Rejection {
     /// About networks or cards.
     #[error(transparent)]
     Network(#[from] NetworkRejection),
+    /// About clusters.
+    #[error(transparent)]
+    Cluster(#[from] ClusterRejection),
     /// There is no pool yet.
     #[error("the pool is not initialised")]
     PoolNotInitialised,

@@ -92,6 +92,51 @@ impl Default for Timing {
 }
 
 impl Timing {
+    /// Each interval by its name, in milliseconds, with what it is for.
+    #[must_use]
+    pub fn list(&self) -> [(&'static str, u64, &'static str); 14] {
+        [
+            ("lease_renew_ms", self.lease_renew_ms, "A host renews its lease this often."),
+            ("lease_ttl_ms", self.lease_ttl_ms, "A lease ends this long after its renewal was sent."),
+            (
+                "fence_exit_ms",
+                self.fence_exit_ms,
+                "How long a vCPU may take to stop at the lease's end before its process exits.",
+            ),
+            ("host_lost_ms", self.host_lost_ms, "The leader declares a host lost after this much silence."),
+            ("voter_replace_ms", self.voter_replace_ms, "A voter that is silent this long is replaced."),
+            ("election_min_ms", self.election_min_ms, "Shortest election timeout."),
+            ("election_max_ms", self.election_max_ms, "Longest election timeout."),
+            ("heartbeat_ms", self.heartbeat_ms, "Interval of the Raft leader's heartbeats."),
+            (
+                "brake_window_ms",
+                self.brake_window_ms,
+                "Losses that lie at most this far apart count as one event for the brake against false alarms.",
+            ),
+            (
+                "vm_start_ms",
+                self.vm_start_ms,
+                "A VM's start must have succeeded after this time, or its task fails.",
+            ),
+            (
+                "vm_stop_ms",
+                self.vm_stop_ms,
+                "A VM's stop must have succeeded after this time, or its task fails.",
+            ),
+            (
+                "migration_step_ms",
+                self.migration_step_ms,
+                "Each short step of a migration (prepare, commit, activate) must be over after this time.",
+            ),
+            ("migration_copy_ms", self.migration_copy_ms, "Copying memory must be over after this time."),
+            (
+                "replica_replace_ms",
+                self.replica_replace_ms,
+                "Replicas of a host that is lost for this long are made anew elsewhere: longer than a reboot takes.",
+            ),
+        ]
+    }
+
     /// About a fifth of the default; elections stay above what a busy two-core machine needs.
     #[must_use]
     pub fn fast() -> Self {

@@ -87,11 +87,13 @@ pub fn run(options: &Options) -> Result<()> {
     machine::prepare_run()?;
     let profile = if options.dev { Profile::Dev } else { Profile::Release };
     let folder = build::programs(profile)?;
-    let mut build = cargo(&["build", "-p", "tests", "--features", "load", "--bin", "pool-load"]);
-    if !options.dev {
-        build.arg("--release");
+    if !build::is_prebuilt() {
+        let mut build = cargo(&["build", "-p", "tests", "--features", "load", "--bin", "pool-load"]);
+        if !options.dev {
+            build.arg("--release");
+        }
+        build::run(&mut build)?;
     }
-    build::run(&mut build)?;
     let binaries = Binaries::in_dir(&folder)?;
     let pool = Pool::builder().name("bench").hosts(1).timing(Timing::Default).binaries(binaries).start()?;
     let mut bench = Bench { pool, load: folder.join("pool-load"), figures: Vec::new() };

@@ -38,7 +38,7 @@ fn each_role_may_do_what_its_name_says_and_no_more() {
         let access = access_of(&format!("/{service}/{method}")).unwrap();
         let may = |caller| permits(access, caller);
         let internal = WHOLE.iter().any(|(name, _)| *name == service);
-        let joins = ["PreflightJoin", "Join"].contains(&method.as_str());
+        let joins = ["PreflightJoin", "Join", "ReplaceKey"].contains(&method.as_str());
         let name = format!("{service}/{method}");
         assert!(may(Host), "{name}");
         assert_eq!((may(Nobody), may(Void)), (joins, joins), "{name}");
@@ -48,11 +48,17 @@ fn each_role_may_do_what_its_name_says_and_no_more() {
         }
         assert!(may(User(Role::Admin)), "{name}");
         let of_admins = service.ends_with("UserService") && !["WhoAmI", "Renew"].contains(&method.as_str());
-        let of_members = ["CreateJoinToken", "ListJoinTokens", "RevokeJoinToken", "Leave", "Retire"];
+        let of_members = ["CreateJoinToken", "ListJoinTokens", "RevokeJoinToken", "Rekey", "Leave", "Retire"];
         let admin = of_admins
             || of_members.contains(&method.as_str())
             || ["Backup", "Audit", "RotateCa", "FinishCa"].contains(&method.as_str())
-            || name == "pool.v1.PoolService/Set";
+            || [
+                "pool.v1.PoolService/Set",
+                "pool.v1.SupportService/Reports",
+                "pool.v1.ClusterService/Create",
+                "pool.v1.ClusterService/Delete",
+            ]
+            .contains(&name.as_str());
         assert_eq!(may(User(Role::Operator)), !admin, "{name}");
         let looks =
             ["List", "Show", "Watch", "Where", "Explain", "Plan", "HaPlan", "BalancePlan", "WhoAmI", "Renew"];
@@ -77,14 +83,14 @@ fn a_deleted_user_and_a_replaced_key_are_void_at_once() {
         timing: pool_state::Timing::default(),
         ca_cert_pem: "c".to_owned(),
         ca_key_pem: "k".to_owned(),
-        feature_level: 1,
+        feature_level: pool_state::features::NEWEST,
         first_host: pool_state::command::HostFacts {
             name: "h1".to_owned(),
             address: "10.0.0.1:1".to_owned(),
             public_key: vec![1],
             cpu_vendor: String::new(),
             vm_memory: proto::ByteCount(1),
-            feature_level: 1,
+            feature_level: pool_state::features::NEWEST,
         },
     })));
     let ann = CertificateName::User("ann".to_owned());

@@ -1,6 +1,8 @@
-//! Consensus as a whole: openraft's own suite on the stores, restarts, and pools over real TLS.
+//! Consensus as a whole: openraft's own suite on the stores, restarts, pools over real TLS, and Raft under a simulated clock.
 
+mod memory_log;
 mod pool;
 mod recover;
+mod simulated;
 mod snapshots;
 mod stores;

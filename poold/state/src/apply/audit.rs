@@ -1,6 +1,6 @@
 //! What a change is called in the audit log.
 
-use crate::command::VolumeCommand;
+use crate::command::{ClusterCommand, VolumeCommand};
 use crate::{
     command::{Command, Govern},
     state::{AuditRecord, PoolState},
@@ -150,9 +150,21 @@ fn describe_rest(state: &PoolState, command: &Command) -> Option<(&'static str, 
         Command::RotateUser { name, .. } => ("user.rotate", user(name)),
         Command::DeleteUser { name } => ("user.delete", user(name)),
         Command::Govern(change) => return describe_governance(state, change),
+        Command::Cluster(change) => return Some(describe_cluster(state, change)),
         // Reports; a user does not make them.
         _ => return None,
     })
+}
+
+fn describe_cluster(state: &PoolState, change: &ClusterCommand) -> (&'static str, String) {
+    match change {
+        ClusterCommand::CreateCluster { name, .. } => ("cluster.create", format!("cluster {name}")),
+        ClusterCommand::DeleteCluster { cluster } => {
+            ("cluster.delete", format!("cluster {}", state.cluster_name(Some(*cluster))))
+        }
+        ClusterCommand::SetHostCluster { host: id, .. } => ("cluster.add", host(state, *id)),
+        ClusterCommand::SetVmCluster { vm: id, .. } => ("cluster.add", vm(state, *id)),
+    }
 }
 
 fn describe_governance(state: &PoolState, change: &Govern) -> Option<(&'static str, String)> {
@@ -163,6 +175,8 @@ fn describe_governance(state: &PoolState, change: &Govern) -> Option<(&'static s
         Govern::FinishCaRotation => ("ca.finish", pool()),
         Govern::CreateAccessToken { user, .. } => ("token.access", format!("user {user}")),
         Govern::DeleteAccessToken { token } => ("token.revoke", token.to_string()),
+        Govern::CreateKeyToken { host: id, .. } => ("host.rekey", host(state, *id)),
+        Govern::ReplaceHostKey { host: id, .. } => ("host.key", host(state, *id)),
         Govern::SetHostVersion { .. } | Govern::RaiseFeatureLevel { .. } | Govern::HostTrusts { .. } => {
             return None;
         }

@@ -148,6 +148,8 @@ impl Change<'_> {
             priority: spec.priority,
             nets: spec.nics.iter().map(|nic| nic.network).collect(),
             cpu_profile: spec.cpu_profile,
+            // It may be gone: the copy took its time.
+            cluster: spec.cluster.filter(|cluster| self.state.clusters.contains(cluster)),
         })?;
         self.forget_snapshots(cloning)?;
         self.state.clonings.remove(&cloning.task);

@@ -8,15 +8,15 @@ use crate::{
     PoolState,
     outcome::Outcome,
     rejection::Rejection,
-    state::{Host, HostState, Vm},
+    state::{Host, Vm},
 };
-use proto::{CpuFeatures, CpuProfile, HostCpu, HostId, VmId};
+use proto::{ClusterId, CpuFeatures, CpuProfile, HostCpu, HostId, VmId};
 
 impl PoolState {
-    /// What all members have that have told it.
+    /// What all hosts of a cluster have that have told it.
     #[must_use]
-    pub fn common_cpu(&self) -> CpuFeatures {
-        let members = self.hosts.values().filter(|host| host.state != HostState::Removed);
+    pub fn common_cpu(&self, cluster: Option<ClusterId>) -> CpuFeatures {
+        let members = self.members().filter(|host| host.cluster == cluster);
         let known = members.map(|host| host.cpu.features).filter(|features| !features.is_unknown());
         known.reduce(|one, other| one.common(&other)).unwrap_or_default()
     }
@@ -24,7 +24,7 @@ impl PoolState {
     /// The profile that counts for a VM.
     #[must_use]
     pub fn cpu_profile(&self, vm: &Vm) -> CpuProfile {
-        vm.spec.cpu_profile.unwrap_or(self.settings.cpu_profile)
+        vm.spec.cpu_profile.unwrap_or_else(|| self.cluster_profile(vm.spec.cluster))
     }
 
     /// What the guest of a VM would see that boots at a host now.
@@ -32,7 +32,7 @@ impl PoolState {
         if host.cpu.features.is_unknown() {
             return CpuFeatures::default();
         }
-        self.cpu_profile(vm).resolve(&host.cpu.features, &self.common_cpu())
+        self.cpu_profile(vm).resolve(&host.cpu.features, &self.common_cpu(host.cluster))
     }
 
     /// What keeps a VM from booting at a host.
@@ -122,10 +122,7 @@ mod tests {
         let hosts = pool.hosts();
         for (host, cpu) in hosts.iter().zip(cpus) {
             pool.accept(Command::SetHostCpu { host: *host, cpu });
-            let version = "0.2.0".to_owned();
-            pool.accept(Command::Govern(Govern::SetHostVersion { host: *host, version, feature_level: 2 }));
         }
-        pool.accept(Command::Govern(Govern::RaiseFeatureLevel { level: 2 }));
         (pool, hosts)
     }
 

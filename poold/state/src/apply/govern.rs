@@ -50,11 +50,17 @@ impl Change<'_> {
                 self.create_access_token(user, *role, *secret_hash, *ttl_ms)
             }
             Govern::DeleteAccessToken { token } => self.delete_access_token(*token),
+            Govern::CreateKeyToken { host, secret_hash, ttl_ms } => {
+                self.create_key_token(*host, *secret_hash, *ttl_ms)
+            }
+            Govern::ReplaceHostKey { host, secret_hash, public_key } => {
+                self.replace_host_key(*host, *secret_hash, public_key)
+            }
         }
     }
 
     /// Checks that every daemon of the pool knows a feature.
-    fn check_feature(&self, feature: Feature) -> Result<(), Rejection> {
+    pub(super) fn check_feature(&self, feature: Feature) -> Result<(), Rejection> {
         let (needed, present) = (feature.level(), self.state.settings.feature_level);
         if present >= needed { Ok(()) } else { Err(GovernRejection::LevelTooLow { needed, present }.into()) }
     }
@@ -97,7 +103,6 @@ impl Change<'_> {
     }
 
     fn set_pool(&mut self, change: &PoolChange) -> Applied {
-        self.check_feature(Feature::PoolSettings)?;
         let mut told = Vec::new();
         if let Some(name) = &change.name {
             check_name(ObjectKind::Pool, name, std::iter::empty())?;
@@ -133,7 +138,6 @@ impl Change<'_> {
     }
 
     fn rotate_ca(&mut self, ca: &NewCa) -> Applied {
-        self.check_feature(Feature::CaRotation)?;
         if self.state.settings.old_ca.is_some() {
             return Err(GovernRejection::CaRotationRuns.into());
         }
@@ -170,7 +174,6 @@ impl Change<'_> {
     }
 
     fn create_access_token(&mut self, name: &str, role: Role, secret_hash: [u8; 32], ttl_ms: u64) -> Applied {
-        self.check_feature(Feature::AccessTokens)?;
         let user = self.state.user(name)?;
         check_range(Field::TokenTtl, ttl_ms, 1, ACCESS_TOKEN_TTL_MS_MAX)?;
         if let Some(most) = user.role.filter(|most| role > *most) {

@@ -3,7 +3,7 @@
 use super::{
     Applied, Change, check_length, check_name, check_range, check_room, find_mut, placement::check_up,
 };
-use crate::rejection::VolumeRejection;
+use crate::rejection::{GovernRejection, VolumeRejection};
 use crate::{
     command::{HostFacts, JoinHost, RemoveMode, UpdateHost},
     limits::{ADDRESS_BYTES_MAX, HOSTS_MAX, PUBLIC_KEY_BYTES_MAX, REMOVED_HOSTS_MAX},
@@ -25,6 +25,9 @@ impl PoolState {
     #[must_use]
     pub fn join_problems(&self, now_ms: u64, join: &JoinHost) -> Vec<Rejection> {
         let mut problems = Vec::new();
+        if let Some(host) = self.token_of(join).and_then(|token| token.rekeys) {
+            return vec![GovernRejection::TokenRekeys { host: self.host_name(host) }.into()];
+        }
         match self.token_of(join).map(|token| (&token.state, now_ms >= token.expires_ms)) {
             None => problems.push(Rejection::TokenUnknown),
             Some((TokenState::Revoked, _)) => problems.push(Rejection::TokenRevoked),
@@ -118,6 +121,7 @@ impl Change<'_> {
             labels: BTreeMap::new(),
             cpus: 0,
             cpu: proto::HostCpu::default(),
+            cluster: None,
             store: None,
         };
         self.state.hosts.insert(id, host);

@@ -3,6 +3,7 @@
 use super::{Applied, Change, check_length, cut, ownership::Beginning};
 use crate::{
     command::LastSequence,
+    features::Feature,
     limits::{ADDRESS_BYTES_MAX, MIGRATIONS_MAX, MOVE_QUEUED_MS, ROUNDS_MAX},
     outcome::Outcome,
     rejection::{Field, Rejection},
@@ -50,6 +51,8 @@ impl Change<'_> {
                 (MigrationPhase::Intent, self.state.settings.timing.migration_step_ms, String::new())
             }
             (Some(limit), MoveCause::Operator) => {
+                // An older daemon would take one that waits for one that is lost.
+                self.check_feature(Feature::QueuedMoves)?;
                 self.check_queue()?;
                 (MigrationPhase::Queued, MOVE_QUEUED_MS, format!("; it waits: {limit}"))
             }

@@ -9,10 +9,11 @@
 //! - `vms`: creating, deleting and what an operator wants of a VM. `run`: starts, ends, restarts and recovery.
 //! - `migrations`: the moves. `queue`: moves that wait, and the limits that they wait for. `tasks`: long operations and their ends.
 //! - `networks`: networks, and the cards of VMs. `duty`, `groups`, `users`: what an operator asks of hosts, of placements, and who may ask. `moves`: tasks of the pool.
-//! - `govern`: settings, feature level, CA and access tokens. `ownership`: placements and epochs, which always change together. `audit`: who changed what.
+//! - `clusters`: which hosts a VM is placed among. `govern`: settings, feature level, CA and access tokens. `ownership`: placements and epochs, which always change together. `audit`: who changed what.
 
 mod audit;
 mod cloning;
+mod clusters;
 mod cpu;
 mod duty;
 mod govern;
@@ -50,6 +51,7 @@ use crate::command::VolumeCommand;
 use crate::{
     command::Command,
     entry::{Entry, Seed},
+    features,
     limits::TEXT_BYTES_MAX,
     outcome::Outcome,
     rejection::{Field, ObjectKind, Rejection},
@@ -134,6 +136,7 @@ impl Change<'_> {
         if !self.state.settings.is_initialised() {
             return Err(Rejection::PoolNotInitialised);
         }
+        self.check_feature(features::of(command))?;
         match command {
             Command::InitPool(_) => Err(Rejection::PoolAlreadyInitialised),
             Command::CreateToken { secret_hash, ttl_ms } => self.create_token(*secret_hash, *ttl_ms),
@@ -188,6 +191,7 @@ impl Change<'_> {
             Command::RotateUser { name, key_hash } => self.rotate_user(name, *key_hash),
             Command::DeleteUser { name } => self.delete_user(name),
             Command::Govern(change) => self.govern(change),
+            Command::Cluster(change) => self.change_cluster(change),
             _ => self.dispatch_vm(command),
         }
     }

@@ -136,6 +136,7 @@ impl PoolState {
             let (vm, group) = (vm.name.clone(), (*group).to_owned());
             obstacles.push(Rejection::GroupForbids { vm, host: host.name.clone(), group });
         }
+        obstacles.extend(self.cluster_obstacle(vm, host));
         match search {
             Search::ColdStart => obstacles.extend(self.cpu_obstacle_of_start(vm, host)),
             Search::Move { source } => obstacles.extend(self.obstacles_of_move(vm, source, host)),

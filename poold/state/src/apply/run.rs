@@ -8,9 +8,35 @@ use crate::{
     limits::{RESTART_BACKOFF_MS, RESTART_STABLE_MS, RESTARTS_MAX},
     outcome::Outcome,
     rejection::Rejection,
-    state::{Desired, EventKind, HaPolicy, HostState, MigrationOutcome, StartCause, TaskKind, TaskState, Vm},
+    state::{
+        Desired, EventKind, HaPolicy, Host, HostState, MigrationOutcome, PoolState, StartCause, TaskKind,
+        TaskState, Vm, Volume,
+    },
 };
 use proto::{Epoch, HostId, VmId};
+
+impl PoolState {
+    /// A disk of a VM that no host which is up has an in-sync replica of.
+    #[must_use]
+    pub(crate) fn missing_disk(&self, vm: &Vm) -> Option<&Volume> {
+        let is_up = |host: &HostId| self.hosts.get(host).is_some_and(Host::is_up);
+        let mut disks = vm.spec.disks.iter().filter_map(|disk| self.volumes.get(disk));
+        disks.find(|volume| !volume.isr.iter().any(|member| is_up(&member.host)))
+    }
+}
+
+impl PoolState {
+    /// A disk of a VM of whose in-sync replicas none lives the life any more in which it was in sync, while one of them is back.
+    #[must_use]
+    pub(crate) fn disk_without_life(&self, vm: &Vm) -> Option<&Volume> {
+        let is_up = |host: &HostId| self.hosts.get(host).is_some_and(Host::is_up);
+        let mut disks = vm.spec.disks.iter().filter_map(|disk| self.volumes.get(disk));
+        disks.find(|volume| {
+            let back = volume.isr.iter().any(|member| is_up(&member.host));
+            back && !volume.isr.iter().any(|member| self.is_current(member))
+        })
+    }
+}
 
 impl Change<'_> {
     pub(super) fn vm_running(&mut self, id: VmId, epoch: Epoch) -> Applied {
@@ -105,7 +131,9 @@ impl Change<'_> {
         check_up(self.state.host(host)?)?;
         let failures = failures_after(vm, cause, self.time_ms);
         // A process dies of its host: one day that is well again, and until then the back-off bounds the effort.
-        if failures > RESTARTS_MAX && *cause != RestartCause::ProcessDied {
+        // Nor is it the VM's fault that the hosts of its disks are away: it comes up when they do.
+        let gives_up = *cause != RestartCause::ProcessDied && self.state.missing_disk(vm).is_none();
+        if failures > RESTARTS_MAX && gives_up {
             let problem = format!("{}; given up after {RESTARTS_MAX} restarts in a row", describe(cause));
             self.end_run(id, Some(cut(&problem)))?;
             return Ok(Outcome::Vm(id));

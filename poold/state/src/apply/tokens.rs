@@ -1,23 +1,77 @@
-//! Join tokens.
+//! Tokens with which hosts join, or come with another key.
 
-use super::{Applied, Change, check_range, check_room, find_mut};
+use super::{Applied, Change, check_length, check_range, check_room, find_mut};
 use crate::{
-    limits::{TOKEN_TTL_MS_MAX, TOKENS_MAX},
+    limits::{PUBLIC_KEY_BYTES_MAX, TOKEN_TTL_MS_MAX, TOKENS_MAX},
     outcome::Outcome,
-    rejection::{Field, ObjectKind, Rejection},
+    rejection::{Field, GovernRejection, ObjectKind, Rejection},
     state::{EventKind, Token, TokenState},
 };
-use proto::TokenId;
+use proto::{HostId, TokenId};
 
 impl Change<'_> {
     pub(super) fn create_token(&mut self, secret_hash: [u8; 32], ttl_ms: u64) -> Applied {
+        self.add_token(secret_hash, ttl_ms, None)
+    }
+
+    pub(super) fn create_key_token(&mut self, host: HostId, secret_hash: [u8; 32], ttl_ms: u64) -> Applied {
+        self.check_member(host)?;
+        self.add_token(secret_hash, ttl_ms, Some(host))
+    }
+
+    /// The member shows another key from now on, and whoever shows the old one is nobody.
+    pub(super) fn replace_host_key(
+        &mut self,
+        host: HostId,
+        secret_hash: [u8; 32],
+        public_key: &[u8],
+    ) -> Applied {
+        check_length(Field::PublicKey, public_key, PUBLIC_KEY_BYTES_MAX)?;
+        let token = self.state.tokens.values().find(|token| token.secret_hash == secret_hash);
+        let token = token.ok_or(Rejection::TokenUnknown)?;
+        match token.rekeys {
+            None => return Err(GovernRejection::TokenAdmits.into()),
+            Some(other) if other != host => {
+                return Err(GovernRejection::TokenRekeys { host: self.state.host_name(other) }.into());
+            }
+            Some(_) => self.check_member(host)?,
+        }
+        match token.state {
+            TokenState::Revoked => return Err(Rejection::TokenRevoked),
+            // The answer was lost.
+            TokenState::Used { .. } if self.state.host(host)?.public_key == public_key => {
+                return Ok(Outcome::Host(host));
+            }
+            TokenState::Used { .. } => return Err(Rejection::TokenUsed { host: self.state.host_name(host) }),
+            TokenState::Unused if self.time_ms >= token.expires_ms => return Err(Rejection::TokenExpired),
+            TokenState::Unused => {}
+        }
+        if let Some(owner) = self.state.hosts.values().find(|host| host.public_key == public_key) {
+            return Err(GovernRejection::KeyInUse { host: owner.name.clone() }.into());
+        }
+        let id = token.id;
+        find_mut(&mut self.state.tokens, &id, ObjectKind::Token)?.state = TokenState::Used { host };
+        let member = self.host_mut(host)?;
+        member.public_key = public_key.to_vec();
+        // It has no certificate for this key yet that anybody knows of.
+        member.shows_ca = None;
+        let object = format!("host {}", member.name);
+        self.event(EventKind::HostUp, object, "shows another key from now on; the old one is void".into());
+        Ok(Outcome::Host(host))
+    }
+
+    fn add_token(&mut self, secret_hash: [u8; 32], ttl_ms: u64, rekeys: Option<HostId>) -> Applied {
         check_range(Field::TokenTtl, ttl_ms, 1, TOKEN_TTL_MS_MAX)?;
         self.forget_dead_tokens();
         check_room(ObjectKind::Token, self.state.tokens.len(), TOKENS_MAX)?;
         let id = TokenId(self.index);
         let expires_ms = self.time_ms.saturating_add(ttl_ms);
-        self.state.tokens.insert(id, Token { id, secret_hash, expires_ms, state: TokenState::Unused });
-        self.event(EventKind::Token, format!("token {id}"), format!("created by {}", self.principal));
+        self.state
+            .tokens
+            .insert(id, Token { id, secret_hash, expires_ms, state: TokenState::Unused, rekeys });
+        let purpose = rekeys.map(|host| format!(" for another key of host {}", self.state.host_name(host)));
+        let message = format!("created{} by {}", purpose.unwrap_or_default(), self.principal);
+        self.event(EventKind::Token, format!("token {id}"), message);
         Ok(Outcome::Token(id))
     }
 

@@ -31,6 +31,9 @@ impl Change<'_> {
         for image in create.kernel.iter().chain(&create.initrd) {
             self.state.image(*image)?;
         }
+        if let Some(cluster) = create.cluster {
+            self.state.cluster(cluster)?;
+        }
         self.check_disks(&create.disks)?;
         let id = VmId(self.index);
         let nics = self.new_nics(id, &create.nets)?;
@@ -48,6 +51,7 @@ impl Change<'_> {
             priority: create.priority,
             nics,
             cpu_profile: create.cpu_profile,
+            cluster: create.cluster,
         };
         let vm = Vm {
             id,

@@ -51,6 +51,24 @@ pub enum Govern {
         /// Which.
         token: TokenId,
     },
+    /// Creates a token with which a member may come with another key. → `Outcome::Token`
+    CreateKeyToken {
+        /// The member.
+        host: HostId,
+        /// blake3 of the secret.
+        secret_hash: [u8; 32],
+        /// Lifetime in milliseconds from the entry's time.
+        ttl_ms: u64,
+    },
+    /// Redeems it; again with the same key changes nothing. → `Outcome::Host`
+    ReplaceHostKey {
+        /// The member, which must be the token's.
+        host: HostId,
+        /// blake3 of the secret.
+        secret_hash: [u8; 32],
+        /// SubjectPublicKeyInfo in DER.
+        public_key: Vec<u8>,
+    },
 }
 
 /// Settings to change; none leaves one as it is.

@@ -3,7 +3,7 @@
 #[cfg(doc)]
 use super::Command;
 use crate::state::{GroupRule, GroupStrength, HaPolicy, NetworkAddressing, NetworkLink};
-use proto::{ByteCount, CpuProfile, GroupId, HostId, ImageId, NetworkId, VmId, VolumeId};
+use proto::{ByteCount, ClusterId, CpuProfile, GroupId, HostId, ImageId, NetworkId, VmId, VolumeId};
 use serde::{Deserialize, Serialize};
 
 /// Content of [`Command::CreateGroup`].
@@ -59,8 +59,47 @@ pub struct CreateVm {
     pub priority: u8,
     /// Networks, one card each, in device order.
     pub nets: Vec<NetworkId>,
-    /// Which features the guest sees; none: what the pool says.
+    /// Which features the guest sees; none: what its cluster says.
     pub cpu_profile: Option<CpuProfile>,
+    /// Its cluster; none: the default one.
+    pub cluster: Option<ClusterId>,
+}
+
+/// A change of clusters.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ClusterCommand {
+    /// Creates an empty one. → `Outcome::Cluster`
+    CreateCluster {
+        /// Name.
+        name: String,
+        /// What its guests see.
+        cpu_profile: CpuProfile,
+    },
+    /// Deletes an empty one. → `Outcome::Cluster`
+    DeleteCluster {
+        /// The cluster.
+        cluster: ClusterId,
+    },
+    /// Puts a host that no VM is on into a cluster. → `Outcome::Host`
+    SetHostCluster {
+        /// The host.
+        host: HostId,
+        /// The cluster; none: the default one.
+        cluster: Option<ClusterId>,
+    },
+    /// Puts a stopped VM into a cluster. → `Outcome::Vm`
+    SetVmCluster {
+        /// The VM.
+        vm: VmId,
+        /// The cluster; none: the default one.
+        cluster: Option<ClusterId>,
+    },
+}
+
+impl From<ClusterCommand> for super::Command {
+    fn from(command: ClusterCommand) -> Self {
+        Self::Cluster(command)
+    }
 }
 
 /// Content of [`Command::CreateNetwork`].

@@ -10,24 +10,37 @@ use crate::{
     state::{ServiceWanted, Volume},
 };
 use proto::{HostId, VolumeId};
+use std::collections::BTreeSet;
 
 impl Draft {
     pub(super) fn keep_replicas(&mut self) {
         // A false alarm must not copy all data of a pool.
+        let unsettled = self.unsettled();
         if !self.state.settings.ha_braked {
-            self.replace_replicas();
+            self.replace_replicas(&unsettled);
         }
-        self.drop_replicas();
+        self.drop_replicas(&unsettled);
         self.work_on_volumes();
     }
 
-    fn replace_replicas(&mut self) {
-        let due: Vec<(VolumeId, Option<HostId>)> = self
-            .state
-            .volumes
-            .values()
-            .filter_map(|volume| Some((volume.id, self.missing(volume)?)))
-            .collect();
+    /// Volumes whose replicas may have to change: too many or too few, or on a host that leaves or is lost for good. In a pool at
+    /// rest there are none, and each round looks at thousands.
+    fn unsettled(&self) -> Vec<VolumeId> {
+        let goes = |host: &HostId| {
+            self.state.leaves_with(*host).is_some() || self.state.is_lost_for_good(*host, self.now_ms)
+        };
+        let going: BTreeSet<HostId> = self.state.hosts.keys().copied().filter(goes).collect();
+        let settled = |volume: &Volume| {
+            volume.replicas.len() == volume.replicas_wanted as usize
+                && !volume.replicas.iter().any(|host| going.contains(host))
+        };
+        self.state.volumes.values().filter(|volume| !settled(volume)).map(|volume| volume.id).collect()
+    }
+
+    fn replace_replicas(&mut self, unsettled: &[VolumeId]) {
+        let volumes = unsettled.iter().filter_map(|id| self.state.volumes.get(id));
+        let due: Vec<(VolumeId, Option<HostId>)> =
+            volumes.filter_map(|volume| Some((volume.id, self.missing(volume)?))).collect();
         for (id, replaces) in due {
             let Some(volume) = self.state.volumes.get(&id) else { continue };
             let mut present = self.state.staying_replicas(volume);
@@ -57,9 +70,10 @@ impl Draft {
     }
 
     /// Those of hosts that leave, and those that are too many, once the others have everything.
-    fn drop_replicas(&mut self) {
+    fn drop_replicas(&mut self, unsettled: &[VolumeId]) {
         let surplus = |volume: &Volume| Some((volume.id, self.state.surplus_replica(volume)?));
-        let surplus: Vec<(VolumeId, HostId)> = self.state.volumes.values().filter_map(surplus).collect();
+        let volumes = unsettled.iter().filter_map(|id| self.state.volumes.get(id));
+        let surplus: Vec<(VolumeId, HostId)> = volumes.filter_map(surplus).collect();
         for (volume, host) in surplus {
             self.propose(Command::Volume(VolumeCommand::DropReplica { volume, host }));
         }

@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     Command,
-    command::{CreateVm, RemoveMode},
+    command::{CreateVm, IsrChange, RemoveMode},
     fixture::Pool,
     limits::PLAN_COMMANDS_MAX,
     state::{HaPolicy, StopMode},
@@ -60,6 +60,30 @@ fn vms_of_a_lost_host_are_recovered_by_priority_within_capacity() {
     }
     assert_eq!(planned(&pool), [], "no room is left");
     assert_eq!((pool.vm_state(lost[0]), pool.vm_state(none)), ("recovering", "failed"));
+}
+
+#[test]
+fn a_vm_whose_replicas_have_all_lost_power_boots_again_on_what_they_had_flushed() {
+    let mut pool = Pool::new(3);
+    let hosts = pool.hosts();
+    let vm = pool.running_vm("web", hosts[0], HaPolicy::Restart);
+    let disk = pool.disk(vm).id;
+    for host in &hosts[..2] {
+        let volume = pool.disk(vm);
+        let incarnation = volume.isr_member(*host).expect("in sync").incarnation.clone();
+        let (epoch, isr_version) = (volume.epoch, volume.isr_version);
+        let change = IsrChange { volume: disk, epoch, isr_version, host: *host, incarnation };
+        pool.accept(Command::RemoveFromIsr(change));
+    }
+    assert_eq!(planned(&pool), [], "one has everything");
+    pool.serve(hosts[2], 1);
+    let before = pool.epoch(vm);
+    let plan = pool.plan();
+    assert!(matches!(plan[..], [Command::RestartVm { vm: again, .. }] if again == vm), "{plan:?}");
+    assert!(pool.epoch(vm) > before);
+    let volume = pool.disk(vm);
+    assert!(volume.isr.iter().all(|member| pool.state.is_current(member)), "{:?}", volume.isr);
+    assert_eq!(planned(&pool), [], "once");
 }
 
 #[test]

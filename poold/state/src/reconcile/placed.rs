@@ -70,6 +70,11 @@ impl Local<'_> {
     }
 
     fn start(&self, vm: &Vm) -> Option<HostAction> {
+        // An older copy here is ended first, whatever its lease says.
+        let is_older = |process: &&ObservedVm| process.vm == vm.id && process.epoch < vm.epoch;
+        if self.observed.iter().filter(is_older).any(ObservedVm::is_live) {
+            return None;
+        }
         (self.is_up() && self.now_ms >= vm.not_before_ms)
             .then_some(HostAction::SpawnAndStart { vm: vm.id, epoch: vm.epoch })
     }

@@ -50,6 +50,21 @@ pub enum GovernRejection {
         /// Its role.
         role: String,
     },
+    /// A token for another key admits no new host.
+    #[error("this token is for another key of host {host}, and for nothing else")]
+    TokenRekeys {
+        /// The host.
+        host: String,
+    },
+    /// A token for a new host replaces no key.
+    #[error("this token is for a new host, not for another key")]
+    TokenAdmits,
+    /// One key is one host.
+    #[error("this key is or was that of host {host}")]
+    KeyInUse {
+        /// The host.
+        host: String,
+    },
 }
 
 impl GovernRejection {
@@ -64,6 +79,9 @@ impl GovernRejection {
             Self::NoCaRotation => "NO_CA_ROTATION",
             Self::OldCertificate { .. } => "OLD_CERTIFICATE",
             Self::RoleTooHigh { .. } => "ROLE_TOO_HIGH",
+            Self::TokenRekeys { .. } => "TOKEN_FOR_KEY",
+            Self::TokenAdmits => "TOKEN_FOR_NEW_HOST",
+            Self::KeyInUse { .. } => "KEY_IN_USE",
         }
     }
 
@@ -73,6 +91,7 @@ impl GovernRejection {
         match self {
             Self::RoleTooHigh { .. } => RejectionClass::Invalid,
             Self::LevelReached { .. } => RejectionClass::Conflict,
+            Self::TokenRekeys { .. } | Self::TokenAdmits => RejectionClass::Denied,
             _ => RejectionClass::Precondition,
         }
     }
@@ -81,7 +100,10 @@ impl GovernRejection {
     #[must_use]
     pub fn object(&self) -> String {
         match self {
-            Self::LevelUnsupported { host, .. } | Self::OldCertificate { host } => format!("host {host}"),
+            Self::LevelUnsupported { host, .. }
+            | Self::OldCertificate { host }
+            | Self::TokenRekeys { host }
+            | Self::KeyInUse { host } => format!("host {host}"),
             Self::RoleTooHigh { user, .. } => format!("user {user}"),
             _ => String::new(),
         }
@@ -102,6 +124,11 @@ impl GovernRejection {
                 format!("start poold on {host}, or take it out with `poolctl host forget {host}`")
             }
             Self::RoleTooHigh { role, .. } => format!("choose {role} or less"),
+            Self::TokenRekeys { host } => {
+                format!("run `poold rekey` at {host}, or make another token with `poolctl host token create`")
+            }
+            Self::TokenAdmits => "make a token with `poolctl host rekey HOST`".into(),
+            Self::KeyInUse { .. } => "let `poold rekey` make a new one".into(),
         }
     }
 }

@@ -24,6 +24,7 @@ impl Rejection {
         match self {
             Self::Volume(inner) => inner.reason_code(),
             Self::Govern(inner) => inner.reason_code(),
+            Self::Cluster(inner) => inner.reason_code(),
             Self::PoolNotInitialised => "POOL_NOT_INITIALISED",
             Self::PoolAlreadyInitialised => "POOL_ALREADY_INITIALISED",
             Self::BadTiming(_) => "BAD_TIMING",
@@ -112,6 +113,7 @@ impl Rejection {
     pub fn class(&self) -> RejectionClass {
         match self {
             Self::Govern(inner) => inner.class(),
+            Self::Cluster(inner) => inner.class(),
             Self::NotFound { .. } => RejectionClass::NotFound,
             Self::Network(rejection) => rejection.class(),
             Self::BadTiming(_)
@@ -143,6 +145,7 @@ impl Rejection {
         match self {
             Self::Volume(inner) => inner.object(),
             Self::Govern(inner) => inner.object(),
+            Self::Cluster(inner) => inner.object(),
             Self::NotFound { kind, text } | Self::Ambiguous { kind, text, .. } => format!("{kind} {text}"),
             Self::NameTaken { kind, name } => format!("{kind} {name}"),
             Self::Network(rejection) => rejection.object(),
@@ -224,6 +227,7 @@ impl Rejection {
         match self {
             Self::Volume(inner) => inner.remedy(),
             Self::Govern(inner) => inner.remedy(),
+            Self::Cluster(inner) => inner.remedy(),
             Self::PoolNotInitialised => "found the pool with `poold init`".into(),
             Self::PoolAlreadyInitialised => "use `poold join` with a token of the pool".into(),
             Self::BadTiming(_) => "choose a consistent profile of timings".into(),
@@ -346,6 +350,7 @@ fn not_found_code(kind: ObjectKind) -> &'static str {
         ObjectKind::Token => "TOKEN_NOT_FOUND",
         ObjectKind::Group => "GROUP_NOT_FOUND",
         ObjectKind::Network => "NETWORK_NOT_FOUND",
+        ObjectKind::Cluster => "CLUSTER_NOT_FOUND",
         ObjectKind::User => "USER_NOT_FOUND",
         ObjectKind::Pool => "POOL_NOT_FOUND",
     }

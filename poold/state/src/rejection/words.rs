@@ -29,6 +29,8 @@ pub enum ObjectKind {
     Pool,
     /// A network.
     Network,
+    /// A cluster.
+    Cluster,
 }
 
 impl ObjectKind {
@@ -48,6 +50,7 @@ impl ObjectKind {
             Self::User => "user",
             Self::Pool => "pool",
             Self::Network => "network",
+            Self::Cluster => "cluster",
         }
     }
 }

@@ -78,6 +78,8 @@ pub enum EventKind {
     HostDuty,
     /// A group was created, changed or deleted.
     Group,
+    /// A cluster, or who is in it, changed.
+    Cluster,
     /// A network was created or deleted.
     Network,
     /// A user was created, changed or deleted.
@@ -118,6 +120,7 @@ impl EventKind {
             Self::Task => "task.ended",
             Self::HostDuty => "host.duty",
             Self::Group => "group.changed",
+            Self::Cluster => "cluster.changed",
             Self::Network => "network.changed",
             Self::User => "user.changed",
             Self::PoolChanged => "pool.changed",

@@ -1,7 +1,7 @@
 //! Hosts and the tokens with which they join.
 
 use crate::limits::STORE_REPLICAS_PERCENT_MAX;
-use proto::{ByteCount, CertificateFingerprint, HostCpu, HostId, Incarnation, TaskId, TokenId};
+use proto::{ByteCount, CertificateFingerprint, ClusterId, HostCpu, HostId, Incarnation, TaskId, TokenId};
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, fmt};
 
@@ -49,6 +49,8 @@ pub struct Host {
     pub cpus: u32,
     /// What its processor can be to guests; not known before it has served.
     pub cpu: HostCpu,
+    /// Its cluster; none: the default one.
+    pub cluster: Option<ClusterId>,
     /// Disk of its block store; not known before it has served.
     pub store: Option<StoreSpace>,
 }
@@ -204,7 +206,7 @@ impl Host {
     }
 }
 
-/// A single-use permission to join.
+/// A single-use permission to join, or to come with another key.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Token {
     /// Index of the entry that created it.
@@ -215,6 +217,8 @@ pub struct Token {
     pub expires_ms: u64,
     /// Whether it was used or revoked.
     pub state: TokenState,
+    /// The member that may show another key with it; none: it admits a new host.
+    pub rekeys: Option<HostId>,
 }
 
 /// `Unused → Used | Revoked`.

@@ -6,6 +6,7 @@
 
 pub mod audit;
 pub mod cloning;
+pub mod cluster;
 pub mod event;
 pub mod group;
 pub mod host;
@@ -27,6 +28,7 @@ pub mod volume;
 
 pub use audit::{AuditLog, AuditRecord};
 pub use cloning::{ClonedDisk, DiskCloning, VmCloning};
+pub use cluster::{Cluster, DEFAULT_CLUSTER};
 pub use event::{Event, EventKind, EventLog};
 pub use group::{Group, GroupRule, GroupStrength};
 pub use host::{FIRST_HOST, Host, HostDuty, HostState, StoreSpace, Token, TokenState, ZONE_LABEL};
@@ -50,7 +52,8 @@ pub use volume::{EpochStart, Holder, IsrMember, Volume, VolumeLimits, VolumeOwne
 
 use crate::timing::Timing;
 use proto::{
-    CpuProfile, GroupId, HostId, ImageId, MigrationId, NetworkId, SnapshotId, TaskId, TokenId, VmId, VolumeId,
+    ClusterId, CpuProfile, GroupId, HostId, ImageId, MigrationId, NetworkId, SnapshotId, TaskId, TokenId,
+    VmId, VolumeId,
 };
 use serde::{Deserialize, Serialize};
 
@@ -81,6 +84,8 @@ pub struct PoolState {
     pub tasks: Table<TaskId, Task>,
     /// Migrations, the newest ended ones included.
     pub migrations: Table<MigrationId, Migration>,
+    /// Clusters besides the default one.
+    pub clusters: Table<ClusterId, Cluster>,
     /// Rules about where VMs run.
     pub groups: Table<GroupId, Group>,
     /// Networks.

@@ -1,6 +1,9 @@
 //! From what an operator typed to an object: a name, an id such as `vm-17`, or a unique prefix of either.
 
-use super::{Group, Host, Image, Migration, Network, PoolState, Snapshot, Table, Task, Vm, Volume};
+use super::{
+    Cluster, DEFAULT_CLUSTER, Group, Host, Image, Migration, Network, PoolState, Snapshot, Table, Task, Vm,
+    Volume,
+};
 use crate::rejection::{ObjectKind, Rejection};
 use std::fmt::Display;
 
@@ -67,6 +70,17 @@ impl PoolState {
     /// When none or several match.
     pub fn resolve_group(&self, text: &str) -> Result<&Group, Rejection> {
         resolve(ObjectKind::Group, text, named(&self.groups, |group| &group.name))
+    }
+
+    /// The cluster that is meant; none: the default one.
+    ///
+    /// # Errors
+    /// When none or several match.
+    pub fn resolve_cluster(&self, text: &str) -> Result<Option<&Cluster>, Rejection> {
+        if text == DEFAULT_CLUSTER {
+            return Ok(None);
+        }
+        resolve(ObjectKind::Cluster, text, named(&self.clusters, |cluster| &cluster.name)).map(Some)
     }
 
     /// The network that is meant.

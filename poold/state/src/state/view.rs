@@ -3,8 +3,8 @@
 use super::{Desired, HaPolicy, Host, HostState, MigrationOutcome, PoolState, StartCause, Vm, VmState};
 use crate::rejection::{ObjectKind, Rejection};
 use proto::{
-    ByteCount, Epoch, GroupId, HostId, ImageId, MigrationId, NetworkId, SnapshotId, TaskId, TokenId, VmId,
-    VolumeId,
+    ByteCount, ClusterId, Epoch, GroupId, HostId, ImageId, MigrationId, NetworkId, SnapshotId, TaskId,
+    TokenId, VmId, VolumeId,
 };
 use std::collections::BTreeMap;
 
@@ -51,6 +51,9 @@ impl PoolState {
         /// A group by id.
         group, groups, GroupId, super::Group, Group);
     lookup!(
+        /// A cluster by id.
+        cluster, clusters, ClusterId, super::Cluster, Cluster);
+    lookup!(
         /// A network by id.
         network, networks, NetworkId, super::Network, Network);
 
@@ -63,6 +66,13 @@ impl PoolState {
     #[must_use]
     pub fn host_name(&self, id: HostId) -> String {
         self.hosts.get(&id).map_or_else(|| id.to_string(), |host| host.name.clone())
+    }
+
+    /// Name of a cluster.
+    #[must_use]
+    pub fn cluster_name(&self, id: Option<ClusterId>) -> String {
+        let Some(id) = id else { return super::DEFAULT_CLUSTER.to_owned() };
+        self.clusters.get(&id).map_or_else(|| id.to_string(), |cluster| cluster.name.clone())
     }
 
     /// State of a VM as operators see it.

@@ -12,7 +12,8 @@
 
 use super::network::Nic;
 use proto::{
-    ByteCount, CpuFeatures, CpuProfile, Epoch, HostId, ImageId, MigrationId, TaskId, VmId, VolumeId,
+    ByteCount, ClusterId, CpuFeatures, CpuProfile, Epoch, HostId, ImageId, MigrationId, TaskId, VmId,
+    VolumeId,
 };
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -81,8 +82,10 @@ pub struct VmSpec {
     pub priority: u8,
     /// Network cards in device order.
     pub nics: Vec<Nic>,
-    /// Which features the guest sees; none: what the pool says.
+    /// Which features the guest sees; none: what its cluster says.
     pub cpu_profile: Option<CpuProfile>,
+    /// Its cluster; none: the default one.
+    pub cluster: Option<ClusterId>,
 }
 
 /// What happens to a VM when its host is lost or its process dies.

@@ -43,6 +43,7 @@ impl World {
             let repair_ms = self.now_ms + self.rng.range(500, 9_000);
             self.hosts[at].repair_ms = repair_ms;
             self.hosts[at].lose_power();
+            self.lose_unflushed(at);
         } else if let Some(process) = self.hosts[at].processes.get_mut(&(migration.vm, migration.to_epoch()))
         {
             *process = Process::new(ProcessState::Gone, 0);
@@ -82,7 +83,10 @@ impl World {
         let it = &mut self.hosts[host];
         it.repair_ms = now_ms + pause;
         match kind {
-            0 => it.lose_power(),
+            0 => {
+                it.lose_power();
+                self.lose_unflushed(host);
+            }
             1 => {
                 it.daemon = false;
                 it.leads = false;

@@ -86,18 +86,6 @@ impl World {
         self.after(delay, Event::Booted { host, boot, key });
     }
 
-    /// The replicas take the owner of the present epoch only, and only one that reaches them.
-    fn volumes_accept(&mut self, host: usize, (vm, epoch): Key) -> Option<bool> {
-        if self.hosts[host].cut {
-            return None;
-        }
-        let accepted = self.committed.vms.get(&vm).is_some_and(|vm| vm.epoch == epoch);
-        if accepted {
-            self.active.insert(vm, epoch);
-        }
-        Some(accepted)
-    }
-
     /// The volumes go back to their old owner unless the epoch in between was active.
     fn take_back(&mut self, host: usize, state: &PoolState, id: MigrationId) {
         let Some(migration) = state.migrations.get(&id) else { return };
@@ -110,9 +98,11 @@ impl World {
         }
         let may_go_on =
             now == (handed.next(), key.1) && self.active.get(&key.0).is_none_or(|last| *last < handed);
+        // Its volumes go on under the epoch that they have now.
+        let accepted = if may_go_on { self.volumes_accept(host, key, now.0) } else { Some(false) };
         let Some(process) = self.hosts[host].processes.get_mut(&key) else { return };
+        let Some(may_go_on) = accepted else { return };
         if may_go_on {
-            self.active.insert(key.0, now.0);
             process.held_by_move = false;
             process.migration = Some(source_of(id, SourcePhase::Aborted));
             self.taken_back += 1;
@@ -122,7 +112,7 @@ impl World {
     }
 
     pub fn booted(&mut self, host: usize, key: Key) {
-        let accepted = self.volumes_accept(host, key);
+        let accepted = self.volumes_accept(host, key, key.1);
         let boot = self.hosts[host].boot;
         let Some(process) = self.hosts[host].processes.get_mut(&key) else { return };
         if process.state != ProcessState::Starting {
@@ -131,6 +121,8 @@ impl World {
         match accepted {
             Some(true) => process.state = ProcessState::Running,
             Some(false) => process.state = ProcessState::Failed,
+            // An owner that finds no replica gives up after a while.
+            None if self.rng.chance(15) => process.state = ProcessState::Failed,
             None => self.after(500, Event::Booted { host, boot, key }),
         }
     }
@@ -178,6 +170,11 @@ impl World {
         let Some(migration) = self.committed.migrations.get(&id).cloned() else { return };
         let target = self.index_of(migration.target);
         let there = target_key(&migration);
+        // What the guest has written must be everywhere before its last pages go.
+        if self.owners.get(&(host, key)).is_some_and(|owner| !owner.is_quiet()) {
+            let boot = self.hosts[host].boot;
+            return self.after(100, Event::Copied { host, boot, key });
+        }
         let reaches = !self.hosts[host].cut && !self.hosts[target].cut && self.hosts[target].power;
         let listens = self.hosts[target].processes.get(&there).is_some_and(|process| {
             process.state == ProcessState::Incoming
@@ -246,7 +243,7 @@ impl World {
     }
 
     pub fn activated(&mut self, host: usize, key: Key) {
-        let accepted = self.volumes_accept(host, key);
+        let accepted = self.volumes_accept(host, key, key.1);
         let boot = self.hosts[host].boot;
         let paused =
             self.committed.vms.get(&key.0).is_some_and(|vm| vm.desired == pool_state::state::Desired::Paused);
@@ -261,6 +258,7 @@ impl World {
                 self.hosts[host].target_phase(key, TargetPhase::Resumed);
             }
             Some(false) => self.hosts[host].target_phase(key, TargetPhase::Failed),
+            None if self.rng.chance(15) => self.hosts[host].target_phase(key, TargetPhase::Failed),
             None => self.after(500, Event::Activated { host, boot, key }),
         }
     }

@@ -5,13 +5,13 @@
 use super::rng::Rng;
 use pool_state::{
     Command, Entry, Outcome, PoolState, Seed, Timing,
-    command::{CreateVm, HostFacts, InitPool, JoinHost, UpdateHost},
+    command::{CreateVm, HostFacts, InitPool, IsrChange, JoinHost, UpdateHost},
     invariants,
     planner::{LeaderView, plan},
     reconcile::reconcile,
-    state::{CertificateFingerprint, ContentHash, Desired, HaPolicy},
+    state::{CertificateFingerprint, ContentHash, Desired, HaPolicy, Volume},
 };
-use proto::{ByteCount, HostId, Incarnation, VmId};
+use proto::{ByteCount, HostId, Incarnation, VmId, VolumeId};
 use std::time::{Duration, Instant};
 
 const HOSTS: usize = 64;
@@ -42,6 +42,21 @@ struct Figures {
     look: Duration,
     /// One look of the leader.
     plan: Duration,
+    /// Bytes of an entry of the log on average.
+    entry_bytes: usize,
+}
+
+/// Times that a look is measured; the shortest counts, since others use this machine, too.
+const LOOKS: usize = 9;
+
+fn shortest<T>(mut look: impl FnMut() -> T) -> (Duration, T) {
+    let mut once = || {
+        let start = Instant::now();
+        let seen = look();
+        (start.elapsed(), seen)
+    };
+    let first = once();
+    (1..LOOKS).map(|_| once()).fold(first, |best, next| if next.0 < best.0 { next } else { best })
 }
 
 impl Figures {
@@ -52,7 +67,7 @@ impl Figures {
     fn print(&self, hosts: usize) {
         let rate = |(entries, took): (usize, Duration)| entries as f64 / took.as_secs_f64();
         println!(
-            "{hosts} hosts, {} VMs: {} entries of the boot storm at {:.0}/s ({:.0} µs each), {} of faults at {:.0}/s; snapshot {} KiB, {} bytes a VM, written in {:.1} ms, read in {:.1} ms; a look of a host {:.2} ms, of the leader {:.2} ms",
+            "{hosts} hosts, {} VMs: {} entries of the boot storm at {:.0}/s ({:.0} µs each), {} of faults at {:.0}/s; snapshot {} KiB, {} bytes a VM, written in {:.1} ms, read in {:.1} ms; a look of a host {:.2} ms, of the leader {:.2} ms; an entry has {} bytes",
             self.vms,
             self.boot.0,
             rate(self.boot),
@@ -65,6 +80,7 @@ impl Figures {
             self.restore.as_secs_f64() * 1e3,
             self.look.as_secs_f64() * 1e3,
             self.plan.as_secs_f64() * 1e3,
+            self.entry_bytes,
         );
     }
 }
@@ -72,6 +88,7 @@ impl Figures {
 struct Storm {
     state: PoolState,
     entries: usize,
+    entry_bytes: usize,
     now_ms: u64,
     rng: Rng,
 }
@@ -84,6 +101,7 @@ impl Storm {
         let request_id = Some(format!("request-{index}"));
         let entry = Entry { request_id, principal, time_ms: self.now_ms, seed: Seed([1; 32]), command };
         self.entries += 1;
+        self.entry_bytes += postcard::to_stdvec(&entry).expect("it is plain data").len();
         self.state.apply(index, &entry).ok()
     }
 
@@ -93,14 +111,15 @@ impl Storm {
     }
 
     fn new(hosts: usize) -> Self {
-        let mut storm = Self { state: PoolState::default(), entries: 0, now_ms: 1, rng: Rng::new(7) };
+        let mut storm =
+            Self { state: PoolState::default(), entries: 0, entry_bytes: 0, now_ms: 1, rng: Rng::new(7) };
         let facts = |number: usize| HostFacts {
             name: format!("h{number}"),
             address: format!("10.0.{number}.1:1"),
             public_key: vec![1; 44],
             cpu_vendor: "v".to_owned(),
             vm_memory: ByteCount(64 << 30),
-            feature_level: 1,
+            feature_level: pool_state::features::NEWEST,
         };
         storm.apply(Command::InitPool(Box::new(InitPool {
             pool_id: "storm".to_owned(),
@@ -108,7 +127,7 @@ impl Storm {
             timing: Timing::default(),
             ca_cert_pem: "c".to_owned(),
             ca_key_pem: "k".to_owned(),
-            feature_level: 1,
+            feature_level: pool_state::features::NEWEST,
             first_host: facts(1),
         })));
         for number in 2..=hosts {
@@ -153,6 +172,7 @@ impl Storm {
             priority: 100,
             nets: Vec::new(),
             cpu_profile: None,
+            cluster: None,
         }));
         let Outcome::Vm(vm) = created else { panic!("a VM") };
         self.apply(Command::StartVm { vm, host: None });
@@ -184,6 +204,30 @@ impl Storm {
         }
     }
 
+    /// The owners of the volumes bring the replicas of a host up to date that is back in another life.
+    fn resync(&mut self, host: HostId) {
+        let incarnation = self.state.host(host).expect("it joined").incarnation.clone().expect("it serves");
+        let of_host = self.state.volumes.values().filter(|volume| volume.replicas.contains(&host));
+        let volumes: Vec<VolumeId> = of_host.map(|volume| volume.id).collect();
+        for id in volumes {
+            let change = |volume: &Volume, incarnation: Incarnation| IsrChange {
+                volume: id,
+                epoch: volume.epoch,
+                isr_version: volume.isr_version,
+                host,
+                incarnation,
+            };
+            let volume = self.state.volume(id).expect("it is there");
+            if let Some(member) = volume.isr_member(host) {
+                let leave = change(volume, member.incarnation.clone());
+                self.apply(Command::RemoveFromIsr(leave));
+            }
+            let volume = self.state.volume(id).expect("it is there");
+            let enter = change(volume, incarnation.clone());
+            self.apply(Command::AddToIsr(enter));
+        }
+    }
+
     /// Every host is down for a while, one after the other: its VMs run elsewhere, and it comes back.
     fn rolling_restarts(&mut self, hosts: usize) {
         let ids: Vec<HostId> = self.state.hosts.keys().copied().collect();
@@ -195,6 +239,7 @@ impl Storm {
             stranded.into_iter().for_each(|vm| self.runs(vm));
             self.serve(host, 1);
             self.apply(Command::HostReturned { host });
+            self.resync(host);
             self.now_ms += 60_000;
         }
     }
@@ -221,23 +266,17 @@ fn play(hosts: usize, vms: usize) -> Figures {
     let runs = |vm: &&pool_state::state::Vm| vm.desired == Desired::Running && vm.is_reported_running();
     assert_eq!(state.vms.values().filter(runs).count(), vms, "every VM runs in the end");
 
-    let start = Instant::now();
-    let bytes = postcard::to_stdvec(state).expect("it is plain data");
-    let snapshot = start.elapsed();
-    let start = Instant::now();
-    let again: PoolState = postcard::from_bytes(&bytes).expect("it was just written");
-    let restore = start.elapsed();
+    let (snapshot, bytes) = shortest(|| postcard::to_stdvec(state).expect("it is plain data"));
+    let (restore, again) =
+        shortest(|| postcard::from_bytes::<PoolState>(&bytes).expect("it was just written"));
     assert!(again == *state, "a snapshot is the state");
     let host = *state.hosts.keys().next().expect("there are hosts");
-    let start = Instant::now();
-    let actions = reconcile(state, host, storm.now_ms, &[]);
-    let look = start.elapsed();
+    let (look, actions) = shortest(|| reconcile(state, host, storm.now_ms, &[]));
     assert!(!actions.is_empty(), "nothing runs there as far as it can see");
-    let start = Instant::now();
-    let rest = plan(state, &LeaderView { now_ms: storm.now_ms });
-    let plan = start.elapsed();
+    let (plan, rest) = shortest(|| plan(state, &LeaderView { now_ms: storm.now_ms }));
     assert_eq!(rest, [], "nothing is left to do");
-    Figures { vms, boot, faults, snapshot_bytes: bytes.len(), snapshot, restore, look, plan }
+    let entry_bytes = storm.entry_bytes / storm.entries;
+    Figures { vms, boot, faults, snapshot_bytes: bytes.len(), snapshot, restore, look, plan, entry_bytes }
 }
 
 #[test]
@@ -253,4 +292,15 @@ fn a_boot_storm_dying_leaders_and_rolling_restarts_cost_no_more_than_their_share
     assert!(entries(&whole) < 1.5 * entries(&part), "entries grow faster than VMs");
     let (small, large) = (part.per_entry_us(), whole.per_entry_us());
     assert!(large < GROWTH_MAX * small, "an entry costs {large:.0} µs instead of {small:.0}");
+    let looks = [
+        ("a host", part.look, whole.look),
+        ("the leader", part.plan, whole.plan),
+        ("a snapshot's writer", part.snapshot, whole.snapshot),
+        ("a snapshot's reader", part.restore, whole.restore),
+    ];
+    for (who, small, large) in looks {
+        let growth = large.as_secs_f64() / small.as_secs_f64();
+        println!("{who}: {growth:.1} times as long for {PART} times the hosts and VMs");
+        assert!(growth < GROWTH_MAX, "{who} takes {large:?} instead of {small:?}");
+    }
 }

@@ -1,5 +1,6 @@
 //! Clock, network, log and faults.
 
+use super::disks::{Disks, Owner};
 use super::host::{Host, Key};
 use super::rng::Rng;
 use pool_state::{
@@ -9,7 +10,7 @@ use pool_state::{
     lease::{HostLeaseCommand, HostLeaseEvent, LeaseCommand, LeaseEvent},
     planner::{LeaderView, plan},
     reconcile::{HostAction, reconcile},
-    state::{CertificateFingerprint, ContentHash, Desired, HaPolicy},
+    state::{CertificateFingerprint, ContentHash, Desired, HaPolicy, StopMode},
 };
 use proto::{ByteCount, Epoch, HostId, Incarnation, VmId};
 use std::{
@@ -68,6 +69,12 @@ pub struct World {
     pub active: BTreeMap<VmId, Epoch>,
     /// VMs that went on at the source of a move whose target had died with them.
     pub taken_back: usize,
+    /// The stores of the VMs' disks.
+    pub disks: Disks,
+    /// The owners of the disks in the VM processes.
+    pub owners: BTreeMap<(usize, Key), Owner>,
+    /// The newest revision that anybody was told of: by the answer to a change, or by a read.
+    told: u64,
     /// Things break.
     pub has_faults: bool,
     violation: Option<String>,
@@ -91,6 +98,9 @@ impl World {
             number: 0,
             active: BTreeMap::new(),
             taken_back: 0,
+            disks: Disks::default(),
+            owners: BTreeMap::new(),
+            told: 0,
             has_faults: false,
             violation: None,
             trace: Vec::new(),
@@ -106,7 +116,7 @@ impl World {
             public_key: vec![1],
             cpu_vendor: "v".to_owned(),
             vm_memory: ByteCount(8 << 30),
-            feature_level: 1,
+            feature_level: pool_state::features::NEWEST,
         };
         self.commit(Command::InitPool(Box::new(InitPool {
             pool_id: "sim".to_owned(),
@@ -114,7 +124,7 @@ impl World {
             timing: self.timing,
             ca_cert_pem: "c".to_owned(),
             ca_key_pem: "k".to_owned(),
-            feature_level: 1,
+            feature_level: pool_state::features::NEWEST,
             first_host: facts(1),
         })));
         for number in 2..=HOSTS {
@@ -155,6 +165,7 @@ impl World {
             priority: number as u8,
             nets: Vec::new(),
             cpu_profile: None,
+            cluster: None,
         }));
         let Some(Outcome::Vm(vm)) = vm else { panic!("a VM") };
         self.commit(Command::StartVm { vm, host: None });
@@ -195,7 +206,7 @@ impl World {
         }
     }
 
-    fn violate(&mut self, text: String) {
+    pub fn violate(&mut self, text: String) {
         if self.violation.is_none() {
             let told = self.trace.join("\n");
             self.violation = Some(format!("{told}\nat {} ms: {text}", self.now_ms));
@@ -282,6 +293,7 @@ impl World {
             Event::Propose { from, command } => {
                 if self.has_quorum() && self.hosts[from].is_connected(self.now_ms) {
                     self.commit(command);
+                    self.told = self.committed.revision;
                 }
             }
             Event::Renewal { from, to, sent_ms } => self.renewal(from, to, sent_ms),
@@ -385,9 +397,22 @@ impl World {
             self.follow(host);
             self.pass(host);
         }
+        self.write_disks();
+        self.ask();
         if self.has_quorum() && self.now_ms.is_multiple_of(100) {
             self.lead();
         }
+    }
+
+    /// I3: a client asks some host where VMs are and who is a member. Whoever asks after somebody was told must learn as much.
+    fn ask(&mut self) {
+        let host = self.rng.below(HOSTS as u64) as usize;
+        let Some(state) = self.read(host) else { return };
+        if state.revision < self.told {
+            let (told, read) = (self.told, state.revision);
+            self.violate(format!("I3: h{} answers with revision {read} after {told} was told", host + 1));
+        }
+        self.told = self.told.max(state.revision);
     }
 
     /// The host applies what was committed, sooner or later.
@@ -500,11 +525,26 @@ impl World {
         let end_ms = self.now_ms + REST_MS;
         while self.violation.is_none() && self.unrest().is_some() && self.now_ms < end_ms {
             self.run_until(self.now_ms + 500, |_| {});
+            self.reboot_cut_off();
         }
         if let Some(unrest) = self.unrest() {
             self.violate(format!("not at rest {REST_MS} ms after the last fault: {unrest}"));
         }
         self.violation.clone().map_or(Ok(()), Err)
+    }
+
+    /// An operator reboots VMs that nobody else starts again and whose disk waits for ever: its replicas have all lost power.
+    fn reboot_cut_off(&mut self) {
+        let state = self.committed.clone();
+        let waits = |volume: &pool_state::state::Volume| !volume.isr.iter().any(|it| state.is_current(it));
+        for vm in state.vms.values().filter(|vm| vm.spec.ha == HaPolicy::None && vm.is_reported_running()) {
+            if vm.spec.disks.iter().filter_map(|disk| state.volumes.get(disk)).any(waits) {
+                if let Some(intent) = vm.intent {
+                    self.commit(Command::CancelMigration { migration: intent.migration });
+                }
+                self.commit(Command::RebootVm { vm: vm.id, mode: StopMode::Force });
+            }
+        }
     }
 
     /// What is not as it should be in the end.
@@ -524,6 +564,10 @@ impl World {
             if vm.desired == Desired::Running && !self.hosts.iter().any(running) {
                 return Some(format!("I6: {} does not run: {vm:?}", vm.name));
             }
+        }
+        let running = state.vms.values().filter(|vm| vm.desired == Desired::Running);
+        if let Some(volume) = running.filter_map(|vm| Disks::behind(state, vm.id)).next() {
+            return Some(format!("I6: {} has {:?} in sync only", volume.name, volume.isr));
         }
         for host in &self.hosts {
             let left = host.processes.keys().find(|(vm, epoch)| {

@@ -2,12 +2,14 @@
 
 use crate::{
     Command,
-    command::{Govern, NewCa, PoolChange},
+    command::{ClusterCommand, Govern, JoinHost, NewCa, PoolChange, VolumeCommand},
+    features::{NEWEST, OLDEST},
     fixture::Pool,
+    limits::SCRUB_INTERVAL_MS,
     planner::{LeaderView, plan},
-    state::{Role, StopMode},
+    state::{Copies, DiskCloning, HaPolicy, Role, StopMode, StoreSpace},
 };
-use proto::HostId;
+use proto::{ByteCount, CpuProfile, HostId, MigrationId};
 
 fn version(host: HostId, feature_level: u32) -> Command {
     Command::Govern(Govern::SetHostVersion { host, version: format!("0.{feature_level}.0"), feature_level })
@@ -17,46 +19,99 @@ fn raise(level: u32) -> Command {
     Command::Govern(Govern::RaiseFeatureLevel { level })
 }
 
-/// A pool of daemons that all support level 2.
-fn pool(hosts: usize) -> Pool {
-    let mut pool = Pool::new(hosts);
-    for host in pool.hosts() {
-        pool.accept(version(host, 2));
-    }
-    pool.plan();
-    pool
-}
-
 fn set(change: PoolChange) -> Command {
     Command::Govern(Govern::SetPool(change))
 }
 
+/// Something that only daemons of the newest level know.
+fn newest() -> Command {
+    ClusterCommand::CreateCluster { name: "other".into(), cpu_profile: CpuProfile::Host }.into()
+}
+
 #[test]
 fn the_level_rises_by_one_entry_when_the_last_host_supports_it_and_never_goes_back() {
-    let mut pool = Pool::new(3);
+    let mut pool = Pool::at_level(3, OLDEST);
     let hosts = pool.hosts();
-    let named = PoolChange { name: Some("other".into()), ..PoolChange::default() };
     for host in &hosts[..2] {
-        pool.accept(version(*host, 2));
+        pool.accept(version(*host, NEWEST));
         assert_eq!(plan(&pool.state, &LeaderView { now_ms: pool.now_ms }), [], "one is behind");
-        assert_eq!(pool.reject(raise(2)), "LEVEL_UNSUPPORTED");
-        assert_eq!(pool.reject(set(named.clone())), "LEVEL_TOO_LOW", "an old daemon would not know it");
+        assert_eq!(pool.reject(raise(NEWEST)), "LEVEL_UNSUPPORTED");
+        assert_eq!(pool.reject(newest()), "LEVEL_TOO_LOW", "an old daemon would not know it");
     }
     // The last one is lost: it may return with its old version.
     pool.accept(Command::HostLost { host: hosts[2] });
-    assert!(!pool.plan().contains(&raise(2)));
+    assert!(!pool.plan().contains(&raise(NEWEST)));
     pool.accept(Command::HostReturned { host: hosts[2] });
-    pool.accept(version(hosts[2], 2));
-    assert_eq!(pool.plan(), [raise(2)]);
+    pool.accept(version(hosts[2], NEWEST));
+    assert_eq!(pool.plan(), [raise(NEWEST)]);
     assert_eq!(pool.plan(), [], "once");
-    pool.accept(set(named));
-    assert_eq!(pool.reject(raise(1)), "LEVEL_REACHED");
-    assert_eq!(pool.reject(version(hosts[0], 1)), "FEATURE_LEVEL_TOO_LOW", "the way back is closed");
+    pool.accept(newest());
+    assert_eq!(pool.reject(raise(OLDEST)), "LEVEL_REACHED");
+    assert_eq!(pool.reject(version(hosts[0], OLDEST)), "FEATURE_LEVEL_TOO_LOW", "the way back is closed");
+}
+
+#[test]
+fn what_a_level_has_brought_is_refused_below_it_with_the_way_out() {
+    let mut pool = Pool::at_level(3, OLDEST);
+    let volume = pool.volume("data");
+    let vm = pool.stopped_vm("web", HaPolicy::Restart);
+    let host = pool.hosts()[0];
+    let scrubs = PoolChange { scrub_interval_ms: Some(0), ..PoolChange::default() };
+    let migration = MigrationId(9);
+    let new: [Command; 8] = [
+        Command::BeginMigration { migration },
+        newest(),
+        VolumeCommand::TakeSnapshot { volume, name: "s".into() }.into(),
+        VolumeCommand::ScrubVolume { volume, replica: None, bytes_per_s: None }.into(),
+        Command::CloneVm { vm, name: "web2".into(), disks: DiskCloning::Linked },
+        Command::RetireHost { host, copies: Copies::AsMany },
+        Command::SetHostStore { host, store: StoreSpace { used: ByteCount(1), capacity: ByteCount(2) } },
+        set(scrubs),
+    ];
+    for command in new {
+        let refused = pool.apply(command.clone()).expect_err("daemons of the older version are in the pool");
+        assert_eq!(refused.reason_code(), "LEVEL_TOO_LOW", "{command:?}");
+        assert!(refused.remedy().contains("poolctl upgrade status"), "{}", refused.remedy());
+    }
+    // The leader does not propose what would be refused, and what older versions know works on.
+    pool.now_ms += SCRUB_INTERVAL_MS + 1;
+    assert_eq!(pool.plan(), []);
+    pool.accept(set(PoolChange { replicas_default: Some(2), ..PoolChange::default() }));
+    pool.start(vm, None);
+}
+
+#[test]
+fn a_member_comes_with_another_key_once_and_only_with_its_own_token() {
+    let mut pool = Pool::new(2);
+    let host = pool.hosts()[1];
+    let token = |secret: u8, ttl_ms| {
+        Command::Govern(Govern::CreateKeyToken { host, secret_hash: [secret; 32], ttl_ms })
+    };
+    let replace = |secret: u8, key: u8| {
+        Command::Govern(Govern::ReplaceHostKey { host, secret_hash: [secret; 32], public_key: vec![key; 44] })
+    };
+    pool.accept(Command::CreateToken { secret_hash: [70; 32], ttl_ms: 1_000 });
+    assert_eq!(pool.reject(replace(70, 9)), "TOKEN_FOR_NEW_HOST");
+    assert_eq!(pool.reject(replace(71, 9)), "TOKEN_UNKNOWN");
+    pool.accept(token(71, 1_000));
+    let join = JoinHost { secret_hash: [71; 32], facts: crate::fixture::facts(3) };
+    assert_eq!(pool.reject(Command::JoinHost(join)), "TOKEN_FOR_KEY");
+    assert_eq!(pool.reject(replace(71, 1)), "KEY_IN_USE", "the first host's");
+    let other =
+        Govern::ReplaceHostKey { host: pool.hosts()[0], secret_hash: [71; 32], public_key: vec![9; 44] };
+    assert_eq!(pool.reject(Command::Govern(other)), "TOKEN_FOR_KEY", "of another host");
+    pool.accept(replace(71, 9));
+    assert_eq!(pool.state.host(host).expect("a member").public_key, vec![9; 44]);
+    pool.accept(replace(71, 9));
+    assert_eq!(pool.reject(replace(71, 8)), "TOKEN_USED");
+    pool.accept(token(72, 1_000));
+    pool.now_ms += 1_000;
+    assert_eq!(pool.reject(replace(72, 8)), "TOKEN_EXPIRED");
 }
 
 #[test]
 fn settings_change_what_is_created_from_then_on() {
-    let mut pool = pool(3);
+    let mut pool = Pool::new(3);
     let before = pool.volume("before");
     pool.accept(set(PoolChange { replicas_default: Some(2), ..PoolChange::default() }));
     let after = pool.volume("after");
@@ -78,7 +133,7 @@ fn settings_change_what_is_created_from_then_on() {
 
 #[test]
 fn the_old_authority_goes_when_the_last_host_shows_the_new_one() {
-    let mut pool = pool(2);
+    let mut pool = Pool::new(2);
     let hosts = pool.hosts();
     let finish = || Command::Govern(Govern::FinishCaRotation);
     let new = |number: u32| {
@@ -108,7 +163,7 @@ fn the_old_authority_goes_when_the_last_host_shows_the_new_one() {
 
 #[test]
 fn an_access_token_can_do_no_more_than_its_user_and_not_for_ever() {
-    let mut pool = pool(1);
+    let mut pool = Pool::new(1);
     let token = |role, secret: u8, ttl_ms| {
         let user = "ann".to_owned();
         Command::Govern(Govern::CreateAccessToken { user, role, secret_hash: [secret; 32], ttl_ms })

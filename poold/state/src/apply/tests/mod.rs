@@ -2,6 +2,7 @@
 //! entry changes nothing.
 
 mod cloning;
+mod clusters;
 mod duty;
 mod govern;
 mod groups;

@@ -86,6 +86,37 @@ fn restarts_back_off_and_the_pool_gives_up_at_last() {
 }
 
 #[test]
+fn a_vm_waits_for_the_hosts_of_its_disks_and_is_not_given_up() {
+    let mut pool = Pool::new(3);
+    let hosts = pool.hosts();
+    let vm = pool.stopped_vm("web", HaPolicy::Restart);
+    for host in &hosts[..2] {
+        pool.accept(Command::HostLost { host: *host });
+    }
+    pool.start(vm, Some(hosts[2]));
+    // Only the lost ones have its disk whole.
+    let disk = pool.disk(vm).clone();
+    let here = disk.isr_member(hosts[2]).map(|member| member.incarnation.clone());
+    assert!(here.is_some(), "the start left the lost ones out");
+    pool.accept(Command::HostReturned { host: hosts[0] });
+    pool.accept(Command::VmStopped { vm, epoch: pool.epoch(vm), reason: StopReason::Requested });
+    pool.start(vm, Some(hosts[0]));
+    pool.accept(Command::HostLost { host: hosts[2] });
+    let unreachable = || RestartCause::Failed { problem: "no in-sync replica can be reached".into() };
+    for _ in 0..2 * RESTARTS_MAX {
+        let again = restart(&pool, vm, unreachable());
+        pool.accept(again);
+        assert_eq!(pool.vm_state(vm), "starting");
+    }
+    let told = crate::explain::explain(&pool.state, pool.vm(vm)).reasons;
+    assert!(told.iter().any(|reason| reason.contains("web-disk whole is up: h3")), "{told:?}");
+    pool.accept(Command::HostReturned { host: hosts[2] });
+    let last = restart(&pool, vm, unreachable());
+    pool.accept(last);
+    assert_eq!(pool.vm_state(vm), "failed", "now it is its own fault");
+}
+
+#[test]
 fn a_vm_whose_processes_die_is_never_given_up() {
     let mut pool = Pool::new(1);
     let host = pool.hosts()[0];
