@@ -45,17 +45,13 @@ fn a_drained_host_is_empty_and_gets_its_vms_back_without_a_reboot() -> Result<()
         }
     }
     // So are the tasks that came of it, at both ends of each move.
-    let moves = pool.items(&["task", "list"])?;
-    let moves: Vec<&str> = moves
-        .iter()
-        .filter(|task| task["kind"] == "vm.migrate")
-        .filter_map(|task| task["id"].as_str())
-        .collect();
-    assert_eq!(moves.len(), 4, "{moves:?}");
+    let tasks = pool.items(&["task", "list"])?;
+    let moves = tasks.iter().filter(|task| task["operation"] == "vm.migrate");
+    let moves: Vec<&str> = moves.filter_map(|task| task["id"].as_str()).collect();
+    assert_eq!(moves.len(), 4, "{tasks:?}");
     for task in moves {
         let named = |host: &&tests::Host| {
-            std::fs::read_to_string(host.log_path())
-                .is_ok_and(|log| log.contains(&format!("{task}}}")) || log.contains(&format!("{task} ")))
+            std::fs::read_to_string(host.log_path()).is_ok_and(|log| log.contains(&format!("task={task} ")))
         };
         let hosts: Vec<&str> = pool.hosts().iter().filter(named).map(tests::Host::name).collect();
         assert!(hosts.len() >= 2 && hosts.contains(&"h2"), "{task} is in the logs of {hosts:?} only");
