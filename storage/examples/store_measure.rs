@@ -21,11 +21,11 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
-use storage::Tail;
 use storage::log::disk::DiskUsage;
 use storage::log::{Disk, FileDisk, SegmentId};
 use storage::map::{BlockVersion, Maps, PAGE_BYTES, PageReader, Place};
 use storage::replica::{Checkpoints, Engine, Folder, MAP_PAGES_MAX, Op, OpKind, Promises, Session, Told};
+use storage::{HashedBlocks, Tail};
 
 /// Prints a line.
 macro_rules! say {
@@ -64,6 +64,11 @@ impl Disk for Counting {
         let bytes: usize = parts.iter().map(|part| part.len()).sum();
         self.written.fetch_add(bytes as u64, Ordering::Relaxed);
         self.disk.write_parts(segment, offset, parts)
+    }
+    fn write_through(&self, segment: SegmentId, offset: u64, parts: &[&[u8]]) -> std::io::Result<()> {
+        let bytes: usize = parts.iter().map(|part| part.len()).sum();
+        self.written.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.disk.write_through(segment, offset, parts)
     }
     fn read(&self, segment: SegmentId, offset: u64, out: &mut [u8]) -> std::io::Result<()> {
         self.disk.read(segment, offset, out)
@@ -108,8 +113,9 @@ impl Store {
             self.sequence += 1;
             content[..8].copy_from_slice(&self.sequence.to_le_bytes());
             let tail = Tail { epoch: EPOCH, sequence: Sequence(self.sequence) };
-            let data = Some(Bytes::copy_from_slice(&content));
-            let kind = OpKind::Write { tail, first: BlockIndex(block), count: 1, data };
+            let first = BlockIndex(block);
+            let content = Some(HashedBlocks::new(VOLUME, first, Bytes::copy_from_slice(&content)));
+            let kind = OpKind::Write { tail, first, count: 1, content };
             let op = Op { volume: VOLUME, session: self.session, kind, asker: () };
             let mut tell = |(), told: Told| {
                 if let Told::Mark(mark) = told {

@@ -12,8 +12,7 @@ use crate::wire::{DATA_BYTES_MAX, HEADER_BYTES_MAX, HELLO_BYTES_MAX};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use serde::{Serialize, de::DeserializeOwned};
 use std::io::{self, IoSlice};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::net::unix::OwnedWriteHalf;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, WriteHalf};
 
 /// Frames that are worked on together: bounds how long the first of them waits for the last.
 pub const FRAMES_MAX: usize = 64;
@@ -48,7 +47,7 @@ pub trait WriteChunks: Send + Unpin {
     fn write_chunks(&mut self, chunks: &mut [Bytes]) -> impl Future<Output = io::Result<()>> + Send;
 }
 
-impl WriteChunks for OwnedWriteHalf {
+impl<S: AsyncWrite + Send> WriteChunks for WriteHalf<S> {
     async fn write_chunks(&mut self, chunks: &mut [Bytes]) -> io::Result<()> {
         write_vectored(self, chunks).await
     }
@@ -138,14 +137,16 @@ impl<S: WriteChunks> FrameWriter<S> {
         self.queue.push(data);
     }
 
-    /// Writes what was pushed.
+    /// Writes what was pushed; so many bytes.
     ///
     /// # Errors
     /// The connection is gone.
-    pub async fn flush(&mut self) -> io::Result<()> {
-        self.stream.write_chunks(self.queue.chunks()).await?;
+    pub async fn flush(&mut self) -> io::Result<u64> {
+        let chunks = self.queue.chunks();
+        let bytes = chunks.iter().map(|chunk| chunk.len() as u64).sum();
+        self.stream.write_chunks(chunks).await?;
         self.queue.clear();
-        Ok(())
+        Ok(bytes)
     }
 }
 
@@ -340,7 +341,7 @@ mod tests {
             sizes.iter().enumerate().map(|(index, &size)| Bytes::from(vec![index as u8; size])).collect();
         runtime().block_on(async {
             let (ours, theirs) = UnixStream::pair().unwrap();
-            let (_, write) = ours.into_split();
+            let (_, write) = tokio::io::split(ours);
             let sent = contents.clone();
             let sending = tokio::spawn(async move {
                 let mut writer = FrameWriter::new(write);

@@ -3,14 +3,16 @@
 //! One stream serves one volume's owner. Requests with an id are answered once; writes and flushes are answered by watermarks.
 //! An unknown or malformed frame ends the connection.
 
+use crate::hashed::Checksums;
 use crate::types::{AttachRefused, Lineage, ProposalError, Tail, View, VolumeOp, VolumeProposal, VolumeView};
 use proto::limits::BLOCK_BYTES;
 use proto::{AttachmentSecret, BlockIndex, Epoch, Incarnation, Sequence, SnapshotId, VolumeId};
 use serde::{Deserialize, Serialize};
 
 /// Version of the protocol; both sides must speak the same. Version 1: the first. Version 2: the longest tail is brought to
-/// other members write by write; void blocks are listed; an attachment tells whether the disk is full. Version 3: snapshots, repairs.
-pub const WIRE_VERSION: u32 = 3;
+/// other members write by write; void blocks are listed; an attachment tells whether the disk is full. Version 3: snapshots,
+/// repairs. Version 4: checksums go with what is written.
+pub const WIRE_VERSION: u32 = 4;
 
 /// Longest header in bytes: a list of changed blocks is the longest.
 pub const HEADER_BYTES_MAX: usize = 64 << 10;
@@ -50,8 +52,8 @@ pub enum Request {
     Hello { version: u32 },
     /// Becomes the owner at an epoch, which the replica promises.
     Attach { id: RequestId, volume: VolumeId, epoch: Epoch, secret: AttachmentSecret },
-    /// The next write in order; `zero`: no data follows.
-    Write { sequence: Sequence, first: BlockIndex, count: u32, zero: bool },
+    /// The next write in order, with a checksum for each block; without any no data follows: zeros.
+    Write { sequence: Sequence, first: BlockIndex, count: u32, checksums: Checksums },
     /// The next operation in order that writes nothing.
     Op { sequence: Sequence, op: VolumeOp },
     /// Make everything durable.
@@ -66,8 +68,8 @@ pub enum Request {
     Verify { id: RequestId, view: View, from: BlockIndex },
     /// Blocks of a view that hold data, from a block on and before another.
     Allocated { id: RequestId, view: View, from: BlockIndex, end: BlockIndex },
-    /// A block of a resync; `zero`: no data follows.
-    Copy { id: RequestId, block: BlockIndex, version: WireVersion, zero: bool },
+    /// A block of a resync; checksums as with a write.
+    Copy { id: RequestId, block: BlockIndex, version: WireVersion, checksums: Checksums },
     /// Blocks in which a view differs from a snapshot, or from nothing, and whose content was written after one sequence and up
     /// to another, from a block on.
     Changed {
@@ -82,8 +84,8 @@ pub enum Request {
     Voided { id: RequestId, from: BlockIndex },
     /// The write that follows a sequence.
     NextWrite { id: RequestId, after: Sequence },
-    /// The next write in order, as an owner before issued it; `zero`: no data follows.
-    Extend { id: RequestId, tail: Tail, first: BlockIndex, count: u32, zero: bool },
+    /// The next write in order, as an owner before issued it.
+    Extend { id: RequestId, tail: Tail, first: BlockIndex, count: u32, checksums: Checksums },
     /// The same for an operation that writes nothing.
     ExtendOp { id: RequestId, tail: Tail, op: VolumeOp },
     /// Void everything since a snapshot, or all, and begin anew there; `begun`: where the layer began, that snapshot or a revert.

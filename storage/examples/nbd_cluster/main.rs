@@ -7,7 +7,8 @@
 //!           ── QUIC ────────▶ replicas 2 and 3
 //!     NBD at DIR/nbd.sock                      replicas ──proposals──▶ DIR/pool.sock (in the owner's process)
 //! ```
-//! Prints a line for each replica (host, process id) and `ready`; runs until its input ends.
+//! Prints a line for each replica (host, process id) and `ready`; then does what its input says, until that ends, and answers each
+//! line with the bytes that were sent to the host's replica: `kill HOST`, `start HOST` (returns when it is in sync), `sent HOST`.
 
 mod owner;
 mod pool;

@@ -25,6 +25,11 @@ impl Pool {
         Arc::new(Self { view: Mutex::new(view) })
     }
 
+    /// The volume as it is.
+    pub fn view(&self) -> VolumeView {
+        self.view.lock().expect("nobody panics with the lock").clone()
+    }
+
     fn commit(&self, proposal: VolumeProposal) -> Result<VolumeView, ProposalError> {
         let mut view = self.view.lock().expect("nobody panics with the lock");
         match proposal {

@@ -2,6 +2,7 @@
 
 use super::Target;
 use crate::frames::{FrameReader, put_header};
+use crate::hashed::{Checksums, HashedBlocks};
 use crate::log::{
     BatchHeader, Disk, LogEnd, Record, RecordKind, Replayed, SegmentId, block_checksum, replay,
 };
@@ -35,20 +36,23 @@ fn frame<H: serde::Serialize>(header: &H, data_len: usize) -> Vec<u8> {
 
 fn requests() -> Vec<Request> {
     let (id, epoch, sequence) = (RequestId(9), Epoch(4), Sequence(77));
-    let (first, count, zero) = (BlockIndex(5), 2, false);
+    let (first, count, version) = (BlockIndex(5), 2, WireVersion { epoch, sequence });
+    let checksums = |blocks: usize| {
+        HashedBlocks::new(VOLUME, first, vec![0xa5; blocks * BLOCK_BYTES].into()).checksums().clone()
+    };
     let tail = Tail { epoch, sequence };
     let proposal = VolumeProposal::RecordStart { volume: VOLUME, epoch, start: sequence };
     vec![
         Request::Hello { version: WIRE_VERSION },
         Request::Attach { id, volume: VOLUME, epoch, secret: AttachmentSecret([7; 32]) },
-        Request::Write { sequence, first, count, zero },
-        Request::Write { sequence, first, count, zero: true },
+        Request::Write { sequence, first, count, checksums: checksums(2) },
+        Request::Write { sequence, first, count, checksums: Checksums::default() },
         Request::Flush,
         Request::Read { id, view: View::Live, first, count },
         Request::Op { sequence, op: VolumeOp::Snapshot { snapshot: SnapshotId(8) } },
         Request::Fetch { id, view: View::Snapshot(SnapshotId(8)), block: first },
         Request::Freeze { id, snapshot: SnapshotId(8), tail },
-        Request::Copy { id, block: first, version: WireVersion { epoch, sequence }, zero },
+        Request::Copy { id, block: first, version, checksums: checksums(1) },
         Request::Changed {
             id,
             view: View::Live,
@@ -57,7 +61,7 @@ fn requests() -> Vec<Request> {
             upto: sequence,
             from: first,
         },
-        Request::Extend { id, tail, first, count, zero },
+        Request::Extend { id, tail, first, count, checksums: checksums(2) },
         Request::Truncate { id, cut: tail },
         Request::Propose { id, proposal },
     ]
@@ -65,10 +69,9 @@ fn requests() -> Vec<Request> {
 
 fn data_len(request: &Request) -> usize {
     match request {
-        Request::Write { zero: false, count, .. } | Request::Extend { zero: false, count, .. } => {
-            *count as usize * BLOCK_BYTES
-        }
-        Request::Copy { zero: false, .. } => BLOCK_BYTES,
+        Request::Write { checksums, .. }
+        | Request::Extend { checksums, .. }
+        | Request::Copy { checksums, .. } => checksums.len() * BLOCK_BYTES,
         _ => 0,
     }
 }
@@ -85,9 +88,10 @@ fn decode_requests(bytes: &[u8]) {
         reader.trust();
         while let Ok(frame) = reader.next::<Request>().await {
             let Ok(work) = owner.plan(frame.header, frame.data) else { continue };
-            if let Work::Stream(OpKind::Write { first, count, data, .. }) = work {
+            if let Work::Stream(OpKind::Write { first, count, content, .. }) = work {
                 assert!(first.0 + u64::from(count) <= BLOCKS, "within the volume");
-                assert!(data.is_none_or(|data| data.len() == count as usize * BLOCK_BYTES), "all its data");
+                let all = count as usize * BLOCK_BYTES;
+                assert!(content.is_none_or(|content| content.data().len() == all), "all its data");
             }
         }
     });

@@ -20,7 +20,7 @@ pub use disk::{Disk, FileDisk};
 pub use format::{BatchHeader, Record, RecordKind, block_checksum};
 pub use replay::{Batch, Replay, Replayed, ReplayedRecord, read_batch, read_header, replay};
 pub use window::Window;
-pub use writer::{LogEnd, LogWriter, Room, Written};
+pub use writer::{LogEnd, LogWriter, Room, Survives, Written};
 
 /// Bytes of a segment: large enough that file operations are rare, small enough that dead ones come back soon.
 pub const SEGMENT_BYTES: u64 = 64 << 20;

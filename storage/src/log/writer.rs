@@ -32,6 +32,15 @@ pub struct Written {
     pub data: Location,
 }
 
+/// What a batch survives when it is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Survives {
+    /// The death of the process.
+    Process,
+    /// The loss of power.
+    Power,
+}
+
 /// What a batch may take of the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Room {
@@ -97,23 +106,39 @@ impl LogWriter {
         self.next_segment
     }
 
-    /// Writes one batch; on return it survives the death of the process, not yet of the machine.
+    /// Writes one batch. One that is to survive the loss of power is made durable together with all before it.
     ///
     /// # Errors
     /// `NoSpace` changes nothing and may be tried again. After any other error the log must not be used any more.
-    pub fn append(&mut self, records: Vec<Record>, data: &[&[u8]], room: Room) -> Result<Written, LogError> {
+    pub fn append(
+        &mut self,
+        records: Vec<Record>,
+        data: &[&[u8]],
+        room: Room,
+        survives: Survives,
+    ) -> Result<Written, LogError> {
         if self.is_fresh && Rule::LostBatchesStayLost.holds() {
             // Batches of the run before may lie beyond the end, where a loss of power has left them without those before them.
             // Were the same batch written again, as it is when an owner brings the same writes again, they would follow it.
             // No batch that was ever lost is empty.
-            self.write_batch(Vec::new(), &[], Room::All)?;
+            self.write_batch(Vec::new(), &[], Room::All, Survives::Process)?;
             self.sync()?;
             self.is_fresh = false;
         }
-        self.write_batch(records, data, room)
+        let written = self.write_batch(records, data, room, survives)?;
+        if survives == Survives::Power {
+            self.sync()?;
+        }
+        Ok(written)
     }
 
-    fn write_batch(&mut self, records: Vec<Record>, data: &[&[u8]], room: Room) -> Result<Written, LogError> {
+    fn write_batch(
+        &mut self,
+        records: Vec<Record>,
+        data: &[&[u8]],
+        room: Room,
+        survives: Survives,
+    ) -> Result<Written, LogError> {
         let data_bytes: usize = data.iter().map(|part| part.len()).sum();
         debug_assert_eq!(data_bytes % BLOCK_BYTES, 0);
         let header = |segment: SegmentId, log: &Self, records: Vec<Record>| BatchHeader {
@@ -138,9 +163,18 @@ impl LogWriter {
         let batch_bytes = header_bytes + data_bytes as u64;
         assert!(batch_bytes <= self.disk.segment_bytes(), "a batch fits into a segment");
         let parts: Vec<&[u8]> = std::iter::once(&encoded.bytes[..]).chain(data.iter().copied()).collect();
-        self.io("write", segment, |disk| disk.write_parts(segment, self.offset, &parts))?;
+        // Alone it takes one call; with others that are not durable yet, one sync for all of them.
+        if survives == Survives::Power && self.unsynced.is_empty() {
+            let written = self.io("write", segment, |disk| disk.write_through(segment, self.offset, &parts));
+            if let Err(error) = written {
+                self.failed = true;
+                return Err(error);
+            }
+        } else {
+            self.io("write", segment, |disk| disk.write_parts(segment, self.offset, &parts))?;
+            self.unsynced.insert(segment);
+        }
         let offset = u32::try_from(self.offset + header_bytes).expect("a segment is smaller than 4 GiB");
-        self.unsynced.insert(segment);
         self.offset += batch_bytes;
         self.lsn += 1;
         self.previous = encoded.hash;
@@ -230,10 +264,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let disk: Arc<dyn Disk> = Arc::new(FileDisk::open(dir.path(), None).unwrap());
         let (mut log, _) = open(&disk);
-        log.append(zero(1), &[], Room::All).unwrap();
+        log.append(zero(1), &[], Room::All, Survives::Process).unwrap();
         log.sync().unwrap();
-        let lost = log.append(zero(2), &[], Room::All).unwrap().data;
-        log.append(zero(3), &[], Room::All).unwrap();
+        let lost = log.append(zero(2), &[], Room::All, Survives::Process).unwrap().data;
+        log.append(zero(3), &[], Room::All, Survives::Process).unwrap();
         // The last batch has reached the disk, the one before it has not.
         let header = u64::from(lost.offset) - BLOCK_BYTES as u64;
         disk.write(lost.segment, header, &[0; BLOCK_BYTES]).unwrap();
@@ -241,7 +275,7 @@ mod tests {
         assert_eq!(found, [1]);
         // As the first run had: the batch that follows is the same, byte for byte.
         log.sync().unwrap();
-        log.append(zero(2), &[], Room::All).unwrap();
+        log.append(zero(2), &[], Room::All, Survives::Process).unwrap();
         assert_eq!(open(&disk).1, [1, 2]);
     }
 }

@@ -2,14 +2,16 @@
 
 use super::config::{ActivateError, ActivationStart, ResyncStatus, VolumeConfig, VolumeError, VolumeStatus};
 use super::core::Owner;
-use super::meter::{IoKind, IoMeter, IoStats};
+use super::meter::{IoKind, IoMeter, IoStats, Traffic};
 use super::task::{Message, VolumeTask};
+use crate::hashed::HashedBlocks;
 use crate::limits::{WINDOW_BYTES, write_cost};
 use crate::types::View;
 use crate::wire::DATA_BYTES_MAX;
 use bytes::{Bytes, BytesMut};
 use proto::limits::BLOCK_BYTES;
-use proto::{BlockIndex, Sequence};
+use proto::{BlockIndex, HostId, Sequence, VolumeId};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use tokio::sync::{OwnedSemaphorePermit, RwLock, Semaphore, mpsc, oneshot, watch};
@@ -26,9 +28,13 @@ const ZERO_BLOCKS_MAX: u64 = 4096;
 pub(super) const BLOCK: u64 = BLOCK_BYTES as u64;
 const SECTOR: u64 = 512;
 
+/// Blocks of the largest frame.
+const FRAME_BLOCKS: u64 = (DATA_BYTES_MAX / BLOCK_BYTES) as u64;
+
 /// A volume; clones are handles of the same one. When the last is dropped the volume is closed.
 #[derive(Clone)]
 pub struct VolumeHandle {
+    volume: VolumeId,
     messages: mpsc::Sender<Message>,
     published: watch::Receiver<VolumeStatus>,
     window: Arc<Semaphore>,
@@ -38,6 +44,7 @@ pub struct VolumeHandle {
     size: Arc<AtomicU64>,
     meter: Arc<IoMeter>,
     resyncs: watch::Receiver<Vec<ResyncStatus>>,
+    traffic: Arc<Traffic>,
 }
 
 impl VolumeHandle {
@@ -45,16 +52,17 @@ impl VolumeHandle {
     #[must_use]
     pub fn open(config: VolumeConfig) -> Self {
         let size = Arc::new(AtomicU64::new(config.size.0));
-        let owner = Owner::new(config.clone());
+        let (volume, owner) = (config.volume, Owner::new(config.clone()));
         let (messages, queue) = mpsc::channel(MESSAGES_MAX);
         let (publish, published) = watch::channel(owner.status());
         let (publish_resyncs, resyncs) = watch::channel(Vec::new());
-        let task = VolumeTask::new(owner, queue, (publish, publish_resyncs));
+        let traffic = Arc::<Traffic>::default();
+        let task = VolumeTask::new(owner, queue, (publish, publish_resyncs), traffic.clone());
         tokio::spawn(task.run(config));
         let window = Arc::new(Semaphore::new(WINDOW_BYTES));
         let read_window = Arc::new(Semaphore::new(READ_WINDOW_BYTES));
         let (blocks, meter) = (Arc::default(), Arc::default());
-        Self { messages, published, window, read_window, blocks, size, meter, resyncs }
+        Self { volume, messages, published, window, read_window, blocks, size, meter, resyncs, traffic }
     }
 
     /// Sends what `message` makes of the other end of an answer; waits for the answer.
@@ -113,6 +121,12 @@ impl VolumeHandle {
         self.resyncs.borrow().clone()
     }
 
+    /// Bytes that went to each host's replica since the volume was opened: writes, copies and requests.
+    #[must_use]
+    pub fn sent_bytes(&self) -> BTreeMap<HostId, u64> {
+        self.traffic.sent()
+    }
+
     /// Reads; waits while no in-sync replica can be reached.
     ///
     /// # Errors
@@ -129,14 +143,22 @@ impl VolumeHandle {
         self.check(offset, len as u64)?;
         let first = offset / BLOCK;
         let end = (offset + len as u64).div_ceil(BLOCK);
+        let skip = usize::try_from(offset % BLOCK).expect("less than a block");
+        if len == 0 {
+            return Ok(Bytes::new());
+        }
+        if end - first <= FRAME_BLOCKS {
+            // Nothing to put together.
+            let blocks = self.read_blocks(view, BlockIndex(first), end - first).await?;
+            return Ok(blocks.slice(skip..skip + len));
+        }
         let mut data = BytesMut::with_capacity(usize::try_from((end - first) * BLOCK).unwrap_or(len));
         let mut at = first;
         while at < end {
-            let count = (end - at).min((DATA_BYTES_MAX / BLOCK_BYTES) as u64);
+            let count = (end - at).min(FRAME_BLOCKS);
             data.extend_from_slice(&self.read_blocks(view, BlockIndex(at), count).await?);
             at += count;
         }
-        let skip = usize::try_from(offset % BLOCK).expect("less than a block");
         Ok(data.freeze().slice(skip..skip + len))
     }
 
@@ -186,7 +208,9 @@ impl VolumeHandle {
         while !rest.is_empty() {
             let part = rest.split_to(rest.len().min(DATA_BYTES_MAX));
             let count = u32::try_from(part.len() / BLOCK_BYTES).expect("bounded by a frame");
-            parts.push(self.submit(BlockIndex(at), count, Some(part)).await?);
+            let first = BlockIndex(at);
+            let content = HashedBlocks::new(self.volume, first, part);
+            parts.push(self.submit(first, count, Some(content)).await?);
             at += u64::from(count);
         }
         for part in parts {
@@ -199,11 +223,13 @@ impl VolumeHandle {
         &self,
         first: BlockIndex,
         count: u32,
-        data: Option<Bytes>,
+        content: Option<HashedBlocks>,
     ) -> Result<oneshot::Receiver<Result<(), VolumeError>>, VolumeError> {
-        let permit = share(&self.window, write_cost(data.as_ref().map_or(0, Bytes::len))).await?;
+        let permit =
+            share(&self.window, write_cost(content.as_ref().map_or(0, |content| content.data().len())))
+                .await?;
         let (answer, written) = oneshot::channel();
-        let message = Message::Write { first, count, data, answer, permit };
+        let message = Message::Write { first, count, content, answer, permit };
         self.messages.send(message).await.map_err(|_| VolumeError::Closed)?;
         Ok(written)
     }

@@ -3,6 +3,7 @@
 use super::config::ReplicaRoute;
 use super::core::Generation;
 use crate::frames::{FRAMES_MAX, Frame, FrameReader, FrameWriter, WriteChunks};
+use crate::quiet::QuietStream;
 use crate::server::ClientEndpoint;
 use crate::wire::{Request, Response, WIRE_VERSION};
 use bytes::Bytes;
@@ -60,17 +61,20 @@ pub struct LinkTask {
     route: ReplicaRoute,
     events: mpsc::Sender<LinkEvent>,
     generations: Arc<AtomicU64>,
+    /// Bytes of frames that were sent.
+    sent: Arc<AtomicU64>,
 }
 
 impl LinkTask {
-    /// A task that reports to `events`; generations are counted over all links of a volume.
+    /// A task that reports to `events`; generations are counted over all links of a volume, bytes over all connections to a host.
     pub fn new(
         host: HostId,
         route: ReplicaRoute,
         events: mpsc::Sender<LinkEvent>,
         generations: Arc<AtomicU64>,
+        sent: Arc<AtomicU64>,
     ) -> Self {
-        Self { host, route, events, generations }
+        Self { host, route, events, generations, sent }
     }
 
     /// Connects again and again until the volume is closed.
@@ -88,7 +92,7 @@ impl LinkTask {
         match &self.route {
             ReplicaRoute::Unix(path) => {
                 let stream = tokio::time::timeout(CONNECT_TIMEOUT, UnixStream::connect(path)).await??;
-                let (read, write) = stream.into_split();
+                let (read, write) = tokio::io::split(QuietStream::try_from(stream)?);
                 self.converse(read, write).await
             }
             ReplicaRoute::Quic { address, fingerprint } => {
@@ -124,7 +128,7 @@ impl LinkTask {
         let frames = FrameSender(frames);
         self.report(generation, LinkEventKind::Up { incarnation, frames }).await;
         let result = tokio::select! {
-            result = send_all(write, outbox) => result,
+            result = send_all(write, outbox, &self.sent) => result,
             result = self.receive(&mut read, generation) => result,
         };
         self.report(generation, LinkEventKind::Down).await;
@@ -156,11 +160,12 @@ impl LinkTask {
 async fn send_all(
     mut write: FrameWriter<impl WriteChunks>,
     mut outbox: mpsc::UnboundedReceiver<(Request, Bytes)>,
+    sent: &AtomicU64,
 ) -> io::Result<()> {
     let mut frames = Vec::with_capacity(FRAMES_MAX);
     while outbox.recv_many(&mut frames, FRAMES_MAX).await > 0 {
         frames.drain(..).for_each(|(request, data)| write.push(&request, &data));
-        write.flush().await?;
+        sent.fetch_add(write.flush().await?, Ordering::Relaxed);
     }
     // The volume has let go of the connection.
     Ok(())

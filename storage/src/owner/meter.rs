@@ -1,7 +1,10 @@
 //! What the users of a volume did, and how long it took: counted where they ask, so that it is what they saw.
 
 use super::config::VolumeError;
+use proto::HostId;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Upper ends of the latency classes in microseconds; what takes longer is in one class more. From a write to memory nearby to a
@@ -46,6 +49,23 @@ struct Counter {
     errors: AtomicU64,
     total_us: AtomicU64,
     classes: [AtomicU64; CLASSES],
+}
+
+/// Bytes of frames that went to each host since the volume was opened: writes, copies, and what was asked.
+#[derive(Debug, Default)]
+pub(super) struct Traffic(Mutex<BTreeMap<HostId, Arc<AtomicU64>>>);
+
+impl Traffic {
+    /// The counter of a host.
+    pub fn to(&self, host: HostId) -> Arc<AtomicU64> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).entry(host).or_default().clone()
+    }
+
+    /// All of them.
+    pub fn sent(&self) -> BTreeMap<HostId, u64> {
+        let counters = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        counters.iter().map(|(host, sent)| (*host, sent.load(Ordering::Relaxed))).collect()
+    }
 }
 
 /// Kinds of operations.

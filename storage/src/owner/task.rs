@@ -3,7 +3,9 @@
 use super::config::{ActivateError, ActivationStart, ResyncStatus, VolumeConfig, VolumeError, VolumeStatus};
 use super::core::{Command, CommandId, Generation, Input, Look, Looked, Output, Owner, Reply, TICK};
 use super::link::{FrameSender, LinkEvent, LinkEventKind, LinkTask};
+use super::meter::Traffic;
 use crate::frames::{FRAMES_MAX, Frame};
+use crate::hashed::HashedBlocks;
 use crate::types::{Tail, View, VolumeOp};
 use crate::wire::Request;
 use bytes::Bytes;
@@ -41,7 +43,7 @@ pub enum Message {
     Write {
         first: BlockIndex,
         count: u32,
-        data: Option<Bytes>,
+        content: Option<HashedBlocks>,
         answer: Answer<(), VolumeError>,
         permit: OwnedSemaphorePermit,
     },
@@ -118,6 +120,7 @@ pub struct VolumeTask {
     published: watch::Sender<VolumeStatus>,
     resyncs: watch::Sender<Vec<ResyncStatus>>,
     generations: Arc<AtomicU64>,
+    traffic: Arc<Traffic>,
     routes: HashMap<HostId, Route>,
     tasks: JoinSet<()>,
     under_way: HashMap<CommandId, UnderWay>,
@@ -131,6 +134,7 @@ impl VolumeTask {
         owner: Owner,
         messages: mpsc::Receiver<Message>,
         (published, resyncs): (watch::Sender<VolumeStatus>, watch::Sender<Vec<ResyncStatus>>),
+        traffic: Arc<Traffic>,
     ) -> Self {
         let (events, inbox) = mpsc::channel(EVENTS_MAX);
         Self {
@@ -141,6 +145,7 @@ impl VolumeTask {
             published,
             resyncs,
             generations: Arc::default(),
+            traffic,
             routes: HashMap::new(),
             tasks: JoinSet::new(),
             under_way: HashMap::new(),
@@ -204,8 +209,8 @@ impl VolumeTask {
             Message::Repair { host, first, data, answer } => {
                 (Command::Repair { host, first, data }, Asker::Done(answer), None)
             }
-            Message::Write { first, count, data, answer, permit } => {
-                (Command::Write { first, count, data }, Asker::Done(answer), Some(permit))
+            Message::Write { first, count, content, answer, permit } => {
+                (Command::Write { first, count, content }, Asker::Done(answer), Some(permit))
             }
             Message::Flush { answer } => (Command::Flush, Asker::Done(answer), None),
             Message::Drain { answer } => (Command::Drain, Asker::Drain(answer), None),
@@ -279,7 +284,8 @@ impl VolumeTask {
     fn perform(&mut self, output: Output) {
         match output {
             Output::Connect { host, route } => {
-                let link = LinkTask::new(host, route, self.events.clone(), self.generations.clone());
+                let sent = self.traffic.to(host);
+                let link = LinkTask::new(host, route, self.events.clone(), self.generations.clone(), sent);
                 let task = self.tasks.spawn(link.run());
                 let replaced = self.routes.insert(host, Route { task, connection: None });
                 replaced.into_iter().for_each(|route| route.task.abort());

@@ -16,10 +16,11 @@ use super::reader::Reader;
 use super::space::{Pressure, SpaceWatch};
 use super::state::{Replica, WriteRefused};
 use super::upkeep::{Looks, Share};
+use crate::hashed::HashedBlocks;
 use crate::log::format::{BATCH_BLOCKS_MAX, BATCH_RECORDS_MAX};
 use crate::log::{
     Disk, Location, LogEnd, LogError, LogWriter, Record, RecordKind, Replayed, ReplayedRecord, Room,
-    SegmentId, Written, block_checksum, replay,
+    SegmentId, Survives, Written, replay,
 };
 use crate::map::TreeId;
 use crate::safety::Rule;
@@ -205,9 +206,15 @@ impl<T> Engine<T> {
     fn take(&mut self, volume: VolumeId, kind: OpKind, asker: T) {
         let fresh = || self.reader.change(Catalog::fresh_tree);
         match kind {
-            OpKind::Write { tail, first, count, data } => {
+            OpKind::Write { tail, first, count, content } => {
                 self.gathered.tails.insert(volume, tail);
-                self.gathered.push(volume, tail, first..BlockIndex(first.0 + u64::from(count)), data, false);
+                self.gathered.push(
+                    volume,
+                    tail,
+                    first..BlockIndex(first.0 + u64::from(count)),
+                    content,
+                    false,
+                );
                 self.gathered.marks.push((volume, asker));
             }
             OpKind::Op { tail, op } => {
@@ -221,9 +228,9 @@ impl<T> Engine<T> {
                 self.gathered.sync = true;
                 self.gathered.marks.push((volume, asker));
             }
-            OpKind::Copy { block, version, data } => {
+            OpKind::Copy { block, version, content } => {
                 let tail = Tail { epoch: version.epoch, sequence: version.sequence };
-                self.gathered.push(volume, tail, block..BlockIndex(block.0 + 1), data, true);
+                self.gathered.push(volume, tail, block..BlockIndex(block.0 + 1), content, true);
                 self.gathered.dones.push(asker);
             }
             OpKind::Repair { first, data } => {
@@ -330,7 +337,8 @@ impl<T> Engine<T> {
         if !records.is_empty() {
             let parts: Vec<&[u8]> = data.iter().map(|part| &part[..]).collect();
             let room = if blocks > 0 { Room::Data } else { Room::All };
-            match self.append(records.clone(), &parts, room) {
+            let survives = if sync { Survives::Power } else { Survives::Process };
+            match self.append(records.clone(), &parts, room, survives) {
                 Ok(written) => self.index(records, written.data),
                 Err(LogError::NoSpace) => {
                     self.space.set_full();
@@ -375,8 +383,9 @@ impl<T> Engine<T> {
         records: Vec<Record>,
         data: &[&[u8]],
         room: Room,
+        survives: Survives,
     ) -> Result<Written, LogError> {
-        let written = self.log.append(records, data, room);
+        let written = self.log.append(records, data, room, survives);
         self.segments.extend(self.log.segment());
         written
     }
@@ -435,15 +444,13 @@ impl<T> Gathered<T> {
         volume: VolumeId,
         tail: Tail,
         blocks: std::ops::Range<BlockIndex>,
-        data: Option<Bytes>,
+        content: Option<HashedBlocks>,
         is_copy: bool,
     ) {
-        let kind = match &data {
-            Some(data) => {
-                let checksums = (blocks.start.0..)
-                    .zip(data.chunks_exact(BLOCK_BYTES))
-                    .map(|(block, content)| block_checksum(volume, BlockIndex(block), content))
-                    .collect();
+        let (data, checksums) = content.map(HashedBlocks::into_parts).unzip();
+        let kind = match &checksums {
+            Some(checksums) => {
+                let checksums = checksums.to_vec();
                 if is_copy { RecordKind::Copy { checksums } } else { RecordKind::Write { checksums } }
             }
             None if is_copy => RecordKind::CopyZero,

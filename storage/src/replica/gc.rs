@@ -19,7 +19,7 @@ use super::engine::{Engine, OP_BLOCKS_MAX};
 use super::reader::verify_all;
 use crate::log::disk::{aligned, full};
 use crate::log::format::{BATCH_BLOCKS_MAX, BATCH_RECORDS_MAX};
-use crate::log::{Batch, Location, LogError, Record, RecordKind, Room, SegmentId, Window};
+use crate::log::{Batch, Location, LogError, Record, RecordKind, Room, SegmentId, Survives, Window};
 use crate::map::{Content, MapError, PageReader, Place};
 use crate::safety::Rule;
 use crate::types::Tail;
@@ -327,7 +327,7 @@ impl<T> Engine<T> {
         }
         let data = full(copies.data);
         let parts: &[&[u8]] = if data.is_empty() { &[] } else { &[&data] };
-        let written = self.append(copies.records.clone(), parts, Room::All)?;
+        let written = self.append(copies.records.clone(), parts, Room::All, Survives::Process)?;
         self.index(copies.records, written.data);
         Ok(())
     }

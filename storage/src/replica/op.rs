@@ -1,6 +1,7 @@
 //! What a replica is asked to do, and what it tells.
 
 use super::state::{Session, WriteRefused};
+use crate::hashed::HashedBlocks;
 use crate::map::BlockVersion;
 use crate::types::{Lineage, Tail, VolumeOp};
 use bytes::Bytes;
@@ -81,16 +82,16 @@ pub struct Op<T> {
 /// What to do.
 #[derive(Debug, Clone)]
 pub enum OpKind {
-    /// The next write in order; `tail` is its position. No data: zeros. Tells `Mark`.
-    Write { tail: Tail, first: BlockIndex, count: u32, data: Option<Bytes> },
+    /// The next write in order; `tail` is its position. No content: zeros. Tells `Mark`.
+    Write { tail: Tail, first: BlockIndex, count: u32, content: Option<HashedBlocks> },
     /// The next operation in order that is no write; durable when it is marked. Tells `Mark`.
     Op { tail: Tail, op: VolumeOp },
     /// Makes everything durable. Tells `Mark`.
     Flush,
     /// Intact content of blocks that are damaged here. Tells `Done`.
     Repair { first: BlockIndex, data: Bytes },
-    /// A block copied from another replica, kept if it is newer than what is here. No data: zeros. Tells `Done`.
-    Copy { block: BlockIndex, version: BlockVersion, data: Option<Bytes> },
+    /// A block copied from another replica, kept if it is newer than what is here. No content: zeros. Tells `Done`.
+    Copy { block: BlockIndex, version: BlockVersion, content: Option<HashedBlocks> },
     /// Voids everything after a position, durably. Tells `Done`.
     Truncate { cut: Tail },
     /// Everything since a snapshot is void; the layer of the volume begins anew on it. Tells `Done`.

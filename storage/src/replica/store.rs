@@ -21,8 +21,8 @@ use std::thread::JoinHandle;
 use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::{mpsc, oneshot, watch};
 
-/// Operations that wait for the store's thread; each holds at most one frame of data.
-pub const OPS_MAX: usize = 256;
+/// Messages that wait for the store's thread; each holds at most what one read of a connection brings.
+pub const MESSAGES_MAX: usize = 256;
 
 /// The store can't be opened, or has failed.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -97,7 +97,7 @@ fn ended() -> OpError {
 }
 
 enum Message {
-    Op(Op<Asker>),
+    Ops(Vec<Op<Asker>>),
     Attach { volume: VolumeId, epoch: Epoch, done: Done<Attached> },
     Delete { volume: VolumeId, done: Done<()> },
     Close,
@@ -133,7 +133,7 @@ impl Store {
         let engine = Engine::open(disk, Promises::new(promises), Checkpoints::new(checkpoints));
         let engine = engine.map_err(|error| open(error.to_string()))?;
         let reader = engine.reader().clone();
-        let (messages, queue) = mpsc::channel(OPS_MAX);
+        let (messages, queue) = mpsc::channel(MESSAGES_MAX);
         let (report, failed) = watch::channel(None);
         let thread = std::thread::Builder::new()
             .name("store".to_owned())
@@ -157,15 +157,17 @@ impl Store {
         self.ask(|done| Message::Attach { volume, epoch, done }).await
     }
 
-    /// Hands in an operation that is answered by the watermark.
-    pub async fn submit(&self, volume: VolumeId, session: Session, kind: OpKind, sink: WatermarkSink) {
-        self.send(Message::Op(Op { volume, session, kind, asker: Asker::Sink(sink) })).await;
+    /// Hands in operations that are answered by the watermark, in this order.
+    pub async fn submit(&self, volume: VolumeId, session: Session, kinds: Vec<OpKind>, sink: &WatermarkSink) {
+        let op = |kind| Op { volume, session, kind, asker: Asker::Sink(sink.clone()) };
+        self.send(Message::Ops(kinds.into_iter().map(op).collect())).await;
     }
 
     /// Hands in an operation that is answered. What is handed in later comes later.
     pub async fn begin(&self, volume: VolumeId, session: Session, kind: OpKind) -> PendingOp {
         let (done, answer) = oneshot::channel();
-        self.send(Message::Op(Op { volume, session, kind, asker: Asker::Done(done) })).await;
+        let op = Op { volume, session, kind, asker: Asker::Done(done) };
+        self.send(Message::Ops(vec![op])).await;
         PendingOp(answer)
     }
 
@@ -233,7 +235,11 @@ fn run(mut engine: Engine<Asker>, mut queue: mpsc::Receiver<Message>) -> Result<
         let mut next = first;
         while let Some(message) = next {
             match message {
-                Message::Op(op) => engine.gather(op, tell)?,
+                Message::Ops(ops) => {
+                    for op in ops {
+                        engine.gather(op, tell)?;
+                    }
+                }
                 // Whoever asked may be gone.
                 Message::Attach { volume, epoch, done } => {
                     drop(done.send(engine.attach(volume, epoch, tell)?));

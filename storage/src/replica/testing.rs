@@ -5,10 +5,10 @@ use super::engine::Engine;
 use super::files::Folder;
 use super::op::{Attached, Op, OpKind, Told};
 use super::promise::Promises;
+use crate::hashed::HashedBlocks;
 use crate::log::disk::DiskUsage;
 use crate::log::{Disk, SegmentId};
 use crate::types::{Tail, View, VolumeOp};
-use bytes::Bytes;
 use proto::limits::BLOCK_BYTES;
 use proto::{BlockIndex, Epoch, Sequence, SnapshotId, VolumeId};
 use std::collections::{BTreeMap, HashMap};
@@ -180,8 +180,9 @@ impl Store {
 
     pub fn write(&mut self, volume: VolumeId, first: u64, count: u32, fill: Option<u8>) {
         let tail = self.next_tail(volume);
-        let data = fill.map(|fill| Bytes::from(vec![fill; count as usize * BLOCK_BYTES]));
-        self.op(volume, OpKind::Write { tail, first: BlockIndex(first), count, data });
+        let first = BlockIndex(first);
+        let filled = |fill| HashedBlocks::new(volume, first, vec![fill; count as usize * BLOCK_BYTES].into());
+        self.op(volume, OpKind::Write { tail, first, count, content: fill.map(filled) });
     }
 
     pub fn operate(&mut self, volume: VolumeId, op: VolumeOp) -> Tail {

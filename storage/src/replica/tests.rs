@@ -3,6 +3,7 @@
 use super::BlockVersion;
 use super::op::OpKind;
 use super::testing::{EPOCH, SEGMENT_BLOCKS, Store};
+use crate::hashed::HashedBlocks;
 use crate::log::SegmentId;
 use crate::safety::Rule;
 use crate::types::{Tail, View, VolumeOp};
@@ -227,7 +228,7 @@ fn a_damaged_page_of_the_map_takes_its_replica_out_and_no_other() {
     let read = store.engine.reader().read(VOLUME, EPOCH, View::Live, blocks);
     assert_eq!(read.map(drop), Err(super::WriteRefused::Superseded), "nothing, and not zeros");
     let tail = store.next_tail(VOLUME);
-    let write = OpKind::Write { tail, first: BlockIndex(1), count: 1, data: None };
+    let write = OpKind::Write { tail, first: BlockIndex(1), count: 1, content: None };
     assert!(store.try_op(VOLUME, write).is_err(), "the write is not acknowledged");
     assert_eq!(store.read(other, 0), Some(2));
     store.reopen();
@@ -271,8 +272,9 @@ fn a_block_that_two_layers_have_is_repaired_in_both() {
     // A resync voids the block and copies it as it was before the snapshot.
     store.op(VOLUME, OpKind::Truncate { cut });
     let version = BlockVersion { epoch: EPOCH, sequence: Sequence(1) };
-    let data = Some(Bytes::from(vec![7; BLOCK_BYTES]));
-    store.op(VOLUME, OpKind::Copy { block: BlockIndex(3), version, data });
+    let block = BlockIndex(3);
+    let content = Some(HashedBlocks::new(VOLUME, block, vec![7; BLOCK_BYTES].into()));
+    store.op(VOLUME, OpKind::Copy { block, version, content });
     store.op(VOLUME, OpKind::Complete { tail: cut });
     assert_eq!(store.disk.damage(&[7; BLOCK_BYTES]), 2);
     let data = Bytes::from(vec![7; BLOCK_BYTES]);
@@ -290,8 +292,9 @@ fn every_way_back_from_a_full_disk_works() {
     let mut block = 0;
     let full = loop {
         let tail = store.next_tail(VOLUME);
-        let data = Some(Bytes::from(vec![1; 8 * BLOCK_BYTES]));
-        let write = OpKind::Write { tail, first: BlockIndex(block), count: 8, data };
+        let first = BlockIndex(block);
+        let content = Some(HashedBlocks::new(VOLUME, first, vec![1; 8 * BLOCK_BYTES].into()));
+        let write = OpKind::Write { tail, first, count: 8, content };
         if let Err(refused) = store.try_op(VOLUME, write) {
             break refused;
         }

@@ -3,7 +3,7 @@
 use super::catalog::Catalog;
 use super::engine::Engine;
 use super::space::Pressure;
-use crate::log::{LogError, Record, RecordKind, Room, SegmentId, block_checksum};
+use crate::log::{LogError, Record, RecordKind, Room, SegmentId, Survives, block_checksum};
 use crate::map::{PAGE_BYTES, PageKey, Place, TreeId};
 use proto::limits::BLOCK_BYTES;
 use proto::{BlockIndex, Epoch, Sequence, VolumeId};
@@ -164,7 +164,7 @@ impl<T> Engine<T> {
             count: u32::try_from(pages.len()).expect("a batch is small"),
             kind: RecordKind::Pages { keys, checksums },
         };
-        let written = self.append(vec![record], &parts, Room::All)?;
+        let written = self.append(vec![record], &parts, Room::All, Survives::Process)?;
         let place = |index: usize| {
             let mut location = written.data;
             location.offset += u32::try_from(index * BLOCK_BYTES).expect("a batch is small");

@@ -3,7 +3,7 @@
 use super::Shared;
 use super::work::{Owner, Work, of_mark, of_result};
 use crate::frames::{FRAMES_MAX, Frame, FrameReader, FrameWriter, WriteChunks};
-use crate::replica::{Attached, OpError, Watermark, WriteRefused};
+use crate::replica::{Attached, OpError, OpKind, Watermark, WriteRefused};
 use crate::types::AttachRefused;
 use crate::wire::{Answer, Request, RequestId, Response, WIRE_VERSION};
 use bytes::Bytes;
@@ -80,22 +80,35 @@ impl Connection {
         let incarnation = self.shared.incarnation.clone();
         send(answers, Response::Welcome { version: WIRE_VERSION, incarnation }, Bytes::new()).await?;
         loop {
-            let Frame { header, data } = read.next().await?;
-            match (header, self.owner) {
-                (Request::Attach { id, volume, epoch, secret }, None) => {
-                    let answer = self.attach(volume, epoch, &secret).await;
-                    if self.owner.is_some() {
-                        read.trust();
+            let mut next = Some(read.next().await?);
+            // What has come together goes to the store together: a write with its flush is one batch, and wakes it once.
+            let mut stream = Vec::new();
+            while let Some(Frame { header, data }) = next {
+                match (header, self.owner) {
+                    (Request::Attach { id, volume, epoch, secret }, None) => {
+                        let answer = self.attach(volume, epoch, &secret).await;
+                        if self.owner.is_some() {
+                            read.trust();
+                        }
+                        send(answers, Response::Answer { id, answer }, Bytes::new()).await?;
                     }
-                    send(answers, Response::Answer { id, answer }, Bytes::new()).await?;
+                    (request, Some(owner)) => {
+                        let owner =
+                            if owner.reaches(&request) { owner } else { self.look_at_size(owner).await };
+                        self.serve(owner, request, data, &mut stream, answers).await?;
+                    }
+                    (_, None) => return Err(protocol("a request before the attachment")),
                 }
-                (request, Some(owner)) => {
-                    let owner = if owner.reaches(&request) { owner } else { self.look_at_size(owner).await };
-                    self.serve(owner, request, data, answers).await?;
-                }
-                (_, None) => return Err(protocol("a request before the attachment")),
+                next = if stream.len() < FRAMES_MAX { read.next_ready()? } else { None };
             }
+            self.submit(&mut stream).await;
         }
+    }
+
+    /// Hands in what was collected of the stream.
+    async fn submit(&self, stream: &mut Vec<OpKind>) {
+        let Some(Owner { volume, session, .. }) = self.owner.filter(|_| !stream.is_empty()) else { return };
+        self.shared.store.submit(volume, session, std::mem::take(stream), &self.marks).await;
     }
 
     async fn attach(&mut self, volume: VolumeId, epoch: Epoch, secret: &AttachmentSecret) -> Answer {
@@ -140,16 +153,17 @@ impl Connection {
         owner: Owner,
         request: Request,
         data: Bytes,
+        stream: &mut Vec<OpKind>,
         answers: &mpsc::Sender<Outgoing>,
     ) -> io::Result<()> {
-        let (volume, session) = (owner.volume, owner.session);
         match owner.plan(request, data).map_err(protocol)? {
             Work::Stream(kind) => {
-                self.shared.store.submit(volume, session, kind, self.marks.clone()).await;
+                stream.push(kind);
                 Ok(())
             }
             Work::Op { id, kind } => {
-                let done = self.shared.store.begin(volume, session, kind).await;
+                self.submit(stream).await;
+                let done = self.shared.store.begin(owner.volume, owner.session, kind).await;
                 self.answer_beside(answers, id, async { (of_result(done.wait().await), Bytes::new()) }).await
             }
             Work::ReadBlocks { id, view, blocks } => {

@@ -13,6 +13,7 @@ pub(crate) use quic::fingerprint_of_pem;
 pub use quic::{ClientEndpoint, QuicError};
 
 use crate::log::FileDisk;
+use crate::quiet::QuietStream;
 use crate::replica::{RepairCounts, Store, StoreError, Usage};
 use crate::types::Authority;
 use connection::Connection;
@@ -154,10 +155,13 @@ impl ReplicaServer {
                 accepted = listener.accept() => accepted,
             };
             match accepted {
-                Ok((stream, _)) => {
-                    let (read, write) = stream.into_split();
-                    self.spawn(Connection::new(self.shared.clone()).run(read, write));
-                }
+                Ok((stream, _)) => match QuietStream::try_from(stream) {
+                    Ok(stream) => {
+                        let (read, write) = tokio::io::split(stream);
+                        self.spawn(Connection::new(self.shared.clone()).run(read, write));
+                    }
+                    Err(error) => tracing::warn!(%error, "taking an owner in"),
+                },
                 Err(error) => {
                     // Out of descriptors, most likely: others must end first.
                     tracing::warn!(%error, "accepting an owner");

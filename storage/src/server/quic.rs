@@ -1,5 +1,6 @@
 //! QUIC settings of both sides, and the server's pinned certificate.
 
+use crate::quiet::{DATAGRAM_BUFFER_BYTES, DATAGRAM_BYTES_MAX, QuietUdp};
 use proto::CertificateFingerprint;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{
@@ -25,8 +26,6 @@ use tokio_util::task::TaskTracker;
 const IDLE_TIMEOUT_MS: u32 = 2_000;
 /// Well below it, so that two lost packets do no harm.
 const KEEP_ALIVE: Duration = Duration::from_millis(400);
-/// Largest datagram that still leaves segmentation offload working (ten segments in 64 KiB).
-const MTU_MAX: u16 = 6_500;
 /// Kernel buffers in bytes: a few milliseconds at 10 Gbit/s.
 const SOCKET_BUFFER_BYTES: usize = 2 << 20;
 /// Bytes in flight on one connection.
@@ -56,7 +55,7 @@ pub struct QuicError {
 fn transport() -> TransportConfig {
     let mut transport = TransportConfig::default();
     let mut mtu = MtuDiscoveryConfig::default();
-    mtu.upper_bound(MTU_MAX);
+    mtu.upper_bound(DATAGRAM_BYTES_MAX);
     let mut acks = AckFrequencyConfig::default();
     acks.ack_eliciting_threshold(VarInt::from_u32(ACK_EVERY));
     transport
@@ -87,11 +86,12 @@ fn endpoint(
     runtime: Arc<dyn Runtime>,
 ) -> io::Result<Endpoint> {
     let mut config = EndpointConfig::default();
-    config.max_udp_payload_size(MTU_MAX).map_err(io::Error::other)?;
+    config.max_udp_payload_size(DATAGRAM_BUFFER_BYTES).map_err(io::Error::other)?;
     Endpoint::new(config, server, socket(address)?, runtime)
 }
 
-/// Tokio, with every task that an endpoint starts counted: the socket is free when they have ended, and only then.
+/// Tokio, but for the socket; and every task that an endpoint starts is counted: the socket is free when they have ended, and only
+/// then.
 #[derive(Debug)]
 struct TrackedRuntime(TaskTracker);
 
@@ -105,7 +105,7 @@ impl Runtime for TrackedRuntime {
     }
 
     fn wrap_udp_socket(&self, socket: std::net::UdpSocket) -> io::Result<Arc<dyn AsyncUdpSocket>> {
-        TokioRuntime.wrap_udp_socket(socket)
+        Ok(Arc::new(QuietUdp::new(socket)?))
     }
 }
 
@@ -177,7 +177,7 @@ impl ClientEndpoint {
     /// No socket can be made.
     pub fn new(ipv6: bool) -> io::Result<Self> {
         let any: SocketAddr = if ipv6 { ([0_u16; 8], 0).into() } else { ([0, 0, 0, 0], 0).into() };
-        Ok(Self { endpoint: endpoint(any, None, Arc::new(TokioRuntime))? })
+        Ok(Self { endpoint: endpoint(any, None, Arc::new(TrackedRuntime(TaskTracker::new())))? })
     }
 
     /// Connects to the server that shows the certificate with this fingerprint, and nobody else.

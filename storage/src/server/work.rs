@@ -1,5 +1,6 @@
 //! What a request asks of the store, and what the store's results are on the wire; without I/O.
 
+use crate::hashed::{Checksums, HashedBlocks};
 use crate::replica::{
     BlockVersion, Changes, OpError, OpKind, ReadBlock, Reader, Refused, Session, Verified, Watermark, What,
     WriteRefused,
@@ -79,10 +80,10 @@ impl Owner {
     pub fn plan(&self, request: Request, data: Bytes) -> Result<Work, ProtocolError> {
         Ok(match request {
             Request::Hello { .. } | Request::Attach { .. } => return Err(ProtocolError::Twice),
-            Request::Write { sequence, first, count, zero } => {
-                let data = self.check_data(first, count, zero, data)?;
+            Request::Write { sequence, first, count, checksums } => {
+                let content = self.check_content(first, count, checksums, data)?;
                 let tail = Tail { epoch: self.session.epoch, sequence };
-                Work::Stream(OpKind::Write { tail, first, count, data })
+                Work::Stream(OpKind::Write { tail, first, count, content })
             }
             Request::Op { sequence, op } => {
                 Work::Stream(OpKind::Op { tail: Tail { epoch: self.session.epoch, sequence }, op })
@@ -111,19 +112,22 @@ impl Owner {
 
     fn plan_op(&self, request: Request, data: Bytes) -> Result<Work, ProtocolError> {
         let (id, kind) = match request {
-            Request::Extend { id, tail, first, count, zero } => {
-                let data = self.check_data(first, count, zero, data)?;
-                (id, OpKind::Write { tail, first, count, data })
+            Request::Extend { id, tail, first, count, checksums } => {
+                let content = self.check_content(first, count, checksums, data)?;
+                (id, OpKind::Write { tail, first, count, content })
             }
             Request::ExtendOp { id, tail, op } => (id, OpKind::Op { tail, op }),
-            Request::Copy { id, block, version, zero } => {
-                let data = self.check_data(block, 1, zero, data)?;
+            Request::Copy { id, block, version, checksums } => {
+                let content = self.check_content(block, 1, checksums, data)?;
                 let WireVersion { epoch, sequence } = version;
-                (id, OpKind::Copy { block, version: BlockVersion { epoch, sequence }, data })
+                (id, OpKind::Copy { block, version: BlockVersion { epoch, sequence }, content })
             }
             Request::Repair { id, first } => {
                 let count = u32::try_from(data.len() / BLOCK_BYTES).map_err(|_| ProtocolError::WrongData)?;
-                let data = self.check_data(first, count, false, data)?.ok_or(ProtocolError::WrongData)?;
+                self.check_range(first, count)?;
+                if data.len() != count as usize * BLOCK_BYTES {
+                    return Err(ProtocolError::WrongData);
+                }
                 (id, OpKind::Repair { first, data })
             }
             Request::Truncate { id, cut } => (id, OpKind::Truncate { cut }),
@@ -190,16 +194,22 @@ impl Owner {
         }
     }
 
-    fn check_data(
+    /// What is written; nothing: zeros.
+    fn check_content(
         &self,
         first: BlockIndex,
         count: u32,
-        zero: bool,
+        checksums: Checksums,
         data: Bytes,
-    ) -> Result<Option<Bytes>, ProtocolError> {
+    ) -> Result<Option<HashedBlocks>, ProtocolError> {
         self.check_range(first, count)?;
-        let wanted = if zero { 0 } else { count as usize * BLOCK_BYTES };
-        if data.len() == wanted { Ok((!zero).then_some(data)) } else { Err(ProtocolError::WrongData) }
+        if checksums.is_empty() && data.is_empty() {
+            return Ok(None);
+        }
+        if checksums.len() != count as usize {
+            return Err(ProtocolError::WrongData);
+        }
+        HashedBlocks::hashed(data, checksums).map(Some).ok_or(ProtocolError::WrongData)
     }
 
     /// Reads; blocking.

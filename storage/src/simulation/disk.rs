@@ -252,6 +252,19 @@ impl Disk for SimDisk {
         })
     }
 
+    fn write_through(&self, id: SegmentId, offset: u64, parts: &[&[u8]]) -> io::Result<()> {
+        self.write_parts(id, offset, parts)?;
+        let bytes: usize = parts.iter().map(|part| part.len()).sum();
+        let end = offset + bytes as u64;
+        self.with(|state| {
+            state.step()?;
+            let segment = state.segments.get_mut(&id).ok_or_else(missing)?;
+            let is_old = |page: &u64| !(offset..end).contains(&(page * BLOCK_BYTES as u64));
+            segment.before.retain(|page, _| is_old(page));
+            Ok(())
+        })
+    }
+
     fn read(&self, id: SegmentId, offset: u64, out: &mut [u8]) -> io::Result<()> {
         assert!(offset.is_multiple_of(BLOCK_BYTES as u64) && out.len().is_multiple_of(BLOCK_BYTES));
         self.with(|state| {

@@ -4,6 +4,7 @@
 //! it; so are the snapshots, each as it was when it was taken; and it goes on from there.
 
 use super::disk::SimDisk;
+use crate::hashed::HashedBlocks;
 use crate::replica::{Checkpoints, Engine, Op, OpKind, Promises, Session, Told};
 use crate::types::{Tail, View, VolumeOp};
 use proto::limits::BLOCK_BYTES;
@@ -72,12 +73,13 @@ impl Run {
         let mut ops = Vec::new();
         match kind {
             Kind::Write | Kind::Fua => {
-                let data = Some(vec![number as u8; 2 * BLOCK_BYTES].into());
-                ops.push(OpKind::Write { tail, first: BlockIndex(first as u64), count: 2, data });
+                let block = BlockIndex(first as u64);
+                let content = HashedBlocks::new(VOLUME, block, vec![number as u8; 2 * BLOCK_BYTES].into());
+                ops.push(OpKind::Write { tail, first: block, count: 2, content: Some(content) });
                 state.blocks[first..first + 2].fill(number as u8);
             }
             Kind::Trim => {
-                ops.push(OpKind::Write { tail, first: BlockIndex(first as u64), count: 2, data: None });
+                ops.push(OpKind::Write { tail, first: BlockIndex(first as u64), count: 2, content: None });
                 state.blocks[first..first + 2].fill(0);
             }
             Kind::Snapshot => {
@@ -97,19 +99,28 @@ impl Run {
         for kind in ops {
             let op = Op { volume: VOLUME, session: self.session, kind, asker: () };
             let mut durable = self.durable;
-            let mut tell = |(), told| {
-                if let Told::Mark(mark) = told {
-                    assert_eq!(mark.refused, None);
-                    durable = durable.max(mark.durable);
-                }
-            };
-            let done = self.engine.gather(op, &mut tell).and_then(|()| self.engine.commit(&mut tell));
+            let mut tell = |(), told| durable = durable.max(durable_of(&told));
+            let gathered = self.engine.gather(op, &mut tell);
             self.durable = durable;
-            if done.is_err() {
+            if gathered.is_err() {
                 return false;
             }
         }
-        true
+        // A write with its flush is one batch.
+        let mut durable = self.durable;
+        let done = self.engine.commit(&mut |(), told| durable = durable.max(durable_of(&told)));
+        self.durable = durable;
+        done.is_ok()
+    }
+}
+
+fn durable_of(told: &Told) -> Sequence {
+    match told {
+        Told::Mark(mark) => {
+            assert_eq!(mark.refused, None);
+            mark.durable
+        }
+        Told::Done(_) => Sequence(0),
     }
 }
 

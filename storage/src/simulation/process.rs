@@ -4,6 +4,7 @@ use super::oracle::{Blocks, Content, Issued, Version};
 use super::pool::secret;
 use super::snapshots::check_snapshot;
 use super::world::{BLOCKS, ConnId, ProcessId, VOLUME, World};
+use crate::hashed::HashedBlocks;
 use crate::limits::WINDOW_BYTES;
 use crate::owner::core::writes::WriteKind;
 use crate::owner::core::{Command, CommandId, Input, Output, Owner, Reply, TICK};
@@ -395,7 +396,7 @@ impl World {
             match self.random.below(100) {
                 0..55 => self.write(id, first, count as u32),
                 55..62 => {
-                    let command = Command::Write { first, count: count as u32, data: None };
+                    let command = Command::Write { first, count: count as u32, content: None };
                     self.command(id, command, Some(Pending::Write));
                 }
                 62..66 => self.take_snapshot(id),
@@ -414,8 +415,8 @@ impl World {
     fn write(&mut self, id: ProcessId, first: BlockIndex, count: u32) {
         let content = self.fresh_id();
         let blocks = (first.0..first.0 + u64::from(count)).flat_map(|block| block_of(content, block));
-        let data = Some(blocks.collect::<Vec<u8>>().into());
-        self.command(id, Command::Write { first, count, data }, Some(Pending::Write));
+        let content = Some(HashedBlocks::new(VOLUME, first, blocks.collect::<Vec<u8>>().into()));
+        self.command(id, Command::Write { first, count, content }, Some(Pending::Write));
         if self.random.percent(20) {
             // While the write is in flight.
             self.read(id, first, count);

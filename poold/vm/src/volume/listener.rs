@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use storage::nbd::{Export, SessionError, serve};
+use storage::quiet::QuietStream;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -133,7 +134,7 @@ impl Door {
         let mut sessions = tokio::task::JoinSet::new();
         while let Ok(place) = self.places.clone().acquire_owned().await {
             match listener.accept().await {
-                Ok((stream, _)) => self.admit(&mut sessions, stream, place),
+                Ok((stream, _)) => self.admit(&mut sessions, QuietStream::try_from(stream), place),
                 Err(error) => pause(&error).await,
             }
         }
@@ -146,7 +147,7 @@ impl Door {
                 Ok((stream, _)) => {
                     // Small replies go out at once; without it they only wait.
                     let _ = stream.set_nodelay(true);
-                    self.admit(&mut sessions, stream, place);
+                    self.admit(&mut sessions, QuietStream::try_from(stream), place);
                 }
                 Err(error) => pause(&error).await,
             }
@@ -157,10 +158,14 @@ impl Door {
     fn admit(
         &self,
         sessions: &mut tokio::task::JoinSet<()>,
-        stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        stream: io::Result<impl AsyncRead + AsyncWrite + Unpin + Send + 'static>,
         place: OwnedSemaphorePermit,
     ) {
         while sessions.try_join_next().is_some() {}
+        let stream = match stream {
+            Ok(stream) => stream,
+            Err(error) => return tracing::warn!(%error, "a client of the volume is turned away"),
+        };
         let (name, export, refused) = (self.name.clone(), self.export.clone(), self.refused.clone());
         sessions.spawn(async move {
             if let Err(error) = serve(stream, &name, export).await {

@@ -137,6 +137,23 @@ impl FileDisk {
         Ok(file)
     }
 
+    /// `flags`: those of `pwritev2`.
+    fn write_with(
+        &self,
+        segment: SegmentId,
+        offset: u64,
+        parts: &[&[u8]],
+        flags: libc::c_int,
+    ) -> io::Result<()> {
+        let file = self.file_to_write(segment)?;
+        // A direct write takes aligned memory only; what is not is copied.
+        let copies: Vec<Option<BytesMut>> = parts.iter().map(|part| copy_if_unaligned(part)).collect();
+        let pairs = parts.iter().zip(&copies);
+        let mut slices: Vec<IoSlice<'_>> =
+            pairs.map(|(part, copy)| IoSlice::new(copy.as_deref().unwrap_or(part))).collect();
+        write_all(&file, offset, &mut slices, flags)
+    }
+
     fn create_anew(&self, path: &Path) -> io::Result<()> {
         let file = self.access.create(path)?;
         if let Err(error) = reserve(&file).and_then(|()| file.sync_all()) {
@@ -204,13 +221,12 @@ impl Disk for FileDisk {
     }
 
     fn write_parts(&self, segment: SegmentId, offset: u64, parts: &[&[u8]]) -> io::Result<()> {
-        let file = self.file_to_write(segment)?;
-        // A direct write takes aligned memory only; what is not is copied.
-        let copies: Vec<Option<BytesMut>> = parts.iter().map(|part| copy_if_unaligned(part)).collect();
-        let pairs = parts.iter().zip(&copies);
-        let mut slices: Vec<IoSlice<'_>> =
-            pairs.map(|(part, copy)| IoSlice::new(copy.as_deref().unwrap_or(part))).collect();
-        write_all(&file, offset, &mut slices)
+        self.write_with(segment, offset, parts, 0)
+    }
+
+    /// One call for write and sync, which the kernel does without waking us between.
+    fn write_through(&self, segment: SegmentId, offset: u64, parts: &[&[u8]]) -> io::Result<()> {
+        self.write_with(segment, offset, parts, libc::RWF_DSYNC)
     }
 
     fn read(&self, segment: SegmentId, offset: u64, out: &mut [u8]) -> io::Result<()> {
@@ -274,7 +290,7 @@ fn copy_if_unaligned(part: &[u8]) -> Option<BytesMut> {
     Some(copy)
 }
 
-fn write_all(file: &File, offset: u64, slices: &mut [IoSlice<'_>]) -> io::Result<()> {
+fn write_all(file: &File, offset: u64, slices: &mut [IoSlice<'_>], flags: libc::c_int) -> io::Result<()> {
     let mut at = offset;
     let mut rest = slices;
     while !rest.is_empty() {
@@ -282,7 +298,8 @@ fn write_all(file: &File, offset: u64, slices: &mut [IoSlice<'_>]) -> io::Result
         let position = libc::off_t::try_from(at).map_err(io::Error::other)?;
         let count = libc::c_int::try_from(batch.len()).expect("bounded above");
         // SAFETY: an `IoSlice` is an iovec; descriptor and memory are ours and live through the call.
-        let written = unsafe { libc::pwritev(file.as_raw_fd(), batch.as_ptr().cast(), count, position) };
+        let written =
+            unsafe { libc::pwritev2(file.as_raw_fd(), batch.as_ptr().cast(), count, position, flags) };
         match usize::try_from(written) {
             Ok(0) => return Err(io::Error::from(io::ErrorKind::WriteZero)),
             Ok(written) => {

@@ -42,6 +42,11 @@ pub trait Disk: Send + Sync + 'static {
         }
         Ok(())
     }
+    /// Writes parts as `write_parts` does; on return they survive the loss of power. What was written before need not.
+    fn write_through(&self, segment: SegmentId, offset: u64, parts: &[&[u8]]) -> io::Result<()> {
+        self.write_parts(segment, offset, parts)?;
+        self.sync(segment)
+    }
     /// Reads exactly; past what was written there is anything.
     fn read(&self, segment: SegmentId, offset: u64, out: &mut [u8]) -> io::Result<()>;
     /// Reads exactly, and tells `done`: here, or later on a thread of the disk's.

@@ -13,6 +13,7 @@ use super::io::{CommandId, Generation, Reply};
 use super::peer::{Part, Peer, Purpose};
 use super::writes::{Active, Drain};
 use super::{Owner, State};
+use crate::hashed::HashedBlocks;
 use crate::owner::config::{ActivateError, ActivationStart, VolumeConfig, VolumeError, VolumeState};
 use crate::owner::lineage::operate;
 use crate::owner::rules::{Candidate, Recovery, Standing, plan_recovery};
@@ -324,11 +325,13 @@ impl Owner {
         let State::Activating(activation) = &mut self.state else { return };
         let Phase::Extending { source, behind, .. } = &mut activation.phase else { return };
         let Some(extension) = behind.get_mut(&target).filter(|_| source.0 == host) else { return };
-        let (tail, request) = match answer {
+        let (tail, request, data) = match answer {
             Answer::Write { tail, first, count, zero } => {
-                (tail, Request::Extend { id: RequestId(0), tail, first, count, zero })
+                let content = (!zero).then(|| HashedBlocks::new(self.config.volume, first, data));
+                let (data, checksums) = content.map(HashedBlocks::into_parts).unwrap_or_default();
+                (tail, Request::Extend { id: RequestId(0), tail, first, count, checksums }, data)
             }
-            Answer::Op { tail, op } => (tail, Request::ExtendOp { id: RequestId(0), tail, op }),
+            Answer::Op { tail, op } => (tail, Request::ExtendOp { id: RequestId(0), tail, op }, Bytes::new()),
             answer => {
                 // Without what it lacks the member can't stay; or the source is damaged, and what it alone has is not
                 // acknowledged.

@@ -1,5 +1,6 @@
 //! What goes into an owner, and what comes out.
 
+use crate::hashed::HashedBlocks;
 use crate::owner::config::{ActivateError, ActivationStart, ReplicaRoute, VolumeConfig, VolumeError};
 use crate::types::{Lineage, Tail, View, VolumeOp};
 use crate::wire::{Request, Response};
@@ -39,7 +40,7 @@ pub enum Command {
     /// Read blocks; at most a frame. Answered by `Read`.
     Read { view: View, first: BlockIndex, count: u32 },
     /// Write blocks; no data: zeros. Answered by `Done`.
-    Write { first: BlockIndex, count: u32, data: Option<Bytes> },
+    Write { first: BlockIndex, count: u32, content: Option<HashedBlocks> },
     /// Have an operation done in the order of the writes. Answered by `Operated` when it is durable everywhere.
     Op { op: VolumeOp },
     /// Ask a replica something about blocks. Answered by `Looked`.

@@ -153,8 +153,8 @@ impl Owner {
                 }
             }
             Command::Read { view, first, count } => self.read(id, view, first, count),
-            Command::Write { first, count, data } => {
-                self.write(id, first, count, data.map_or(WriteKind::Zeros, WriteKind::Data));
+            Command::Write { first, count, content } => {
+                self.write(id, first, count, content.map_or(WriteKind::Zeros, WriteKind::Data));
             }
             Command::Op { op } => self.operate(id, op),
             Command::Look { look } => self.look(id, look),

@@ -11,13 +11,14 @@
 //! Invariant: a source holds everything up to the point at which the live writes began, and is in sync as long as it is read.
 
 use super::io::Generation;
+use crate::hashed::HashedBlocks;
 use crate::owner::config::ResyncStatus;
 use crate::owner::lineage::{Leg, Plan};
 use crate::safety::Rule;
 use crate::types::{Tail, View};
 use crate::wire::{Answer, Request, RequestId, WireVersion};
 use bytes::Bytes;
-use proto::{BlockIndex, HostId, Sequence, SnapshotId};
+use proto::{BlockIndex, HostId, Sequence, SnapshotId, VolumeId};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
@@ -95,6 +96,7 @@ enum Stage {
 /// A resync.
 #[derive(Debug)]
 pub struct Resync {
+    volume: VolumeId,
     cut: Tail,
     forget: VecDeque<SnapshotId>,
     legs: VecDeque<Leg>,
@@ -120,10 +122,11 @@ pub struct Resync {
 
 impl Resync {
     /// A resync of a replica that surely has everything up to `cut`, and nothing that counts after it.
-    pub fn new(cut: Tail, plan: Plan, now: Duration) -> Self {
+    pub fn new(volume: VolumeId, cut: Tail, plan: Plan, now: Duration) -> Self {
         let Plan { forget, mut legs } = plan;
         let leg = legs.pop_front().expect("the volume itself is the last one");
         let mut resync = Self {
+            volume,
             cut,
             forget,
             legs,
@@ -405,7 +408,9 @@ impl Resync {
             return None;
         }
         self.under_way.insert(block, Step::Storing);
-        let request = Request::Copy { id: RequestId(0), block, version, zero };
+        let content = (!zero).then(|| HashedBlocks::new(self.volume, block, data));
+        let (data, checksums) = content.map(HashedBlocks::into_parts).unwrap_or_default();
+        let request = Request::Copy { id: RequestId(0), block, version, checksums };
         Some(SyncRequest { whom: Whom::Target, ask: SyncAsk::Copy(block), request, data })
     }
 
@@ -455,7 +460,7 @@ mod tests {
     fn copying() -> Resync {
         let leg = Leg { view: View::Live, since: None, after: Sequence(0), tail: None, rebase: None };
         let plan = Plan { forget: VecDeque::new(), legs: VecDeque::from([leg]) };
-        let mut resync = Resync::new(Tail::default(), plan, Duration::ZERO);
+        let mut resync = Resync::new(VolumeId(1), Tail::default(), plan, Duration::ZERO);
         assert_eq!(asks(&mut resync), [SyncAsk::Truncate]);
         resync.answered(SyncAsk::Truncate, None, Answer::Done, Bytes::new()).unwrap();
         resync.begin(Tail::default()).unwrap();

@@ -35,7 +35,7 @@ impl Owner {
             }
             let cut = common_prefix(standing.tail, &history).unwrap_or_default();
             let plan = plan(cut, &peer.lineage, &active.lineage);
-            peer.become_part(Part::Syncing(Box::new(Resync::new(cut, plan, now))));
+            peer.become_part(Part::Syncing(Box::new(Resync::new(self.config.volume, cut, plan, now))));
         }
         for host in full {
             self.drop_connection(host);

@@ -1,12 +1,14 @@
 //! The owner alone: scripted replicas that confirm after a time of their own.
 
 use super::*;
+use crate::hashed::HashedBlocks;
 use crate::owner::config::{ActivationStart, ReplicaEndpoint};
 use crate::types::{IsrMember, Lineage, Tail, VolumeProposal};
 use crate::wire::Response;
 use proto::{AttachmentSecret, BlockIndex, ByteCount, Incarnation, IsrVersion, VolumeId};
 use std::collections::VecDeque;
 
+const VOLUME: VolumeId = VolumeId(1);
 const BLOCK: usize = proto::limits::BLOCK_BYTES;
 
 struct Script {
@@ -42,7 +44,7 @@ impl Script {
         let isr = hosts.map(|host| IsrMember { host, incarnation: incarnation(host) }).to_vec();
         let (epoch, isr_version) = (Epoch(1), IsrVersion(1));
         let config = VolumeConfig {
-            volume: VolumeId(1),
+            volume: VOLUME,
             size: ByteCount(1 << 30),
             epoch,
             isr_version,
@@ -189,8 +191,8 @@ impl Script {
                 self.input(Input::Tick);
             }
             if self.now.as_millis().is_multiple_of(20) {
-                let data = Some(Bytes::from_static(&[0; BLOCK]));
-                self.command(Command::Write { first: BlockIndex(7), count: 1, data });
+                let content = Some(HashedBlocks::new(VOLUME, BlockIndex(7), Bytes::from_static(&[0; BLOCK])));
+                self.command(Command::Write { first: BlockIndex(7), count: 1, content });
             }
         }
     }
@@ -250,8 +252,8 @@ fn a_flush_that_was_foreseen_has_been_done_with_the_write() {
     let mut asked = Vec::new();
     for sequence in (1..=8).map(Sequence) {
         let before = script.flushes;
-        let data = Some(Bytes::from_static(&[0; BLOCK]));
-        let write = script.command(Command::Write { first: BlockIndex(7), count: 1, data });
+        let content = Some(HashedBlocks::new(VOLUME, BlockIndex(7), Bytes::from_static(&[0; BLOCK])));
+        let write = script.command(Command::Write { first: BlockIndex(7), count: 1, content });
         let with_write = script.flushes - before;
         script.confirm(if with_write > 0 { sequence } else { Sequence(0) });
         assert!(script.replied.contains(&write));
@@ -268,8 +270,8 @@ fn a_flush_that_was_foreseen_has_been_done_with_the_write() {
 #[test]
 fn a_resynced_replica_is_no_member_before_it_has_what_others_had_acknowledged() {
     let mut script = Script::new(2);
-    let data = Some(Bytes::from_static(&[0; BLOCK]));
-    script.command(Command::Write { first: BlockIndex(7), count: 1, data });
+    let content = Some(HashedBlocks::new(VOLUME, BlockIndex(7), Bytes::from_static(&[0; BLOCK])));
+    script.command(Command::Write { first: BlockIndex(7), count: 1, content });
     // The third one was just resynced; the others had confirmed the write before it counted, and its disk is slow.
     let (host, written) = (HostId(3), Sequence(1));
     script.view.isr.retain(|member| member.host != host);

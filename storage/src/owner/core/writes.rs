@@ -8,6 +8,7 @@ use super::habit::FlushHabit;
 use super::io::{CommandId, Reply};
 use super::peer::Peer;
 use super::{Owner, State};
+use crate::hashed::{Checksums, HashedBlocks};
 use crate::limits::write_cost;
 use crate::owner::config::VolumeError;
 use crate::owner::lineage::{Operated, operate};
@@ -35,7 +36,7 @@ pub struct Write {
 /// What it writes.
 #[derive(Debug, Clone)]
 pub enum WriteKind {
-    Data(Bytes),
+    Data(HashedBlocks),
     Zeros,
     /// Nothing: something else happens in order.
     Op(VolumeOp),
@@ -48,7 +49,7 @@ impl Write {
 
     pub fn data(&self) -> Option<&Bytes> {
         match &self.kind {
-            WriteKind::Data(data) => Some(data),
+            WriteKind::Data(content) => Some(content.data()),
             WriteKind::Zeros | WriteKind::Op(_) => None,
         }
     }
@@ -64,8 +65,13 @@ impl Write {
     pub fn request(&self, sequence: Sequence) -> (Request, Bytes) {
         let (first, count) = (self.first, self.count);
         match &self.kind {
-            WriteKind::Data(data) => (Request::Write { sequence, first, count, zero: false }, data.clone()),
-            WriteKind::Zeros => (Request::Write { sequence, first, count, zero: true }, Bytes::new()),
+            WriteKind::Data(content) => {
+                let checksums = content.checksums().clone();
+                (Request::Write { sequence, first, count, checksums }, content.data().clone())
+            }
+            WriteKind::Zeros => {
+                (Request::Write { sequence, first, count, checksums: Checksums::default() }, Bytes::new())
+            }
             WriteKind::Op(op) => (Request::Op { sequence, op: *op }, Bytes::new()),
         }
     }

@@ -60,7 +60,7 @@ impl Pattern {
 
 fn command(target: &Target, pattern: Pattern, bytes: u64) -> Command {
     let mut fio = Command::new("fio");
-    fio.args(["--name=job", "--output-format=json", "--randrepeat=0", "--norandommap", "--group_reporting"]);
+    fio.args(["--name=job", "--output-format=json", "--randrepeat=0", "--group_reporting"]);
     fio.args(pattern.arguments());
     match target {
         Target::Files { dir, writers } => {
@@ -79,13 +79,20 @@ fn command(target: &Target, pattern: Pattern, bytes: u64) -> Command {
 /// Runs a job for a time.
 pub fn run(target: &Target, pattern: Pattern, bytes: u64, time: Duration) -> Result<Figures> {
     let mut fio = command(target, pattern, bytes);
-    fio.arg("--time_based").arg(format!("--runtime={}", time.as_secs()));
+    fio.args(["--norandommap", "--time_based"]).arg(format!("--runtime={}", time.as_secs()));
     report(&mut fio, pattern)
 }
 
 /// Writes every byte once, so that later jobs meet what a disk in use has.
 pub fn fill(target: &Target, bytes: u64) -> Result<Figures> {
     report(&mut command(target, Pattern::Sequential, bytes), Pattern::Sequential)
+}
+
+/// Writes so many bytes, 4 KiB at random places, none of them twice.
+pub fn write_once(target: &Target, bytes: u64, written: u64) -> Result<Figures> {
+    let mut fio = command(target, Pattern::RandomWrite, bytes);
+    fio.arg(format!("--io_size={written}"));
+    report(&mut fio, Pattern::RandomWrite)
 }
 
 fn report(fio: &mut Command, pattern: Pattern) -> Result<Figures> {

@@ -21,6 +21,12 @@ use std::time::Duration;
 /// Size of the log with which a restart is timed.
 const RESTART_MIB: u64 = 4096;
 
+/// Size of the volume of which a replica is away.
+const RESYNC_MIB: u64 = 1024;
+
+/// What is written meanwhile, in blocks here and there.
+const RESYNC_DIRTY_MIB: u64 = 64;
+
 /// How to measure.
 #[derive(Debug, Args)]
 pub struct Options {
@@ -49,6 +55,8 @@ enum Job {
     WriteFlush,
     Sequential,
     Restart,
+    /// What is sent to a replica that was away
+    Resync,
     /// What the disk writes for each byte that a guest writes
     Amplification,
     /// Memory of the map of a full volume of 1 TiB
@@ -110,6 +118,9 @@ pub fn run(options: &Options) -> Result<()> {
     if wants(&Job::Restart) {
         rows.push(restart(&program, &dir)?);
     }
+    if wants(&Job::Resync) {
+        rows.push(resync(&program, &dir)?);
+    }
     fio::remove_files(&dir)?;
     if wants(&Job::Amplification) || wants(&Job::Map) {
         let program = servers::build_example("store_measure", profile)?;
@@ -131,7 +142,7 @@ impl Bench<'_> {
             Job::RandomRead => self.random_read(),
             Job::WriteFlush => self.write_flush(),
             Job::Sequential => self.sequential(),
-            Job::Restart | Job::Amplification | Job::Map => bail!("{job:?} has no volume"),
+            Job::Restart | Job::Resync | Job::Amplification | Job::Map => bail!("{job:?} has no volume"),
         }
     }
 
@@ -206,6 +217,23 @@ impl Bench<'_> {
         let row = Row::new("1 MiB sequential write, depth 8", "MB/s", "three raw writers ÷ 3");
         Ok(row.at_least(ours.bytes_per_s / 1e6, raw.bytes_per_s / 3e6, 0.45).latencies(ours, cpu_us))
     }
+}
+
+/// A replica is away while blocks are written, and gets them when it is back.
+fn resync(program: &Path, dir: &Path) -> Result<Row> {
+    const AWAY: u64 = 3;
+    fio::remove_files(dir)?;
+    let mut cluster = Cluster::start(program, dir, RESYNC_MIB)?;
+    let target = Target::Nbd { socket: cluster.socket().to_owned(), export: "volume".to_owned() };
+    fio::fill(&target, RESYNC_MIB << 20)?;
+    cluster.tell("kill", AWAY)?;
+    fio::write_once(&target, RESYNC_MIB << 20, RESYNC_DIRTY_MIB << 20)?;
+    let before = cluster.tell("sent", AWAY)?;
+    let shipped = cluster.tell("start", AWAY)?.saturating_sub(before);
+    cluster.stop()?;
+    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+    let row = Row::new("resync of a replica that was away", "MiB", "dirtied");
+    Ok(row.at_most(mib(shipped), RESYNC_DIRTY_MIB as f64, 1.2))
 }
 
 /// A replica is killed with a long log and started again.

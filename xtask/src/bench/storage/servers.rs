@@ -4,7 +4,7 @@ use crate::build::{self, cargo};
 use anyhow::{Context, Result, bail};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use std::fs;
-use std::io::{BufRead, BufReader, Lines};
+use std::io::{BufRead, BufReader, Lines, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -38,6 +38,7 @@ impl Drop for Process {
 pub struct Cluster {
     owner: Process,
     input: Option<ChildStdin>,
+    output: Lines<BufReader<ChildStdout>>,
     replicas: Vec<u32>,
     socket: PathBuf,
 }
@@ -57,12 +58,21 @@ impl Cluster {
         let input = owner.0.stdin.take();
         let mut lines = BufReader::new(owner.0.stdout.take().context("its output")?).lines();
         let replicas = read_replicas(&mut lines)?;
-        Ok(Self { owner, input, replicas, socket })
+        Ok(Self { owner, input, output: lines, replicas, socket })
     }
 
     /// Its NBD server.
     pub fn socket(&self) -> &Path {
         &self.socket
+    }
+
+    /// Tells the owner to do something with the replica of a host; returns the bytes that it has sent there.
+    pub fn tell(&mut self, command: &str, host: u64) -> Result<u64> {
+        let input = self.input.as_mut().context("the volume's input")?;
+        writeln!(input, "{command} {host}")?;
+        let line = self.output.next().context("the volume's process has ended")??;
+        let sent = line.strip_prefix(&format!("{command} {host} "));
+        Ok(sent.with_context(|| format!("the volume says `{line}`"))?.parse()?)
     }
 
     /// Processor time that all its processes have used.
