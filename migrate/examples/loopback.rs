@@ -1,6 +1,6 @@
 //! What the engine alone costs: moves random memory over loopback, between two machines that are nothing but memory files.
 //!
-//! `cargo run --release -p migrate --example loopback -- [MIB] [RUNS] [BUSY THREADS]`; made to be looked at with `perf`. The
+//! `cargo run --release -p migrate --example loopback -- [MIB] [RUNS] [BUSY THREADS] [CONNECTIONS]`; made to be looked at with `perf`. The
 //! busy threads stand for vCPUs: they take their share of the processors and write nothing.
 
 use anyhow::{Context, Result, ensure};
@@ -108,7 +108,7 @@ impl TargetVm for Memory {
     }
 }
 
-async fn migrate_once(source: Arc<Memory>, mib: u64) -> Result<()> {
+async fn migrate_once(source: Arc<Memory>, mib: u64, connections: u8) -> Result<()> {
     let target = Arc::new(Memory::new(mib)?);
     let (here, there) = (Identity::generate()?, Identity::generate()?);
     let config = TargetConfig {
@@ -121,6 +121,7 @@ async fn migrate_once(source: Arc<Memory>, mib: u64) -> Result<()> {
     };
     let incoming = TargetTask::listen(there, config, target)?;
     let config = SourceConfig::new(MigrationId(1), VmId(1), incoming.address(), incoming.fingerprint());
+    let config = config.with_connections(connections);
     let outgoing = SourceTask::spawn(here, config, source)?;
     let mut progress = outgoing.progress();
     progress.wait_for(|now| matches!(now.phase, SourcePhase::Paused { .. }) || now.phase.is_final()).await?;
@@ -151,6 +152,7 @@ fn main() -> Result<()> {
         word.map_or(Ok(default), |word| word.parse().with_context(|| format!("`{word}` is no number")))
     };
     let (mib, runs, busy) = (number(1, 512)?, number(2, 3)?, number(3, 0)?);
+    let connections = u8::try_from(number(4, 1)?)?;
     let source = Arc::new(Memory::new(mib)?);
     source.fill()?;
     for _ in 0..busy {
@@ -162,7 +164,7 @@ fn main() -> Result<()> {
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     for _ in 0..runs {
-        runtime.block_on(migrate_once(source.clone(), mib))?;
+        runtime.block_on(migrate_once(source.clone(), mib, connections))?;
     }
     Ok(())
 }

@@ -150,6 +150,8 @@ pub struct MigrationStats {
     pub target_cpu: Duration,
     /// Waits for pages on demand.
     pub faults: FaultStats,
+    /// Connections that page data is spread over.
+    pub connections: u8,
 }
 
 fn ms(duration: Duration) -> f64 {
@@ -213,6 +215,7 @@ impl From<&MigrationStats> for v1::MigrationRecord {
             eta_ms: stats.eta.map(ms),
             eta_error_percent: u32::from(stats.eta_error_percent),
             fault_mean_ms: ms(stats.faults.mean()),
+            connections: u32::from(stats.connections),
         }
     }
 }

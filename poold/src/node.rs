@@ -341,7 +341,7 @@ fn routes(
     let image = ImageApi::new(context.clone(), images.clone());
     let volumes = VolumeApi::new(context.clone(), supervisor.clone(), agents.clone());
     let volumes = VolumeServiceServer::new(volumes);
-    Routes::new(VmServiceServer::new(VmApi::new(context.clone())))
+    Routes::new(VmServiceServer::new(VmApi::new(context.clone(), agents.clone())))
         .add_service(volumes.max_decoding_message_size(GRPC_MESSAGE_BYTES_MAX))
         .add_service(ImageServiceServer::new(image).max_decoding_message_size(GRPC_MESSAGE_BYTES_MAX))
         .add_service(MigrationServiceServer::new(MigrationApi::new(context.clone(), agents.clone())))

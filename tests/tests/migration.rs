@@ -1,9 +1,10 @@
 //! A VM moves while it runs; whatever happens to the move, it is at exactly one host.
 
 use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 use std::time::Duration;
 use tests::process::Signal;
-use tests::vms::PROBE_LIGHT;
+use tests::vms::{PROBE_IMAGE, PROBE_LIGHT};
 use tests::wait::{wait_for, wait_until};
 use tests::{Pool, pool::Timing, serial};
 
@@ -64,6 +65,46 @@ fn a_vm_of_512_mib_moves_with_a_blackout_under_100_ms() -> Result<()> {
 }
 
 #[test]
+fn a_vm_of_two_vcpus_moves_there_and_back_with_all_of_its_memory_proved() -> Result<()> {
+    let _turn = serial();
+    let pool = Pool::builder().hosts(2).timing(Timing::Fast).start()?;
+    pool.import_probe()?;
+    pool.create_volume("data", "16MiB", 2)?;
+    let create = ["vm", "create", "web", "--vcpus", "2", "--memory", "96MiB", "--disk", "data"];
+    let boots = ["--kernel", PROBE_IMAGE, "--cmdline", "wss=16M rate=8M disk=1"];
+    pool.json(&[&create[..], &boots[..]].concat())?;
+    pool.start_vm("web", Some("h1"))?;
+    pool.wait_probe("web", Duration::from_secs(60), "one pass over its memory", |now| now.pass >= 1)?;
+    let stats = pool.json(&["vm", "stats", "web", "--interval", "500ms"])?;
+    assert_eq!(stats["vcpus"].as_array().map(Vec::len), Some(2), "{stats}");
+    assert!(stats["vcpus"][0]["cpu_percent"].as_f64() > Some(0.0), "it walks: {stats}");
+    assert!(stats["memory_resident_bytes"].as_u64() > Some(16 << 20), "{stats}");
+    assert!(stats["disks"][0]["writes"]["operations"].as_u64() > Some(0), "{stats}");
+    assert_eq!(
+        (&stats["disks"][0]["volume"], &stats["migration"]),
+        (&"data".into(), &Value::Null),
+        "{stats}"
+    );
+    for (to, connections) in [("h2", 1), ("h1", 2)] {
+        let how = ["--connections", &connections.to_string()];
+        let record = pool.json(&[&["vm", "migrate", "web", "--to", to][..], &how[..]].concat())?;
+        assert_eq!(
+            (&record["outcome"], &record["memory_proved"]),
+            (&"done".into(), &true.into()),
+            "{record}"
+        );
+        assert_eq!(record["connections"], connections, "{record}");
+        pool.wait_beats("web", 3, Duration::from_secs(20))?;
+    }
+    let too_many = pool.poolctl(&["vm", "migrate", "web", "--to", "h2", "--connections", "9"])?;
+    assert_eq!(too_many.code, 2, "{too_many:?}");
+    wait_one_process(&pool)?;
+    pool.json(&["vm", "stop", "web"])?;
+    assert_eq!(pool.poolctl(&["vm", "stats", "web"])?.code, 4, "a stopped VM does nothing");
+    Ok(())
+}
+
+#[test]
 fn a_move_that_is_cancelled_leaves_the_vm_where_it_was() -> Result<()> {
     let _turn = serial();
     let pool = Pool::builder().hosts(2).timing(Timing::Fast).start()?;
@@ -76,6 +117,9 @@ fn a_move_that_is_cancelled_leaves_the_vm_where_it_was() -> Result<()> {
             pool.items(&["migration", "list"])?.into_iter().find(|record| record["phase"] == "copying");
         Ok(running.and_then(|record| record["id"].as_str().map(ToOwned::to_owned)))
     })?;
+    let stats = pool.json(&["vm", "stats", "web", "--interval", "200ms"])?;
+    assert_eq!((&stats["kind"], &stats["host"]), (&"VmStats".into(), &"h1".into()), "{stats}");
+    assert!(stats["migration"]["pages_remaining"].as_u64() > Some(0), "{stats}");
     pool.json(&["migration", "cancel", &id])?;
     let record = wait_until(Duration::from_secs(30), "the move is cancelled", || {
         let record = pool.json(&["migration", "show", &id])?;

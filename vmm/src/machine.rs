@@ -339,6 +339,12 @@ impl Machine {
         }
     }
 
+    /// Number of vCPUs.
+    #[must_use]
+    pub fn vcpu_count(&self) -> usize {
+        self.vcpus.len()
+    }
+
     /// What each vCPU has done so far.
     #[must_use]
     pub fn activity(&self) -> Vec<VcpuActivity> {

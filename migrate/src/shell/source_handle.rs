@@ -71,6 +71,12 @@ impl SourceConfig {
             connections: 1,
         }
     }
+
+    /// The same over so many connections, each with a stream at least.
+    #[must_use]
+    pub fn with_connections(self, connections: u8) -> Self {
+        Self { connections, streams: self.streams.max(connections), ..self }
+    }
 }
 
 pub(super) enum Request {

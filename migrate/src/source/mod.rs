@@ -214,11 +214,12 @@ impl Source {
     pub fn start(settings: SourceSettings, now: Moment) -> (Self, Vec<SourceCommand>) {
         let convergence = Convergence::new(settings.policy, settings.downtime_limit, now);
         let state = State::Connecting { deadline: now.after(CONNECT_TIMEOUT) };
+        let connections = settings.connections;
         let source = Self {
             settings,
             state,
             convergence,
-            stats: MigrationStats::default(),
+            stats: MigrationStats { connections, ..MigrationStats::default() },
             started: now,
             is_tracking: false,
             has_link: true,

@@ -95,6 +95,14 @@ pub enum VmCommand {
         /// The VM
         vm: String,
     },
+    /// What a VM does: vCPUs, memory, disks, and its move if it makes one
+    Stats {
+        /// The VM
+        vm: String,
+        /// Time over which rates are taken, such as 5s
+        #[arg(long, value_parser = reference::duration_ms, value_name = "DURATION", default_value = "1s")]
+        interval: Duration,
+    },
     /// Makes a stopped VM like another one, on clones of its disks as they are now; both share what neither changes
     Clone {
         /// The VM
@@ -169,6 +177,9 @@ pub struct MigrateArguments {
     /// Most bytes a second, such as 500MiB
     #[arg(long, value_parser = reference::size, value_name = "SIZE")]
     pub bandwidth: Option<ByteCount>,
+    /// Connections for page data, 1 to 4 [default: by the source's processors]
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u8).range(1..=4))]
+    pub connections: Option<u8>,
     /// Longest blackout to aim for, such as 30ms
     #[arg(long, value_parser = reference::duration_ms, value_name = "DURATION")]
     pub downtime: Option<Duration>,

@@ -81,6 +81,7 @@ fn request_of(arguments: &MigrateArguments) -> StartMigrationRequest {
         target: arguments.to.clone().unwrap_or_default(),
         policy: policy.to_owned(),
         bandwidth_bytes_per_s: arguments.bandwidth.map_or(0, |bandwidth| bandwidth.0),
+        connections: arguments.connections.map_or(0, u32::from),
         downtime_ms: u32::try_from(downtime_ms).unwrap_or(u32::MAX),
     }
 }

@@ -6,7 +6,7 @@ use crate::{
     client::{call, new_meta},
     failure::Failure,
     output::{Format, Object as _},
-    view::{ExplanationView, TaskView, VmView},
+    view::{ExplanationView, TaskView, VmStatsView, VmView},
     wait,
 };
 use proto::{
@@ -16,6 +16,8 @@ use proto::{
         VmChangeRequest, VmRef, vm_service_client::VmServiceClient,
     },
 };
+
+use std::time::Duration;
 
 /// Runs a command of VMs.
 ///
@@ -67,6 +69,7 @@ pub async fn run(command: VmCommand, session: &mut Session) -> Result<(), Failur
             }
             session.output.show(&view)
         }
+        VmCommand::Stats { vm, interval } => stats(&vm, interval, session).await,
         VmCommand::Where { vm } => {
             let vm = call!(session.client, VmServiceClient, r#where, VmRef { r#ref: vm }).await?;
             tell(session, vm.into())
@@ -83,6 +86,19 @@ pub async fn run(command: VmCommand, session: &mut Session) -> Result<(), Failur
             session.output.changed(&VmView::from(vm), &sentence)
         }
     }
+}
+
+/// Two readings, and what happened between them.
+async fn stats(vm: &str, interval: Duration, session: &mut Session) -> Result<(), Failure> {
+    let reference = || VmRef { r#ref: vm.to_owned() };
+    let first = call!(session.client, VmServiceClient, stats, reference()).await?;
+    tokio::time::sleep(interval).await;
+    let last = call!(session.client, VmServiceClient, stats, reference()).await?;
+    let view = VmStatsView::new(&first, last);
+    if matches!(session.output.format(), Format::Table | Format::Wide) {
+        return session.output.raw(view.text().as_bytes());
+    }
+    session.output.show(&view)
 }
 
 async fn create(arguments: CreateArguments, session: &mut Session) -> Result<(), Failure> {

@@ -38,6 +38,7 @@ pub struct MigrationView {
     eta_ms: Option<f64>,
     eta_error_percent: u32,
     fault_mean_ms: f64,
+    connections: u32,
 }
 
 #[derive(Debug, Serialize)]
@@ -126,6 +127,7 @@ impl From<v1::Migration> for MigrationView {
             eta_ms: record.eta_ms,
             eta_error_percent: record.eta_error_percent,
             fault_mean_ms: record.fault_mean_ms,
+            connections: record.connections,
         }
     }
 }

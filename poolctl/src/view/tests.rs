@@ -256,6 +256,7 @@ fn migration() -> v1::Migration {
             eta_ms: Some(250.0),
             eta_error_percent: 15,
             fault_mean_ms: 0.25,
+            connections: 2,
         }),
         revision: 30,
         waits_for: String::new(),
@@ -288,7 +289,7 @@ fn a_migration_is_one_flat_record() {
             "per_round": [{"round": 0, "bytes": 10, "pages": pages, "ms": 1.5, "dirty_pages_after": 7}],
             "pages_remaining": 0, "bytes_per_s": 5, "dirty_bytes_per_s": 6, "source_cpu_ms": 7.5, "target_cpu_ms": 8.5,
             "blackout_expected_ms": 11.5, "throttle_percent": 20, "eta_ms": 250.0, "eta_error_percent": 15,
-            "fault_mean_ms": 0.25})
+            "fault_mean_ms": 0.25, "connections": 2})
     );
 }
 

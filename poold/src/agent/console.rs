@@ -1,11 +1,11 @@
-//! Serial consoles of the VM processes at this host.
+//! Serial consoles of the VM processes at this host, and what their machines do.
 
 use super::ConsoleStream;
 use crate::supervisor::{Machine, ProcessView, Supervisor};
 use proto::{
     VmId,
     limits::CONSOLE_RING_BYTES,
-    v1::{AgentConsole, AgentConsoleType, MachineTypeRequest},
+    v1::{AgentConsole, AgentConsoleType, MachineStats, MachineTypeRequest},
 };
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -77,6 +77,15 @@ pub async fn type_in(supervisor: &Supervisor, request: AgentConsoleType) -> Resu
     let typed = machine.console_type(MachineTypeRequest { session, offset, data }).await;
     // A process that is just coming up or moving away takes input in a moment, here or elsewhere.
     typed.map_err(|error| Status::unavailable(error.to_string()))
+}
+
+/// What the VM's machine has done so far.
+///
+/// # Errors
+/// No process of the VM here, or it has no machine yet or does not answer.
+pub async fn stats(supervisor: &Supervisor, vm: VmId) -> Result<MachineStats, Status> {
+    let machine = machine_of(supervisor, vm)?;
+    machine.stats().await.map_err(|error| Status::unavailable(error.to_string()))
 }
 
 async fn read(machine: &Machine, offset: u64) -> Result<AgentConsole, Status> {

@@ -18,7 +18,7 @@ use proto::{
     HostId, VmId,
     v1::{
         AgentConsole, AgentConsoleType, AgentFacts, AgentFactsRequest, AgentReport, AgentReportRequest,
-        AgentVmRequest, HostReport, MigrationRecord, agent_service_client::AgentServiceClient,
+        AgentVmRequest, HostReport, MachineStats, MigrationRecord, agent_service_client::AgentServiceClient,
     },
 };
 use std::{collections::BTreeSet, pin::Pin, time::Duration};
@@ -83,6 +83,18 @@ impl Agents {
         }
         let mut client = self.client(host)?;
         Ok(answer(host, client.console_type(request)).await?.next_offset)
+    }
+
+    /// What the VM's machine at `host` has done so far.
+    ///
+    /// # Errors
+    /// No such process there, or the host does not answer.
+    pub async fn vm_stats(&self, host: HostId, vm: VmId) -> Result<MachineStats, Status> {
+        if host == self.me {
+            return console::stats(&self.supervisor, vm).await;
+        }
+        let mut client = self.client(host)?;
+        answer(host, client.vm_stats(AgentVmRequest { vm_id: vm.0 })).await
     }
 
     /// Live record of the migration that the VM's process at `host` is the source of.

@@ -14,8 +14,8 @@ use proto::{
     v1::{
         AgentConsole, AgentConsoleType, AgentConsoleTyped, AgentFacts, AgentFactsRequest, AgentImageAck,
         AgentImageChunk, AgentImageRequest, AgentMigrationProgress, AgentReport, AgentReportRequest,
-        AgentSnapshotRequest, AgentVmRequest, AgentVmStatus, MigrationRecord, VolumePiece, VolumeReadRequest,
-        agent_service_server::AgentService,
+        AgentSnapshotRequest, AgentVmRequest, AgentVmStatus, MachineStats, MigrationRecord, VolumePiece,
+        VolumeReadRequest, agent_service_server::AgentService,
     },
 };
 use std::{pin::Pin, sync::Arc};
@@ -146,6 +146,11 @@ impl AgentService for AgentApi {
         let report = tokio::task::spawn_blocking(move || reporter.now()).await;
         let report = report.map_err(|error| Status::internal(error.to_string()))?;
         Ok(Response::new(AgentReport { report: prost::Message::encode_to_vec(&report) }))
+    }
+
+    async fn vm_stats(&self, request: Request<AgentVmRequest>) -> Result<Response<MachineStats>, Status> {
+        let vm = vm_of(&request)?;
+        Ok(Response::new(console::stats(&self.supervisor, vm).await?))
     }
 
     async fn vm_status(&self, request: Request<AgentVmRequest>) -> Result<Response<AgentVmStatus>, Status> {

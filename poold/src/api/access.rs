@@ -118,6 +118,7 @@ const PUBLIC: &[(&str, Methods)] = &[
             ("Show", VIEW),
             ("Where", VIEW),
             ("Explain", VIEW),
+            ("Stats", VIEW),
         ],
     ),
     (

@@ -67,6 +67,8 @@ fn read_move(state: &PoolState, request: &StartMigrationRequest) -> Result<Move,
         policy,
         bandwidth_bytes_per_s: request.bandwidth_bytes_per_s,
         downtime_ms: request.downtime_ms,
+        // What does not fit in a byte is above the limit, too, and is refused as such.
+        connections: u8::try_from(request.connections).unwrap_or(u8::MAX),
     };
     Ok(Move { vm: views::found(state.resolve_vm(&request.vm))?.id, target, options })
 }

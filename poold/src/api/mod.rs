@@ -16,6 +16,7 @@ pub mod networks;
 pub mod pool;
 pub mod principal;
 pub mod snapshots;
+mod stats;
 pub mod status;
 pub mod support;
 pub mod tasks;

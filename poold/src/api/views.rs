@@ -319,6 +319,7 @@ fn record(record: &MigrationRecord) -> v1::MigrationRecord {
         source_cpu_ms: record.source_cpu_ms,
         target_cpu_ms: record.target_cpu_ms,
         fault_mean_ms: record.fault_mean_ms,
+        connections: record.connections,
         ..v1::MigrationRecord::default()
     }
 }
@@ -369,6 +370,7 @@ pub fn record_of_message(record: &v1::MigrationRecord) -> MigrationRecord {
         source_cpu_ms: record.source_cpu_ms,
         target_cpu_ms: record.target_cpu_ms,
         fault_mean_ms: record.fault_mean_ms,
+        connections: record.connections,
     }
 }
 

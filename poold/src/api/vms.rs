@@ -1,12 +1,13 @@
 //! Service `VmService`.
 
-use super::views;
+use super::{stats, status::rejected, views};
 use crate::{
+    agent::Agents,
     api::{Principal, require_user},
     node::NodeContext,
 };
 use pool_state::{
-    Command, Outcome, PoolState,
+    Command, Outcome, PoolState, Rejection,
     command::CreateVm,
     state::{DiskCloning, HaPolicy, StopMode},
 };
@@ -14,7 +15,8 @@ use proto::{
     ByteCount, VmId,
     v1::{
         CloneVmRequest, CreateVmRequest, ListVmsRequest, ListVmsResponse, RequestMeta, StartVmRequest,
-        StopVmRequest, Task, Vm, VmChangeRequest, VmExplanation, VmRef, vm_service_server::VmService,
+        StopVmRequest, Task, Vm, VmChangeRequest, VmExplanation, VmRef, VmStats,
+        vm_service_server::VmService,
     },
 };
 use tonic::{Request, Response, Status};
@@ -25,12 +27,13 @@ const PRIORITY_DEFAULT: u8 = 100;
 /// gRPC service `VmService`.
 pub struct VmApi {
     context: NodeContext,
+    agents: Agents,
 }
 
 impl VmApi {
     /// The service of this host.
-    pub fn new(context: NodeContext) -> Self {
-        Self { context }
+    pub fn new(context: NodeContext, agents: Agents) -> Self {
+        Self { context, agents }
     }
 
     /// Proposes a change of one VM and answers with the VM as it is then.
@@ -203,6 +206,16 @@ impl VmService for VmApi {
         let state = self.context.fresh().await;
         let vm = views::found(state.resolve_vm(&request.get_ref().r#ref))?;
         Ok(Response::new(views::explanation(&state, vm)))
+    }
+
+    async fn stats(&self, request: Request<VmRef>) -> Result<Response<VmStats>, Status> {
+        require_user(&request)?;
+        let state = self.context.fresh().await;
+        let vm = views::found(state.resolve_vm(&request.get_ref().r#ref))?;
+        let stopped = || rejected(&Rejection::VmIsStopped { vm: vm.name.clone() });
+        let host = vm.placement.ok_or_else(stopped)?;
+        let machine = self.agents.vm_stats(host, vm.id).await?;
+        Ok(Response::new(stats::of_vm(&state, vm, host, machine)))
     }
 
     async fn r#where(&self, request: Request<VmRef>) -> Result<Response<Vm>, Status> {

@@ -409,6 +409,7 @@ impl Executor {
             bandwidth_bytes_per_s: migration.options.bandwidth_bytes_per_s,
             downtime_ms: migration.options.downtime_ms,
             prove_memory: true,
+            connections: migration.options.connections.into(),
             prove_all_memory: self.context.memory_proof == MemoryProof::Full,
         };
         let started = machine.start_outgoing(request).await;

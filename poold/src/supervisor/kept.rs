@@ -7,10 +7,11 @@
 use super::{Machine, MachineError};
 use proto::{ByteCount, MigrationId, VmId};
 use std::{
+    collections::BTreeMap,
     fs::File,
     io,
     os::unix::fs::MetadataExt as _,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 /// Part of a host's memory for machines that images may take at most: as much as leaves room for what arrives.
@@ -72,9 +73,12 @@ pub enum KeepError {
 pub struct KeptImages {
     /// The oldest first.
     images: Mutex<Vec<(VmId, KeptImage)>>,
-    /// Held while an image is made, which takes a second for each 2 GiB: a machine that comes back at once waits for it.
-    making: tokio::sync::Mutex<()>,
+    /// Of each VM whose image is being made or asked for.
+    making: Mutex<BTreeMap<VmId, Making>>,
 }
+
+/// Held while an image is made, which takes a second for each 2 GiB: a machine that comes back at once waits for it, and no other does.
+type Making = Arc<tokio::sync::Mutex<()>>;
 
 impl KeptImages {
     /// Keeps the memory of a machine that has moved away.
@@ -88,7 +92,8 @@ impl KeptImages {
         pid: i32,
         migration: MigrationId,
     ) -> Result<(), KeepError> {
-        let _making = self.making.lock().await;
+        let making = self.making(vm);
+        let _making = making.lock().await;
         if let Some(image) = KeptImage::of(machine, pid, migration).await? {
             self.put(vm, image);
         }
@@ -109,8 +114,15 @@ impl KeptImages {
 
     /// The image of a VM, also if it is being made; its memory is about to change.
     pub async fn take(&self, vm: VmId) -> Option<KeptImage> {
-        drop(self.making.lock().await);
+        drop(self.making(vm).lock().await);
         self.take_made(vm)
+    }
+
+    fn making(&self, vm: VmId) -> Making {
+        // A set of handles is right after a panic, too.
+        let mut making = self.making.lock().unwrap_or_else(PoisonError::into_inner);
+        making.retain(|_, used| Arc::strong_count(used) > 1);
+        making.entry(vm).or_default().clone()
     }
 
     fn take_made(&self, vm: VmId) -> Option<KeptImage> {
@@ -150,14 +162,24 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_machine_that_comes_back_at_once_waits_for_its_image() {
+    async fn a_machine_that_comes_back_at_once_waits_for_its_image_and_for_no_other() {
         let images = KeptImages::default();
-        let making = images.making.lock().await;
+        images.put(VmId(5), image(1 << 20));
+        let of_vm = images.making(VmId(4));
+        let making = of_vm.lock().await;
         let mut taking = std::pin::pin!(images.take(VmId(4)));
         assert!(futures::poll!(taking.as_mut()).is_pending());
+        let other = std::pin::pin!(images.take(VmId(5)));
+        assert!(
+            matches!(futures::poll!(other), std::task::Poll::Ready(Some(_))),
+            "it has nothing to wait for"
+        );
         images.put(VmId(4), image(1 << 20));
         drop(making);
         assert!(taking.await.is_some());
+        drop(of_vm);
+        drop(images.making(VmId(6)));
+        assert_eq!(images.making.lock().unwrap().len(), 1, "what nobody uses is forgotten");
     }
 
     #[test]

@@ -242,6 +242,12 @@ impl Machine {
         self.call("KeepMemory", CHANGE_TIMEOUT, client.keep_memory(request)).await
     }
 
+    /// What the machine has done so far.
+    pub async fn stats(&self) -> Result<v1::MachineStats, MachineError> {
+        let mut client = self.client.clone();
+        self.call("Stats", STATUS_TIMEOUT, client.stats(v1::MachineStatsRequest {})).await
+    }
+
     /// Serial output from byte `offset` on.
     pub async fn console_read(&self, offset: u64) -> Result<v1::ConsoleReadResponse, MachineError> {
         let mut client = self.client.clone();

@@ -153,6 +153,8 @@ limits! {
     pub const MOVES_IN_MAX: usize = 2;
     /// VMs of the pool that move at a time: what a switch between 64 hosts carries while it also carries their disks.
     pub const MOVES_OF_POOL_MAX: usize = 32;
+    /// Connections of one migration: what the engine takes.
+    pub const MIGRATION_CONNECTIONS_MAX: u8 = 4;
     /// Moves that wait for others to end: a host full of VMs, several times over. More are a mistake of whoever asks.
     pub const MOVES_QUEUED_MAX: usize = 400;
     /// Longest wait of a move for its turn in milliseconds: as long as the longest planned work.

@@ -54,6 +54,8 @@ pub enum Request {
     TakeBack(v1::TakeBackRequest, Reply),
     /// Hands out what stays behind of a machine that has moved.
     KeepMemory(u64, oneshot::Sender<Result<v1::KeepMemoryResponse, Refusal>>),
+    /// What the machine has done; the service adds its status.
+    Stats(oneshot::Sender<Result<v1::MachineStats, Refusal>>),
     /// The committed outcome.
     Outcome(v1::MigrationOutcomeRequest, Reply),
 }

@@ -239,6 +239,15 @@ impl machine_server::Machine for MachineService {
         self.ask(|reply| Request::KeepMemory(request.get_ref().migration_id, reply)).await
     }
 
+    async fn stats(
+        &self,
+        _: tonic::Request<v1::MachineStatsRequest>,
+    ) -> Result<Response<v1::MachineStats>, Status> {
+        let mut stats = self.ask(Request::Stats).await?;
+        stats.get_mut().status = Some(self.current());
+        Ok(stats)
+    }
+
     async fn console_read(
         &self,
         request: tonic::Request<v1::ConsoleReadRequest>,

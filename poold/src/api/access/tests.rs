@@ -60,8 +60,19 @@ fn each_role_may_do_what_its_name_says_and_no_more() {
             ]
             .contains(&name.as_str());
         assert_eq!(may(User(Role::Operator)), !admin, "{name}");
-        let looks =
-            ["List", "Show", "Watch", "Where", "Explain", "Plan", "HaPlan", "BalancePlan", "WhoAmI", "Renew"];
+        let looks = [
+            "List",
+            "Show",
+            "Watch",
+            "Where",
+            "Explain",
+            "Stats",
+            "Plan",
+            "HaPlan",
+            "BalancePlan",
+            "WhoAmI",
+            "Renew",
+        ];
         let viewer = !admin && looks.contains(&method.as_str()) || joins;
         assert_eq!(may(User(Role::Viewer)), viewer, "{name}");
     }

@@ -4,7 +4,7 @@ use super::{Applied, Change, check_length, cut, ownership::Beginning};
 use crate::{
     command::LastSequence,
     features::Feature,
-    limits::{ADDRESS_BYTES_MAX, MIGRATIONS_MAX, MOVE_QUEUED_MS, ROUNDS_MAX},
+    limits::{ADDRESS_BYTES_MAX, MIGRATION_CONNECTIONS_MAX, MIGRATIONS_MAX, MOVE_QUEUED_MS, ROUNDS_MAX},
     outcome::Outcome,
     rejection::{Field, Rejection},
     state::{
@@ -35,6 +35,8 @@ impl Change<'_> {
         options: MigrationOptions,
         cause: MoveCause,
     ) -> Applied {
+        let connections = u64::from(options.connections);
+        super::check_range(Field::Connections, connections, 0, MIGRATION_CONNECTIONS_MAX.into())?;
         if let Some(blocker) = self.state.migration_blockers(id, target).into_iter().next() {
             return Err(blocker);
         }

@@ -80,6 +80,8 @@ pub enum Field {
     Operations,
     /// Bytes per second.
     Bandwidth,
+    /// Connections of a migration.
+    Connections,
     /// Bytes of a host's address.
     Address,
     /// Bytes of a public key.
@@ -128,6 +130,7 @@ impl Field {
             Self::Replicas => "replicas",
             Self::Operations => "operations per second",
             Self::Bandwidth => "bytes per second",
+            Self::Connections => "connections",
             Self::Address => "address",
             Self::PublicKey => "public key",
             Self::Pem => "PEM text",

@@ -136,6 +136,8 @@ pub struct MigrationOptions {
     pub bandwidth_bytes_per_s: u64,
     /// Wanted blackout in milliseconds; 0: the engine's default.
     pub downtime_ms: u32,
+    /// Connections for page data; 0: the source chooses.
+    pub connections: u8,
 }
 
 /// What to do when the guest writes faster than the link.

@@ -31,6 +31,8 @@ pub struct MigrationRecord {
     pub target_cpu_ms: f64,
     /// Mean wait for a page on demand, in milliseconds.
     pub fault_mean_ms: f64,
+    /// Connections that page data was spread over.
+    pub connections: u32,
 }
 
 /// Parts of a blackout in milliseconds; they add up to it.

@@ -12,7 +12,7 @@ use crate::spec::check;
 use crate::volumes::LastSequences;
 use migrate::{
     CommitRefused, DOWNTIME_LIMIT_DEFAULT, Outcome, Policy, Proof, SourceConfig, SourceHandle, SourcePhase,
-    SourceProgress, SourceTask,
+    SourceProgress, SourceTask, wire::CONNECTIONS_MAX,
 };
 use proto::{MigrationId, v1};
 use std::num::NonZeroU64;
@@ -57,6 +57,10 @@ impl Process {
         let vm = self.vm("StartOutgoing")?;
         let Some(machine) = vm.machine.clone() else { return Err(self.wrong_state("StartOutgoing")) };
         let mut config = source_config(request, vm.spec.vm)?;
+        if request.connections == 0 {
+            let cores = std::thread::available_parallelism().map_or(1, usize::from);
+            config = config.with_connections(connections_for(cores, machine.vcpu_count()));
+        }
         config.local_ip = vm.spec.migration_ip;
         let source = Arc::new(OutgoingVm::new(machine, vm.gate.clone(), vm.volumes.clone()));
         let handle = SourceTask::spawn(vm.identity.clone(), config, source);
@@ -155,6 +159,15 @@ impl Process {
     }
 }
 
+/// Processors that are free for each connection beyond the first: it keeps one busy by itself, and reading pages half of one.
+const CORES_PER_CONNECTION: usize = 2;
+
+/// How many connections pay (ADR 54): as many as there are processors which the guest leaves free.
+fn connections_for(cores: usize, vcpus: usize) -> u8 {
+    let free = cores.saturating_sub(vcpus) / CORES_PER_CONNECTION;
+    u8::try_from(free).unwrap_or(u8::MAX).clamp(1, CONNECTIONS_MAX)
+}
+
 fn source_config(request: &v1::StartOutgoingRequest, vm: proto::VmId) -> Result<SourceConfig, Refusal> {
     check(request.migration_id != 0, "migration_id", || "is missing".to_owned())?;
     let target = request.address.parse().map_err(|_| Refusal::Invalid {
@@ -168,6 +181,11 @@ fn source_config(request: &v1::StartOutgoingRequest, vm: proto::VmId) -> Result<
     })?;
     let mut config = SourceConfig::new(MigrationId(request.migration_id), vm, target, certificate);
     config.policy = policy;
+    if let Ok(connections @ 1..=CONNECTIONS_MAX) = u8::try_from(request.connections) {
+        config = config.with_connections(connections);
+    } else {
+        check(request.connections == 0, "connections", || format!("are 1 to {CONNECTIONS_MAX}"))?;
+    }
     config.bandwidth_bytes_per_s = NonZeroU64::new(request.bandwidth_bytes_per_s);
     config.downtime_limit = match request.downtime_ms {
         0 => DOWNTIME_LIMIT_DEFAULT,
@@ -213,9 +231,22 @@ mod tests {
     }
 
     #[test]
+    fn only_processors_that_the_guest_leaves_free_get_connections() {
+        let cases = [(1, 1, 1), (2, 1, 1), (4, 1, 1), (8, 2, 3), (8, 8, 1), (64, 4, 4)];
+        for (cores, vcpus, connections) in cases {
+            assert_eq!(connections_for(cores, vcpus), connections, "{cores} processors, {vcpus} vCPUs");
+        }
+        let asked = v1::StartOutgoingRequest { connections: 3, ..request() };
+        let config = source_config(&asked, proto::VmId(7)).unwrap();
+        assert_eq!(config.connections, 3);
+        assert!(config.streams >= 3, "each has a stream");
+    }
+
+    #[test]
     fn each_unusable_field_is_named() {
         type Spoil = fn(&mut v1::StartOutgoingRequest);
-        let cases: [(&str, Spoil); 4] = [
+        let cases: [(&str, Spoil); 5] = [
+            ("connections", |request| request.connections = 5),
             ("migration_id", |request| request.migration_id = 0),
             ("address", |request| request.address = "host".to_owned()),
             ("target_certificate_sha256", |request| request.target_certificate_sha256.clear()),

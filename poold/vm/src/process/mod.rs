@@ -218,6 +218,10 @@ impl Process {
             Request::TakeBack(request, reply) => self.take_back(&request, reply),
             Request::KeepMemory(migration, reply) => self.keep_memory(migration, reply),
             Request::Outcome(request, reply) => self.outcome(request, reply).await,
+            Request::Stats(reply) => {
+                // A caller that has gone asks again.
+                let _ = reply.send(self.stats());
+            }
             Request::Type(request, reply) => {
                 // A caller that has gone asks again.
                 let _ = reply.send(self.type_in(&request));

@@ -4,12 +4,19 @@ use super::Process;
 use super::arrival::Stage;
 use super::migration::Part;
 use super::phase::Phase;
+use crate::clock::boot_time;
 use crate::gate::Hold;
 use crate::lease::LeaseState;
+use crate::request::Refusal;
 use migrate::{SourcePhase, TargetPhase};
 use proto::v1;
 use std::collections::BTreeSet;
+use std::os::unix::fs::MetadataExt as _;
 use std::sync::{PoisonError, TryLockError};
+use std::time::Duration;
+
+/// Bytes of a block in `stat`.
+const STAT_BLOCK_BYTES: u64 = 512;
 
 impl Process {
     /// Publishes the status of now.
@@ -54,6 +61,22 @@ impl Process {
         status.certificate_sha256 = vm.identity.fingerprint().0.to_vec();
         status.volumes = vm.volumes.status();
         status
+    }
+
+    /// What the machine has done so far.
+    pub(super) fn stats(&self) -> Result<v1::MachineStats, Refusal> {
+        let machine = self.vm("Stats")?.machine.as_ref().ok_or_else(|| self.wrong_state("Stats"))?;
+        let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        let vcpu = |vcpu: vmm::VcpuActivity| v1::VcpuStats { cpu_us: micros(vcpu.cpu), faults: vcpu.faults };
+        // The file of guest memory has nothing but pages that are in memory.
+        let resident = machine.memory().file().metadata().map_or(0, |data| data.blocks() * STAT_BLOCK_BYTES);
+        Ok(v1::MachineStats {
+            read_at_us: boot_time().0 / 1000,
+            vcpus: machine.activity().into_iter().map(vcpu).collect(),
+            memory_bytes: machine.memory().size().0,
+            memory_resident_bytes: resident,
+            status: None,
+        })
     }
 
     /// What holds the vCPUs; none while somebody works the gate.

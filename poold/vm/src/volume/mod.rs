@@ -172,6 +172,7 @@ impl VolumeProcess {
             Request::PrepareIncoming(_, reply) => drop(reply.send(Err(self.wrong_state("PrepareIncoming")))),
             Request::Type(_, reply) => drop(reply.send(Err(self.wrong_state("ConsoleType")))),
             Request::KeepMemory(_, reply) => drop(reply.send(Err(self.wrong_state("KeepMemory")))),
+            Request::Stats(reply) => drop(reply.send(Err(self.wrong_state("Stats")))),
         }
     }
 

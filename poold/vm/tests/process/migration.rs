@@ -61,6 +61,7 @@ impl Pair {
             downtime_ms: 300,
             prove_memory: true,
             prove_all_memory: true,
+            connections: 1,
         };
         (Self { host, source, target }, outgoing)
     }
