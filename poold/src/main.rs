@@ -20,10 +20,12 @@ fn main() -> ExitCode {
     };
     let log_json = matches!(cli.command, CliCommand::Serve { log_json: true, .. })
         || config.as_ref().is_some_and(|config| config.log_format == Some(LogFormat::Json));
+    // A folder that is no host's gets nothing written into it.
+    let is_member = config.is_some();
     let filter = config.and_then(|config| config.log_filter).unwrap_or_else(|| LOG_FILTER.to_owned());
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(filter));
     let writer = match &cli.command {
-        CliCommand::Serve { data, .. } => LogWriter::at(data),
+        CliCommand::Serve { data, .. } if is_member => LogWriter::at(data),
         _ => LogWriter::stderr(),
     };
     let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer).with_ansi(false);

@@ -1,7 +1,7 @@
 //! What breaks, what is repaired, and what operators ask for meanwhile.
 
 use super::host::Process;
-use super::world::{HOSTS, World};
+use super::world::World;
 use pool_state::{
     Command,
     reconcile::ProcessState,
@@ -9,6 +9,8 @@ use pool_state::{
 };
 use proto::{MigrationId, VmId};
 
+/// More hosts than this make a large pool.
+const LARGE: usize = 8;
 /// Length of the part with faults in milliseconds.
 const FAULTS_MS: u64 = 40_000;
 
@@ -52,7 +54,7 @@ impl World {
     }
 
     fn repair(&mut self) {
-        for host in 0..HOSTS {
+        for host in 0..self.size.hosts {
             let broken = !self.hosts[host].power || !self.hosts[host].daemon || self.hosts[host].cut;
             if broken && self.now_ms >= self.hosts[host].repair_ms {
                 self.note(|| format!("h{} is repaired", host + 1));
@@ -71,8 +73,31 @@ impl World {
         }
     }
 
+    /// The power of a rack fails: hosts go at one instant and come back one after the other.
+    fn break_rack(&mut self) {
+        self.note(|| "the power of a rack fails".to_owned());
+        for host in 0..self.size.hosts {
+            if self.rng.chance(60) && self.hosts[host].power {
+                if self.leader == Some(host) {
+                    self.leader = None;
+                }
+                self.hosts[host].repair_ms = self.now_ms + self.rng.range(500, 9_000);
+                self.hosts[host].lose_power();
+                self.lose_unflushed(host);
+            }
+        }
+    }
+
     fn break_something(&mut self) {
-        let host = self.rng.below(HOSTS as u64) as usize;
+        if self.rng.chance(5) {
+            return self.break_rack();
+        }
+        let host = self.rng.below(self.size.hosts as u64) as usize;
+        // In a large pool it would seldom be the leader's turn.
+        let host = match self.leader {
+            Some(leader) if self.size.hosts > LARGE && self.rng.chance(25) => leader,
+            _ => host,
+        };
         let (kind, pause) = (self.rng.below(6), self.rng.range(500, 9_000));
         self.note(|| format!("h{} breaks: {kind} for {pause}", host + 1));
         let now_ms = self.now_ms;
@@ -106,7 +131,8 @@ impl World {
     /// An operator's wish.
     fn ask_for_something(&mut self) {
         let vms: Vec<VmId> = self.committed.vms.keys().copied().collect();
-        let (Some(vm), Some(at)) = (self.rng.pick(&vms), self.rng.pick(&[0, 1, 2, 3, 4])) else { return };
+        let hosts: Vec<usize> = (0..self.size.hosts).collect();
+        let (Some(vm), Some(at)) = (self.rng.pick(&vms), self.rng.pick(&hosts)) else { return };
         let host = self.hosts[at].id;
         let command = match self.rng.below(14) {
             0..3 => Command::StartVm { vm, host: None },
@@ -131,7 +157,7 @@ impl World {
 
     /// Everything works again, and the operator wants nothing but that what should run does.
     pub fn heal(&mut self) {
-        (0..HOSTS).for_each(|host| self.repair_host(host));
+        (0..self.size.hosts).for_each(|host| self.repair_host(host));
         self.hosts.iter_mut().for_each(|host| host.stalled_until_ms = 0);
         self.run_until(self.now_ms + 2 * self.timing.election_max_ms, |_| {});
         let of_pool = |kind| {

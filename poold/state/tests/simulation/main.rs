@@ -9,7 +9,7 @@
 //! somebody was told before (I3), every acknowledged write at whoever takes the volume over (I4), the state's own invariants after
 //! every entry, and at the end of each history, when all faults are healed: every task has ended (I5), every VM that should runs (I6), and nothing is left over (I7).
 //!
-//! `SIM_SEED=17` plays one history again; `SIM_SEEDS=5000` plays many.
+//! `SIM_SEED=17` plays one history again; `SIM_SEEDS=5000` plays many, `SIM_HOSTS` and `SIM_VMS` larger ones.
 
 mod disks;
 mod faults;
@@ -20,7 +20,7 @@ mod storm;
 mod world;
 
 use std::sync::Mutex;
-use world::World;
+use world::{Size, World};
 
 /// Histories of an ordinary run.
 const SEEDS: u64 = 60;
@@ -37,7 +37,7 @@ struct Told {
 }
 
 fn play(seed: u64) -> Result<Told, String> {
-    let mut world = World::new(seed);
+    let mut world = World::new(seed, size());
     world.run_faults();
     world.heal();
     world.settle()?;
@@ -45,8 +45,16 @@ fn play(seed: u64) -> Result<Told, String> {
     Ok(Told { taken_back, writes, fenced })
 }
 
+/// Small, so that everything meets everything; `SIM_HOSTS=64 SIM_VMS=2000 SIM_SEEDS=1` plays a large pool, in a release build.
+fn size() -> Size {
+    Size { hosts: number("SIM_HOSTS").unwrap_or(5) as usize, vms: number("SIM_VMS").unwrap_or(8) as usize }
+}
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
 fn seeds() -> std::ops::Range<u64> {
-    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
     match number("SIM_SEED") {
         Some(seed) => seed..seed + 1,
         None => 0..number("SIM_SEEDS").unwrap_or(SEEDS),

@@ -19,10 +19,20 @@ use std::{
     sync::Arc,
 };
 
-/// Hosts of a history.
-pub const HOSTS: usize = 5;
-/// VMs of a history.
-const VMS: usize = 8;
+/// How large the pool of a history is.
+#[derive(Clone, Copy)]
+pub struct Size {
+    pub hosts: usize,
+    pub vms: usize,
+}
+
+impl Size {
+    /// Memory of each host: half as many VMs again as there are fit in, with some of the hosts away.
+    fn memory(self) -> ByteCount {
+        ByteCount(((2 * self.vms).div_ceil(self.hosts) as u64 + 4) << 30)
+    }
+}
+
 /// Within this time after all faults are healed everything must be at rest, at the fast profile.
 const REST_MS: u64 = 60_000;
 /// Between two ticks of everybody's clock.
@@ -53,6 +63,7 @@ pub enum Event {
 /// The world of one history.
 pub struct World {
     pub rng: Rng,
+    pub size: Size,
     pub now_ms: u64,
     pub timing: Timing,
     pub hosts: Vec<Host>,
@@ -82,10 +93,11 @@ pub struct World {
 }
 
 impl World {
-    pub fn new(seed: u64) -> Self {
+    pub fn new(seed: u64, size: Size) -> Self {
         let timing = Timing::fast();
         let mut world = Self {
             rng: Rng::new(seed),
+            size,
             now_ms: 1_000,
             timing,
             hosts: Vec::new(),
@@ -110,12 +122,13 @@ impl World {
     }
 
     fn found(&mut self) {
+        let vm_memory = self.size.memory();
         let facts = |number: usize| HostFacts {
             name: format!("h{number}"),
             address: format!("10.0.0.{number}:1"),
             public_key: vec![1],
             cpu_vendor: "v".to_owned(),
-            vm_memory: ByteCount(8 << 30),
+            vm_memory,
             feature_level: pool_state::features::NEWEST,
         };
         self.commit(Command::InitPool(Box::new(InitPool {
@@ -127,7 +140,7 @@ impl World {
             feature_level: pool_state::features::NEWEST,
             first_host: facts(1),
         })));
-        for number in 2..=HOSTS {
+        for number in 2..=self.size.hosts {
             let secret_hash = [number as u8; 32];
             self.commit(Command::CreateToken { secret_hash, ttl_ms: 1_000_000 });
             self.commit(Command::JoinHost(JoinHost { secret_hash, facts: facts(number) }));
@@ -136,10 +149,10 @@ impl World {
         for id in &ids {
             self.hosts.push(Host::new(*id, &self.timing, self.committed.clone()));
         }
-        (0..HOSTS).for_each(|host| self.announce(host));
+        (0..self.size.hosts).for_each(|host| self.announce(host));
         let (blake3, size) = (ContentHash([1; 32]), ByteCount(1));
         self.commit(Command::CreateImage { name: "linux".to_owned(), blake3, size, holders: ids });
-        for number in 0..VMS {
+        for number in 0..self.size.vms {
             self.create_vm(number);
         }
         let leader = &mut self.hosts[0];
@@ -239,7 +252,7 @@ impl World {
     /// Whether the leader leads a majority.
     fn has_quorum(&self) -> bool {
         let leads = self.leader.is_some_and(|leader| self.hosts[leader].is_connected(self.now_ms));
-        leads && self.connected() * 2 > HOSTS
+        leads && self.connected() * 2 > self.size.hosts
     }
 
     /// The newest state, if this host can read linearizably.
@@ -406,7 +419,7 @@ impl World {
 
     /// I3: a client asks some host where VMs are and who is a member. Whoever asks after somebody was told must learn as much.
     fn ask(&mut self) {
-        let host = self.rng.below(HOSTS as u64) as usize;
+        let host = self.rng.below(self.size.hosts as u64) as usize;
         let Some(state) = self.read(host) else { return };
         if state.revision < self.told {
             let (told, read) = (self.told, state.revision);
@@ -440,7 +453,7 @@ impl World {
             replica_fingerprint: CertificateFingerprint([1; 32]),
             boot_id: String::new(),
             address,
-            vm_memory: ByteCount(8 << 30),
+            vm_memory: self.size.memory(),
         }));
     }
 
@@ -471,10 +484,11 @@ impl World {
                 now_ms + self.rng.range(self.timing.election_min_ms, self.timing.election_max_ms);
             return;
         }
-        if now_ms < self.election_ms || self.connected() * 2 <= HOSTS {
+        if now_ms < self.election_ms || self.connected() * 2 <= self.size.hosts {
             return;
         }
-        let able: Vec<usize> = (0..HOSTS).filter(|host| self.hosts[*host].is_connected(now_ms)).collect();
+        let able: Vec<usize> =
+            (0..self.size.hosts).filter(|host| self.hosts[*host].is_connected(now_ms)).collect();
         let Some(next) = self.rng.pick(&able) else { return };
         self.note(|| format!("h{} leads", next + 1));
         self.leader = Some(next);
@@ -494,7 +508,7 @@ impl World {
     /// The duties of the leader.
     fn lead(&mut self) {
         let Some(leader) = self.leader else { return };
-        for host in 0..HOSTS {
+        for host in 0..self.size.hosts {
             // The word of the present leader ends an old one's belief.
             if host != leader && self.hosts[host].leads && self.hosts[host].is_connected(self.now_ms) {
                 self.hosts[host].leads = false;

@@ -13,7 +13,7 @@
 //! ```
 //! Parameters on the command line: `wss=64M` (working set), `light=1` (one word of each page
 //! instead of two stamps), `scatter=1` (in a scattered order), `initrd=1` (the working set lies in the initrd), `rate=20M` (bytes of it per second, judged by a TSC of 2 GHz;
-//! 0: as fast as it goes), `disk=1` (0: leave the disk alone), `turns=N` (power off after N turns; 0: never), `net=1` (use the
+//! 0: as fast as it goes), `disk=1` (0: leave the disk alone), `turns=N` (power off after N turns; 0: never), `crash=1` (crash then), `net=1` (use the
 //! network card), `peer=10.7.0.2` (send this address datagrams); `load=1` (2: writes) instead of all this reads the disk at random,
 //! 32 requests in flight, and counts: `PROBE io done=1000 errors=0`.
 //!
@@ -107,7 +107,7 @@ extern "C" fn guest_main(start_info: u64) -> ! {
         say!("PROBE beat=", beat, " pass=", pass, " acked=", acked, " errors=", errors);
         serial::echo();
         if params.turns != 0 && beat >= params.turns {
-            serial::out(EXIT_PORT, u8::from(errors > 0));
+            serial::out(EXIT_PORT, u8::from(errors > 0 || params.crash));
         }
     }
 }

@@ -20,6 +20,8 @@ pub struct Params {
     pub peer: [u8; 4],
     /// Turns until it powers itself off; 0: never.
     pub turns: u64,
+    /// Crash instead.
+    pub crash: bool,
     /// Load the disk and do nothing else: 1 with random reads, 2 with random writes; 0: no.
     pub load: u64,
 }
@@ -37,6 +39,7 @@ impl Params {
             net: false,
             peer: [0; 4],
             turns: 0,
+            crash: false,
             load: 0,
         };
         for word in cmdline.split(|&byte| byte == b' ') {
@@ -56,6 +59,7 @@ impl Params {
                 b"disk" => params.disk = value != 0,
                 b"net" => params.net = value != 0,
                 b"turns" => params.turns = value,
+                b"crash" => params.crash = value != 0,
                 b"load" => params.load = value,
                 _ => {}
             }
