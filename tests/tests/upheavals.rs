@@ -127,12 +127,15 @@ fn the_leader_is_removed_and_its_pool_goes_on_without_it() -> Result<()> {
 }
 
 #[test]
-fn a_pool_is_recovered_from_one_host_and_the_old_side_is_fenced() -> Result<()> {
+fn a_pool_is_recovered_from_a_backup_at_one_host_and_the_old_side_is_fenced() -> Result<()> {
     let _turn = serial();
     let pool = Pool::builder().timing(Timing::Fast).start()?;
     pool.start_probe("web", "64MiB", PROBE_LIGHT, Some("h3"))?;
     let last = pool.wait_probe("web", SOON, "writes", |now| now.acked >= 20)?;
     let before = pool.vm("web")?["epoch"].as_u64().context("an epoch")?;
+    let backup = pool.dir().join("pool.backup").to_string_lossy().into_owned();
+    pool.poolctl(&["pool", "backup", &backup])?.ok()?;
+    pool.poolctl(&["pool", "backup", &backup])?.expect_code(1)?;
     for host in ["h2", "h3"] {
         pool.host_named(host)?.kill9_host()?;
     }
@@ -141,7 +144,7 @@ fn a_pool_is_recovered_from_one_host_and_the_old_side_is_fenced() -> Result<()> 
     let data = survivor.data_dir().to_string_lossy().into_owned();
     let careless = pool.poold_at(0, &["recover", "--data", &data])?.expect_code(2)?;
     assert!(careless.stderr.contains("--the-majority-is-gone"), "{}", careless.stderr);
-    pool.poold_at(0, &["recover", "--data", &data, "--the-majority-is-gone"])?.ok()?;
+    pool.poold_at(0, &["recover", "--data", &data, "--the-majority-is-gone", "--from", &backup])?.ok()?;
     survivor.start_daemon()?;
     wait_for(SOON, "one host is the pool", || {
         let status = pool.poolctl(&["pool", "status", "-o", "json"])?;
