@@ -41,6 +41,9 @@ const BLOCKS: u64 = 1 << 18;
 /// Writes that one group commit takes, as at queue depth 32.
 const DEPTH: usize = 32;
 
+/// Bytes that the store may take: so little that cleaning keeps most of its log live.
+const CAPACITY: u64 = 2 * BLOCKS * BLOCK_BYTES as u64;
+
 /// A disk that counts.
 struct Counting {
     disk: FileDisk,
@@ -90,8 +93,10 @@ struct Store {
 }
 
 fn open(dir: &Path) -> Result<(Arc<Counting>, Engine<()>)> {
-    let disk =
-        Arc::new(Counting { disk: FileDisk::open(&dir.join("segments"), None)?, written: AtomicU64::new(0) });
+    let disk = Arc::new(Counting {
+        disk: FileDisk::open(&dir.join("segments"), Some(CAPACITY))?,
+        written: AtomicU64::new(0),
+    });
     let folder = |name: &str| Folder::open(&dir.join(name));
     let (promises, checkpoints) =
         (Promises::new(folder("promises")?), Checkpoints::new(folder("checkpoints")?));

@@ -1,6 +1,7 @@
 //! Disk images into volumes and out of them, whole or not at all.
 
 use anyhow::{Context, Result};
+use serde_json::Value;
 use std::fs;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
@@ -72,6 +73,30 @@ fn images_come_in_and_go_out_as_they_are() -> Result<()> {
     pool.poolctl(&["volume", "import", "child", &text(&child)])?.expect_code(2)?;
     wait_for(PATIENCE, "nothing is left of them", || Ok(pool.items(&["volume", "list"])?.len() == 2))?;
     Ok(())
+}
+
+#[test]
+fn an_export_tells_how_far_it_is() -> Result<()> {
+    let _turn = serial();
+    let pool = Pool::builder().timing(Timing::Fast).start()?;
+    let raw = raw_image(pool.dir())?;
+    pool.json(&["volume", "import", "data", &text(&raw)])?;
+    wait_for(PATIENCE, "it is closed", || Ok(pool.json(&["volume", "show", "data"])?["owner"] == ""))?;
+    pool.json(&["volume", "set", "data", "--bandwidth", "1MiB"])?;
+    let out = pool.dir().join("out.raw");
+    let mut export = pool.poolctl_command(&["volume", "export", "data", &text(&out)]);
+    let mut export = export.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+    wait_for(PATIENCE, "its task is on its way", || {
+        let tasks = pool.items(&["task", "list"])?;
+        let is_on_its_way = |task: &&Value| {
+            let percent = task["progress"]["percent"].as_f64();
+            task["operation"] == "volume.export" && percent.is_some_and(|it| it > 0.0 && it < 100.0)
+        };
+        Ok(tasks.iter().find(is_on_its_way).is_some_and(|task| task["progress"]["remaining_ms"].is_u64()))
+    })?;
+    pool.json(&["volume", "set", "data", "--bandwidth", "0"])?;
+    assert!(export.wait()?.success());
+    compare(&raw, &out)
 }
 
 #[test]

@@ -28,6 +28,7 @@ use proto::BlockIndex;
 use proto::limits::BLOCK_BYTES;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::ops::RangeInclusive;
 
 #[cfg(test)]
 mod tests;
@@ -38,9 +39,9 @@ const PACE_PERCENT: u64 = 125;
 /// Blocks that are looked at by a commit that writes nothing.
 const LOOKS_MIN: usize = 64;
 
-/// Percent of the log that is live when cleaning begins. More: cleaning writes more than twice what guests do. Less: the disk
-/// holds more that nobody needs.
-const LIVE_PERCENT: u64 = 70;
+/// Percent of the log that is live when cleaning begins: as much as of the disk is used, within these bounds. More: cleaning writes
+/// more than twice what guests do. Less: the disk holds more that nobody needs, which matters the less the emptier it is.
+const LIVE_PERCENT: RangeInclusive<u64> = 50..=70;
 
 /// Percent of a victim that may be live: beyond, cleaning gives back next to nothing.
 const VICTIM_PERCENT_MAX: u64 = 95;
@@ -205,10 +206,11 @@ impl<T> Engine<T> {
     fn victim(&self) -> Option<Victim> {
         let current = self.log.segment()?;
         let blocks = self.reader.disk().segment_bytes() / BLOCK_BYTES as u64;
+        let live_percent = self.space.percent().clamp(*LIVE_PERCENT.start(), *LIVE_PERCENT.end());
         self.reader.look(|catalog| {
             let in_use = self.in_use(catalog);
             let live = catalog.maps.live_total() + catalog.kept.total();
-            let is_wasteful = in_use.len() as u64 * blocks * LIVE_PERCENT > live * 100;
+            let is_wasteful = in_use.len() as u64 * blocks * live_percent > live * 100;
             if in_use.len() as u64 <= SEGMENTS_MIN || !(is_wasteful || self.is_short_of_space()) {
                 return None;
             }

@@ -88,6 +88,11 @@ impl SpaceWatch {
         self.pressure
     }
 
+    /// Percent of it that was used then.
+    pub fn percent(&self) -> u64 {
+        self.percent
+    }
+
     /// Whether writes with data are refused.
     pub fn is_full(&self) -> bool {
         self.full

@@ -18,11 +18,15 @@ use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use tokio::sync::mpsc::error::TryRecvError;
+use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 
 /// Messages that wait for the store's thread; each holds at most what one read of a connection brings.
 pub const MESSAGES_MAX: usize = 256;
+
+/// Upkeep that nobody waits for begins when nobody has asked for anything this long: a guest that asks for one thing after the
+/// other would else wait for some of it each time.
+const QUIET: Duration = Duration::from_millis(5);
 
 /// The store can't be opened, or has failed.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -215,16 +219,21 @@ impl Store {
 
 fn run(mut engine: Engine<Asker>, mut queue: mpsc::Receiver<Message>) -> Result<(), LogError> {
     let mut teller = Teller::default();
+    let waits =
+        tokio::runtime::Builder::new_current_thread().enable_time().build().map_err(LogError::List)?;
+    let mut is_quiet = false;
     loop {
         let tell = &mut |asker, told| teller.tell(asker, told);
         let first = if engine.is_busy() {
-            match queue.try_recv() {
-                Err(TryRecvError::Empty) => {
+            let wait = if is_quiet { Duration::ZERO } else { QUIET };
+            match waits.block_on(async { tokio::time::timeout(wait, queue.recv()).await }) {
+                Err(_nobody) => {
+                    is_quiet = true;
                     engine.commit(tell)?;
                     teller.send();
                     continue;
                 }
-                received => received.ok(),
+                Ok(received) => received,
             }
         } else {
             queue.blocking_recv()
@@ -232,6 +241,7 @@ fn run(mut engine: Engine<Asker>, mut queue: mpsc::Receiver<Message>) -> Result<
         if first.is_none() {
             return Ok(());
         }
+        is_quiet = false;
         let mut next = first;
         while let Some(message) = next {
             match message {

@@ -291,9 +291,10 @@ impl Disk for SimDisk {
         })
     }
 
+    /// Full enough for much to be cleaned.
     fn usage(&self) -> io::Result<DiskUsage> {
         Ok(DiskUsage {
-            used: if self.with(|state| state.is_full) { 96 << 20 } else { 10 << 20 },
+            used: if self.with(|state| state.is_full) { 96 << 20 } else { 70 << 20 },
             capacity: 100 << 20,
         })
     }
