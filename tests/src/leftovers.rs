@@ -9,12 +9,16 @@ use std::fs;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use crate::process::{ProcessId, processes_below};
 use crate::{fabric, process};
 
 /// Where runs keep their files: short, because the path of a unix socket has at most 107 bytes.
 pub const RUNS_DIR: &str = "/tmp/pool-tests";
+
+/// How long a process may take to be gone when its files are closed.
+const DEATH_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Directory and tag of a new run.
 #[derive(Debug)]
@@ -57,11 +61,13 @@ pub fn collect(root: &Path) {
     }
 }
 
-/// [`collect`], as soon as `alive` ends: the other end of a pipe of which the kernel closes the writing end with its process,
-/// whatever ended that.
-pub fn collect_after(mut alive: impl Read, root: &Path) {
+/// [`collect`], as soon as `alive` ends: the other end of a pipe of which the kernel closes the writing end with `owner`,
+/// whatever ended that. The files of a process are closed before it is gone.
+pub fn collect_after(mut alive: impl Read, owner: ProcessId, root: &Path) {
     // An error ends it, too.
     let _ = io::copy(&mut alive, &mut io::sink());
+    // One that stays all the same keeps its runs.
+    let _ = owner.wait_gone(DEATH_DEADLINE);
     collect(root);
 }
 
@@ -123,8 +129,8 @@ mod tests {
         .unwrap();
         // A start time that no process has: the owner is gone.
         fs::write(dead.join("owner"), format!("{} 1", pid_of_this())).unwrap();
-        // As when the run's process has ended: nothing more comes.
-        collect_after(io::empty(), root.path());
+        // As when the run's process has ended: nothing more comes, and nobody has its start time.
+        collect_after(io::empty(), ProcessId { pid: pid_of_this(), start_ticks: 1 }, root.path());
         assert!(live.dir.exists());
         assert!(!dead.exists());
         assert!(!anything_runs_below(&dead));

@@ -3,6 +3,7 @@
 //! It holds the reading end of a pipe. The kernel closes the other end with the first process, whatever ended that.
 
 use crate::build;
+use ::tests::ProcessId;
 use ::tests::leftovers::{self, RUNS_DIR};
 use anyhow::{Context, Result};
 use std::os::unix::process::CommandExt as _;
@@ -28,13 +29,17 @@ impl Guard {
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        drop(self.0.stdin.take());
-        // It fails only when it has ended.
+        // Nothing is left to clean up. Both fail only when it has ended.
+        let _ = self.0.kill();
         let _ = self.0.wait();
     }
 }
 
 /// What the second process does.
 pub fn run() {
-    leftovers::collect_after(std::io::stdin(), Path::new(RUNS_DIR));
+    // Of a parent that is gone already there is nothing to wait for.
+    let parent = nix::unistd::getppid().as_raw();
+    if let Some(parent) = ProcessId::of(parent) {
+        leftovers::collect_after(std::io::stdin(), parent, Path::new(RUNS_DIR));
+    }
 }
