@@ -96,6 +96,10 @@ fn send_image(
     }
     let mut at = 0;
     while at < source.size() {
+        if parts.is_closed() {
+            // It may be long until there is something to send again.
+            return Ok(());
+        }
         let (run, len) = source.run(at)?;
         let len = len.min(CHUNK_BYTES as u64).min(source.size() - at);
         if run == Run::Data {

@@ -393,7 +393,8 @@ fn groups_users_audit_and_plans() {
         json!({"id": "cluster-6", "name": "fast", "cpu_profile": "x86-64-v3", "hosts": ["h1"], "vms": ["a"],
             "revision": 7})
     );
-    assert_eq!(shape(&ClusterView::from(v1::Cluster::default()))["id"], "", "the default one has no id");
+    let default = v1::Cluster { name: "default".into(), ..v1::Cluster::default() };
+    assert_eq!(shape(&ClusterView::from(default))["id"], "", "it has no id");
     let user = v1::User { name: "ann".into(), role: "viewer".into(), created_ms: 3, tokens: 1 };
     assert_eq!(
         shape(&UserView::from(user)),
