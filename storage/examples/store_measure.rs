@@ -64,13 +64,11 @@ impl Disk for Counting {
         self.write_parts(segment, offset, &[bytes])
     }
     fn write_parts(&self, segment: SegmentId, offset: u64, parts: &[&[u8]]) -> std::io::Result<()> {
-        let bytes: usize = parts.iter().map(|part| part.len()).sum();
-        self.written.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.count(parts);
         self.disk.write_parts(segment, offset, parts)
     }
     fn write_through(&self, segment: SegmentId, offset: u64, parts: &[&[u8]]) -> std::io::Result<()> {
-        let bytes: usize = parts.iter().map(|part| part.len()).sum();
-        self.written.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.count(parts);
         self.disk.write_through(segment, offset, parts)
     }
     fn read(&self, segment: SegmentId, offset: u64, out: &mut [u8]) -> std::io::Result<()> {
@@ -81,6 +79,13 @@ impl Disk for Counting {
     }
     fn usage(&self) -> std::io::Result<DiskUsage> {
         self.disk.usage()
+    }
+}
+
+impl Counting {
+    fn count(&self, parts: &[&[u8]]) {
+        let bytes: usize = parts.iter().map(|part| part.len()).sum();
+        self.written.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 }
 

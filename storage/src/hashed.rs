@@ -103,6 +103,17 @@ impl HashedBlocks {
         &self.checksums
     }
 
+    /// What goes over the wire for blocks that were read elsewhere: the blocks and their checksums, or nothing for zeros.
+    pub(crate) fn on_the_wire(
+        volume: VolumeId,
+        first: BlockIndex,
+        zero: bool,
+        data: Bytes,
+    ) -> (Bytes, Checksums) {
+        let content = (!zero).then(|| Self::new(volume, first, data));
+        content.map(Self::into_parts).unwrap_or_default()
+    }
+
     pub(crate) fn into_parts(self) -> (Bytes, Checksums) {
         (self.data, self.checksums)
     }

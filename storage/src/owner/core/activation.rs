@@ -327,8 +327,7 @@ impl Owner {
         let Some(extension) = behind.get_mut(&target).filter(|_| source.0 == host) else { return };
         let (tail, request, data) = match answer {
             Answer::Write { tail, first, count, zero } => {
-                let content = (!zero).then(|| HashedBlocks::new(self.config.volume, first, data));
-                let (data, checksums) = content.map(HashedBlocks::into_parts).unwrap_or_default();
+                let (data, checksums) = HashedBlocks::on_the_wire(self.config.volume, first, zero, data);
                 (tail, Request::Extend { id: RequestId(0), tail, first, count, checksums }, data)
             }
             Answer::Op { tail, op } => (tail, Request::ExtendOp { id: RequestId(0), tail, op }, Bytes::new()),

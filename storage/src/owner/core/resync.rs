@@ -408,8 +408,7 @@ impl Resync {
             return None;
         }
         self.under_way.insert(block, Step::Storing);
-        let content = (!zero).then(|| HashedBlocks::new(self.volume, block, data));
-        let (data, checksums) = content.map(HashedBlocks::into_parts).unwrap_or_default();
+        let (data, checksums) = HashedBlocks::on_the_wire(self.volume, block, zero, data);
         let request = Request::Copy { id: RequestId(0), block, version, checksums };
         Some(SyncRequest { whom: Whom::Target, ask: SyncAsk::Copy(block), request, data })
     }
