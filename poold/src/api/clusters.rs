@@ -103,14 +103,11 @@ impl ClusterService for ClusterApi {
     async fn delete(&self, request: Request<DeleteClusterRequest>) -> Result<Response<Cluster>, Status> {
         let principal = require_user(&request)?;
         let DeleteClusterRequest { meta, cluster } = request.into_inner();
-        if cluster == DEFAULT_CLUSTER {
-            return Err(views::found::<()>(Err(ClusterRejection::IsDefault.into())).unwrap_err());
-        }
         let before = self.context.read().await?;
         let Some(found) = views::to_delete(&before, meta.as_ref(), before.resolve_cluster(&cluster))? else {
             return Ok(Response::new(Cluster { name: cluster, ..Cluster::default() }));
         };
-        let Some(found) = found else { return Err(Status::internal("the default cluster is not deleted")) };
+        let found = views::found(found.ok_or(ClusterRejection::IsDefault.into()))?;
         let (gone, cluster) = (view(&before, Some(found)), found.id);
         let command = ClusterCommand::DeleteCluster { cluster }.into();
         self.context.change(&principal, meta, command).await?;

@@ -73,23 +73,86 @@ impl PoolState {
     }
 }
 
-/// The feature that a command belongs to.
+/// The feature that a command belongs to. No wildcard, so that a new one is thought of.
 #[must_use]
 pub fn of(command: &Command) -> Feature {
     match command {
+        Command::Volume(command) => of_volume(command),
+        Command::Govern(change) => of_governance(change),
         Command::RetireHost { .. } | Command::SetHostStore { .. } => Feature::Retirement,
         Command::CloneVm { .. } | Command::StepVmClone { .. } => Feature::Snapshots,
-        Command::CreateVm(create) if create.cluster.is_some() => Feature::Clusters,
         Command::BeginMigration { .. } => Feature::QueuedMoves,
+        Command::CreateVm(create) if create.cluster.is_some() => Feature::Clusters,
         Command::Cluster(
             ClusterCommand::CreateCluster { .. }
             | ClusterCommand::DeleteCluster { .. }
             | ClusterCommand::SetHostCluster { .. }
             | ClusterCommand::SetVmCluster { .. },
         ) => Feature::Clusters,
-        Command::Volume(command) => of_volume(command),
-        Command::Govern(change) => of_governance(change),
-        _ => of_base(command),
+        Command::InitPool(_)
+        | Command::CreateToken { .. }
+        | Command::RevokeToken { .. }
+        | Command::JoinHost(_)
+        | Command::UpdateHost(_)
+        | Command::HostLost { .. }
+        | Command::HostReturned { .. }
+        | Command::RemoveHost { .. }
+        | Command::CreateImage { .. }
+        | Command::AddImageHolder { .. }
+        | Command::DeleteImage { .. }
+        | Command::CreateVolume { .. }
+        | Command::DeleteVolume { .. }
+        | Command::RecordVolumeStart { .. }
+        | Command::RemoveFromIsr(_)
+        | Command::AddToIsr(_)
+        | Command::CreateVm(_)
+        | Command::DeleteVm { .. }
+        | Command::StartVm { .. }
+        | Command::StopVm { .. }
+        | Command::RebootVm { .. }
+        | Command::PauseVm { .. }
+        | Command::ResumeVm { .. }
+        | Command::VmRunning { .. }
+        | Command::VmStopped { .. }
+        | Command::VmFailed { .. }
+        | Command::RestartVm { .. }
+        | Command::RecoverVm { .. }
+        | Command::StartMigration { .. }
+        | Command::MigrationSourceReady { .. }
+        | Command::MigrationPrepared { .. }
+        | Command::MigrationCopying { .. }
+        | Command::MigrationPaused { .. }
+        | Command::MigrationCommit { .. }
+        | Command::MigrationReclaim { .. }
+        | Command::MigrationAbort { .. }
+        | Command::MigrationDone { .. }
+        | Command::CancelMigration { .. }
+        | Command::CancelTask { .. }
+        | Command::ExpireTask { .. }
+        | Command::SetBrake
+        | Command::HaResume
+        | Command::HaDisarm
+        | Command::HaArm
+        | Command::SetHostCpu { .. }
+        | Command::SetHostCpus { .. }
+        | Command::SetHostLabels { .. }
+        | Command::CordonHost { .. }
+        | Command::UncordonHost { .. }
+        | Command::DrainHost { .. }
+        | Command::RestoreHost { .. }
+        | Command::ConfirmDead { .. }
+        | Command::StartBalance
+        | Command::MoveVm { .. }
+        | Command::FinishTask { .. }
+        | Command::CreateGroup(_)
+        | Command::ChangeGroup(_)
+        | Command::DeleteGroup { .. }
+        | Command::CreateNetwork(_)
+        | Command::DeleteNetwork { .. }
+        | Command::CreateUser { .. }
+        | Command::SetUserRole { .. }
+        | Command::RotateUser { .. }
+        | Command::DeleteUser { .. } => Feature::Base,
     }
 }
 
@@ -133,84 +196,6 @@ fn of_governance(change: &Govern) -> Feature {
         Govern::RotateCa(_) | Govern::FinishCaRotation => Feature::CaRotation,
         Govern::CreateAccessToken { .. } | Govern::DeleteAccessToken { .. } => Feature::AccessTokens,
         Govern::CreateKeyToken { .. } | Govern::ReplaceHostKey { .. } => Feature::HostKeys,
-    }
-}
-
-/// The commands that there have always been. No wildcard, so that a new one is thought of.
-fn of_base(command: &Command) -> Feature {
-    match command {
-        Command::InitPool(_)
-        | Command::CreateToken { .. }
-        | Command::RevokeToken { .. }
-        | Command::JoinHost(_)
-        | Command::UpdateHost(_)
-        | Command::HostLost { .. }
-        | Command::HostReturned { .. }
-        | Command::RemoveHost { .. }
-        | Command::RetireHost { .. }
-        | Command::SetHostStore { .. }
-        | Command::CreateImage { .. }
-        | Command::AddImageHolder { .. }
-        | Command::DeleteImage { .. }
-        | Command::CreateVolume { .. }
-        | Command::DeleteVolume { .. }
-        | Command::RecordVolumeStart { .. }
-        | Command::RemoveFromIsr(_)
-        | Command::AddToIsr(_)
-        | Command::CreateVm(_)
-        | Command::CloneVm { .. }
-        | Command::StepVmClone { .. }
-        | Command::DeleteVm { .. }
-        | Command::StartVm { .. }
-        | Command::StopVm { .. }
-        | Command::RebootVm { .. }
-        | Command::PauseVm { .. }
-        | Command::ResumeVm { .. }
-        | Command::VmRunning { .. }
-        | Command::VmStopped { .. }
-        | Command::VmFailed { .. }
-        | Command::RestartVm { .. }
-        | Command::RecoverVm { .. }
-        | Command::StartMigration { .. }
-        | Command::BeginMigration { .. }
-        | Command::MigrationSourceReady { .. }
-        | Command::MigrationPrepared { .. }
-        | Command::MigrationCopying { .. }
-        | Command::MigrationPaused { .. }
-        | Command::MigrationCommit { .. }
-        | Command::MigrationReclaim { .. }
-        | Command::MigrationAbort { .. }
-        | Command::MigrationDone { .. }
-        | Command::CancelMigration { .. }
-        | Command::CancelTask { .. }
-        | Command::ExpireTask { .. }
-        | Command::SetBrake
-        | Command::HaResume
-        | Command::HaDisarm
-        | Command::HaArm
-        | Command::SetHostCpu { .. }
-        | Command::SetHostCpus { .. }
-        | Command::SetHostLabels { .. }
-        | Command::CordonHost { .. }
-        | Command::UncordonHost { .. }
-        | Command::DrainHost { .. }
-        | Command::RestoreHost { .. }
-        | Command::ConfirmDead { .. }
-        | Command::StartBalance
-        | Command::MoveVm { .. }
-        | Command::FinishTask { .. }
-        | Command::CreateGroup(_)
-        | Command::ChangeGroup(_)
-        | Command::DeleteGroup { .. }
-        | Command::CreateNetwork(_)
-        | Command::DeleteNetwork { .. }
-        | Command::CreateUser { .. }
-        | Command::SetUserRole { .. }
-        | Command::RotateUser { .. }
-        | Command::DeleteUser { .. }
-        | Command::Volume(_)
-        | Command::Govern(_)
-        | Command::Cluster(_) => Feature::Base,
     }
 }
 

@@ -61,8 +61,11 @@ impl Change<'_> {
 
     /// Checks that every daemon of the pool knows a feature.
     pub(super) fn check_feature(&self, feature: Feature) -> Result<(), Rejection> {
+        if self.state.has_feature(feature) {
+            return Ok(());
+        }
         let (needed, present) = (feature.level(), self.state.settings.feature_level);
-        if present >= needed { Ok(()) } else { Err(GovernRejection::LevelTooLow { needed, present }.into()) }
+        Err(GovernRejection::LevelTooLow { needed, present }.into())
     }
 
     fn pool_event(&mut self, message: String) {

@@ -19,22 +19,20 @@ impl PoolState {
     /// A disk of a VM that no host which is up has an in-sync replica of.
     #[must_use]
     pub(crate) fn missing_disk(&self, vm: &Vm) -> Option<&Volume> {
-        let is_up = |host: &HostId| self.hosts.get(host).is_some_and(Host::is_up);
-        let mut disks = vm.spec.disks.iter().filter_map(|disk| self.volumes.get(disk));
-        disks.find(|volume| !volume.isr.iter().any(|member| is_up(&member.host)))
+        self.disks_of(vm).find(|volume| !self.is_within_reach(volume))
     }
-}
 
-impl PoolState {
     /// A disk of a VM of whose in-sync replicas none lives the life any more in which it was in sync, while one of them is back.
     #[must_use]
     pub(crate) fn disk_without_life(&self, vm: &Vm) -> Option<&Volume> {
+        let lives = |volume: &Volume| volume.isr.iter().any(|member| self.is_current(member));
+        self.disks_of(vm).find(|volume| self.is_within_reach(volume) && !lives(volume))
+    }
+
+    /// Whether a host that is up has an in-sync replica.
+    fn is_within_reach(&self, volume: &Volume) -> bool {
         let is_up = |host: &HostId| self.hosts.get(host).is_some_and(Host::is_up);
-        let mut disks = vm.spec.disks.iter().filter_map(|disk| self.volumes.get(disk));
-        disks.find(|volume| {
-            let back = volume.isr.iter().any(|member| is_up(&member.host));
-            back && !volume.isr.iter().any(|member| self.is_current(member))
-        })
+        volume.isr.iter().any(|member| is_up(&member.host))
     }
 }
 

@@ -177,11 +177,15 @@ impl PoolState {
         self.migrations.values().filter(|migration| migration.outcome == MigrationOutcome::Running)
     }
 
+    /// A VM's disks.
+    pub(crate) fn disks_of<'a>(&'a self, vm: &Vm) -> impl Iterator<Item = &'a super::Volume> {
+        vm.spec.disks.iter().filter_map(|id| self.volumes.get(id))
+    }
+
     /// How many of a VM's disks have a current in-sync replica at a host.
     #[must_use]
     pub fn local_disks(&self, vm: &Vm, host: &Host) -> usize {
-        let volumes = vm.spec.disks.iter().filter_map(|id| self.volumes.get(id));
-        volumes
+        self.disks_of(vm)
             .filter(|volume| {
                 volume
                     .isr_member(host.id)
