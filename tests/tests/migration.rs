@@ -3,10 +3,10 @@
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use std::time::Duration;
-use tests::process::Signal;
+use tests::process::{ProcessId, Signal};
 use tests::vms::{PROBE_IMAGE, PROBE_LIGHT};
 use tests::wait::{wait_for, wait_until};
-use tests::{Pool, pool::Timing, serial};
+use tests::{Host, Pool, pool::Timing, serial};
 
 /// The promise to the operator.
 const BLACKOUT_MS_MAX: f64 = 100.0;
@@ -183,6 +183,20 @@ fn a_target_that_dies_during_a_move_leaves_the_vm_at_its_source() -> Result<()> 
     Ok(())
 }
 
+/// Moves the VM to a host whose daemon hangs from the copying on, until the pool has given the VM to it.
+fn move_to_hanging(pool: &Pool, target: &Host) -> Result<ProcessId> {
+    pool.json(&["vm", "migrate", "web", "--to", target.name(), "--bandwidth", "12MiB", "--async"])?;
+    wait_for(Duration::from_secs(20), "the move copies", || {
+        Ok(pool.items(&["migration", "list"])?.iter().any(|record| record["phase"] == "copying"))
+    })?;
+    let daemon = target.daemon().context("the target's daemon runs")?;
+    daemon.signal(Signal::SIGSTOP)?;
+    wait_for(Duration::from_secs(20), "the pool has given the VM to the target", || {
+        Ok(pool.vm_host("web")? == target.name())
+    })?;
+    Ok(daemon)
+}
+
 /// The target's daemon hangs while the pool decides, so its VM process never hears that it may run; then the host dies.
 #[test]
 fn a_target_that_dies_between_the_commit_and_the_first_instruction_gives_the_vm_back() -> Result<()> {
@@ -193,15 +207,7 @@ fn a_target_that_dies_between_the_commit_and_the_first_instruction_gives_the_vm_
     pool.start_probe("web", "64MiB", "wss=8M rate=4M disk=1", Some(source.name()))?;
     pool.wait_probe("web", Duration::from_secs(60), "writes", |now| now.acked >= 10)?;
     let (process, before) = (pool.vm_process("web")?, pool.probe("web")?);
-    pool.json(&["vm", "migrate", "web", "--to", target.name(), "--bandwidth", "12MiB", "--async"])?;
-    wait_for(Duration::from_secs(20), "the move copies", || {
-        Ok(pool.items(&["migration", "list"])?.iter().any(|record| record["phase"] == "copying"))
-    })?;
-    let daemon = target.daemon().context("the target's daemon runs")?;
-    daemon.signal(Signal::SIGSTOP)?;
-    wait_for(Duration::from_secs(20), "the pool has given the VM to the target", || {
-        Ok(pool.vm_host("web")? == target.name())
-    })?;
+    move_to_hanging(&pool, target)?;
     target.kill9_host()?;
     wait_for(
         Duration::from_secs(40),
@@ -235,15 +241,7 @@ fn a_source_that_hangs_after_the_commit_never_runs_its_copy_again() -> Result<()
     pool.start_probe("web", "64MiB", "wss=8M rate=4M disk=1", Some(source.name()))?;
     pool.wait_probe("web", Duration::from_secs(60), "writes", |now| now.acked >= 10)?;
     let (old, before) = (pool.vm_process("web")?, pool.probe("web")?);
-    pool.json(&["vm", "migrate", "web", "--to", target.name(), "--bandwidth", "12MiB", "--async"])?;
-    wait_for(Duration::from_secs(20), "the move copies", || {
-        Ok(pool.items(&["migration", "list"])?.iter().any(|record| record["phase"] == "copying"))
-    })?;
-    let daemon = target.daemon().context("the target's daemon runs")?;
-    daemon.signal(Signal::SIGSTOP)?;
-    wait_for(Duration::from_secs(20), "the pool has given the VM to the target", || {
-        Ok(pool.vm_host("web")? == target.name())
-    })?;
+    let daemon = move_to_hanging(&pool, target)?;
     source.stop_all()?;
     let worked = old.vcpu_time()?;
     daemon.signal(Signal::SIGCONT)?;
