@@ -106,12 +106,17 @@ impl Maps {
 
     /// An entry of a tree has another content.
     pub(super) fn count_held(&mut self, tree: TreeId, old: Option<Place>, new: Option<Place>) {
-        if old.is_some() == new.is_some() {
+        self.count_held_blocks(tree, old.is_some().into(), new.is_some().into());
+    }
+
+    /// So many blocks of data in a tree are overwritten, and so many are new.
+    pub(super) fn count_held_blocks(&mut self, tree: TreeId, old: u64, new: u64) {
+        if old == new {
             return;
         }
         let count = self.held.entry(tree).or_default();
         // A page that could not be read has left more counted than there is, never less.
-        *count = if new.is_some() { *count + 1 } else { count.saturating_sub(1) };
+        *count = (*count + new).saturating_sub(old);
     }
 
     pub(super) fn forget_held(&mut self, tree: TreeId) {
@@ -318,19 +323,28 @@ impl Maps {
 
     pub(super) fn hold(&mut self, place: Option<Place>) {
         if let Some(place) = place {
-            *self.live.entry(place.segment).or_default() += 1;
-            self.live_total += 1;
+            self.hold_blocks(place.segment, 1);
         }
     }
 
+    pub(super) fn hold_blocks(&mut self, segment: SegmentId, blocks: u64) {
+        *self.live.entry(segment).or_default() += blocks;
+        self.live_total += blocks;
+    }
+
     pub(super) fn release(&mut self, place: Option<Place>) {
-        let Some(place) = place else { return };
+        if let Some(place) = place {
+            self.release_blocks(place.segment, 1);
+        }
+    }
+
+    pub(super) fn release_blocks(&mut self, segment: SegmentId, blocks: u64) {
         // A segment that is gone holds nothing; a tree with a damaged page may have left more counted than there is, never less.
-        let Some(count) = self.live.get_mut(&place.segment) else { return };
-        *count -= 1;
-        self.live_total -= 1;
+        let Some(count) = self.live.get_mut(&segment) else { return };
+        *count -= blocks;
+        self.live_total -= blocks;
         if *count == 0 {
-            self.live.remove(&place.segment);
+            self.live.remove(&segment);
         }
     }
 }

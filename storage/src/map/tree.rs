@@ -1,7 +1,8 @@
 //! Single blocks and runs of blocks.
 
 use super::cache::{MapError, Maps, PageReader};
-use super::page::{BlockVersion, Content, Entry, LEAF_BLOCKS, PageKey, Place, TreeId};
+use super::page::{BlockVersion, Content, Entry, LEAF_BLOCKS, Page, PageKey, Place, TreeId};
+use crate::log::SegmentId;
 use proto::{BlockIndex, Sequence};
 use std::ops::Range;
 
@@ -44,16 +45,19 @@ impl Maps {
             let leaf = PageKey::leaf_of(tree, block);
             let end = blocks.end.min(leaf.first_block() + LEAF_BLOCKS);
             self.ensure(reader, leaf)?;
-            let before = put;
+            let mut places = Places::default();
+            let page = self.page_mut(leaf);
             for block in block..end {
                 let at = usize::try_from(block - blocks.start).expect("a run is short");
                 let content = content.map_or(Content::Zero, |content| {
                     let (place, checksum) = content[at];
                     Content::Data { place, checksum }
                 });
-                put += u64::from(self.put_one(leaf, slot_of(block), Entry { version, content }));
+                put_one(page, slot_of(block), Entry { version, content }, &mut places);
             }
-            if put > before {
+            if places.put > 0 {
+                put += places.put;
+                self.count(leaf.tree, &places);
                 self.touch(leaf, version.sequence);
             }
             self.shrink();
@@ -62,18 +66,11 @@ impl Maps {
         Ok(put)
     }
 
-    fn put_one(&mut self, leaf: PageKey, slot: usize, entry: Entry) -> bool {
-        let old = self.page(leaf).entry(slot);
-        let stays = |old: Entry| old.content != Content::Void && old.version > entry.version;
-        if old.is_some_and(|old| stays(old) || old == entry) {
-            return false;
-        }
-        self.page_mut(leaf).set_entry(slot, Some(entry));
-        let old = old.and_then(|old| old.content.place());
-        self.hold(entry.content.place());
-        self.release(old);
-        self.count_held(leaf.tree, old, entry.content.place());
-        true
+    /// Counts what a run has changed, segment by segment: what is new first, so that no segment is without for a moment.
+    fn count(&mut self, tree: TreeId, places: &Places) {
+        places.new.iter().for_each(|(segment, blocks)| self.hold_blocks(*segment, *blocks));
+        places.old.iter().for_each(|(segment, blocks)| self.release_blocks(*segment, *blocks));
+        self.count_held_blocks(tree, total(&places.old), total(&places.new));
     }
 
     /// Moves one block's data to another place, if `is_same` says of its entry that it is what was meant.
@@ -132,6 +129,38 @@ impl Maps {
         self.touch(key, Sequence(0));
         Ok(true)
     }
+}
+
+/// What a run of blocks has changed, by segment: blocks that follow each other lie together.
+#[derive(Debug, Default)]
+struct Places {
+    put: u64,
+    new: Vec<(SegmentId, u64)>,
+    old: Vec<(SegmentId, u64)>,
+}
+
+fn add(counts: &mut Vec<(SegmentId, u64)>, place: Option<Place>) {
+    match (counts.last_mut(), place) {
+        (Some((segment, blocks)), Some(place)) if *segment == place.segment => *blocks += 1,
+        (_, Some(place)) => counts.push((place.segment, 1)),
+        (_, None) => {}
+    }
+}
+
+fn total(counts: &[(SegmentId, u64)]) -> u64 {
+    counts.iter().map(|(_, blocks)| blocks).sum()
+}
+
+fn put_one(page: &mut Page, slot: usize, entry: Entry, places: &mut Places) {
+    let old = page.entry(slot);
+    let stays = |old: Entry| old.content != Content::Void && old.version > entry.version;
+    if old.is_some_and(|old| stays(old) || old == entry) {
+        return;
+    }
+    page.set_entry(slot, Some(entry));
+    places.put += 1;
+    add(&mut places.new, entry.content.place());
+    add(&mut places.old, old.and_then(|old| old.content.place()));
 }
 
 pub(super) fn slot_of(block: u64) -> usize {

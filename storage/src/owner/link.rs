@@ -8,6 +8,7 @@ use crate::server::ClientEndpoint;
 use crate::wire::{Request, Response, WIRE_VERSION};
 use bytes::Bytes;
 use proto::{HostId, Incarnation};
+use socket2::SockRef;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -21,6 +22,10 @@ const RECONNECT: Duration = Duration::from_millis(200);
 
 /// A replica that has not greeted by then is tried again.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// What the kernel takes of frames for the replica on the own host before it has read any: the largest one, twice. With less, each
+/// would be sent piece by piece, and each piece waits until the replica has run.
+const SEND_BUFFER_BYTES: usize = 2 << 20;
 
 /// What a link reports.
 #[derive(Debug)]
@@ -92,6 +97,7 @@ impl LinkTask {
         match &self.route {
             ReplicaRoute::Unix(path) => {
                 let stream = tokio::time::timeout(CONNECT_TIMEOUT, UnixStream::connect(path)).await??;
+                SockRef::from(&stream).set_send_buffer_size(SEND_BUFFER_BYTES)?;
                 let (read, write) = tokio::io::split(QuietStream::try_from(stream)?);
                 self.converse(read, write).await
             }

@@ -326,11 +326,20 @@ impl<T> Engine<T> {
         Ok(())
     }
 
-    /// Writes the batch, syncs if asked, tells everybody, and does a share of the upkeep.
+    /// Writes the batch, tells everybody, and does a share of the upkeep.
     ///
     /// # Errors
     /// The log can't be written.
     pub fn commit(&mut self, tell: &mut impl FnMut(T, Told)) -> Result<(), LogError> {
+        let share = self.write(tell)?;
+        self.upkeep(share)
+    }
+
+    /// Writes the batch, syncs if asked, and tells everybody; returns what upkeep is due when they know.
+    ///
+    /// # Errors
+    /// The log can't be written.
+    pub(super) fn write(&mut self, tell: &mut impl FnMut(T, Told)) -> Result<Share, LogError> {
         self.space.look(self.reader.disk());
         let Gathered { records, data, marks, dones, sync, blocks, .. } = std::mem::take(&mut self.gathered);
         let is_idle = records.is_empty() && marks.is_empty() && dones.is_empty();
@@ -343,7 +352,7 @@ impl<T> Engine<T> {
                 Err(LogError::NoSpace) => {
                     self.space.set_full();
                     no_space(marks, dones, tell);
-                    return self.upkeep(Share { blocks: 0, is_idle: false });
+                    return Ok(Share { blocks: 0, is_idle: false });
                 }
                 Err(error) => return Err(error),
             }
@@ -360,7 +369,7 @@ impl<T> Engine<T> {
             tell(asker, Told::Mark(Watermark { written, durable, full, refused }));
         }
         dones.into_iter().for_each(|asker| tell(asker, Told::Done(Ok(()))));
-        self.upkeep(Share { blocks, is_idle })
+        Ok(Share { blocks, is_idle })
     }
 
     pub(super) fn sync(&mut self) -> Result<(), LogError> {

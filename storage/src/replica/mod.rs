@@ -1,11 +1,12 @@
 //! The disk side of a volume: one [`Replica`] per volume, all on one [`Store`].
 //!
 //! ```text
-//!  connections ──Op──▶ store thread ── Engine ── LogWriter ──▶ segments
+//!  connections ──Op──▶ [worker] ────── Engine ── LogWriter ──▶ segments
 //!                        │   └── Replica: may it?            Catalog: volumes, layers, maps (shared with readers)
 //!                        └── small files: promises, one per volume, durable before the promise is spoken; checkpoints
 //! ```
-//! Everything but [`Store`] is without threads, so that the simulation runs the same code. Where to look: [`engine`] writes,
+//! Everything but [`Store`] is without threads, so that the simulation runs the same code. Where to look: [`worker`] says on which thread,
+//! [`engine`] writes,
 //! [`catalog`] says what records mean, [`layers`] how snapshots work, [`views`] what readers see of them, [`gc`] and [`upkeep`]
 //! give space back, [`checkpoint`] bounds a restart, [`space`] is about full disks.
 
@@ -27,6 +28,7 @@ mod store;
 mod upkeep;
 mod views;
 mod volume;
+mod worker;
 
 #[cfg(test)]
 mod testing;

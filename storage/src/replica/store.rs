@@ -1,15 +1,18 @@
 //! The store of one host: a thread that runs the engine, and readers beside it.
 //!
 //! The thread takes what is waiting, writes it as few batches (group commit), reports the watermarks, and syncs once for all
-//! that asked. A watermark is the only form of acknowledgement.
+//! that asked. A watermark is the only form of acknowledgement; upkeep comes after it. What is small and alone is written by
+//! whoever asks (`worker`).
 
 use super::checkpoint::Checkpoints;
 use super::engine::Engine;
 use super::files::Folder;
-use super::op::{Attached, Op, OpError, OpKind, Told, Watermark};
+use super::op::{Attached, Op, OpError, OpKind};
 use super::promise::Promises;
 use super::reader::Reader;
 use super::state::Session;
+pub use super::worker::WatermarkSink;
+use super::worker::{Asker, AtOnce, Done, Teller, Worker};
 use crate::log::{Disk, LogError};
 use proto::{Epoch, VolumeId};
 use std::fs::{File, TryLockError};
@@ -42,47 +45,6 @@ pub enum StoreError {
     Serve { address: String, cause: String },
 }
 
-/// Where a connection's watermarks go.
-pub type WatermarkSink = Arc<watch::Sender<Watermark>>;
-
-type Done<T> = oneshot::Sender<Result<T, OpError>>;
-
-/// Who is told about an operation.
-enum Asker {
-    Sink(WatermarkSink),
-    Done(Done<()>),
-}
-
-/// Tells who asked. A connection is told once of a whole batch: it would be woken, and the owner too, for each operation.
-#[derive(Default)]
-struct Teller {
-    marks: Vec<(WatermarkSink, Watermark)>,
-}
-
-impl Teller {
-    fn tell(&mut self, asker: Asker, told: Told) {
-        match (asker, told) {
-            (Asker::Sink(sink), Told::Mark(mark)) => {
-                match self.marks.iter_mut().find(|(known, _)| Arc::ptr_eq(known, &sink)) {
-                    Some((_, seen)) => seen.advance(mark),
-                    None => self.marks.push((sink, mark)),
-                }
-            }
-            // The connection may be gone.
-            (Asker::Done(done), Told::Done(result)) => drop(done.send(result)),
-            (Asker::Done(done), Told::Mark(mark)) => drop(done.send(mark.into_result())),
-            (Asker::Sink(_), Told::Done(_)) => unreachable!("only writes and flushes are marked"),
-        }
-    }
-
-    /// The batch is over.
-    fn send(&mut self) {
-        for (sink, mark) in self.marks.drain(..) {
-            sink.send_modify(|seen| seen.advance(mark));
-        }
-    }
-}
-
 /// An operation that was handed in.
 pub struct PendingOp(oneshot::Receiver<Result<(), OpError>>);
 
@@ -102,8 +64,17 @@ fn ended() -> OpError {
 
 enum Message {
     Ops(Vec<Op<Asker>>),
-    Attach { volume: VolumeId, epoch: Epoch, done: Done<Attached> },
-    Delete { volume: VolumeId, done: Done<()> },
+    Attach {
+        volume: VolumeId,
+        epoch: Epoch,
+        done: Done<Attached>,
+    },
+    Delete {
+        volume: VolumeId,
+        done: Done<()>,
+    },
+    /// There is upkeep to do, or the engine has failed.
+    Call,
     Close,
 }
 
@@ -111,6 +82,7 @@ enum Message {
 #[derive(Clone)]
 pub struct Store {
     messages: mpsc::Sender<Message>,
+    worker: Arc<Worker>,
     reader: Reader,
     failed: watch::Receiver<Option<StoreError>>,
     thread: Arc<Mutex<Option<JoinHandle<()>>>>,
@@ -139,10 +111,14 @@ impl Store {
         let reader = engine.reader().clone();
         let (messages, queue) = mpsc::channel(MESSAGES_MAX);
         let (report, failed) = watch::channel(None);
+        let worker = Arc::new(Worker::new(engine));
+        let of_thread = worker.clone();
         let thread = std::thread::Builder::new()
             .name("store".to_owned())
             .spawn(move || {
-                if let Err(error) = run(engine, queue) {
+                let result = run(&of_thread, queue);
+                of_thread.close();
+                if let Err(error) = result {
                     tracing::error!(%error, "the block store has failed");
                     report.send_replace(Some(StoreError::Failed { cause: error.to_string() }));
                 }
@@ -150,7 +126,7 @@ impl Store {
                 drop(lock);
             })
             .map_err(|error| open(error.to_string()))?;
-        Ok(Self { messages, reader, failed, thread: Arc::new(Mutex::new(Some(thread))) })
+        Ok(Self { messages, worker, reader, failed, thread: Arc::new(Mutex::new(Some(thread))) })
     }
 
     /// Lets an owner in; the promise of its epoch is durable on return.
@@ -161,10 +137,15 @@ impl Store {
         self.ask(|done| Message::Attach { volume, epoch, done }).await
     }
 
-    /// Hands in operations that are answered by the watermark, in this order.
+    /// Hands in operations that are answered by the watermark, in this order. What is small and alone is written right here.
     pub async fn submit(&self, volume: VolumeId, session: Session, kinds: Vec<OpKind>, sink: &WatermarkSink) {
         let op = |kind| Op { volume, session, kind, asker: Asker::Sink(sink.clone()) };
-        self.send(Message::Ops(kinds.into_iter().map(op).collect())).await;
+        match self.worker.at_once(kinds.into_iter().map(op).collect()) {
+            AtOnce::Written { call: false } => {}
+            // A full queue is worked on anyway.
+            AtOnce::Written { call: true } => drop(self.messages.try_send(Message::Call)),
+            AtOnce::No(ops) => self.send(Message::Ops(ops)).await,
+        }
     }
 
     /// Hands in an operation that is answered. What is handed in later comes later.
@@ -190,9 +171,15 @@ impl Store {
     }
 
     async fn send(&self, message: Message) {
+        self.worker.count_message();
         if self.messages.send(message).await.is_err() {
             tracing::debug!("an operation on a store that has ended");
         }
+    }
+
+    #[cfg(test)]
+    pub(super) fn worker(&self) -> &Worker {
+        &self.worker
     }
 
     /// Ends the thread and waits for its end: nothing is written after this, and the folder may be opened again.
@@ -217,62 +204,104 @@ impl Store {
     }
 }
 
-fn run(mut engine: Engine<Asker>, mut queue: mpsc::Receiver<Message>) -> Result<(), LogError> {
-    let mut teller = Teller::default();
+/// What the thread waits for next.
+#[derive(Clone, Copy)]
+enum Wait {
+    /// A message.
+    Message,
+    /// A message, or so much time without one.
+    Silence(Duration),
+}
+
+fn run(worker: &Worker, mut queue: mpsc::Receiver<Message>) -> Result<(), LogError> {
     let waits =
         tokio::runtime::Builder::new_current_thread().enable_time().build().map_err(LogError::List)?;
-    let mut is_quiet = false;
+    let mut wait = Wait::Silence(QUIET);
     loop {
-        let tell = &mut |asker, told| teller.tell(asker, told);
-        let first = if engine.is_busy() {
-            let wait = if is_quiet { Duration::ZERO } else { QUIET };
-            match waits.block_on(async { tokio::time::timeout(wait, queue.recv()).await }) {
-                Err(_nobody) => {
-                    is_quiet = true;
-                    engine.commit(tell)?;
-                    teller.send();
-                    continue;
-                }
-                Ok(received) => received,
-            }
-        } else {
-            queue.blocking_recv()
+        let received = match wait {
+            Wait::Message => Ok(queue.blocking_recv()),
+            Wait::Silence(time) => waits.block_on(async { tokio::time::timeout(time, queue.recv()).await }),
         };
-        if first.is_none() {
-            return Ok(());
-        }
-        is_quiet = false;
-        let mut next = first;
-        while let Some(message) = next {
-            match message {
-                Message::Ops(ops) => {
-                    for op in ops {
-                        engine.gather(op, tell)?;
-                    }
+        let Some(mut desk) = worker.desk()? else { return Ok(()) };
+        let owed = desk.arrive();
+        let silence = match received {
+            Ok(None) => return Ok(()),
+            Ok(Some(first)) => {
+                if work(worker, &mut desk.engine, first, &mut queue)? == Next::End {
+                    return Ok(());
                 }
-                // Whoever asked may be gone.
-                Message::Attach { volume, epoch, done } => {
-                    drop(done.send(engine.attach(volume, epoch, tell)?));
-                }
-                Message::Delete { volume, done } => engine.delete(volume, Asker::Done(done), tell)?,
-                Message::Close => {
-                    engine.commit(tell)?;
-                    teller.send();
-                    // The next start has nothing to replay.
-                    return engine.checkpoint();
-                }
+                QUIET
             }
-            next = if engine.has_room() { queue.try_recv().ok() } else { None };
+            // Others were here meanwhile.
+            Err(_silence) if owed.is_some() => QUIET,
+            Err(_silence) => {
+                let mut teller = Teller::default();
+                desk.engine.commit(&mut |asker, told| teller.tell(asker, told))?;
+                teller.send();
+                Duration::ZERO
+            }
+        };
+        if let Some(owed) = owed {
+            desk.engine.upkeep(owed)?;
         }
-        let written = engine.gathered_bytes();
-        engine.commit(tell)?;
-        teller.send();
-        let pause = engine.pause(written);
-        if !pause.is_zero() {
-            // A nearly full disk: cleaning must keep up with what is written.
-            std::thread::sleep(pause);
+        wait = if desk.engine.is_busy() { Wait::Silence(silence) } else { Wait::Message };
+        if matches!(wait, Wait::Message) {
+            desk.sleep();
         }
     }
+}
+
+/// Whether the thread goes on.
+#[derive(PartialEq, Eq)]
+enum Next {
+    GoOn,
+    End,
+}
+
+/// Writes what waits as one batch, and tells of it; then does a share of the upkeep.
+fn work(
+    worker: &Worker,
+    engine: &mut Engine<Asker>,
+    first: Message,
+    queue: &mut mpsc::Receiver<Message>,
+) -> Result<Next, LogError> {
+    let mut teller = Teller::default();
+    let tell = &mut |asker, told| teller.tell(asker, told);
+    let (mut next, mut messages) = (Some(first), 0);
+    while let Some(message) = next {
+        messages += usize::from(!matches!(message, Message::Call));
+        match message {
+            Message::Ops(ops) => {
+                for op in ops {
+                    engine.gather(op, tell)?;
+                }
+            }
+            // Whoever asked may be gone.
+            Message::Attach { volume, epoch, done } => {
+                drop(done.send(engine.attach(volume, epoch, tell)?));
+            }
+            Message::Delete { volume, done } => engine.delete(volume, Asker::Done(done), tell)?,
+            Message::Call => {}
+            Message::Close => {
+                engine.commit(tell)?;
+                teller.send();
+                // The next start has nothing to replay.
+                return engine.checkpoint().map(|()| Next::End);
+            }
+        }
+        next = if engine.has_room() { queue.try_recv().ok() } else { None };
+    }
+    let written = engine.gathered_bytes();
+    let share = engine.write(tell)?;
+    teller.send();
+    worker.count_done(messages);
+    engine.upkeep(share)?;
+    let pause = engine.pause(written);
+    if !pause.is_zero() {
+        // A nearly full disk: cleaning must keep up with what is written.
+        std::thread::sleep(pause);
+    }
+    Ok(Next::GoOn)
 }
 
 /// Locks the folder: two processes that append to one log would destroy it.

@@ -49,6 +49,20 @@ pub(super) struct Share {
     pub is_idle: bool,
 }
 
+impl Default for Share {
+    fn default() -> Self {
+        Self { blocks: 0, is_idle: true }
+    }
+}
+
+impl Share {
+    /// What is due for both.
+    pub(super) fn add(&mut self, other: Self) {
+        self.blocks += other.blocks;
+        self.is_idle &= other.is_idle;
+    }
+}
+
 /// When all segments were looked at last, which takes time where there are many.
 #[derive(Debug, Default)]
 pub(super) struct Looks {
