@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use tests::disks::has_volatile_disks;
 use tests::pool::Timing;
-use tests::{DiskKind, Network, Pool, VmSpec};
+use tests::{DiskKind, Injection, Network, Pool, VmSpec};
 
 use crate::collector::Collector;
 use crate::finale;
@@ -47,8 +47,12 @@ pub struct Config {
     pub duration: Duration,
     /// Hosts of the pool.
     pub hosts: usize,
+    /// Machines that may join later.
+    pub spares: usize,
     /// VMs under load.
     pub vms: usize,
+    /// Whether the pool starts a VM elsewhere by itself: `restart` or `none`.
+    pub ha: String,
     /// Timing profile of the pool.
     pub timing: Timing,
     /// Where timeline, logs and report go.
@@ -102,10 +106,12 @@ pub fn run_watched(config: &Config, drive: impl FnOnce(&Pool, &Recorder) -> Resu
     let pool = Pool::builder()
         .name("chaos")
         .hosts(config.hosts)
+        .spares(config.spares)
         .network(Network::Namespaces)
         .timing(config.timing)
         .vm_memory_bytes(1 << 30)
         .disk(disk_kind(), HOST_DISK_BYTES)
+        .injection(Injection::Faults)
         .start()?;
     let stop_watching = AtomicBool::new(false);
     let (_pace, ticks) = mpsc::channel();
@@ -154,7 +160,7 @@ pub fn start_vms(config: &Config, pool: &Pool, recorder: &Recorder, vms: &[Strin
             memory: GUEST_MEMORY,
             disks: &[&disk],
             cmdline: GUEST_CMDLINE,
-            ha: "restart",
+            ha: &config.ha,
         })?;
         pool.start_vm(vm, None)?;
         let id = pool.vm(vm)?["id"].as_str().and_then(|id| id.strip_prefix("vm-")?.parse().ok());
@@ -222,7 +228,7 @@ impl Faults<'_> {
             self.wait_quiet(next_ms - passed_ms, &still, ticks);
             passed_ms = next_ms;
             let (own, struck) = active.remove(0);
-            if let Err(error) = nemesis::undo(self.pool, &struck) {
+            if let Err(error) = nemesis::undo(self.pool, self.recorder, &struck) {
                 self.recorder.add(Seen::Note { text: format!("fault {own} was not undone: {error:#}") });
             }
             self.recorder.add(Seen::FaultEnds { number: own });
@@ -247,7 +253,7 @@ impl Faults<'_> {
                 return;
             }
             ticks.recv_timeout(left.min(WATCH_DAEMONS_EVERY)).ok();
-            for host in self.pool.hosts() {
+            for host in self.pool.hosts().iter().filter(|host| host.is_member()) {
                 let killed_by_us = struck.iter().any(|struck| struck.takes_daemon(host.index()));
                 if killed_by_us || host.daemon().is_some() {
                     continue;

@@ -133,7 +133,7 @@ impl Tail<'_> {
         &self,
         machine: &mut Machine,
         console: &mut Console,
-        last: &mut HashMap<u64, (u64, bool, u64)>,
+        last: &mut HashMap<u64, (u64, u64, bool, u64)>,
     ) -> anyhow::Result<()> {
         let piece = machine.console(console.next_offset)?;
         for (offset, line) in console.feed(piece.offset, &piece.data) {
@@ -143,7 +143,7 @@ impl Tail<'_> {
         }
         for volume in machine.status()?.volumes {
             let active = matches!(volume.state.as_str(), "active" | "stalled");
-            let now = (volume.epoch, active, volume.acknowledged_seq);
+            let now = (volume.epoch, volume.isr_version, active, volume.acknowledged_seq);
             if last.insert(volume.volume_id, now) == Some(now) {
                 continue;
             }
@@ -151,6 +151,7 @@ impl Tail<'_> {
                 copy: self.copy.clone(),
                 volume: volume.volume_id,
                 epoch: volume.epoch,
+                isr_version: volume.isr_version,
                 active,
                 issued: volume.issued_seq,
                 acknowledged: volume.acknowledged_seq,

@@ -6,6 +6,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::time::Duration;
 
+use tests::host::FAULT_SOCKET;
 use tests::probe::Summary;
 use tests::wait::{wait_for, wait_until};
 use tests::{Host, Pool};
@@ -170,7 +171,7 @@ fn inventory_of_host(host: &Host, left: &mut Vec<(String, String)>) {
         }
     }
     sockets_below(host.data_dir(), &mut |path| {
-        if !path.ends_with("run/replica.sock") {
+        if !path.ends_with("run/replica.sock") && !path.ends_with(FAULT_SOCKET) {
             left.push(("socket".to_owned(), path.display().to_string()));
         }
     });

@@ -64,15 +64,39 @@ pub fn flip_bits(data_dir: &Path, bits: u64) -> Result<()> {
     let mut files: Vec<PathBuf> = Vec::new();
     files_below(&folder, &mut files);
     files.sort();
-    let mut pieces: Vec<(PathBuf, u64)> = Vec::new();
+    flip_bits_of_files(&files, bits).with_context(|| format!("in {}", folder.display()))
+}
+
+/// Turns bits in the Raft log below a data directory.
+///
+/// # Errors
+/// As [`flip_bits`].
+pub fn flip_bits_of_log(data_dir: &Path, bits: u64) -> Result<()> {
+    flip_bits_of_files(&[data_dir.join("raft/db")], bits)
+}
+
+/// Turns bits in the newest snapshot of the state below a data directory.
+///
+/// # Errors
+/// As [`flip_bits`]; also when no snapshot was taken yet.
+pub fn flip_bits_of_snapshot(data_dir: &Path, bits: u64) -> Result<()> {
+    let mut files: Vec<PathBuf> = Vec::new();
+    files_below(&data_dir.join("snapshots"), &mut files);
+    let changed = |path: &PathBuf| fs::metadata(path).and_then(|file| file.modified()).ok();
+    let newest = files.into_iter().max_by_key(changed).context("the host has no snapshot yet")?;
+    flip_bits_of_files(&[newest], bits)
+}
+
+fn flip_bits_of_files(files: &[PathBuf], bits: u64) -> Result<()> {
+    let mut pieces: Vec<(&PathBuf, u64)> = Vec::new();
     for path in files {
-        let content = fs::read(&path).with_context(|| format!("read {}", path.display()))?;
-        let written = content.chunks_exact(PIECE_BYTES).enumerate();
+        let content = fs::read(path).with_context(|| format!("read {}", path.display()))?;
+        let written = content.chunks(PIECE_BYTES).enumerate();
         let written = written.filter(|(_, piece)| piece.iter().any(|&byte| byte != 0));
-        pieces.extend(written.map(|(index, _)| (path.clone(), (index * PIECE_BYTES) as u64)));
+        pieces.extend(written.map(|(index, _)| (path, (index * PIECE_BYTES) as u64)));
     }
     if pieces.is_empty() {
-        bail!("there is no data in {}", folder.display());
+        bail!("there is no data to hit");
     }
     let mut random = StdRng::seed_from_u64(bits);
     for (path, at) in pieces.choose_multiple(&mut random, usize::try_from(bits).unwrap_or(usize::MAX)) {

@@ -208,7 +208,7 @@ fn placements(observations: &[Observation]) -> Vec<Lane> {
 fn in_sync(observations: &[Observation]) -> Vec<Lane> {
     let mut volumes: BTreeMap<&str, BTreeMap<u64, (u64, &Vec<String>)>> = BTreeMap::new();
     for observation in observations {
-        if let Seen::InSync { volume, revision, hosts } = &observation.seen {
+        if let Seen::InSync { volume, revision, hosts, .. } = &observation.seen {
             // A host that lags shows an old revision later; the first sight of each counts.
             volumes.entry(volume).or_default().entry(*revision).or_insert((observation.at_ms, hosts));
         }
@@ -229,7 +229,7 @@ fn in_sync(observations: &[Observation]) -> Vec<Lane> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::Fault;
+    use crate::fault::Fault;
 
     fn at(at_ms: u64, seen: Seen) -> Observation {
         Observation { at_ms, seen }

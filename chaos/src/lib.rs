@@ -16,8 +16,10 @@
 //! Deliberately absent: knowledge of the daemons' insides; everything is seen from outside.
 
 pub mod campaign;
+pub mod case;
 pub mod checkers;
 pub mod collector;
+pub mod fault;
 pub mod finale;
 pub mod injure;
 pub mod lanes;
@@ -25,6 +27,7 @@ pub mod nemesis;
 pub mod observation;
 pub mod page;
 pub mod plan;
+pub mod pressure;
 pub mod report;
 pub mod scenario;
 pub mod teeth;

@@ -5,11 +5,14 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use tests::process::Signal;
 use tests::{Host, Pool, VmProcess};
 
+use crate::fault::{DiskPart, Fault, Kept, Victim};
 use crate::injure;
-use crate::plan::{Fault, Victim};
+use crate::observation::{Recorder, Seen};
+use crate::pressure::{self, Squeezed};
 
 /// A fault that has struck and is to be undone.
 #[derive(Debug)]
@@ -25,8 +28,10 @@ impl Struck {
     pub fn takes_daemon(&self, host: usize) -> bool {
         match &self.undo {
             Undo::StartDaemons(hosts) => hosts.contains(&host),
-            // A log that can't be made durable ends the daemon.
-            Undo::EmptyDisk { host: full, .. } => *full == host,
+            // A log that can't be made durable ends the daemon, as does a store that can't; so may the kernel, for want of memory.
+            Undo::EmptyDisk { host: ill, .. } | Undo::HealDisk(ill) | Undo::Release { host: ill, .. } => {
+                *ill == host
+            }
             _ => false,
         }
     }
@@ -40,8 +45,19 @@ enum Undo {
     ContinueDaemon(usize),
     ContinueVm(VmProcess),
     Heal,
-    EmptyDisk { host: usize, ballast: PathBuf },
+    EmptyDisk {
+        host: usize,
+        ballast: PathBuf,
+    },
     LiftLimit(usize),
+    LiftFilter(String),
+    HealDisk(usize),
+    /// Commands that end a fault of a daemon, if it still has it.
+    Inject(usize, &'static str),
+    Release {
+        host: usize,
+        squeezed: Squeezed,
+    },
 }
 
 /// Strikes; `announce` is told the victim just before.
@@ -80,6 +96,15 @@ pub fn strike(pool: &Pool, vms: &[String], fault: Fault, announce: impl FnOnce(&
         | Fault::CutPair { victim, .. }
         | Fault::FillDisk { victim, .. }
         | Fault::SlowLink { victim, .. }
+        | Fault::CutTraffic { victim, .. }
+        | Fault::LosePackets { victim, .. }
+        | Fault::FailDisk { victim, .. }
+        | Fault::SlowSyncs { victim, .. }
+        | Fault::ShiftClock { victim, .. }
+        | Fault::DelayCalls { victim, .. }
+        | Fault::RepeatCalls { victim, .. }
+        | Fault::Squeeze { victim, .. }
+        | Fault::FlipKept { victim, .. }
         | Fault::FlipBits { victim, .. } => {
             let host = find(pool, vms, victim)?;
             check_victim(pool, host, fault)?;
@@ -162,9 +187,54 @@ fn strike_host(pool: &Pool, host: &Host, fault: Fault) -> Result<Undo> {
             pool.limit_link(index, Some(kbit_per_s))?;
             Undo::LiftLimit(index)
         }
+        Fault::CutTraffic { traffic, .. } => {
+            let name = filter_name();
+            pool.cut_traffic(index, traffic, &name)?;
+            Undo::LiftFilter(name)
+        }
+        Fault::LosePackets { percent, .. } => {
+            let name = filter_name();
+            pool.lose_packets(index, percent, &name)?;
+            Undo::LiftFilter(name)
+        }
         Fault::FlipBits { bits, .. } => {
             injure::flip_bits(host.data_dir(), bits)?;
             Undo::Nothing
+        }
+        Fault::FlipKept { kept, bits, .. } => {
+            host.kill9_daemon()?;
+            match kept {
+                Kept::Log => injure::flip_bits_of_log(host.data_dir(), bits)?,
+                Kept::Snapshot => injure::flip_bits_of_snapshot(host.data_dir(), bits)?,
+            }
+            Undo::StartDaemons(vec![index])
+        }
+        Fault::Squeeze { mebibytes, .. } => {
+            Undo::Release { host: index, squeezed: pressure::squeeze(host, mebibytes)? }
+        }
+        Fault::FailDisk { part, .. } => {
+            host.inject(match part {
+                DiskPart::Reads => "disk fail-reads",
+                DiskPart::Writes => "disk fail-writes",
+                DiskPart::Syncs => "disk fail-syncs",
+            })?;
+            Undo::HealDisk(index)
+        }
+        Fault::SlowSyncs { delay_ms, .. } => {
+            host.inject(&format!("disk sync-delay {delay_ms}"))?;
+            Undo::Inject(index, "disk clear")
+        }
+        Fault::ShiftClock { seconds, .. } => {
+            host.inject(&format!("clock {seconds}"))?;
+            Undo::Inject(index, "clock clear")
+        }
+        Fault::DelayCalls { delay_ms, percent, .. } => {
+            host.inject(&format!("calls delay {delay_ms} {percent}"))?;
+            Undo::Inject(index, "calls clear")
+        }
+        Fault::RepeatCalls { later_ms, percent, .. } => {
+            host.inject(&format!("calls duplicate {later_ms} {percent}"))?;
+            Undo::Inject(index, "calls clear")
         }
         Fault::KillVm { .. }
         | Fault::StopVm { .. }
@@ -178,14 +248,17 @@ fn strike_host(pool: &Pool, host: &Host, fault: Fault) -> Result<Undo> {
 ///
 /// # Errors
 /// When a daemon can't be started or a link not be mended.
-pub fn undo(pool: &Pool, struck: &Struck) -> Result<()> {
+pub fn undo(pool: &Pool, recorder: &Recorder, struck: &Struck) -> Result<()> {
     let start = |index: usize| {
         let host = pool.host(index);
-        if host.daemon().is_some() { Ok(()) } else { host.start_daemon() }
+        if host.daemon().is_some() || !host.is_member() { Ok(()) } else { host.start_daemon() }
     };
     match &struck.undo {
         Undo::Nothing => Ok(()),
-        Undo::StartDaemons(hosts) => hosts.iter().copied().try_for_each(start),
+        Undo::StartDaemons(hosts) => {
+            hosts.iter().for_each(|&host| record_promises(pool.host(host), recorder));
+            hosts.iter().copied().try_for_each(start)
+        }
         Undo::Continue(index) => pool.host(*index).cont_all(),
         Undo::ContinueDaemon(index) => {
             pool.host(*index).daemon().map_or(Ok(()), |daemon| daemon.signal(Signal::SIGCONT))
@@ -197,7 +270,47 @@ pub fn undo(pool: &Pool, struck: &Struck) -> Result<()> {
             start(*host)
         }
         Undo::LiftLimit(index) => pool.limit_link(*index, None),
+        Undo::LiftFilter(name) => pool.lift_filter(name),
+        Undo::HealDisk(index) => {
+            end_injection(pool.host(*index), "disk clear");
+            start(*index)
+        }
+        Undo::Inject(index, command) => {
+            end_injection(pool.host(*index), command);
+            Ok(())
+        }
+        Undo::Release { host, squeezed } => {
+            pressure::release(squeezed)?;
+            start(*host)
+        }
     }
+}
+
+/// A daemon that has died or started anew meanwhile has no fault any more.
+fn end_injection(host: &Host, command: &str) {
+    host.inject(command).ok();
+}
+
+/// A name for what is lost in the network; several may be at a time.
+fn filter_name() -> String {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    format!("lost{}", NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+/// Records which epochs a host that was away has on its disk as promised, before its daemon can change them.
+fn record_promises(host: &Host, recorder: &Recorder) {
+    let folder = host.data_dir().join("store/promises");
+    let mut promises = std::collections::BTreeMap::new();
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        let volume =
+            entry.file_name().to_str().and_then(|name| name.strip_prefix("vol-")?.parse::<u64>().ok());
+        let content = std::fs::read_to_string(entry.path()).unwrap_or_default();
+        let epoch = content.split_ascii_whitespace().next().and_then(|epoch| epoch.parse().ok());
+        if let Some(volume) = volume {
+            promises.insert(volume, epoch.unwrap_or(0));
+        }
+    }
+    recorder.add(Seen::Promises { host: host.name().to_owned(), promises });
 }
 
 fn find<'a>(pool: &'a Pool, vms: &[String], victim: Victim) -> Result<&'a Host> {

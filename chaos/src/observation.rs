@@ -2,13 +2,14 @@
 
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-use crate::plan::Fault;
+use crate::fault::Fault;
 
 /// One copy of a VM: a process, for all of its life.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -41,13 +42,36 @@ pub enum Seen {
     /// and the time of the observation.
     Copy { copy: CopyId, from_ms: u64, vcpu_ns: u64 },
     /// The copy said what its volume does.
-    Owner { copy: CopyId, volume: u64, epoch: u64, active: bool, issued: u64, acknowledged: u64 },
+    Owner {
+        copy: CopyId,
+        volume: u64,
+        epoch: u64,
+        /// Version of the in-sync set that it works with; 0 in older timelines.
+        #[serde(default)]
+        isr_version: u64,
+        active: bool,
+        issued: u64,
+        acknowledged: u64,
+    },
     /// The guest printed a line; `offset` is its place in the console of the copy.
     Guest { copy: CopyId, offset: u64, line: GuestLine },
     /// The pool said what a volume's epoch is, as of a revision.
     Volume { name: String, revision: u64, epoch: u64 },
     /// The pool said which replicas of a volume are in sync.
-    InSync { volume: String, revision: u64, hosts: Vec<String> },
+    InSync {
+        volume: String,
+        revision: u64,
+        hosts: Vec<String>,
+        /// Number and epoch of the volume, and version of its in-sync set; 0 in older timelines.
+        #[serde(default)]
+        id: u64,
+        #[serde(default)]
+        epoch: u64,
+        #[serde(default)]
+        isr_version: u64,
+    },
+    /// What a host that was away has on its disk, before its daemon runs again: the epoch that it has promised for each volume.
+    Promises { host: String, promises: BTreeMap<u64, u64> },
     /// The pool said who leads.
     Leader { host: String },
     /// Some host said where a VM is placed, as of a revision of that VM.

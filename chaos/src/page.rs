@@ -220,8 +220,8 @@ fn escape(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fault::Fault;
     use crate::observation::CopyId;
-    use crate::plan::Fault;
 
     #[test]
     fn a_page_shows_faults_copies_and_violations_and_loads_nothing() {

@@ -1,111 +1,14 @@
 //! The schedule of faults: a pure function of the seed.
 
-use ::tests::DiskKind;
+use ::tests::{DiskKind, Traffic};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde::{Deserialize, Serialize};
 
+pub use crate::fault::{DiskPart, Fault, Kept, Victim};
+
 /// How often two faults strike at the same time.
 const TWO_AT_ONCE: f64 = 0.2;
-
-/// A host, chosen when the fault strikes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Victim {
-    /// By position.
-    Host(usize),
-    /// The host that runs this VM (by position) then.
-    HostOfVm(usize),
-    /// The leader then.
-    Leader,
-}
-
-/// What happens to a pool. Durations in milliseconds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "kebab-case")]
-pub enum Fault {
-    /// kill -9 of the daemon; started again after the time.
-    KillDaemon { victim: Victim, away_ms: u64 },
-    /// kill -9 of the process of a VM.
-    KillVm { vm: usize },
-    /// kill -9 of the daemon and all VM processes; the daemon is started again after the time.
-    KillHost { victim: Victim, away_ms: u64 },
-    /// SIGSTOP of the daemon and all VM processes; SIGCONT after the time.
-    StopHost { victim: Victim, away_ms: u64 },
-    /// SIGSTOP of the daemon alone; SIGCONT after the time.
-    StopDaemon { victim: Victim, away_ms: u64 },
-    /// Nobody reaches the host for the time.
-    CutHost { victim: Victim, away_ms: u64 },
-    /// kill -9 of everything at once; the daemons are started again after the time, in an order drawn from `order`.
-    ColdBoot { order: u64, away_ms: u64 },
-    /// The power of the host is cut: all its processes are gone, and what was not synced to its disk; back after the time.
-    CutPower { victim: Victim, away_ms: u64 },
-    /// The power of all hosts is cut at once; they are back after the time, in an order drawn from `order`.
-    CutAllPower { order: u64, away_ms: u64 },
-    /// SIGSTOP of the process of a VM alone; SIGCONT after the time.
-    StopVm { vm: usize, away_ms: u64 },
-    /// The pool falls apart for the time: hosts (by position) whose bit is set in `side` on one side, the rest on the other.
-    CutHalves { side: u64, away_ms: u64 },
-    /// What the host sends to another one is lost for the time; the other direction works.
-    CutOneWay { victim: Victim, to: usize, away_ms: u64 },
-    /// The host and another one don't reach each other for the time; everybody else reaches both.
-    CutPair { victim: Victim, other: usize, away_ms: u64 },
-    /// The disk of the host is full for the time.
-    FillDisk { victim: Victim, away_ms: u64 },
-    /// The network of the host carries only so much for the time.
-    SlowLink { victim: Victim, kbit_per_s: u64, away_ms: u64 },
-    /// Bits are turned in segment files of a host of which every replica has others in sync.
-    FlipBits { victim: Victim, bits: u64 },
-}
-
-impl Fault {
-    /// Name of its kind, for the summary.
-    #[must_use]
-    pub fn kind(self) -> &'static str {
-        match self {
-            Self::KillDaemon { victim: Victim::Leader, .. } => "kill daemon of leader",
-            Self::KillDaemon { .. } => "kill daemon",
-            Self::KillVm { .. } => "kill vm process",
-            Self::KillHost { victim: Victim::Leader, .. } => "kill host of leader",
-            Self::KillHost { .. } => "kill host",
-            Self::StopHost { .. } => "stop host",
-            Self::StopDaemon { .. } => "stop daemon",
-            Self::CutHost { .. } => "cut host",
-            Self::ColdBoot { .. } => "cold boot",
-            Self::CutPower { .. } => "cut power",
-            Self::CutAllPower { .. } => "cut all power",
-            Self::StopVm { .. } => "stop vm process",
-            Self::CutHalves { .. } => "cut halves",
-            Self::CutOneWay { .. } => "cut one way",
-            Self::CutPair { .. } => "cut pair",
-            Self::FillDisk { .. } => "fill disk",
-            Self::SlowLink { .. } => "slow link",
-            Self::FlipBits { .. } => "flip bits",
-        }
-    }
-
-    /// How long it lasts; 0 for one that is not undone.
-    #[must_use]
-    pub fn away_ms(self) -> u64 {
-        match self {
-            Self::KillVm { .. } | Self::FlipBits { .. } => 0,
-            Self::KillDaemon { away_ms, .. }
-            | Self::KillHost { away_ms, .. }
-            | Self::StopHost { away_ms, .. }
-            | Self::StopDaemon { away_ms, .. }
-            | Self::CutHost { away_ms, .. }
-            | Self::ColdBoot { away_ms, .. }
-            | Self::CutPower { away_ms, .. }
-            | Self::CutAllPower { away_ms, .. }
-            | Self::StopVm { away_ms, .. }
-            | Self::CutHalves { away_ms, .. }
-            | Self::CutOneWay { away_ms, .. }
-            | Self::CutPair { away_ms, .. }
-            | Self::FillDisk { away_ms, .. }
-            | Self::SlowLink { away_ms, .. } => away_ms,
-        }
-    }
-}
 
 /// One step: wait, then strike.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -175,7 +78,7 @@ impl Plan {
 
     fn fault(&mut self) -> Fault {
         let (victim, away_ms) = (self.victim(), self.away_ms());
-        let fault = match self.random.random_range(0..28) {
+        let fault = match self.random.random_range(0..40) {
             0..3 => Fault::KillDaemon { victim, away_ms },
             3 => Fault::KillDaemon { victim: Victim::Leader, away_ms },
             4..6 => Fault::KillVm { vm: self.vm() },
@@ -183,18 +86,13 @@ impl Plan {
             9 => Fault::KillHost { victim: Victim::Leader, away_ms },
             10 => Fault::StopDaemon { victim, away_ms },
             11..13 => Fault::StopHost { victim, away_ms },
-            13..15 => Fault::CutHost { victim, away_ms },
-            15 => Fault::ColdBoot { order: self.random.random(), away_ms },
-            16..18 => Fault::StopVm { vm: self.vm(), away_ms: self.stop_ms() },
-            18 => {
-                Fault::CutHalves { side: self.random.random_range(1..(1 << self.scale.hosts) - 1), away_ms }
-            }
-            19..21 => Fault::CutOneWay { victim, to: self.host(), away_ms },
-            21 => Fault::CutPair { victim, other: self.host(), away_ms },
-            22 => Fault::FillDisk { victim, away_ms },
-            23 => Fault::SlowLink { victim, kbit_per_s: self.random.random_range(5_000..50_000), away_ms },
-            24..27 => Fault::CutPower { victim, away_ms },
-            _ => Fault::CutAllPower { order: self.random.random(), away_ms },
+            13 => Fault::ColdBoot { order: self.random.random(), away_ms },
+            14..16 => Fault::StopVm { vm: self.vm(), away_ms: self.stop_ms() },
+            16..19 => Fault::CutPower { victim, away_ms },
+            19 => Fault::CutAllPower { order: self.random.random(), away_ms },
+            20..29 => self.fault_of_network(victim, away_ms),
+            29..36 => self.fault_of_disk(victim, away_ms),
+            _ => self.fault_of_daemon(victim, away_ms),
         };
         match fault {
             Fault::CutPower { victim, away_ms } if self.scale.disk == DiskKind::Memory => {
@@ -204,6 +102,47 @@ impl Plan {
                 Fault::ColdBoot { order, away_ms }
             }
             fault => fault,
+        }
+    }
+
+    fn fault_of_network(&mut self, victim: Victim, away_ms: u64) -> Fault {
+        let traffic = [Traffic::Control, Traffic::Storage, Traffic::Migration];
+        match self.random.random_range(0..9) {
+            0..2 => Fault::CutHost { victim, away_ms },
+            2 => Fault::CutHalves { side: self.random.random_range(1..(1 << self.scale.hosts) - 1), away_ms },
+            3 => Fault::CutOneWay { victim, to: self.host(), away_ms },
+            4 => Fault::CutPair { victim, other: self.host(), away_ms },
+            5..7 => Fault::CutTraffic { victim, traffic: traffic[self.random.random_range(0..3)], away_ms },
+            7 => Fault::LosePackets { victim, percent: self.random.random_range(5..40), away_ms },
+            _ => Fault::SlowLink { victim, kbit_per_s: self.random.random_range(5_000..50_000), away_ms },
+        }
+    }
+
+    fn fault_of_disk(&mut self, victim: Victim, away_ms: u64) -> Fault {
+        match self.random.random_range(0..6) {
+            0 => Fault::FillDisk { victim, away_ms },
+            1 => Fault::FailDisk { victim, part: DiskPart::Reads, away_ms },
+            2 => Fault::FailDisk { victim, part: DiskPart::Writes, away_ms },
+            3 => Fault::FailDisk { victim, part: DiskPart::Syncs, away_ms },
+            _ => Fault::SlowSyncs { victim, delay_ms: self.random.random_range(50..1500), away_ms },
+        }
+    }
+
+    fn fault_of_daemon(&mut self, victim: Victim, away_ms: u64) -> Fault {
+        let percent = self.random.random_range(10..=80);
+        match self.random.random_range(0..5) {
+            0 => {
+                // A moment, hours, or days, ahead or back.
+                let far = [20, 7_200, 3 * 24 * 3600][self.random.random_range(0..3)];
+                let seconds = if self.random.random_bool(0.5) { far } else { -far };
+                Fault::ShiftClock { victim, seconds, away_ms }
+            }
+            1 => {
+                let delay_ms = self.random.random_range(50..self.scale.lost_ms);
+                Fault::DelayCalls { victim, delay_ms, percent, away_ms }
+            }
+            2..4 => Fault::RepeatCalls { victim, later_ms: self.scale.lost_ms, percent, away_ms },
+            _ => Fault::Squeeze { victim, mebibytes: self.random.random_range(8..96), away_ms },
         }
     }
 
@@ -243,10 +182,10 @@ mod tests {
 
     #[test]
     fn every_kind_of_fault_comes_and_absences_lie_around_the_loss() {
-        let steps: Vec<Step> = Plan::new(1, SCALE).take(600).collect();
+        let steps: Vec<Step> = Plan::new(1, SCALE).take(3000).collect();
         let kinds: BTreeSet<&str> = steps.iter().map(|step| step.fault.kind()).collect();
         // Bits are turned by scenarios only: a second fault may take the good replicas away.
-        assert_eq!(kinds.len(), 17, "{kinds:?}");
+        assert_eq!(kinds.len(), 29, "{kinds:?}");
         let aways: Vec<u64> = steps.iter().map(|step| step.fault.away_ms()).filter(|&ms| ms > 0).collect();
         assert!(aways.iter().any(|&ms| ms < SCALE.lost_ms / 3) && aways.iter().any(|&ms| ms > SCALE.lost_ms));
         assert!(steps.iter().any(|step| step.also.is_some()));

@@ -223,8 +223,8 @@ pub fn histogram(times: &[u64]) -> Vec<(String, usize)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fault::Fault;
     use crate::observation::CopyId;
-    use crate::plan::Fault;
 
     fn copy_seen(at_ms: u64, epoch: u64, vcpu_ns: u64) -> Observation {
         let copy = CopyId { vm: 1, epoch, host: format!("h{epoch}"), process: epoch };

@@ -12,27 +12,20 @@ use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc;
 use std::time::Duration;
-use tests::Pool;
 use tests::pool::Timing;
-use tests::wait::{wait_for, wait_until};
 
 use crate::campaign::{self, Config};
-use crate::nemesis::{self, Struck};
-use crate::observation::{Part, Recorder, Seen};
-use crate::plan::{Fault, Victim};
+use crate::case::Case;
+use crate::observation::{Part, Seen};
 use crate::{finale, workload};
 
 /// The VM of every scenario, and its volume.
-const VM: &str = "web";
-const VOLUME: &str = "web-disk";
+pub(crate) const VM: &str = "web";
+pub(crate) const VOLUME: &str = "web-disk";
 /// Phases of a migration in their order.
-const PHASES: [&str; 7] = ["intent", "prepared", "copying", "paused", "committed", "done", "aborted"];
-/// A step comes true within this, on two busy cores.
-const STEP_DEADLINE: Duration = Duration::from_secs(60);
-/// A migration that is asked for while the last one is still being cleaned up is refused, and asked for again.
-const MIGRATE_DEADLINE: Duration = Duration::from_secs(30);
+pub(crate) const PHASES: [&str; 7] =
+    ["intent", "prepared", "copying", "paused", "committed", "done", "aborted"];
 
 /// A scenario as its file says it.
 #[derive(Debug, Clone, Deserialize)]
@@ -43,6 +36,15 @@ pub struct Scenario {
     /// Hosts of the pool.
     #[serde(default = "three")]
     pub hosts: usize,
+    /// VMs of the pool; more than one only in the simulation, which has room for them.
+    #[serde(default = "one")]
+    pub vms: usize,
+    /// Machines beside the hosts, which may join.
+    #[serde(default)]
+    pub spares: usize,
+    /// Whether the pool starts the VM elsewhere by itself: `restart` or `none`.
+    #[serde(default = "restart")]
+    pub ha: String,
     /// The steps are done once for each of these; `PHASE` in them stands for it.
     #[serde(default)]
     pub phases: Vec<String>,
@@ -55,6 +57,14 @@ fn three() -> usize {
     3
 }
 
+fn one() -> usize {
+    1
+}
+
+fn restart() -> String {
+    "restart".to_owned()
+}
+
 /// Who is meant, when the step is done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -65,10 +75,14 @@ pub enum Role {
     Target,
     /// The host that the VM is at.
     Owner,
-    /// The first host that the VM is not at.
+    /// The first host with a replica that the VM is not at.
     Replica,
-    /// The second host that the VM is not at.
+    /// The second host with a replica that the VM is not at.
     OtherReplica,
+    /// The first host with neither the VM nor a replica.
+    Spare,
+    /// The host that the last `mark` meant then.
+    Marked,
     /// The host that leads.
     Leader,
 }
@@ -81,6 +95,10 @@ pub enum Blow {
     KillDaemon,
     /// kill -9 of daemon and VM processes.
     KillHost,
+    /// kill -9 of the process of the VM.
+    KillVm,
+    /// SIGSTOP of the process of the VM.
+    StopVm,
     /// SIGSTOP of daemon and VM processes.
     StopHost,
     /// SIGSTOP of the daemon.
@@ -91,8 +109,42 @@ pub enum Blow {
     CutPair,
     /// What the host sends to the one named by `from` is lost.
     CutOneWay,
+    /// The host and the one named by `from` reach each other and nobody else.
+    CutTogether,
+    /// Nothing of the daemons' talk gets to or from the host; its replicas can be reached.
+    CutControl,
+    /// No owner reaches the host's replicas, and its owners no others.
+    CutStorage,
+    /// No migration gets to or from the host.
+    CutMigration,
+    /// A quarter of the packets from and to the host is lost.
+    LosePackets,
+    /// The host's link carries 8 Mbit/s.
+    SlowLink,
     /// The disk of the host is full.
     FillDisk,
+    /// Reads of segments fail with EIO.
+    FailReads,
+    /// Writes of segments fail with EIO.
+    FailWrites,
+    /// Nothing can be made durable: EIO.
+    FailSyncs,
+    /// Making something durable takes 0.8 s longer.
+    SlowSyncs,
+    /// The daemon's clock is three days ahead.
+    ClockAhead,
+    /// The daemon's clock is three days behind.
+    ClockBack,
+    /// Half of the calls to the daemon are served up to 0.8 s later.
+    DelayCalls,
+    /// Every call to the daemon is served once more, up to three seconds later.
+    RepeatCalls,
+    /// What its processes take from now on must fit into 24 MiB.
+    Squeeze,
+    /// The daemon dies, and bits are turned in its Raft log.
+    FlipLog,
+    /// The daemon dies, and bits are turned in its newest snapshot of the state.
+    FlipSnapshot,
     /// Bits are turned in its segment files.
     FlipBits,
     /// kill -9 of everything at every host.
@@ -145,6 +197,26 @@ pub enum Step {
     Runs {},
     /// Waits until every replica of the volume is in sync.
     InSync {},
+    /// Remembers a host as `marked`.
+    Mark(Role),
+    /// Waits until the pool says this of a host, such as `lost`.
+    WaitHost {
+        /// Which.
+        at: Role,
+        /// What.
+        state: String,
+    },
+    /// From now on the host may be no member: its daemon may end, until `rejoin`.
+    Outside(Role),
+    /// A host that is outside, and has not come back by itself, is installed anew and joins.
+    Rejoin(Role),
+    /// All spare machines join at once.
+    Join {},
+    /// Clients create and delete volumes and VMs for so long.
+    Load {
+        /// How long.
+        seconds: u64,
+    },
 }
 
 /// All scenarios of a folder by the names of their files.
@@ -156,14 +228,25 @@ pub fn load_all(folder: &Path) -> Result<BTreeMap<String, Scenario>> {
     for entry in fs::read_dir(folder).with_context(|| format!("read {}", folder.display()))? {
         let path = entry?.path();
         let name = path.file_stem().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
-        let text = fs::read_to_string(&path)?;
-        all.insert(name, parse(&text).with_context(|| format!("{} is no scenario", path.display()))?);
+        all.insert(name, load(&path)?);
     }
     Ok(all)
 }
 
+/// The scenario in a file.
+///
+/// # Errors
+/// When it can't be read or is none.
+pub fn load(path: &Path) -> Result<Scenario> {
+    let text = fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
+    parse(&text).with_context(|| format!("{} is no scenario", path.display()))
+}
+
 fn parse(text: &str) -> Result<Scenario> {
     let scenario: Scenario = toml::from_str(text)?;
+    if !matches!(scenario.ha.as_str(), "restart" | "none") {
+        bail!("`{}` is neither `restart` nor `none`", scenario.ha);
+    }
     let known = |phase: &String| PHASES.contains(&phase.as_str());
     if let Some(unknown) = scenario.phases.iter().find(|phase| !known(phase)) {
         bail!("`{unknown}` is no phase of a migration; they are {PHASES:?}");
@@ -176,8 +259,15 @@ fn parse(text: &str) -> Result<Scenario> {
 /// # Errors
 /// When the pool can't be set up: then nothing was proved.
 pub fn run(scenario: &Scenario, dir: PathBuf) -> Result<crate::report::Report> {
+    if scenario.vms > 1 {
+        bail!(
+            "{} VMs are for the simulation: `cargo test -p pool-state --test simulation scenario`",
+            scenario.vms
+        );
+    }
     let (hosts, timing) = (scenario.hosts, Timing::Fast);
-    let config = Config { seed: 0, duration: Duration::ZERO, hosts, vms: 1, timing, dir };
+    let (spares, ha) = (scenario.spares, scenario.ha.clone());
+    let config = Config { seed: 0, duration: Duration::ZERO, hosts, spares, vms: 1, ha, timing, dir };
     let vms = [VM.to_owned()];
     campaign::run_watched(&config, |pool, recorder| {
         campaign::start_vms(&config, pool, recorder, &vms)?;
@@ -193,207 +283,6 @@ pub fn run(scenario: &Scenario, dir: PathBuf) -> Result<crate::report::Report> {
         }
         finale::run(pool, recorder, &vms)
     })
-}
-
-/// The steps for one phase.
-#[derive(Debug)]
-struct Case<'a> {
-    config: &'a Config,
-    pool: &'a Pool,
-    recorder: &'a Recorder,
-    /// Faults that last, oldest first.
-    struck: Vec<(usize, Struck)>,
-    number: usize,
-    /// Hosts between which the VM was asked to move, and the id of the migration.
-    moved: Option<(usize, usize, String)>,
-}
-
-impl<'a> Case<'a> {
-    fn new(config: &'a Config, pool: &'a Pool, recorder: &'a Recorder) -> Self {
-        let seen = recorder.all();
-        let number = seen.iter().filter(|seen| matches!(seen.seen, Seen::FaultBegins { .. })).count();
-        Self { config, pool, recorder, struck: Vec::new(), number, moved: None }
-    }
-
-    fn run(&mut self, steps: &[Step], phase: &str) {
-        self.note(format!("case begins {phase}"));
-        for (index, step) in steps.iter().enumerate() {
-            if let Err(error) = self.step(step, phase) {
-                let what = format!("case {phase}, step {}: {error:#}", index + 1);
-                self.recorder.add(Seen::Stuck { what });
-                return;
-            }
-        }
-    }
-
-    fn note(&self, text: String) {
-        self.recorder.add(Seen::Note { text });
-    }
-
-    fn step(&mut self, step: &Step, phase: &str) -> Result<()> {
-        match step {
-            Step::Migrate { bandwidth } => self.migrate(bandwidth.as_deref()),
-            Step::WaitPhase(wanted) => self.wait_phase(if wanted == "PHASE" { phase } else { wanted }),
-            Step::Strike { blow, at, from } => self.strike(*blow, *at, *from),
-            Step::Hold(times) => {
-                let (_pace, ticks) = mpsc::channel::<()>();
-                ticks.recv_timeout(self.config.lost().mul_f64(*times)).ok();
-                Ok(())
-            }
-            Step::Heal { first } => {
-                self.heal(first.unwrap_or(usize::MAX));
-                Ok(())
-            }
-            Step::Cancel {} => {
-                let (_, _, id) = self.moved.as_ref().context("there is no migration")?;
-                // Too late is an answer, too.
-                let output = self.pool.poolctl(&["migration", "cancel", id])?;
-                self.note(format!("cancel ended with {}: {}", output.code, output.stderr.trim()));
-                Ok(())
-            }
-            Step::Poolctl { run, codes } => self.poolctl(run, codes),
-            Step::MigrationEnds(outcomes) => self.migration_ends(outcomes),
-            Step::Runs {} => finale::wait_beating(self.pool, VM, STEP_DEADLINE).map(drop),
-            Step::InSync {} => wait_for(STEP_DEADLINE, "every replica is in sync", || {
-                let volume = self.pool.json(&["volume", "show", VOLUME])?;
-                let replicas = volume["replicas"].as_array().cloned().unwrap_or_default();
-                Ok(!replicas.is_empty() && replicas.iter().all(|replica| replica["state"] == "in-sync"))
-            }),
-        }
-    }
-
-    fn owner(&self) -> Result<usize> {
-        Ok(self.pool.host_named(&self.pool.vm_host(VM)?)?.index())
-    }
-
-    fn role(&self, role: Role) -> Result<usize> {
-        let beside = |nth| {
-            let owner = self.owner()?;
-            let mut others = (0..self.pool.hosts().len()).filter(|&host| host != owner);
-            others.nth(nth).context("the pool has too few hosts")
-        };
-        match (role, &self.moved) {
-            (Role::Source, Some((source, _, _))) => Ok(*source),
-            (Role::Target, Some((_, target, _))) => Ok(*target),
-            (Role::Target, None) => bail!("there is no migration that has a target"),
-            (Role::Source, None) | (Role::Owner, _) => self.owner(),
-            (Role::Replica, _) => beside(0),
-            (Role::OtherReplica, _) => beside(1),
-            (Role::Leader, _) => Ok(self.pool.leader()?.index()),
-        }
-    }
-
-    fn migrate(&mut self, bandwidth: Option<&str>) -> Result<()> {
-        let (source, target) = (self.owner()?, self.role(Role::Replica)?);
-        let mut arguments = vec!["vm", "migrate", VM, "--to", self.pool.host(target).name(), "--async"];
-        arguments.extend(bandwidth.map(|limit| ["--bandwidth", limit]).into_iter().flatten());
-        let known = self.pool.items(&["migration", "list"])?.len();
-        wait_until(MIGRATE_DEADLINE, "the pool accepts a migration", || {
-            self.pool.json(&arguments).map(Some)
-        })?;
-        let id = wait_until(MIGRATE_DEADLINE, "the migration is listed", || {
-            let all = self.pool.items(&["migration", "list"])?;
-            let newest = all.iter().filter_map(|record| record["id"].as_str()).max_by_key(|id| number(id));
-            Ok(newest.filter(|_| all.len() > known).map(ToOwned::to_owned))
-        })?;
-        self.moved = Some((source, target, id));
-        Ok(())
-    }
-
-    fn migration(&self) -> Result<serde_json::Value> {
-        let (_, _, id) = self.moved.as_ref().context("there is no migration")?;
-        self.pool.json(&["migration", "show", id])
-    }
-
-    fn wait_phase(&self, wanted: &str) -> Result<()> {
-        let place = |phase: &str| PHASES.iter().position(|&known| known == phase);
-        let seen = wait_until(STEP_DEADLINE, &format!("the migration is {wanted}"), || {
-            let record = self.migration()?;
-            let phase = record["phase"].as_str().unwrap_or_default().to_owned();
-            let reached = place(&phase) >= place(wanted) || record["outcome"] != "running";
-            Ok(reached.then_some(phase))
-        })?;
-        self.note(format!("meant for phase {wanted}, came in phase {seen}"));
-        Ok(())
-    }
-
-    fn strike(&mut self, blow: Blow, at: Role, from: Option<Role>) -> Result<()> {
-        let victim = Victim::Host(self.role(at)?);
-        let other = || self.role(from.context("a link has two ends: say `from`")?);
-        let away_ms = 0;
-        let fault = match blow {
-            Blow::KillDaemon => Fault::KillDaemon { victim, away_ms },
-            Blow::KillHost => Fault::KillHost { victim, away_ms },
-            Blow::StopHost => Fault::StopHost { victim, away_ms },
-            Blow::StopDaemon => Fault::StopDaemon { victim, away_ms },
-            Blow::CutHost => Fault::CutHost { victim, away_ms },
-            Blow::CutPair => Fault::CutPair { victim, other: other()?, away_ms },
-            Blow::CutOneWay => Fault::CutOneWay { victim, to: other()?, away_ms },
-            Blow::FillDisk => Fault::FillDisk { victim, away_ms },
-            Blow::FlipBits => Fault::FlipBits { victim, bits: 32 },
-            Blow::ColdBoot => Fault::ColdBoot { order: self.number as u64, away_ms },
-            Blow::CutPower => Fault::CutPower { victim, away_ms },
-            Blow::CutAllPower => Fault::CutAllPower { order: self.number as u64, away_ms },
-        };
-        let number = self.number;
-        self.number += 1;
-        let struck = nemesis::strike(self.pool, &[VM.to_owned()], fault, |struck| {
-            self.recorder.add(Seen::FaultBegins { number, fault, struck: struck.to_owned() });
-        })?;
-        self.struck.push((number, struck));
-        Ok(())
-    }
-
-    fn heal(&mut self, first: usize) {
-        for (number, struck) in self.struck.drain(..first.min(self.struck.len())) {
-            if let Err(error) = nemesis::undo(self.pool, &struck) {
-                let text = format!("fault {number} was not undone: {error:#}");
-                self.recorder.add(Seen::Note { text });
-            }
-            self.recorder.add(Seen::FaultEnds { number });
-        }
-        let away = |host: usize| self.struck.iter().any(|(_, struck)| struck.takes_daemon(host));
-        for host in self.pool.hosts().iter().filter(|host| !away(host.index()) && host.daemon().is_none()) {
-            let text = format!("ended by itself; end of its log:\n{}", host.log_tail());
-            self.recorder.add(Seen::Crash { program: format!("poold of {}", host.name()), text });
-            host.start_daemon().ok();
-        }
-    }
-
-    fn poolctl(&self, run: &str, codes: &[i32]) -> Result<()> {
-        // A VM that is stopped has no host, and most commands don't ask for it.
-        let owner = if run.contains("OWNER") { self.pool.vm_host(VM)? } else { String::new() };
-        let own = |word| if word == "OWNER" { owner.as_str() } else { word };
-        let words: Vec<&str> = run.split_ascii_whitespace().map(own).collect();
-        let output = self.pool.poolctl(&words)?;
-        if !codes.contains(&output.code) {
-            bail!("`{run}` ended with {} instead of {codes:?}: {}", output.code, output.stderr.trim());
-        }
-        Ok(())
-    }
-
-    fn migration_ends(&self, outcomes: &[String]) -> Result<()> {
-        let record = wait_until(STEP_DEADLINE, "the migration ends", || {
-            let record = self.migration()?;
-            Ok((record["outcome"] != "running").then_some(record))
-        })?;
-        let outcome = record["outcome"].as_str().unwrap_or_default().to_owned();
-        self.recorder.add(Seen::Migration {
-            vm: VM.to_owned(),
-            outcome: outcome.clone(),
-            blackout_ms: record["blackout_ms"].as_f64(),
-            total_ms: record["total_ms"].as_f64(),
-        });
-        if !outcomes.contains(&outcome) {
-            bail!("the migration ended as {outcome} instead of {outcomes:?}: {}", record["error"]);
-        }
-        Ok(())
-    }
-}
-
-/// The number in an id such as `mig-21`.
-fn number(id: &str) -> u64 {
-    id.rsplit('-').next().and_then(|number| number.parse().ok()).unwrap_or(0)
 }
 
 #[cfg(test)]

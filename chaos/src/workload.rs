@@ -194,7 +194,10 @@ fn in_sync_seen(volume: &serde_json::Value, revision: u64) -> Seen {
         .filter(|replica| replica["state"] == "in-sync")
         .filter_map(|replica| Some(replica["host"].as_str()?.to_owned()))
         .collect();
-    Seen::InSync { volume: volume["name"].as_str().unwrap_or_default().to_owned(), revision, hosts }
+    let id = volume["id"].as_str().and_then(|id| id.strip_prefix("vol-")?.parse().ok()).unwrap_or(0);
+    let (name, epoch) = (volume["name"].as_str().unwrap_or_default(), volume["epoch"].as_u64().unwrap_or(0));
+    let isr_version = volume["isr_version"].as_u64().unwrap_or(0);
+    Seen::InSync { volume: name.to_owned(), revision, hosts, id, epoch, isr_version }
 }
 
 /// Records where VMs are, as any one host shows it, and as the majority knows it.

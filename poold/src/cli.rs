@@ -67,6 +67,9 @@ pub enum CliCommand {
         /// Logs as JSON, one object per line [default: `log_format` of poold.toml, or text].
         #[arg(long)]
         log_json: bool,
+        /// Takes faults by lines on this unix socket: for tests only, since it can be told to lose what it writes.
+        #[arg(long, value_name = "PATH", hide = true, value_parser = absolute)]
+        fault_socket: Option<PathBuf>,
     },
 }
 

@@ -10,6 +10,7 @@
 //!                                                ├─ lease                    alive or fenced
 //!                                                ├─ replica                  block store server
 //!                                                └─ images, agent            files, host to host
+//!  faults: what campaigns inject, and nobody else
 //! ```
 //!
 //! Decisions on which safety rests are made in `pool_state::PoolState::apply`, nowhere here.
@@ -21,6 +22,7 @@ pub mod commands;
 pub mod config;
 pub mod consensus;
 pub mod facts;
+pub mod faults;
 pub mod identity;
 pub mod images;
 pub mod join;

@@ -15,6 +15,7 @@ use crate::api::hosts::HostApi;
 use crate::api::pool::PoolApi;
 use crate::api::principal::refuse_removed_hosts;
 use crate::consensus::{Consensus, RaftApi};
+use crate::faults::CallFaultsLayer;
 use crate::identity::SharedIdentity;
 use crate::lease::LeaderHandle;
 use incoming::{CONNECTIONS_MAX, incoming};
@@ -129,6 +130,7 @@ pub fn spawn(options: ServerOptions, shutdown: CancellationToken) -> Result<Runn
     let server = Server::builder()
         .layer(InterceptorLayer::new(move |request| refuse_removed_hosts(&consensus, request)))
         .layer(access)
+        .layer(CallFaultsLayer::new(crate::faults::present()))
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .max_concurrent_streams(STREAMS_MAX)

@@ -11,14 +11,39 @@
 //! with the first group. Everything lives in namespaces named after the run, so deleting those deletes all of it.
 
 use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+use std::io::Write as _;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 /// Port of every host: each has an address of its own.
 const PORT: u16 = 7443;
 
 /// Loopback addresses tried for a pool before giving up; each is one that another pool may hold.
 const LOOPBACK_TRIES: u32 = 64;
+
+/// What hosts say to each other, by kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Traffic {
+    /// gRPC between the daemons: Raft, leases, agents.
+    Control,
+    /// Owners of volumes and replicas.
+    Storage,
+    /// VM processes during a migration.
+    Migration,
+}
+
+impl Traffic {
+    /// The matches of nftables that choose it.
+    pub(crate) fn matches(self) -> &'static [&'static str] {
+        match self {
+            Self::Control => &["meta l4proto tcp"],
+            Self::Storage => &["udp dport 7443", "udp sport 7443"],
+            Self::Migration => &["udp dport != 7443 udp sport != 7443"],
+        }
+    }
+}
 
 /// A hardware address of nobody.
 const NOBODY: &str = "02:00:00:00:00:01";
@@ -156,6 +181,30 @@ impl Fabric {
         ip(&["-n", &host_namespace(tag, from), "neigh", "flush", "dev", "eth0", "nud", "permanent"])
     }
 
+    /// Loses what a host sends to the others or gets from anybody, as far as a match of nftables chooses it. It is lost where it
+    /// arrives: whoever sends it is told nothing.
+    pub(crate) fn lose_all(&self, index: usize, hosts: usize, table: &str, matches: &[&str]) -> Result<()> {
+        let Self::Namespaces { tag } = self else { bail!("only a pool in namespaces can be cut") };
+        let victim = host_address(index)?;
+        for at in 0..hosts {
+            let from = if at == index { String::new() } else { format!("ip saddr {victim} ") };
+            let rules: String = matches.iter().map(|rule| format!("{from}{rule} drop\n")).collect();
+            let chain = "type filter hook input priority 0; policy accept;";
+            nft(
+                &host_namespace(tag, at),
+                &format!("table ip {table} {{\nchain in {{\n{chain}\n{rules}}}\n}}\n"),
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Undoes [`Fabric::lose_all`] at a host, if it was done there.
+    pub(crate) fn lift(&self, index: usize, table: &str) -> Result<()> {
+        let Self::Namespaces { tag } = self else { return Ok(()) };
+        // Made first, so that it can be deleted whether it was there or not.
+        nft(&host_namespace(tag, index), &format!("table ip {table}\ndelete table ip {table}\n"))
+    }
+
     /// Limits what a host sends and receives, each; `None` lifts the limit.
     pub(crate) fn limit(&self, index: usize, kbit_per_s: Option<u64>) -> Result<()> {
         let Self::Namespaces { tag } = self else { bail!("only a pool in namespaces has links to limit") };
@@ -237,6 +286,19 @@ fn host_address(index: usize) -> Result<String> {
     Ok(Ipv4Addr::new(10, 99, 0, number).to_string())
 }
 
+/// Gives nftables of a namespace a text.
+fn nft(namespace: &str, text: &str) -> Result<()> {
+    let mut command = in_namespace(namespace, std::path::Path::new("nft"));
+    command.args(["-f", "-"]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut child = command.spawn().context("start `nft`; is nftables installed?")?;
+    child.stdin.take().context("it was given a pipe")?.write_all(text.as_bytes())?;
+    let output = child.wait_with_output()?;
+    if !output.status.success() {
+        bail!("nft in {namespace}: {}", String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(())
+}
+
 fn ip(arguments: &[&str]) -> Result<()> {
     command("ip", arguments)
 }
@@ -309,6 +371,17 @@ mod tests {
         assert!(!connects(&fabric), "one direction is cut and packets get through");
         fabric.mend(0).unwrap();
         wait_for(deadline, "both directions work again", || Ok(connects(&fabric))).unwrap();
+        // Only what is meant is lost, and only as long as it is.
+        fabric.lose_all(0, 2, "cut1", Traffic::Storage.matches()).unwrap();
+        fabric.lose_all(0, 2, "cut2", Traffic::Migration.matches()).unwrap();
+        assert!(connects(&fabric), "more than one kind of traffic is lost");
+        fabric.lose_all(0, 2, "cut3", Traffic::Control.matches()).unwrap();
+        assert!(!connects(&fabric), "what should be lost gets through");
+        (0..2).for_each(|host| fabric.lift(host, "cut3").unwrap());
+        wait_for(deadline, "control gets through again", || Ok(connects(&fabric))).unwrap();
+        fabric.lose_all(0, 2, "lossy", &["numgen random mod 100 < 100"]).unwrap();
+        assert!(!connects(&fabric), "everything is lost and something gets through");
+        (0..2).for_each(|host| fabric.lift(host, "lossy").unwrap());
         // A link that carries next to nothing; then one without a limit.
         fabric.limit(0, Some(1)).unwrap();
         fabric.limit(0, None).unwrap();

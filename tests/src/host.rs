@@ -3,10 +3,13 @@
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::Signal;
 use std::fs::{self, File};
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::SocketAddr;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use crate::disks::Disk;
 use crate::process::{ProcessId, VmProcess, vm_processes_below, volume_processes_below};
@@ -27,6 +30,12 @@ pub struct Host {
     pub(crate) serve: Vec<std::ffi::OsString>,
     pub(crate) daemon: Mutex<Option<Child>>,
 }
+
+/// Where a daemon takes faults, in its data directory.
+pub const FAULT_SOCKET: &str = "faults.sock";
+
+/// A daemon that lives answers to a fault within this.
+const FAULT_TIMEOUT: Duration = Duration::from_secs(2);
 
 impl Host {
     /// Its name in the pool.
@@ -93,6 +102,43 @@ impl Host {
             .spawn()
             .with_context(|| format!("start the daemon of {}", self.name))?;
         *self.child() = Some(child);
+        Ok(())
+    }
+
+    /// Whether it has joined a pool.
+    #[must_use]
+    pub fn is_member(&self) -> bool {
+        self.data_dir.join("poold.toml").exists()
+    }
+
+    /// Kills everything and empties its directory, as a machine that is installed anew.
+    ///
+    /// # Errors
+    /// When something doesn't die or a file can't be removed.
+    pub fn wipe(&self) -> Result<()> {
+        self.kill9_host()?;
+        for entry in fs::read_dir(&self.data_dir)? {
+            let path = entry?.path();
+            let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+            removed.with_context(|| format!("remove {}", path.display()))?;
+        }
+        Ok(())
+    }
+
+    /// Tells the daemon to have a fault, see `poold --fault-socket`; it forgets all of them when it starts anew.
+    ///
+    /// # Errors
+    /// It does not run, takes no faults, or does not know this one.
+    pub fn inject(&self, fault: &str) -> Result<()> {
+        let path = self.data_dir.join(FAULT_SOCKET);
+        let mut stream = UnixStream::connect(&path).with_context(|| format!("connect {}", path.display()))?;
+        stream.set_read_timeout(Some(FAULT_TIMEOUT))?;
+        writeln!(stream, "{fault}")?;
+        let mut answer = String::new();
+        BufReader::new(stream).read_line(&mut answer)?;
+        if answer.trim() != "ok" {
+            bail!("{} does not take the fault `{fault}`: {}", self.name, answer.trim());
+        }
         Ok(())
     }
 

@@ -36,11 +36,11 @@ pub mod wait;
 
 pub use binaries::{Binaries, build_probe};
 pub use disks::DiskKind;
-pub use fabric::Network;
+pub use fabric::{Network, Traffic};
 pub use guest_memory::GuestMemory;
 pub use host::Host;
 pub use output::Output;
-pub use pool::{Pool, PoolBuilder, Proof, Timing};
+pub use pool::{Injection, Pool, PoolBuilder, Proof, Timing};
 pub use process::{ProcessId, VmProcess};
 pub use turn::serial;
 pub use vms::VmSpec;

@@ -9,10 +9,11 @@ use std::time::Duration;
 
 use crate::disks::{Disk, DiskKind};
 use crate::fabric::{Fabric, Network};
+use crate::host::FAULT_SOCKET;
 use crate::leftovers::{self, RUNS_DIR, Run};
 use crate::output::{self, Output};
 use crate::wait::{wait_for, wait_until};
-use crate::{Binaries, Host};
+use crate::{Binaries, Host, Traffic};
 
 /// Longest run of one `poolctl` or `poold` command: above every deadline that the programs have themselves.
 const COMMAND_DEADLINE: Duration = Duration::from_secs(90);
@@ -48,17 +49,28 @@ pub enum Proof {
     Default,
 }
 
+/// Whether daemons take faults.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Injection {
+    /// As an operator's.
+    None,
+    /// By a socket, see [`Host::inject`].
+    Faults,
+}
+
 /// What a pool shall be like.
 #[derive(Debug, Clone)]
 pub struct PoolBuilder {
     name: String,
     hosts: usize,
+    spares: usize,
     network: Network,
     timing: Timing,
     vm_memory_bytes: Option<u64>,
     feature_level: Option<u32>,
     disk: Option<(DiskKind, u64)>,
     proof: Proof,
+    injection: Injection,
     root: PathBuf,
     binaries: Option<Binaries>,
     keep: bool,
@@ -76,6 +88,13 @@ impl PoolBuilder {
     #[must_use]
     pub fn hosts(mut self, hosts: usize) -> Self {
         self.hosts = hosts;
+        self
+    }
+
+    /// Machines beside the hosts that may join later (none).
+    #[must_use]
+    pub fn spares(mut self, spares: usize) -> Self {
+        self.spares = spares;
         self
     }
 
@@ -121,6 +140,13 @@ impl PoolBuilder {
         self
     }
 
+    /// Whether faults can be injected into its daemons (they can't).
+    #[must_use]
+    pub fn injection(mut self, injection: Injection) -> Self {
+        self.injection = injection;
+        self
+    }
+
     /// Folder for the run (`/tmp/pool-tests`); keep it short, unix sockets live below it.
     #[must_use]
     pub fn data_root(mut self, root: &Path) -> Self {
@@ -154,10 +180,13 @@ impl PoolBuilder {
         let run = Run::new(&self.root)?;
         let fabric = Fabric::new(self.network, &run.tag).inspect_err(|_| leftovers::remove_run(&run.dir))?;
         // From here on the drop of the pool cleans up.
-        let hosts = self.hosts;
+        let (hosts, spares) = (self.hosts, self.spares);
         let mut pool = Pool { settings: self, binaries, run, fabric, hosts: Vec::new() };
         for _ in 0..hosts {
             pool.add_host()?;
+        }
+        for _ in 0..spares {
+            pool.prepare_host()?;
         }
         pool.wait_hosts_up()?;
         Ok(pool)
@@ -181,19 +210,21 @@ impl Pool {
         PoolBuilder {
             name: "lab".to_owned(),
             hosts: 3,
+            spares: 0,
             network: Network::Loopback,
             timing: Timing::Default,
             vm_memory_bytes: None,
             feature_level: None,
             disk: None,
             proof: Proof::Full,
+            injection: Injection::None,
             root: PathBuf::from(RUNS_DIR),
             binaries: None,
             keep: false,
         }
     }
 
-    /// Its hosts, in the order in which they joined.
+    /// Its hosts, in the order in which they joined; spare ones are at the end.
     #[must_use]
     pub fn hosts(&self) -> &[Host] {
         &self.hosts
@@ -301,6 +332,9 @@ impl Pool {
         if self.settings.proof == Proof::Full {
             serve.args(["--prove-memory", "full"]);
         }
+        if self.settings.injection == Injection::Faults {
+            serve.arg("--fault-socket").arg(data_dir.join(FAULT_SOCKET));
+        }
         let words = std::iter::once(serve.get_program()).chain(serve.get_args());
         self.hosts.push(Host {
             index,
@@ -361,12 +395,12 @@ impl Pool {
         self.poold_at(index, &arguments)
     }
 
-    /// Waits until every host is up.
+    /// Waits until every host that has joined is up.
     ///
     /// # Errors
     /// Shows the log of a host that isn't.
     pub fn wait_hosts_up(&self) -> Result<()> {
-        for host in &self.hosts {
+        for host in self.hosts.iter().filter(|host| host.is_member()) {
             self.wait_host_state(&host.name, "up", HOST_UP_DEADLINE)
                 .with_context(|| format!("log of {}:\n{}", host.name, host.log_tail()))?;
         }
@@ -409,6 +443,31 @@ impl Pool {
     /// When the pool is not in namespaces.
     pub fn cut_one_way(&self, from: usize, to: usize) -> Result<()> {
         self.fabric.cut_one_way(from, to)
+    }
+
+    /// Loses one kind of traffic from and to a host, until [`Pool::lift_filter`] of this name.
+    ///
+    /// # Errors
+    /// When the pool is not in namespaces, or nftables are missing.
+    pub fn cut_traffic(&self, index: usize, traffic: Traffic, name: &str) -> Result<()> {
+        self.fabric.lose_all(index, self.hosts.len(), name, traffic.matches())
+    }
+
+    /// Loses so many of a hundred packets from and to a host, until [`Pool::lift_filter`].
+    ///
+    /// # Errors
+    /// As [`Pool::cut_traffic`].
+    pub fn lose_packets(&self, index: usize, percent: u32, name: &str) -> Result<()> {
+        let rule = format!("numgen random mod 100 < {percent}");
+        self.fabric.lose_all(index, self.hosts.len(), name, &[&rule])
+    }
+
+    /// Undoes what was lost under a name.
+    ///
+    /// # Errors
+    /// When nftables are missing.
+    pub fn lift_filter(&self, name: &str) -> Result<()> {
+        (0..self.hosts.len()).try_for_each(|host| self.fabric.lift(host, name))
     }
 
     /// Limits what a host sends and receives, each; `None` lifts the limit.

@@ -1,12 +1,13 @@
 //! I2: after a replica has promised an epoch, it accepts no write of a lower one.
 //!
-//! Seen from outside, in three ways:
+//! Seen from outside, in four ways:
 //! - The epoch of a volume never goes down from one revision of the pool's state to a later one.
 //! - A new owner's epoch begins at a sequence where the old one's ends. So no owner of a lower epoch ever has more
 //!   acknowledged than the new one had issued when it was first seen active.
+//! - A host that was away still has what it had promised: the epoch at which it was in sync with an active owner, or a later one.
 //! - A guest that lives on elsewhere never counts below what an earlier copy saw acknowledged.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Violation, streams};
 use crate::observation::{GuestLine, Observation, Seen};
@@ -17,6 +18,7 @@ pub fn check(observations: &[Observation]) -> Vec<Violation> {
     let mut violations = check_volume_epochs(observations);
     violations.extend(check_owners(observations));
     violations.extend(check_counters(observations));
+    violations.extend(check_promises(observations));
     violations
 }
 
@@ -109,13 +111,50 @@ fn check_counters(observations: &[Observation]) -> Vec<Violation> {
     violations
 }
 
+/// An owner serves when every member of the in-sync set has promised its epoch.
+fn check_promises(observations: &[Observation]) -> Vec<Violation> {
+    let mut active: BTreeSet<(u64, u64, u64)> = BTreeSet::new();
+    let mut spoken: BTreeMap<(&str, u64), u64> = BTreeMap::new();
+    let mut violations = Vec::new();
+    for observation in observations {
+        match &observation.seen {
+            Seen::Owner { volume, epoch, isr_version, active: true, .. } => {
+                active.insert((*volume, *epoch, *isr_version));
+            }
+            // A host that lags may still show members that left before the owner served: the version must be the owner's.
+            Seen::InSync { hosts, id, epoch, isr_version, .. }
+                if active.contains(&(*id, *epoch, *isr_version)) =>
+            {
+                for host in hosts {
+                    let promised = spoken.entry((host, *id)).or_default();
+                    *promised = (*promised).max(*epoch);
+                }
+            }
+            Seen::Promises { host, promises } => {
+                let of_host = spoken.iter().filter(|((of, _), _)| of == host);
+                for ((_, volume), promised) in of_host {
+                    let kept = promises.get(volume).copied().unwrap_or(0);
+                    if kept < *promised {
+                        let text =
+                            format!("vol-{volume}: {host} has promised epoch {promised} and kept {kept}");
+                        violations.push(Violation::new("I2", observation.at_ms, text));
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    violations
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::examples::{acked, at, boot, copy, guest};
     use super::*;
 
     fn owner(at_ms: u64, epoch: u64, active: bool, issued: u64, acknowledged: u64) -> Observation {
-        at(at_ms, Seen::Owner { copy: copy(epoch, "h1"), volume: 5, epoch, active, issued, acknowledged })
+        let (copy, isr_version) = (copy(epoch, "h1"), 9);
+        at(at_ms, Seen::Owner { copy, volume: 5, epoch, isr_version, active, issued, acknowledged })
     }
 
     #[test]
@@ -133,6 +172,33 @@ mod tests {
         assert_eq!(check(&good), []);
         let bad = [owner(1, 1, true, 90, 80), owner(2, 2, true, 85, 85), owner(3, 1, true, 95, 86)];
         assert_eq!(check(&bad).len(), 1);
+    }
+
+    #[test]
+    fn a_promise_that_is_not_kept_is_found() {
+        let in_sync = |at_ms, epoch| {
+            let (volume, hosts) = ("v".to_owned(), vec!["h1".to_owned(), "h2".to_owned()]);
+            at(at_ms, Seen::InSync { volume, revision: at_ms, hosts, id: 5, epoch, isr_version: 9 })
+        };
+        let promises = |at_ms, epoch| {
+            at(at_ms, Seen::Promises { host: "h2".to_owned(), promises: BTreeMap::from([(5, epoch)]) })
+        };
+        let served = [owner(1, 3, true, 0, 0), in_sync(2, 3), in_sync(3, 4)];
+        let stale = Seen::InSync {
+            volume: "v".to_owned(),
+            revision: 1,
+            hosts: vec!["h3".to_owned()],
+            id: 5,
+            epoch: 3,
+            isr_version: 8,
+        };
+        let left = at(4, Seen::Promises { host: "h3".to_owned(), promises: BTreeMap::new() });
+        assert_eq!(check(&[served[0].clone(), at(2, stale), left]), []);
+        // Epoch 4 is known to the pool; nobody has seen its owner serve.
+        assert_eq!(check(&[served.to_vec(), vec![promises(4, 3)]].concat()), []);
+        assert_eq!(check(&[served.to_vec(), vec![promises(4, 2)]].concat()).len(), 1);
+        let gone = at(4, Seen::Promises { host: "h2".to_owned(), promises: BTreeMap::new() });
+        assert_eq!(check(&[served.to_vec(), vec![gone]].concat()).len(), 1);
     }
 
     #[test]

@@ -11,8 +11,8 @@
 use std::collections::BTreeMap;
 
 use super::{Violation, i1_single_copy::RAN_NS};
+use crate::fault::Fault;
 use crate::observation::{CopyId, Observation, Part, Seen};
-use crate::plan::Fault;
 
 /// A VM runs again within this many times the loss of a host after the last fault is over: a loss that is noticed, a new
 /// leader that waits for the old one's leases once more, and a boot.

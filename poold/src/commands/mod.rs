@@ -7,6 +7,7 @@ pub mod recover;
 mod serve;
 
 use crate::cli::{CliCommand, ConfigCommand};
+use crate::faults;
 
 /// A failed command: what to print and how to exit.
 #[derive(Debug)]
@@ -63,7 +64,11 @@ pub async fn run(command: CliCommand) -> Result<(), Failure> {
         CliCommand::Recover(args) => recover::run(args).await,
         CliCommand::Config(ConfigCommand::Check { data }) => config::check(&data),
         CliCommand::Config(ConfigCommand::Example) => config::example(),
-        CliCommand::Serve { data, metrics, prove_memory, .. } => {
+        CliCommand::Serve { data, metrics, prove_memory, fault_socket, .. } => {
+            if let Some(path) = &fault_socket {
+                faults::listen(path)
+                    .map_err(|error| Failure::failed(format!("{}: {error}", path.display())))?;
+            }
             serve::run(&data, metrics, prove_memory).await
         }
     }

@@ -64,7 +64,11 @@ impl Drop for Flusher {
 fn run(db: &sled::Db, file: &File, dir: &Path, queue: &Receiver<OnDurable>) {
     while let Ok(first) = queue.recv() {
         let waiting: Vec<OnDurable> = std::iter::once(first).chain(queue.try_iter()).collect();
-        let result = db.flush().map_err(io::Error::other).and_then(|_| file.sync_data());
+        let sync = || db.flush().map_err(io::Error::other).and_then(|_| file.sync_data());
+        let result = match crate::faults::present() {
+            Some(faults) => faults.disk.around_sync(sync),
+            None => sync(),
+        };
         if let Err(error) = &result {
             tracing::error!(%error, dir = %dir.display(), "the Raft log can't be made durable: stopping");
         }

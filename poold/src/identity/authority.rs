@@ -1,12 +1,13 @@
 //! The pool's certificate authority.
 
 use super::names::{ANY_HOST, host_domain, user_domain};
+use crate::faults::clock;
 use proto::HostId;
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
     KeyPair, KeyUsagePurpose, SubjectPublicKeyInfo,
 };
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 /// Life of the CA's certificate: it is replaced by an operator (`poolctl pool ca rotate`), long before its end.
 const CA_LIFE: Duration = Duration::from_secs(10 * 366 * 24 * 3600);
@@ -79,7 +80,7 @@ impl CertificateAuthority {
 
     fn params(pool_name: &str) -> CertificateParams {
         let mut params = CertificateParams::default();
-        params.not_after = (SystemTime::now() + CA_LIFE).into();
+        params.not_after = (clock::now() + CA_LIFE).into();
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         params.distinguished_name = DistinguishedName::new();
@@ -147,7 +148,7 @@ fn leaf(common_name: &str, names: Vec<String>, life: Duration) -> Result<Certifi
     let mut params = CertificateParams::new(names).map_err(failed("name a certificate"))?;
     params.distinguished_name = DistinguishedName::new();
     params.distinguished_name.push(DnType::CommonName, common_name);
-    params.not_after = (SystemTime::now() + life).into();
+    params.not_after = (clock::now() + life).into();
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
     params.extended_key_usages =
         vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];

@@ -215,7 +215,7 @@ impl IdentityTask {
     fn renew(&self, state: &PoolState) -> Result<(), KeepError> {
         let present = self.identity.present();
         let host = self.consensus.host_id();
-        if let Some(next) = due(&state.settings, host, &present, SystemTime::now())? {
+        if let Some(next) = due(&state.settings, host, &present, crate::faults::clock::now())? {
             // On disk first: what is shown must be there after a crash.
             self.dir.save_certificates(&next.ca_pem, &next.cert_pem)?;
             self.identity.replace(next);

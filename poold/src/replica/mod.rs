@@ -97,8 +97,13 @@ pub async fn start(context: &NodeContext, boot_id: &str) -> Result<Replica, Repl
         std::fs::create_dir_all(parent)
             .map_err(|source| ReplicaError::Socket { path: parent.to_owned(), source })?;
     }
-    let options =
-        ReplicaOptions { dir: dir.clone(), host: context.host, boot_id: boot_id.to_owned(), capacity: None };
+    let options = ReplicaOptions {
+        dir: dir.clone(),
+        host: context.host,
+        boot_id: boot_id.to_owned(),
+        capacity: None,
+        faults: crate::faults::present().map(|faults| faults.disk.clone()),
+    };
     let authority = Arc::new(PoolAuthority::new(context.clone()));
     let at = |source| ReplicaError::Store { dir: dir.clone(), source };
     let opened = tokio::task::spawn_blocking(move || ReplicaServer::open(options, authority)).await?;

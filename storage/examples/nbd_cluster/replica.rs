@@ -35,6 +35,7 @@ pub async fn run(dir: PathBuf, host: u64, size: ByteCount) -> Result<()> {
         host: HostId(host),
         boot_id: "boot".to_owned(),
         capacity: Some(ByteCount(CAPACITY_MIN + size.0 * SIZES_MAX)),
+        faults: None,
     };
     let pool = RemotePool { socket: dir.join("pool.sock"), size };
     let server = ReplicaServer::open(options, Arc::new(pool))?;

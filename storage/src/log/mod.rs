@@ -16,7 +16,7 @@ mod replay;
 mod window;
 mod writer;
 
-pub use disk::{Disk, FileDisk};
+pub use disk::{Disk, DiskFaults, DiskOperation, FaultyDisk, FileDisk};
 pub use format::{BatchHeader, Record, RecordKind, block_checksum};
 pub use replay::{Batch, Replay, Replayed, ReplayedRecord, read_batch, read_header, replay};
 pub use window::Window;

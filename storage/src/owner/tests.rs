@@ -138,6 +138,7 @@ impl Cluster {
             host: host(index),
             boot_id: "boot".to_owned(),
             capacity: None,
+            faults: None,
         };
         let server = ReplicaServer::open(options, self.pool.clone()).unwrap();
         server.serve(&dir.join("sock"), self.addresses[index]).await.unwrap();
@@ -456,6 +457,7 @@ async fn a_folder_has_one_store_at_a_time_and_is_free_after_the_shutdown() {
         host: host(1),
         boot_id: "boot".to_owned(),
         capacity: None,
+        faults: None,
     };
     assert!(ReplicaServer::open(options(), cluster.pool.clone()).is_err(), "two stores on one log");
     let volume = cluster.own().await;

@@ -12,7 +12,7 @@ pub(crate) mod work;
 pub(crate) use quic::fingerprint_of_pem;
 pub use quic::{ClientEndpoint, QuicError};
 
-use crate::log::FileDisk;
+use crate::log::{Disk, DiskFaults, FaultyDisk, FileDisk};
 use crate::quiet::QuietStream;
 use crate::replica::{RepairCounts, Store, StoreError, Usage};
 use crate::types::Authority;
@@ -42,6 +42,8 @@ pub struct ReplicaOptions {
     pub boot_id: String,
     /// Bytes that segments may take; none: the file system's.
     pub capacity: Option<ByteCount>,
+    /// Faults of its disk; none but in campaigns.
+    pub faults: Option<Arc<DiskFaults>>,
 }
 
 /// The server; clones are handles of the same one.
@@ -92,7 +94,11 @@ impl ReplicaServer {
         let incarnation =
             Incarnation(format!("{}:{}", options.boot_id, log_uuid(&options.dir).map_err(open)?));
         let identity = quic::ServerIdentity::load(&options.dir).map_err(open)?;
-        let store = Store::open(&options.dir, Arc::new(disk))?;
+        let disk: Arc<dyn Disk> = match options.faults {
+            Some(faults) => Arc::new(FaultyDisk::new(disk, faults)),
+            None => Arc::new(disk),
+        };
+        let store = Store::open(&options.dir, disk)?;
         let shutdown = CancellationToken::new();
         let tasks = TaskTracker::new();
         let thread = ServerThread::start(shutdown.clone(), tasks.clone()).map_err(open)?;

@@ -63,7 +63,7 @@ impl World {
         }
     }
 
-    fn repair_host(&mut self, host: usize) {
+    pub fn repair_host(&mut self, host: usize) {
         let timing = self.timing;
         let it = &mut self.hosts[host];
         it.cut = false;

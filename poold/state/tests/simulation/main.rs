@@ -16,6 +16,7 @@ mod faults;
 mod host;
 mod moves;
 mod rng;
+mod scenarios;
 mod storm;
 mod world;
 

@@ -4,7 +4,7 @@ use super::disks::{Disks, Owner};
 use super::host::{Host, Key};
 use super::rng::Rng;
 use pool_state::{
-    Command, Entry, Outcome, PoolState, Seed, Timing,
+    Command, Entry, Outcome, PoolState, Rejection, Seed, Timing,
     command::{CreateVm, HostFacts, InitPool, JoinHost, UpdateHost},
     invariants,
     lease::{HostLeaseCommand, HostLeaseEvent, LeaseCommand, LeaseEvent},
@@ -186,6 +186,11 @@ impl World {
 
     /// Applies an entry, and checks the state. Returns its outcome unless it was refused.
     pub fn commit(&mut self, command: Command) -> Option<Outcome> {
+        self.try_commit(command).ok()
+    }
+
+    /// As [`World::commit`], with the reason of a refusal.
+    pub fn try_commit(&mut self, command: Command) -> Result<Outcome, Rejection> {
         let before = self.committed.clone();
         let mut next = PoolState::clone(&before);
         let index = before.revision + 1;
@@ -208,7 +213,12 @@ impl World {
         if let Some(migration) = committed {
             self.strike_arrival(migration);
         }
-        outcome.ok()
+        outcome
+    }
+
+    /// What did not hold.
+    pub fn broken(&self) -> Option<String> {
+        self.violation.clone()
     }
 
     pub fn note(&mut self, text: impl FnOnce() -> String) {
@@ -250,7 +260,7 @@ impl World {
     }
 
     /// Whether the leader leads a majority.
-    fn has_quorum(&self) -> bool {
+    pub fn has_quorum(&self) -> bool {
         let leads = self.leader.is_some_and(|leader| self.hosts[leader].is_connected(self.now_ms));
         leads && self.connected() * 2 > self.size.hosts
     }

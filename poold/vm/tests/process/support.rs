@@ -114,6 +114,7 @@ impl Host {
             host: HOST,
             boot_id: "boot".to_owned(),
             capacity: None,
+            faults: None,
         };
         let authority = pool.clone();
         let server = tokio::task::spawn_blocking(move || ReplicaServer::open(options, authority));

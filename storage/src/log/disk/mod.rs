@@ -2,14 +2,16 @@
 //!
 //! - [`files`]: segments as files, written without the page cache.   - [`spares`]: files that are ready to become segments.
 //! - [`reads`]: many reads at once.
-//! - [`aligned`]: memory that a device can take data from directly.
+//! - [`aligned`]: memory that a device can take data from directly.   - [`faulty`]: faults, for campaigns.
 
 mod aligned;
+mod faulty;
 mod files;
 mod reads;
 mod spares;
 
 pub use aligned::{ALIGNMENT, aligned, full, is_aligned};
+pub use faulty::{DiskFaults, DiskOperation, FaultyDisk};
 pub use files::FileDisk;
 pub use reads::ReadDone;
 
