@@ -10,6 +10,7 @@
 use super::backend::{BlockBackend, BlockError};
 use super::device::{DeviceState, Interrupt, VirtioDevice};
 use super::request::{Chain, ID_BYTES, Operation, REQUEST_BYTES_MAX, Request, RequestError, SECTOR, parse};
+use super::rings::next_chain;
 use crate::memory::GuestRam;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -23,7 +24,8 @@ use virtio_bindings::virtio_blk::{
 };
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
-use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_queue::{Queue, QueueState, QueueT};
 
 /// Data segments of one request, so that it fits in the queue with header and status.
 const SEGMENTS_MAX: u32 = 64;
@@ -112,8 +114,8 @@ impl BlockDevice {
         }
         let generation = core.generation;
         let queue = core.queue.as_mut()?;
-        let chain = match queue.iter(self.shared.ram.clone()) {
-            Ok(mut chains) => chains.next()?,
+        let chain = match next_chain(queue, &self.shared.ram) {
+            Ok(chain) => chain?,
             Err(error) => {
                 core.broken = true;
                 return Some(Err(RequestError::Malformed { cause: error.to_string() }));
@@ -216,6 +218,7 @@ impl VirtioDevice for BlockDevice {
             VIRTIO_BLK_F_SEG_MAX,
             VIRTIO_BLK_F_DISCARD,
             VIRTIO_BLK_F_WRITE_ZEROES,
+            VIRTIO_RING_F_EVENT_IDX,
         ];
         bits.iter().fold(0, |features, bit| features | 1 << bit)
     }
@@ -258,9 +261,12 @@ impl VirtioDevice for BlockDevice {
         }
     }
 
-    fn activate(&self, mut queues: Vec<Queue>, _: u64) {
+    fn activate(&self, mut queues: Vec<Queue>, features: u64) {
         let mut core = self.core();
-        core.queue = queues.pop();
+        core.queue = queues.pop().map(|mut queue| {
+            queue.set_event_idx(features & 1 << VIRTIO_RING_F_EVENT_IDX != 0);
+            queue
+        });
         core.generation += 1;
         core.broken = false;
     }

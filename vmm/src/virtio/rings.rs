@@ -1,6 +1,8 @@
 //! The queues of a device that answers under one lock.
 
-use virtio_queue::{Queue, QueueState};
+use crate::memory::GuestRam;
+use std::sync::Arc;
+use virtio_queue::{DescriptorChain, Error, Queue, QueueOwnedT as _, QueueState, QueueT as _};
 
 /// Queues, and whether they may be worked.
 #[derive(Default)]
@@ -38,4 +40,17 @@ impl Rings {
         tracing::warn!(device, error, "the guest's driver broke the protocol");
         self.broken = true;
     }
+}
+
+/// The next chain. When there is none the guest is asked to kick at the next one: while the device works, a guest that knows
+/// event indices need not.
+pub fn next_chain(
+    queue: &mut Queue,
+    ram: &Arc<GuestRam>,
+) -> Result<Option<DescriptorChain<Arc<GuestRam>>>, Error> {
+    if let Some(chain) = queue.iter(ram.clone())?.next() {
+        return Ok(Some(chain));
+    }
+    // The guest may have added one before it saw that it shall kick.
+    if queue.enable_notification(&**ram)? { Ok(queue.iter(ram.clone())?.next()) } else { Ok(None) }
 }

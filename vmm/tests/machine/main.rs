@@ -1,6 +1,7 @@
 //! The machine under a real KVM with the probe guest.
 #![expect(clippy::print_stdout, reason = "measured times are for whoever reads the output")]
 
+mod events;
 mod growth;
 mod malice;
 mod support;

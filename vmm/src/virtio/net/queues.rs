@@ -1,10 +1,11 @@
 //! Frames out of and into guest memory. The guest wrote the rings: nothing in them is trusted.
 
+use super::super::rings::next_chain;
 use super::tap::HEADER_BYTES;
 use crate::memory::GuestRam;
 use std::io::{Read as _, Write as _};
 use std::sync::Arc;
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use virtio_queue::{DescriptorChain, Queue, QueueT};
 use vm_memory::{Bytes as _, GuestAddress};
 
 /// Bytes of the largest frame with its header: an IP packet of 64 KiB that is still to be cut, and its Ethernet header with
@@ -71,7 +72,7 @@ pub fn take(
     frame: &mut Vec<u8>,
     signal: &mut Signal,
 ) -> Result<Taken, QueueError> {
-    let Some(chain) = next(queue, ram)? else { return Ok(Taken::Nothing) };
+    let Some(chain) = next_chain(queue, ram)? else { return Ok(Taken::Nothing) };
     let head = chain.head_index();
     let mut reader = chain.reader(&**ram).map_err(|error| QueueError::Chain(std::io::Error::other(error)))?;
     let len = reader.available_bytes();
@@ -83,18 +84,6 @@ pub fn take(
     queue.add_used(&**ram, head, 0)?;
     signal.added = true;
     Ok(if usable { Taken::Frame } else { Taken::Unusable })
-}
-
-/// The next chain; asks the guest to kick when there is none.
-fn next(
-    queue: &mut Queue,
-    ram: &Arc<GuestRam>,
-) -> Result<Option<DescriptorChain<Arc<GuestRam>>>, QueueError> {
-    if let Some(chain) = queue.iter(ram.clone())?.next() {
-        return Ok(Some(chain));
-    }
-    // The guest may have added one before it saw that it shall kick.
-    if queue.enable_notification(&**ram)? { Ok(queue.iter(ram.clone())?.next()) } else { Ok(None) }
 }
 
 /// What became of a frame for the guest.
@@ -128,7 +117,7 @@ pub fn deliver(
             queue.set_next_avail(first);
             return Ok(Delivered::TooLarge);
         }
-        let Some(chain) = next(queue, ram)? else {
+        let Some(chain) = next_chain(queue, ram)? else {
             queue.set_next_avail(first);
             return Ok(Delivered::NoRoom);
         };
