@@ -160,6 +160,18 @@ fn assert_confined(pid: u32) {
             .join(" ")
     };
     assert_eq!((field("NoNewPrivs:"), field("Seccomp:")), ("1".to_owned(), "2".to_owned()));
+    let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+    for (name, soft, most) in [("core file size", 0, 0), ("open files", 1, 4096), ("processes", 1, 2048)] {
+        let line = limits.lines().find_map(|line| line.strip_prefix("Max ")?.strip_prefix(name));
+        let values: Vec<u64> = line
+            .unwrap_or_default()
+            .split_whitespace()
+            .take(2)
+            .filter_map(|value| value.parse().ok())
+            .collect();
+        let is_within = |value: &u64| (soft..=most).contains(value);
+        assert!(values.len() == 2 && values.iter().all(is_within), "{name}: {limits}");
+    }
     if nix::unistd::Uid::effective().is_root() {
         assert_eq!(field("Uid:"), format!("{UID} {UID} {UID} {UID}"));
         assert_eq!(field("Groups:"), "");
