@@ -17,7 +17,7 @@ const PATIENCE: Duration = Duration::from_secs(240);
 /// Boots of each; alternating, so that both have the same neighbours.
 const RUNS: usize = 3;
 
-const DISK: &str = "/dev/vda";
+const DISK: &str = "/dev/lab/debian";
 const CMDLINE: &str = "console=ttyS0 quiet panic=-1";
 
 /// Ended when dropped.
@@ -120,7 +120,8 @@ fn boot_qemu(subject: &Subject) -> Result<f64> {
         .arg("-initrd")
         .arg(lab_file(initrd))
         .args(["-append", cmdline]);
-    command.stdin(Stdio::null()).stdout(Stdio::piped());
+    // What it writes to the disk is dropped; the lab has no /var/tmp.
+    command.env("TMPDIR", "/tmp").stdin(Stdio::null()).stdout(Stdio::piped());
     let began = Instant::now();
     let mut qemu = Qemu(command.spawn().context("start qemu in the lab")?);
     let mut console = qemu.0.stdout.take().context("it has an output")?;

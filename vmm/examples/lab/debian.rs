@@ -11,7 +11,7 @@ use vmm::GuestExit;
 const BOOT_PATIENCE: Duration = Duration::from_secs(240);
 
 /// Where the lab machine has the disk.
-const DISK: &str = "/dev/vda";
+const DISK: &str = "/dev/lab/debian";
 
 /// Boots to a login, logs in, looks around, and presses the power button.
 pub fn run() -> Result<Value> {

@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io::{Seek as _, SeekFrom};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 use vmm::{
@@ -264,7 +265,7 @@ fn find(bytes: &[u8], wanted: &[u8]) -> Option<usize> {
 /// A disk in a file or a block device.
 pub struct FileDisk {
     file: File,
-    capacity: u64,
+    capacity: AtomicU64,
 }
 
 impl FileDisk {
@@ -272,7 +273,14 @@ impl FileDisk {
     pub fn scratch(mib: u64) -> Result<Arc<Self>> {
         let file = tempfile::tempfile().context("create a disk")?;
         file.set_len(mib << 20)?;
-        Ok(Arc::new(Self { file, capacity: mib << 20 }))
+        Ok(Arc::new(Self { file, capacity: AtomicU64::new(mib << 20) }))
+    }
+
+    /// Makes it larger; the guest sees it when its machine is told to look.
+    pub fn grow(&self, mib: u64) -> Result<()> {
+        self.file.set_len(mib << 20).context("make the disk larger")?;
+        self.capacity.store(mib << 20, Ordering::SeqCst);
+        Ok(())
     }
 
     /// A disk that is there.
@@ -281,7 +289,7 @@ impl FileDisk {
         let mut file = file.with_context(|| format!("open {}", path.display()))?;
         // Of a block device the length of the file says nothing.
         let capacity = file.seek(SeekFrom::End(0)).context("measure the disk")?;
-        Ok(Arc::new(Self { file, capacity }))
+        Ok(Arc::new(Self { file, capacity: AtomicU64::new(capacity) }))
     }
 }
 
@@ -291,7 +299,7 @@ fn io(error: std::io::Error) -> BlockError {
 
 impl BlockBackend for FileDisk {
     fn capacity_bytes(&self) -> u64 {
-        self.capacity
+        self.capacity.load(Ordering::SeqCst)
     }
 
     fn read(&self, offset: u64, len: usize, done: BlockCompletion<Bytes>) {

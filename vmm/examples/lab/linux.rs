@@ -3,6 +3,7 @@
 use crate::guest::{FileDisk, Guest, Shape};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
+use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use vmm::GuestExit;
 
@@ -11,17 +12,22 @@ const CLOCK_TOLERANCE_SECONDS: u64 = 5;
 
 const DISKS_MIB: [u64; 3] = [8, 16, 24];
 
-fn shape() -> Result<Shape> {
-    let mut disks = Vec::new();
-    for mib in DISKS_MIB {
-        disks.push((format!("disk-{mib}"), FileDisk::scratch(mib)? as _));
-    }
-    Ok(Shape { vcpus: 2, memory_mib: 256, disks })
+/// What the last disk grows to under the running guest.
+const GROWN_MIB: u64 = 40;
+
+fn scratch_disks() -> Result<Vec<Arc<FileDisk>>> {
+    DISKS_MIB.into_iter().map(FileDisk::scratch).collect()
+}
+
+fn shape(disks: &[Arc<FileDisk>]) -> Shape {
+    let named = disks.iter().zip(DISKS_MIB).map(|(disk, mib)| (format!("disk-{mib}"), disk.clone() as _));
+    Shape { vcpus: 2, memory_mib: 256, disks: named.collect() }
 }
 
 /// Boots, looks at everything that the machine offers, and ends in each way.
 pub fn run() -> Result<Value> {
-    let shape = shape()?;
+    let disks_here = scratch_disks()?;
+    let shape = shape(&disks_here);
     let began = Instant::now();
     let mut guest = Guest::small(&shape)?;
     let boot_seconds = began.elapsed().as_secs_f64();
@@ -30,6 +36,7 @@ pub fn run() -> Result<Value> {
     disks(&mut guest)?;
     entropy(&mut guest)?;
     clock(&mut guest)?;
+    growth(&mut guest, &disks_here[2])?;
     println!("{:.1} s: devices work", began.elapsed().as_secs_f64());
     let complaints = guest.complaints()?;
     ensure!(complaints.is_empty(), "the kernel complains:\n{complaints}");
@@ -50,7 +57,7 @@ pub fn run() -> Result<Value> {
 
 /// Boots and ends, again and again: what happens in one of many boots is found here.
 pub fn boots(count: u32) -> Result<Value> {
-    let shape = shape()?;
+    let shape = shape(&scratch_disks()?);
     let mut failed = Vec::new();
     for number in 1..=count {
         match Guest::small(&shape) {
@@ -74,6 +81,20 @@ fn disks(guest: &mut Guest) -> Result<()> {
     }
     guest.command("echo 3 > /proc/sys/vm/drop_caches")?;
     disks_again(guest)
+}
+
+/// A disk that grows under the driver: it shows the new size, and the new space holds what is written there.
+fn growth(guest: &mut Guest, disk: &FileDisk) -> Result<()> {
+    disk.grow(GROWN_MIB)?;
+    guest.machine.look_at_disks();
+    let sectors = GROWN_MIB * 2048;
+    // The driver learns of it by an interrupt and a work queue.
+    guest.command(&format!("until [ $(cat /sys/block/vdc/size) = {sectors} ]; do usleep 10000; done"))?;
+    let last = GROWN_MIB - 1;
+    guest.command(&format!("seq 1 300000 | head -c 1048576 > /tmp/grown; dd if=/tmp/grown of=/dev/vdc bs=1M seek={last} conv=fsync 2>&1"))?;
+    guest.command("echo 3 > /proc/sys/vm/drop_caches")?;
+    guest.command(&format!("dd if=/dev/vdc bs=1M skip={last} 2> /tmp/dd | cmp - /tmp/grown"))?;
+    Ok(())
 }
 
 /// What `disks` wrote is there, each on its own disk.
