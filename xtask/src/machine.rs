@@ -19,13 +19,12 @@ const BENCH_TOOLS: [(&str, &str); 2] = [("qemu-system-x86_64", "qemu-system-x86"
 
 const BENCH_STORAGE_TOOLS: [(&str, &str); 2] = [("fio", "fio"), ("nbdkit", "nbdkit")];
 
-const LAB_TOOLS: [(&str, &str); 8] = [
+const LAB_TOOLS: [(&str, &str); 7] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("/bin/busybox", "busybox-static"),
     ("dpkg-deb", "dpkg"),
     ("strip", "binutils"),
     ("ldd", "libc-bin"),
-    ("mmdebstrap", "mmdebstrap"),
     ("mkfs.ext4", "e2fsprogs"),
     ("sfdisk", "fdisk"),
 ];
@@ -34,6 +33,8 @@ const LAB_TOOLS: [(&str, &str); 8] = [
 pub fn prepare_build() -> Result<()> {
     install(&BUILD_TOOLS)
 }
+
+const LAB_DEBIAN_TOOLS: [(&str, &str); 1] = [("mmdebstrap", "mmdebstrap")];
 
 /// Makes sure that everything needed for builds and for pools of real processes is there.
 pub fn prepare_run() -> Result<()> {
@@ -77,6 +78,11 @@ pub fn prepare_lab() -> Result<()> {
     install(&BUILD_TOOLS)?;
     install(&RUN_TOOLS)?;
     install(&LAB_TOOLS)
+}
+
+/// Makes sure that everything needed to make the lab's disk with Debian is there.
+pub fn prepare_lab_debian() -> Result<()> {
+    install(&LAB_DEBIAN_TOOLS)
 }
 
 fn install(tools: &[(&str, &str)]) -> Result<()> {

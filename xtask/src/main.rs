@@ -59,6 +59,9 @@ enum Command {
         /// Only the quick ones
         #[arg(long)]
         quick: bool,
+        /// With optimised programs: long to build, several times as fast where they are interpreted
+        #[arg(long, conflicts_with = "quick")]
+        release: bool,
         /// Which ones; all of them by default
         scenarios: Vec<String>,
     },
@@ -85,7 +88,8 @@ fn main() -> Result<ExitCode> {
         Command::Bench { what } => what.run()?,
         Command::Lab { list: true, .. } => lab::list(),
         Command::Lab { quick: true, .. } => lab::quick()?,
-        Command::Lab { scenarios, .. } => lab::run(&scenarios)?,
+        Command::Lab { scenarios, release: true, .. } => lab::run(&scenarios, build::Profile::Release)?,
+        Command::Lab { scenarios, .. } => lab::run(&scenarios, build::Profile::Dev)?,
         Command::CollectLeftovers => guard::run(),
         Command::Chaos { arguments } => return chaos(&arguments),
     }

@@ -59,6 +59,7 @@ pub fn run(options: &Options) -> Result<()> {
     let folder = build::programs(profile)?;
     let example = build::example(profile, "boot")?;
     let mut lines = vec![boot_probe(&example)?];
+    println!("boots: {}, {}", lines[0].ours, lines[0].theirs);
     let pool = Pool::builder().name("bench").binaries(Binaries::in_dir(&folder)?).start()?;
     lines.push(memory(&pool)?);
     lines.extend(disk::lines(&pool)?);
@@ -108,7 +109,8 @@ fn boot_probe(example: &Path) -> Result<Line> {
     for _ in 0..BOOTS {
         ours.push(first_line(Command::new(example).arg(&probe).arg(MEMORY_MIB.to_string()))?);
         let mut qemu = Command::new("qemu-system-x86_64");
-        qemu.args(["-M", "microvm", "-accel", "kvm", "-smp", "1", "-nodefaults", "-no-user-config"]);
+        qemu.args(["-M", "microvm", "-accel", "kvm", "-cpu", "host", "-smp", "1"]);
+        qemu.args(["-nodefaults", "-no-user-config"]);
         qemu.args(["-nographic", "-serial", "stdio", "-m"]).arg(MEMORY_MIB.to_string());
         qemu.arg("-kernel").arg(&probe).args(["-append", "wss=4K disk=0"]);
         theirs.push(first_line(&mut qemu)?);

@@ -1,7 +1,8 @@
 //! A disk with Debian on it, as an operator would import it: a root file system with its own kernel, initrd and boot menu.
 
+use super::disk;
 use super::kernel::only_entry;
-use crate::build;
+use crate::{build, machine};
 use anyhow::{Context, Result};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,10 +14,6 @@ const RELEASE: &str = "bookworm";
 const PACKAGES: &str = "systemd-sysv,udev,dbus,kmod,e2fsprogs,linux-image-cloud-amd64,initramfs-tools,zstd";
 
 const DISK_BYTES: u64 = 1 << 30;
-
-/// Where the only partition begins and how long it is; the rest is for the copy of the table at the end.
-const PARTITION_START: u64 = 1 << 20;
-const PARTITION_BYTES: u64 = DISK_BYTES - 2 * PARTITION_START;
 
 /// The file system's UUID, which the boot menu names.
 const UUID: &str = "5d1b6a3c-6f0e-4f0e-9a55-1c7f0c2a9e11";
@@ -54,6 +51,7 @@ impl Debian {
     pub fn make(cache: &Path) -> Result<Self> {
         let made = cache.join("debian");
         if !made.is_dir() {
+            machine::prepare_lab_debian()?;
             println!("making a disk with Debian (once, a minute or two)");
             let unfinished = cache.join("debian.unfinished");
             drop(fs::remove_dir_all(&unfinished));
@@ -79,18 +77,6 @@ fn fill(folder: &Path) -> Result<()> {
     for (prefix, name) in [("vmlinuz-", "vmlinuz"), ("initrd.img-", "initrd")] {
         fs::copy(only_entry(&root.join("boot"), prefix)?, folder.join(name)).context("copy out of /boot")?;
     }
-    let disk = folder.join("disk");
-    let file = fs::File::create(&disk).with_context(|| format!("create {}", disk.display()))?;
-    file.set_len(DISK_BYTES)?;
-    let sectors = |bytes: u64| bytes / 512;
-    let table =
-        format!("label: gpt\nstart={}, size={}\n", sectors(PARTITION_START), sectors(PARTITION_BYTES));
-    build::run(
-        Command::new("sh").args(["-c", "printf %s \"$1\" | sfdisk --quiet \"$2\"", "sh", &table]).arg(&disk),
-    )?;
-    let offset = format!("offset={PARTITION_START}");
-    let mut format = Command::new("mkfs.ext4");
-    format.args(["-q", "-F", "-L", "root", "-U", UUID, "-E", &offset, "-d", text]).arg(&disk);
-    build::run(format.arg(format!("{}k", PARTITION_BYTES >> 10)))?;
+    disk::make(&folder.join("disk"), DISK_BYTES, &root, UUID)?;
     fs::remove_dir_all(&root).context("remove the copy")
 }

@@ -17,9 +17,11 @@ for module in $(cat /lab/modules); do
 done
 ip link set lo up
 # Large things go to a disk of their own, so that memory is for guests.
+mkdir -p /dev/lab
 for disk in /sys/block/vd*; do
-    [ "$(cat "$disk/serial")" = scratch ] && mount -t ext4 "/dev/${disk##*/}" /tmp
+    ln -s "../${disk##*/}" "/dev/lab/$(cat "$disk/serial")"
 done
+mount -t ext4 /dev/lab/scratch /tmp
 chmod 1777 /tmp
 ulimit -n 4096
 export POOL_TESTS_PREBUILT=1 CARGO_TARGET_DIR=/lab/target LAB_DIR=/lab RUST_BACKTRACE=0 TERM=dumb

@@ -12,18 +12,20 @@ use super::debian::Debian;
 use super::kernel::Kernel;
 use super::programs::{self, Kind, Program, Programs};
 use super::scenarios::{Need, SCENARIOS, Scenario};
+use crate::build::Profile;
 use anyhow::{Context, Result};
 use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Modules of the lab machine: KVM, its disk, networks between namespaces.
-const LAB_MODULES: [&str; 8] =
-    ["kvm_amd", "virtio_pci", "virtio_blk", "ext4", "tun", "veth", "bridge", "sch_tbf"];
+const LAB_MODULES: [&str; 9] =
+    ["kvm_amd", "virtio_pci", "virtio_blk", "ext4", "tun", "veth", "bridge", "8021q", "sch_tbf"];
 
 /// Modules of the Linux guest: its devices.
-const GUEST_MODULES: [&str; 6] = ["virtio_mmio", "virtio_blk", "virtio_rng", "virtio_net", "button", "evdev"];
+pub const GUEST_MODULES: [&str; 6] =
+    ["virtio_mmio", "virtio_blk", "virtio_rng", "virtio_net", "button", "evdev"];
 
-const BUSYBOX: &str = "/bin/busybox";
+pub const BUSYBOX: &str = "/bin/busybox";
 
 /// Programs of Debian that the harness calls, for which busybox has no match.
 const TOOLS: [&str; 3] = ["ip", "tc", "nsenter"];
@@ -44,6 +46,8 @@ pub struct Contents<'a> {
     pub kernel: &'a Kernel,
     pub scenarios: &'a [&'static Scenario],
     pub debian: Option<&'a Debian>,
+    /// How the programs are compiled.
+    pub profile: Profile,
 }
 
 impl Contents<'_> {
@@ -108,7 +112,7 @@ impl Contents<'_> {
 
     /// Each program with the folder that it belongs into.
     fn programs(&self) -> Result<Vec<(String, Program)>> {
-        let built = Programs::build()?;
+        let built = Programs::build(self.profile)?;
         let tests = format!("{BUILT}/deps");
         let mut all = vec![
             (tests.clone(), built.get(Kind::Test, "vmm-machine")?),
@@ -142,14 +146,15 @@ fn pack_guest(path: &Path, kernel: &Kernel) -> Result<()> {
     archive.finish()
 }
 
-fn pack_busybox(archive: &mut Archive, init: &str) -> Result<()> {
+/// Busybox, its shell, and the first process.
+pub fn pack_busybox(archive: &mut Archive, init: &str) -> Result<()> {
     archive.copy("bin/busybox", Path::new(BUSYBOX))?;
     archive.link("bin/sh", "busybox")?;
     archive.file("init", init.as_bytes())
 }
 
 /// The modules, and a list of them in the order of loading.
-fn pack_modules(archive: &mut Archive, kernel: &Kernel, names: &[&str]) -> Result<()> {
+pub fn pack_modules(archive: &mut Archive, kernel: &Kernel, names: &[&str]) -> Result<()> {
     let mut list = String::new();
     for module in kernel.modules(names)? {
         let name = module.file_name().and_then(|name| name.to_str()).context("a module has a name")?;

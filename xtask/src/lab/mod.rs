@@ -4,6 +4,7 @@
 //! ```text
 //!  kernel.rs  Debian's kernel package ──┐
 //!  debian.rs  a disk with Debian ───────┤
+//!  small.rs   a disk with busybox ──────┤
 //!  programs.rs  our programs + libs ────┼─▶ initrd.rs ──▶ qemu.rs: the lab machine ──▶ init.sh runs each scenario
 //!  scenarios.rs  what to run ───────────┘                     │
 //!             results.rs: results.json, exit code ◀── JSON lines on the second serial port
@@ -16,26 +17,29 @@
 
 mod cpio;
 mod debian;
+mod disk;
 mod initrd;
 mod kernel;
 mod programs;
 mod qemu;
 mod results;
 mod scenarios;
+mod small;
 
+use crate::build::Profile;
 use crate::{build, machine};
 use anyhow::{Context, Result, bail};
 use debian::Debian;
 use initrd::Contents;
 use kernel::Kernel;
-use qemu::{Console, Ending, LabMachine};
+use qemu::{Bound, Console, Ending, LabMachine};
 use results::Results;
-use scenarios::{Need, SCENARIOS, Scenario, named};
+use scenarios::{Need, QUICK, QUICK_SECONDS_MAX, SCENARIOS, Scenario, named};
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Size of the lab machine's own disk: three copies of a Debian, and room.
 const SCRATCH_BYTES: u64 = 8 << 30;
@@ -51,7 +55,7 @@ fn cache() -> PathBuf {
 /// Prints the scenarios.
 pub fn list() {
     for scenario in &SCENARIOS {
-        let when = match (scenario.quick, scenario.usual) {
+        let when = match (QUICK.contains(&scenario.name), scenario.usual) {
             (true, _) => "quick",
             (_, true) => "long",
             _ => "by name",
@@ -62,11 +66,12 @@ pub fn list() {
 
 /// Runs the quick scenarios.
 pub fn quick() -> Result<()> {
-    execute(&SCENARIOS.iter().filter(|scenario| scenario.quick).collect::<Vec<_>>(), Console::Kept)
+    let bound = Bound::At(Instant::now() + Duration::from_secs(QUICK_SECONDS_MAX));
+    execute(&scenarios::quick(), &How { bound, ..How::default() })
 }
 
 /// Runs the named scenarios, or all usual ones.
-pub fn run<S: AsRef<str>>(names: &[S]) -> Result<()> {
+pub fn run<S: AsRef<str>>(names: &[S], profile: Profile) -> Result<()> {
     let mut chosen = Vec::new();
     for name in names {
         let name = name.as_ref();
@@ -78,18 +83,18 @@ pub fn run<S: AsRef<str>>(names: &[S]) -> Result<()> {
     if chosen.is_empty() {
         chosen.extend(SCENARIOS.iter().filter(|scenario| scenario.usual));
     }
-    execute(&chosen, Console::Kept)
+    execute(&chosen, &How { profile, ..How::default() })
 }
 
 /// Runs one scenario and shows what it prints.
 pub fn show(name: &str) -> Result<()> {
     let scenario = named(name).with_context(|| format!("there is no scenario {name}"))?;
-    execute(&[scenario], Console::Shown)
+    execute(&[scenario], &How { console: Console::Shown, ..How::default() })
 }
 
-/// Runs one scenario and returns the details that it left.
+/// Runs one scenario with optimised programs and returns the details that it left.
 pub fn details(name: &str) -> Result<Value> {
-    run(&[name])?;
+    run(&[name], Profile::Release)?;
     let path = cache().join("results.json");
     let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
     let results: Value = serde_json::from_str(&text)?;
@@ -98,11 +103,26 @@ pub fn details(name: &str) -> Result<Value> {
 
 /// What `cargo xtask test` needs of a machine without KVM.
 pub fn everything() -> Result<()> {
-    let chosen = SCENARIOS.iter().filter(|scenario| scenario.quick || scenario.needs(Need::Tests));
-    execute(&chosen.chain(named("chaos")).collect::<Vec<_>>(), Console::Kept)
+    let mut chosen = scenarios::quick();
+    chosen.extend(SCENARIOS.iter().filter(|scenario| scenario.needs(Need::Tests)));
+    chosen.extend(named("chaos"));
+    execute(&chosen, &How::default())
 }
 
-fn execute(scenarios: &[&'static Scenario], console: Console) -> Result<()> {
+/// How scenarios are run.
+struct How {
+    profile: Profile,
+    console: Console,
+    bound: Bound,
+}
+
+impl Default for How {
+    fn default() -> Self {
+        Self { profile: Profile::Dev, console: Console::Kept, bound: Bound::OfEach }
+    }
+}
+
+fn execute(scenarios: &[&'static Scenario], how: &How) -> Result<()> {
     let began = Instant::now();
     machine::prepare_lab()?;
     let cache = cache();
@@ -111,13 +131,22 @@ fn execute(scenarios: &[&'static Scenario], console: Console) -> Result<()> {
     let needs = |need| scenarios.iter().any(|scenario| scenario.needs(need));
     let debian = if needs(Need::Debian) { Some(Debian::make(&cache)?) } else { None };
     println!("building the programs");
-    let contents = Contents { kernel: &kernel, scenarios, debian: debian.as_ref() };
+    let contents = Contents { kernel: &kernel, scenarios, debian: debian.as_ref(), profile: how.profile };
     let initrd = contents.pack(&cache)?;
     println!("lab machine starts after {:.1} s", began.elapsed().as_secs_f64());
-    let scratch = scratch(&cache)?;
-    let disk = debian.as_ref().map(|debian| debian.disk.as_path());
-    let lab =
-        LabMachine { kernel: &kernel.image, initrd: &initrd, disk, scratch: &scratch, dir: &cache, console };
+    let mut disks = vec![("scratch", scratch(&cache)?)];
+    disks.extend(debian.as_ref().map(|debian| ("debian", debian.disk.clone())));
+    if needs(Need::Small) {
+        disks.push(("small", small::make(&cache, &kernel)?));
+    }
+    let lab = LabMachine {
+        kernel: &kernel.image,
+        initrd: &initrd,
+        disks: &disks,
+        dir: &cache,
+        console: how.console,
+        bound: how.bound,
+    };
     let mut results = Results::of(scenarios);
     let ran = run_machines(&lab, scenarios, began, &mut results);
     let path = cache.join("results.json");

@@ -1,11 +1,14 @@
 //! Our programs as the lab machine runs them: built here, stripped, with the libraries that they load.
 
-use crate::build::{ALL_PACKAGES, cargo};
+use crate::build::{ALL_PACKAGES, Profile, cargo};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+
+/// The integration test of the machine by itself.
+const MACHINE_TESTS: &str = "machine";
 
 /// An executable and the name of its target.
 #[derive(Debug, Clone)]
@@ -39,10 +42,14 @@ impl Kind {
 pub struct Programs(Vec<(Kind, Program)>);
 
 impl Programs {
-    /// Builds all programs, tests and examples, as `cargo xtask test` does.
-    pub fn build() -> Result<Self> {
+    /// Builds all programs, tests and examples, as `cargo xtask test` does; optimised, only what scenarios run.
+    pub fn build(profile: Profile) -> Result<Self> {
         let mut command = cargo(&["build"]);
-        command.args(ALL_PACKAGES).args(["--all-targets", "--message-format", "json-render-diagnostics"]);
+        command.args(ALL_PACKAGES).args(["--message-format", "json-render-diagnostics"]);
+        match profile {
+            Profile::Release => command.args(["--release", "--bins", "--examples", "--test", MACHINE_TESTS]),
+            Profile::Dev | Profile::Sabotage => command.arg("--all-targets"),
+        };
         let output = command.stderr(Stdio::inherit()).output().context("start cargo")?;
         ensure!(output.status.success(), "`{command:?}` failed ({})", output.status);
         let mut built = Vec::new();

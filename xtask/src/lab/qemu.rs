@@ -14,7 +14,7 @@ use serde_json::Value;
 use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::os::unix::process::CommandExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -40,17 +40,37 @@ pub enum Console {
     Shown,
 }
 
+/// When a run is given up.
+#[derive(Debug, Clone, Copy)]
+pub enum Bound {
+    /// When a scenario takes longer than it may.
+    OfEach,
+    /// The same, and at this moment whatever runs.
+    At(Instant),
+}
+
+impl Bound {
+    /// When whoever may still run for so long is given up.
+    fn after(self, most: Duration) -> Instant {
+        let own = Instant::now() + most;
+        match self {
+            Self::OfEach => own,
+            Self::At(end) => own.min(end),
+        }
+    }
+}
+
 /// What the machine is started with.
 pub struct LabMachine<'a> {
     pub kernel: &'a Path,
     pub initrd: &'a Path,
-    /// Shown to the machine as /dev/vda; what it writes is dropped.
-    pub disk: Option<&'a Path>,
-    /// An empty file system for everything that is large; what is written there is dropped.
-    pub scratch: &'a Path,
+    /// Shown to the machine as /dev/lab/NAME; what it writes is dropped. Among them `scratch`, an empty file system for
+    /// everything that is large.
+    pub disks: &'a [(&'static str, PathBuf)],
     /// Folder of its console's output and its reports.
     pub dir: &'a Path,
     pub console: Console,
+    pub bound: Bound,
 }
 
 /// How the machine ended.
@@ -103,7 +123,7 @@ impl LabMachine<'_> {
         let mut shown = 0;
         let mut left = scenarios.iter();
         let mut now = None;
-        let mut deadline = Instant::now() + OVERHEAD;
+        let mut deadline = self.bound.after(OVERHEAD);
         loop {
             let ended = running.0.try_wait().context("wait for qemu")?;
             if self.console == Console::Shown {
@@ -117,7 +137,7 @@ impl LabMachine<'_> {
                 report(&value);
                 now = left.next();
                 let bound = now.map_or(0, |scenario| scenario.seconds);
-                deadline = Instant::now() + Duration::from_secs(bound.into()) + OVERHEAD;
+                deadline = self.bound.after(Duration::from_secs(bound.into()) + OVERHEAD);
             }
             seen = lines.len();
             if let Some(status) = ended {
@@ -144,8 +164,7 @@ impl LabMachine<'_> {
         command.args(["-d", "cpu_reset,guest_errors", "-D"]).arg(self.dir.join("qemu.log"));
         command.arg("-kernel").arg(self.kernel).arg("-initrd").arg(self.initrd).arg("-append").arg(&cmdline);
         command.args(["-serial", "stdio", "-serial"]).arg(format!("file:{}", reports.display()));
-        for (name, disk) in self.disk.iter().map(|disk| ("debian", disk)).chain([("scratch", &self.scratch)])
-        {
+        for (name, disk) in self.disks {
             let drive =
                 format!("if=none,id={name},format=raw,snapshot=on,cache=unsafe,file={}", disk.display());
             let device = format!("virtio-blk-pci,drive={name},serial={name}");

@@ -4,7 +4,7 @@
 //! - [`fio`]: one job.    - [`servers`]: what is measured.    - [`engine`]: the store by itself.    - [`report`]: the table.
 
 mod engine;
-mod fio;
+pub(super) mod fio;
 mod report;
 mod servers;
 
