@@ -7,7 +7,8 @@
 //! the kernel does not.
 
 use crate::bitmap::PageBitmap;
-use proto::{PageIndex, Sequence, VolumeId};
+use bytes::Bytes;
+use proto::{MemoryPages, PageIndex, Sequence, VolumeId};
 use std::{future::Future, ops::Range, time::Duration};
 
 /// Bytes of a guest page.
@@ -56,6 +57,11 @@ pub struct VcpuActivity {
 pub trait SourceVm: Send + Sync + 'static {
     /// Pages of guest memory; constant.
     fn page_count(&self) -> u64;
+
+    /// What guest memory is made of, for the record: the engine counts in pages of 4 KiB.
+    fn memory_pages(&self) -> MemoryPages {
+        MemoryPages::Small
+    }
 
     /// The parts of `range` that have memory behind them, ascending and disjoint. Every other page reads as zero.
     ///
@@ -147,6 +153,14 @@ pub trait TargetVm: Send + Sync + 'static {
     /// # Errors
     /// The range is outside of guest memory.
     fn write_pages(&self, first: PageIndex, data: &[u8]) -> Result<(), VmError>;
+
+    /// Writes whole pages that lie in pieces of any lengths.
+    ///
+    /// # Errors
+    /// As [`Self::write_pages`].
+    fn write_pieces(&self, first: PageIndex, pieces: &[Bytes]) -> Result<(), VmError> {
+        self.write_pages(first, &pieces.concat())
+    }
 
     /// Makes pages that were written read as zero again. Pages never written are never named here, so they stay without memory.
     ///

@@ -1,6 +1,7 @@
 //! What a migration did: live while it runs, final when it has ended.
 
 use crate::proof::MemoryHash;
+use proto::MemoryPages;
 use proto::v1;
 use std::time::Duration;
 
@@ -152,6 +153,8 @@ pub struct MigrationStats {
     pub faults: FaultStats,
     /// Connections that page data is spread over.
     pub connections: u8,
+    /// What memory is made of; pages are counted in 4 KiB all the same.
+    pub memory_pages: MemoryPages,
 }
 
 fn ms(duration: Duration) -> f64 {
@@ -216,6 +219,7 @@ impl From<&MigrationStats> for v1::MigrationRecord {
             eta_error_percent: u32::from(stats.eta_error_percent),
             fault_mean_ms: ms(stats.faults.mean()),
             connections: u32::from(stats.connections),
+            huge_pages: stats.memory_pages.is_huge(),
         }
     }
 }

@@ -17,6 +17,7 @@ pub mod ids;
 pub mod limits;
 pub mod listen;
 pub mod net;
+pub mod page;
 pub mod sabotage;
 pub mod units;
 
@@ -32,5 +33,6 @@ pub use cpu::{CpuFeatures, CpuProfile, HostCpu};
 pub use ids::*;
 pub use listen::ListenAddress;
 pub use net::{Ipv4Subnet, MacAddress};
+pub use page::MemoryPages;
 pub use sabotage::Sabotage;
 pub use units::ByteCount;

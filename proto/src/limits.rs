@@ -3,6 +3,9 @@
 /// Size of a volume block and of a guest page in bytes: the smallest unit that x86 and virtio-blk share.
 pub const BLOCK_BYTES: usize = 4096;
 
+/// Size of a huge page of guest memory in bytes: the next one up that every x86-64 has.
+pub const HUGE_PAGE_BYTES: u64 = 2 << 20;
+
 /// Largest gRPC message in bytes: an image chunk or a console log of 1 MiB with room for its frame.
 pub const GRPC_MESSAGE_BYTES_MAX: usize = 4 << 20;
 

@@ -20,6 +20,7 @@ pub mod disks;
 pub mod fabric;
 pub mod guest_memory;
 pub mod host;
+pub mod huge_pages;
 pub mod leftovers;
 pub mod links;
 #[cfg(feature = "machine")]

@@ -132,6 +132,9 @@ impl Demand {
         missing: &[Range<PageIndex>],
         faults: FaultSink,
     ) -> Result<Self, MemoryError> {
+        if memory.pages().is_huge() {
+            return Err(MemoryError::HugeOnDemand);
+        }
         let uffd = open().map_err(failed)?;
         let mappings: Vec<_> = memory
             .regions()
@@ -158,6 +161,10 @@ impl Demand {
         });
         for run in missing {
             memory.zero_pages(run.clone())?;
+            // A page that the kernel has emptied and not taken back would be there for whoever touches it.
+            if let Some(stays) = memory.resident(run.clone())?.first() {
+                return Err(MemoryError::Stays { page: stays.start });
+            }
             for page in run.start.0..run.end.0 {
                 shared.missing[(page / 64) as usize].fetch_or(1 << (page % 64), Ordering::SeqCst);
             }

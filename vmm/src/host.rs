@@ -1,5 +1,5 @@
-//! What a machine needs of the host's devices: `/dev/kvm`, and userfaultfd. Opened once for the process, so that a process
-//! that gives up its rights can open both before.
+//! What a machine needs of the host: `/dev/kvm`, userfaultfd, and a file for its memory. Opened once for the process, so that a
+//! process that gives up its rights can open them before.
 //!
 //! Faults inside of KVM are the kernel's own, for which a userfaultfd needs a right (CAP_SYS_PTRACE, the device
 //! `/dev/userfaultfd`, or `vm.unprivileged_userfaultfd`). The device, kept open, gives as many as are wanted; where a kernel
@@ -45,6 +45,7 @@ impl Access {
 /// Opens the devices now. What can't be opened is an error of whoever needs it later.
 pub fn open_early() {
     ACCESS.get_or_init(Access::open);
+    crate::memory_file::make_early();
 }
 
 /// KVM.

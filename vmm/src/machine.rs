@@ -26,7 +26,7 @@ use crate::virtio::{BlockBackend, LinkState, MmioTransport, NetConfig, Worker};
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY};
 use kvm_bindings::{KVM_IRQCHIP_IOAPIC, kvm_irqchip, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, VmFd};
-use proto::{ByteCount, CpuFeatures, PageIndex, Sabotage};
+use proto::{ByteCount, CpuFeatures, MemoryPages, PageIndex, Sabotage};
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -53,6 +53,8 @@ pub struct MachineConfig {
     pub vcpus: u32,
     /// Guest memory.
     pub memory: ByteCount,
+    /// What it is made of.
+    pub pages: MemoryPages,
     /// A file that was kept of the machine's memory; none: memory is empty.
     pub memory_file: Option<File>,
     /// What the guest is shown of its processor; unknown: all that this host has.
@@ -76,6 +78,7 @@ impl MachineConfig {
         Self {
             vcpus: 1,
             memory,
+            pages: MemoryPages::Small,
             memory_file: None,
             cpu: CpuFeatures::default(),
             disks: Vec::new(),
@@ -173,7 +176,7 @@ impl Machine {
         dirty::enable_manual_protect(&vm).map_err(system("enable manual dirty log protection"))?;
         let memory = Arc::new(match config.memory_file.take() {
             Some(file) => Memory::adopt(file, config.memory)?,
-            None => Memory::new(config.memory)?,
+            None => Memory::with_pages(config.memory, config.pages)?,
         });
         let cpuid = kvm_fd.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm("tell its CPUID"))?;
         let msrs = kvm_fd.get_msr_index_list().map_err(kvm("list its MSRs"))?;

@@ -1,27 +1,29 @@
-//! Guest memory: one memfd, mapped once, laid out as the PC has it.
+//! Guest memory: one file in memory, mapped once, laid out as the PC has it.
 //!
 //! ```text
 //!  guest physical   0 ........ low end (≤ 3 GiB)      4 GiB ........ 4 GiB + rest
-//!  memfd offset     0 ........ low end                low end ...... size
+//!  file offset      0 ........ low end                low end ...... size
 //!  page index       0, 1, …                           goes on without a gap
 //! ```
-//! The page index is the offset in the memfd: dense, in guest-physical order. The range from 3 to 4 GiB is left to devices.
+//! The page index is the offset in the file: dense, in guest-physical order. The range from 3 to 4 GiB is left to devices.
 //!
 //! Invariant: every write through [`GuestRam`] sets the page's bit in the region's own bitmap. The kernel's dirty log sees
 //! only the guest's own writes; a device's would be lost without it.
 
+use crate::{huge, memory_file};
+use bytes::Bytes;
 use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use proto::limits::BLOCK_BYTES;
-use proto::{ByteCount, PageIndex};
+use proto::{ByteCount, MemoryPages, PageIndex};
 use std::fs::File;
-use std::io;
+use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::{Mutex, PoisonError};
 use vm_memory::bitmap::AtomicBitmap;
-use vm_memory::{Bytes, GuestRegionMmap};
+use vm_memory::{Bytes as _, GuestRegionMmap};
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress,
 };
@@ -37,6 +39,9 @@ pub const HIGH_MEMORY_START: u64 = 4 << 30;
 
 const PAGE: u64 = BLOCK_BYTES as u64;
 
+/// Pieces of one call: `IOV_MAX` of Linux.
+const PIECES_MAX: usize = 1024;
+
 /// Guest memory could not be made or reached.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
@@ -50,12 +55,30 @@ pub enum MemoryError {
         #[source]
         source: io::Error,
     },
+    /// The host has not so many huge pages.
+    #[error(
+        "{size} of guest memory in huge pages can't be had, this host has {free} of them free: see vm.nr_hugepages of its kernel"
+    )]
+    HugePages {
+        size: ByteCount,
+        free: ByteCount,
+        #[source]
+        source: io::Error,
+    },
     /// The mapping fails.
     #[error("guest memory can't be mapped: {cause}")]
     Map { cause: String },
     /// A page outside of guest memory.
     #[error("pages {first} and the {count} from there reach beyond guest memory of {pages} pages")]
     OutOfRange { first: PageIndex, count: u64, pages: u64 },
+    /// Guest memory is in huge pages, of which the kernel would take whole ones only.
+    #[error(
+        "pages of guest memory in huge pages can't be brought on demand; choose another policy than post-copy"
+    )]
+    HugeOnDemand,
+    /// The kernel does not give a page up.
+    #[error("page {page} of guest memory stays although it was given back, so it can't be brought on demand")]
+    Stays { page: PageIndex },
     /// Missing pages can't be waited for.
     #[error("pages of guest memory can't be brought on demand")]
     Demand(#[source] io::Error),
@@ -72,25 +95,41 @@ pub struct Memory {
     ram: GuestRam,
     file: File,
     size: ByteCount,
+    pages: MemoryPages,
     /// A stretch of the file that held data when it was last looked at, in bytes. The kernel walks page by page to the end
     /// of a stretch; asked anew for each chunk of a large one, it would do that for most of the time of a migration.
     known_data: Mutex<Range<u64>>,
 }
 
 impl Memory {
-    /// Allocates memory; nothing is touched yet.
+    /// Memory in these pages, empty.
+    ///
+    /// # Errors
+    /// The size is odd, or the host has not so many huge pages, or the kernel refuses.
+    pub fn with_pages(size: ByteCount, pages: MemoryPages) -> Result<Self, MemoryError> {
+        match pages {
+            MemoryPages::Small => Self::new(size),
+            MemoryPages::Huge => Ok(Self { pages, ..Self::adopt(huge::file(size)?, size)? }),
+        }
+    }
+
+    /// Allocates memory in small pages; nothing is touched yet.
     ///
     /// # Errors
     /// The size is odd or the kernel refuses.
     pub fn new(size: ByteCount) -> Result<Self, MemoryError> {
         let allocate = |source: io::Error| MemoryError::Allocate { size, source };
-        let fd = memfd_create("guest", MFdFlags::MFD_CLOEXEC).map_err(|errno| allocate(errno.into()))?;
-        let file = File::from(fd);
+        let file = match memory_file::take() {
+            Some(file) => file,
+            None => File::from(
+                memfd_create("guest", MFdFlags::MFD_CLOEXEC).map_err(|errno| allocate(errno.into()))?,
+            ),
+        };
         file.set_len(size.0).map_err(allocate)?;
         Self::adopt(file, size)
     }
 
-    /// Memory in a file that was made by [`Self::new`], perhaps in another process; its content stays.
+    /// Memory in small pages in a file that was made by [`Self::new`], perhaps in another process; its content stays.
     ///
     /// # Errors
     /// The size is odd or not the file's, or the kernel refuses.
@@ -108,7 +147,10 @@ impl Memory {
             ranges.push((GuestAddress(start), len, Some(FileOffset::new(file, offset))));
         }
         let ram = GuestRam::from_ranges_with_files(ranges).map_err(|error| map(error.to_string()))?;
-        Ok(Self { ram, file, size, known_data: Mutex::new(0..0) })
+        for region in ram.iter() {
+            keep_faults_small(region);
+        }
+        Ok(Self { ram, file, size, pages: MemoryPages::Small, known_data: Mutex::new(0..0) })
     }
 
     /// The memory for devices and loaders.
@@ -129,7 +171,13 @@ impl Memory {
         self.size
     }
 
-    /// Number of pages.
+    /// What it is made of.
+    #[must_use]
+    pub fn pages(&self) -> MemoryPages {
+        self.pages
+    }
+
+    /// Number of pages of 4 KiB, whatever it is made of.
     #[must_use]
     pub fn page_count(&self) -> u64 {
         self.size.0 / PAGE
@@ -215,22 +263,88 @@ impl Memory {
     }
 
     /// Brings pages into memory that nobody works with yet: through the file, so that the kernel takes a page for each without
-    /// clearing it first and without a fault. No dirty log sees it.
+    /// clearing it first and without a fault; huge pages are there already and have no such file. No dirty log sees it.
     ///
     /// # Errors
     /// The range is outside of guest memory, or the kernel refuses.
     pub fn fill_pages(&self, first: PageIndex, data: &[u8]) -> Result<(), MemoryError> {
         self.check(first, (data.len() as u64).div_ceil(PAGE))?;
+        if self.pages.is_huge() {
+            return self.copy_in(first.0 * PAGE, data);
+        }
         self.file.write_all_at(data, first.0 * PAGE).map_err(MemoryError::Fill)
     }
 
-    /// Gives pages back to the kernel: they read as zero again.
+    /// The same with pages that lie in pieces of any lengths, as they came out of packets.
+    ///
+    /// # Errors
+    /// As [`Self::fill_pages`].
+    pub fn fill_pieces(&self, first: PageIndex, pieces: &[Bytes]) -> Result<(), MemoryError> {
+        let length: usize = pieces.iter().map(Bytes::len).sum();
+        self.check(first, (length as u64).div_ceil(PAGE))?;
+        if self.pages.is_huge() {
+            let mut at = first.0 * PAGE;
+            for piece in pieces {
+                self.copy_in(at, piece)?;
+                at += piece.len() as u64;
+            }
+            return Ok(());
+        }
+        let mut slices: Vec<_> = pieces.iter().map(|piece| IoSlice::new(piece)).collect();
+        let mut slices = &mut slices[..];
+        let mut at = first.0 * PAGE;
+        while !slices.is_empty() {
+            let count = slices.len().min(PIECES_MAX);
+            let offset = i64::try_from(at).map_err(|error| MemoryError::Fill(io::Error::other(error)))?;
+            // SAFETY: a valid descriptor of ours; an `IoSlice` is an `iovec` of memory that lives through the call.
+            let written = unsafe {
+                libc::pwritev(self.file.as_raw_fd(), slices.as_ptr().cast(), count as libc::c_int, offset)
+            };
+            match Errno::result(written) {
+                Ok(0) => return Err(MemoryError::Fill(io::ErrorKind::WriteZero.into())),
+                Ok(written) => {
+                    let written = written.unsigned_abs();
+                    IoSlice::advance_slices(&mut slices, written);
+                    at += written as u64;
+                }
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(MemoryError::Fill(errno.into())),
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes into memory that nobody works with yet, past the bitmap of device writes.
+    fn copy_in(&self, mut at: u64, mut data: &[u8]) -> Result<(), MemoryError> {
+        for (region, first) in self.regions() {
+            let start = first.0 * PAGE;
+            let end = start + region.len();
+            if data.is_empty() || !(start..end).contains(&at) {
+                continue;
+            }
+            let part = usize::try_from(end - at).unwrap_or(usize::MAX).min(data.len());
+            let map = |error: vm_memory::GuestMemoryError| MemoryError::Map { cause: error.to_string() };
+            let slice = region.get_slice(MemoryRegionAddress(at - start), part).map_err(map)?;
+            let guard = slice.ptr_guard_mut();
+            // SAFETY: the slice is as long as the part, and nobody has a reference into guest memory.
+            unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), guard.as_ptr(), part) };
+            data = &data[part..];
+            at += part as u64;
+        }
+        Ok(())
+    }
+
+    /// Gives pages back to the kernel: they read as zero again. Huge ones are kept, and emptied.
     ///
     /// # Errors
     /// The range is outside of guest memory, or the kernel refuses.
     pub fn zero_pages(&self, range: Range<PageIndex>) -> Result<(), MemoryError> {
         let count = range.end.0.saturating_sub(range.start.0);
         self.check(range.start, count)?;
+        if self.pages.is_huge() {
+            let zeros = [0; BLOCK_BYTES];
+            return (range.start.0..range.end.0).try_for_each(|page| self.copy_in(page * PAGE, &zeros));
+        }
         let part =
             |pages: u64| i64::try_from(pages * PAGE).map_err(|e| MemoryError::Examine(io::Error::other(e)));
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
@@ -278,7 +392,18 @@ impl Memory {
     }
 }
 
-/// Guest address, memfd offset and length of each region.
+/// A touched page is one page, whatever its file would rather have: a guest gets no more of the host than it uses.
+fn keep_faults_small(region: &GuestRegionMmap<AtomicBitmap>) {
+    let length = usize::try_from(region.len()).expect("it is mapped");
+    // SAFETY: the range is one mapping of ours; the advice changes no content.
+    let advised = unsafe { libc::madvise(region.as_ptr().cast(), length, libc::MADV_NOHUGEPAGE) };
+    if let Err(errno) = Errno::result(advised) {
+        // A kernel without such pages.
+        tracing::debug!(%errno, "no advice is taken for guest memory");
+    }
+}
+
+/// Guest address, file offset and length of each region.
 fn layout(size: ByteCount) -> Vec<(u64, u64, u64)> {
     let low = size.0.min(LOW_MEMORY_END);
     let mut regions = vec![(0, 0, low)];
@@ -309,11 +434,24 @@ mod tests {
         let mut filled = [0; 2 * BLOCK_BYTES];
         memory.read_pages(PageIndex(9), &mut filled).unwrap();
         assert_eq!(filled, [4; 2 * BLOCK_BYTES]);
-        assert_eq!(memory.resident(PageIndex(9)..PageIndex(20)).unwrap(), [PageIndex(9)..PageIndex(11)]);
+        let around = || memory.resident(PageIndex(9)..PageIndex(20)).unwrap();
+        // The kernel may take a large piece for what is written through the file; the rest of it is zero.
+        assert_eq!(around().first().unwrap().start, PageIndex(9));
+        let odd: Vec<u8> = (0..3 * BLOCK_BYTES).map(|at| (at % 253) as u8).collect();
+        let pieces: Vec<_> = odd.chunks(7).map(bytes::Bytes::copy_from_slice).collect();
+        assert!(pieces.len() > PIECES_MAX);
+        memory.fill_pieces(PageIndex(30), &pieces).unwrap();
+        let mut filled = vec![0; 3 * BLOCK_BYTES];
+        memory.read_pages(PageIndex(30), &mut filled).unwrap();
+        assert_eq!(filled, odd);
+        assert!(memory.fill_pieces(PageIndex(memory.page_count() - 2), &pieces).is_err());
+        memory.zero_pages(PageIndex(30)..PageIndex(33)).unwrap();
         memory.zero_pages(PageIndex(9)..PageIndex(11)).unwrap();
-        assert!(memory.resident(PageIndex(9)..PageIndex(20)).unwrap().is_empty());
+        assert!(memory.resident(PageIndex(9)..PageIndex(11)).unwrap().is_empty());
+        memory.read_pages(PageIndex(11), &mut filled[..BLOCK_BYTES]).unwrap();
+        assert_eq!(filled[..BLOCK_BYTES], [0; BLOCK_BYTES]);
         memory.zero_pages(PageIndex(5)..PageIndex(6)).unwrap();
-        assert_eq!(memory.resident(all).unwrap(), [PageIndex(6)..PageIndex(7)]);
+        assert_eq!(memory.resident(all).unwrap().first().unwrap().start, PageIndex(6));
         let mut page = [1; BLOCK_BYTES];
         memory.read_pages(PageIndex(5), &mut page).unwrap();
         assert_eq!(page, [0; BLOCK_BYTES]);
@@ -331,6 +469,37 @@ mod tests {
         let mut page = [0; BLOCK_BYTES];
         memory.read_pages(PageIndex(7), &mut page).unwrap();
         assert_eq!(page, [3; BLOCK_BYTES]);
+    }
+
+    /// Where the host keeps huge pages; elsewhere that they are refused is tested in [`crate::huge`].
+    #[test]
+    fn memory_in_huge_pages_is_filled_and_emptied_in_small_ones() {
+        let size = ByteCount(4 << 20);
+        let memory = match Memory::with_pages(size, MemoryPages::Huge) {
+            Ok(memory) => memory,
+            Err(MemoryError::HugePages { free, .. }) if free.0 < size.0 => {
+                return eprintln!("this host has {free} in huge pages free, too little to try them");
+            }
+            Err(error) => panic!("{error}"),
+        };
+        assert_eq!((memory.pages(), memory.page_count()), (MemoryPages::Huge, 1024));
+        let pieces: Vec<_> =
+            [7_u8; 2 * BLOCK_BYTES].chunks(3000).map(bytes::Bytes::copy_from_slice).collect();
+        memory.fill_pieces(PageIndex(511), &pieces).unwrap();
+        memory.fill_pages(PageIndex(1023), &[9; BLOCK_BYTES]).unwrap();
+        let byte = |page: u64| {
+            let mut content = [1; BLOCK_BYTES];
+            memory.read_pages(PageIndex(page), &mut content).unwrap();
+            assert!(content.iter().all(|byte| *byte == content[0]), "page {page} is torn");
+            content[0]
+        };
+        assert_eq!([510, 511, 512, 513, 1023].map(byte), [0, 7, 7, 0, 9]);
+        memory.zero_pages(PageIndex(512)..PageIndex(1024)).unwrap();
+        assert_eq!([511, 512, 1023].map(byte), [7, 0, 0]);
+        assert_eq!(memory.resident(PageIndex(0)..PageIndex(1024)).unwrap(), [PageIndex(0)..PageIndex(1024)]);
+        let missing = [PageIndex(0)..PageIndex(1)];
+        let refused = crate::Demand::begin(std::sync::Arc::new(memory), &missing, Box::new(|_| {}));
+        assert!(matches!(refused, Err(MemoryError::HugeOnDemand)));
     }
 
     #[test]

@@ -63,6 +63,7 @@ impl SourceTask {
             policy: config.policy,
             downtime_limit: config.downtime_limit,
             proof: config.proof,
+            memory_pages: vm.memory_pages(),
         };
         let (source, commands) = Source::start(settings, Moment::default());
         let (published, progress) = watch::channel(source.progress());

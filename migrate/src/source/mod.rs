@@ -214,12 +214,12 @@ impl Source {
     pub fn start(settings: SourceSettings, now: Moment) -> (Self, Vec<SourceCommand>) {
         let convergence = Convergence::new(settings.policy, settings.downtime_limit, now);
         let state = State::Connecting { deadline: now.after(CONNECT_TIMEOUT) };
-        let connections = settings.connections;
+        let (connections, memory_pages) = (settings.connections, settings.memory_pages);
         let source = Self {
             settings,
             state,
             convergence,
-            stats: MigrationStats { connections, ..MigrationStats::default() },
+            stats: MigrationStats { connections, memory_pages, ..MigrationStats::default() },
             started: now,
             is_tracking: false,
             has_link: true,

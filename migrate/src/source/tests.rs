@@ -5,7 +5,7 @@ use crate::{
     stats::PageCounts,
     wire::{Kept, Refusal, ToSource},
 };
-use proto::{MigrationId, VmId};
+use proto::{MemoryPages, MigrationId, VmId};
 
 fn at(ms: u64) -> Moment {
     Moment(Duration::from_millis(ms))
@@ -21,6 +21,7 @@ fn new() -> Source {
         policy: Policy::Default,
         downtime_limit: Duration::from_millis(30),
         proof: Proof::Full,
+        memory_pages: MemoryPages::Small,
     };
     let (source, commands) = Source::start(settings, at(0));
     assert_eq!(commands, [SourceCommand::Connect]);

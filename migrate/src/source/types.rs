@@ -9,7 +9,7 @@ use crate::{
     stats::MigrationStats,
     wire::{Kept, ToSource, ToTarget, batch::Round},
 };
-use proto::{MigrationId, PageIndex, Sequence, VmId, VolumeId};
+use proto::{MemoryPages, MigrationId, PageIndex, Sequence, VmId, VolumeId};
 use std::{sync::Arc, time::Duration};
 
 /// How the source shows that the target holds its memory.
@@ -59,6 +59,8 @@ pub struct SourceSettings {
     pub downtime_limit: Duration,
     /// How memory is proved.
     pub proof: Proof,
+    /// What memory is made of.
+    pub memory_pages: MemoryPages,
 }
 
 /// What has happened.

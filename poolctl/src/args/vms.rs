@@ -161,6 +161,9 @@ pub struct CreateArguments {
     /// The cluster whose hosts it runs on [default: default]
     #[arg(long, value_name = "CLUSTER")]
     pub cluster: Option<String>,
+    /// Memory in huge pages of 2 MiB, which its hosts must keep free: see vm.nr_hugepages
+    #[arg(long)]
+    pub hugepages: bool,
 }
 
 /// A move.

@@ -115,6 +115,7 @@ async fn create(arguments: CreateArguments, session: &mut Session) -> Result<(),
         ha_priority,
         cpu_profile,
         cluster,
+        hugepages,
     } = arguments;
     let request = CreateVmRequest {
         meta: new_meta(),
@@ -134,6 +135,7 @@ async fn create(arguments: CreateArguments, session: &mut Session) -> Result<(),
         nets,
         cpu_profile: cpu_profile.map(|profile| profile.to_string()).unwrap_or_default(),
         cluster: cluster.unwrap_or_default(),
+        huge_pages: hugepages,
     };
     let vm = call!(session.client, VmServiceClient, create, request).await?;
     let sentence = format!("vm {} made; start it with `poolctl vm start {}`", vm.name, vm.name);

@@ -110,6 +110,8 @@ pub struct HostView {
     store_used_bytes: u64,
     store_capacity_bytes: u64,
     cluster: String,
+    huge_memory_bytes: u64,
+    huge_memory_reserved_bytes: u64,
 }
 
 impl From<v1::Host> for HostView {
@@ -133,6 +135,8 @@ impl From<v1::Host> for HostView {
             store_used_bytes: host.store_used_bytes,
             store_capacity_bytes: host.store_capacity_bytes,
             cluster: host.cluster,
+            huge_memory_bytes: host.huge_memory_bytes,
+            huge_memory_reserved_bytes: host.huge_memory_reserved_bytes,
         }
     }
 }
@@ -151,6 +155,7 @@ impl Object for HostView {
         "VERSION",
         "STORE",
         "CLUSTER",
+        "HUGE PAGES",
     ];
 
     fn name(&self) -> String {
@@ -174,6 +179,7 @@ impl Object for HostView {
             self.version.clone(),
             format!("{}/{}", bytes(self.store_used_bytes), bytes(self.store_capacity_bytes)),
             self.cluster.clone(),
+            format!("{}/{}", bytes(self.huge_memory_reserved_bytes), bytes(self.huge_memory_bytes)),
         ]
     }
 }

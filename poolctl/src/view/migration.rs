@@ -39,6 +39,7 @@ pub struct MigrationView {
     eta_error_percent: u32,
     fault_mean_ms: f64,
     connections: u32,
+    huge_pages: bool,
 }
 
 #[derive(Debug, Serialize)]
@@ -128,6 +129,7 @@ impl From<v1::Migration> for MigrationView {
             eta_error_percent: record.eta_error_percent,
             fault_mean_ms: record.fault_mean_ms,
             connections: record.connections,
+            huge_pages: record.huge_pages,
         }
     }
 }

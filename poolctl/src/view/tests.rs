@@ -69,6 +69,8 @@ fn host_and_token() {
         store_used_bytes: 5,
         store_capacity_bytes: 9,
         cluster: "fast".into(),
+        huge_memory_bytes: 10,
+        huge_memory_reserved_bytes: 4,
     };
     assert_eq!(
         shape(&VersionView::from(host.clone())),
@@ -79,7 +81,8 @@ fn host_and_token() {
         json!({"id": "host-7", "name": "h2", "state": "up", "role": "voter", "address": "10.0.0.2:7443",
             "vm_memory_bytes": 4096, "vm_memory_reserved_bytes": 1024, "lease_age_ms": 12, "vms": ["a"],
             "labels": {"zone": "b"}, "duty": "active", "cpus": 8, "vcpus_reserved": 2, "version": "0.2.0",
-            "feature_level": 2, "store_used_bytes": 5, "store_capacity_bytes": 9, "cluster": "fast"})
+            "feature_level": 2, "store_used_bytes": 5, "store_capacity_bytes": 9, "cluster": "fast",
+            "huge_memory_bytes": 10, "huge_memory_reserved_bytes": 4})
     );
     let token = v1::JoinToken { id: 9, token: "t".into(), expires_ms: 1, state: "valid".into() };
     assert_eq!(
@@ -193,6 +196,7 @@ fn vm_and_console() {
         nics: vec![v1::Nic { network: "lan".into(), mac: "0a:00:00:00:00:01".into(), ip: "10.7.0.2".into() }],
         cpu_profile: "host".into(),
         cluster: "default".into(),
+        huge_pages: true,
     };
     let view = VmView::from(vm);
     assert_eq!(view.whereabouts(), "running at h2");
@@ -202,7 +206,7 @@ fn vm_and_console() {
             "memory_bytes": 512 << 20, "disks": ["data"], "kernel": "probe", "initrd": "", "cmdline": "disk=1",
             "ha": "restart", "problem": "", "revision": 11, "ha_priority": 100, "home": "h1",
             "nics": [{"network": "lan", "mac": "0a:00:00:00:00:01", "ip": "10.7.0.2"}], "cpu_profile": "host",
-            "cluster": "default"})
+            "cluster": "default", "huge_pages": true})
     );
     let piece = v1::ConsoleLogResponse { data: b"hi\xff".to_vec(), offset: 4 };
     assert_eq!(shape(&ConsoleView::new("a", &piece)), json!({"vm": "a", "offset": 4, "text": "hi\u{fffd}"}));
@@ -257,6 +261,7 @@ fn migration() -> v1::Migration {
             eta_error_percent: 15,
             fault_mean_ms: 0.25,
             connections: 2,
+            huge_pages: true,
         }),
         revision: 30,
         waits_for: String::new(),
@@ -289,7 +294,7 @@ fn a_migration_is_one_flat_record() {
             "per_round": [{"round": 0, "bytes": 10, "pages": pages, "ms": 1.5, "dirty_pages_after": 7}],
             "pages_remaining": 0, "bytes_per_s": 5, "dirty_bytes_per_s": 6, "source_cpu_ms": 7.5, "target_cpu_ms": 8.5,
             "blackout_expected_ms": 11.5, "throttle_percent": 20, "eta_ms": 250.0, "eta_error_percent": 15,
-            "fault_mean_ms": 0.25, "connections": 2})
+            "fault_mean_ms": 0.25, "connections": 2, "huge_pages": true})
     );
 }
 

@@ -27,6 +27,7 @@ pub struct VmView {
     nics: Vec<NicView>,
     cpu_profile: String,
     cluster: String,
+    huge_pages: bool,
 }
 
 impl VmView {
@@ -62,6 +63,7 @@ impl From<v1::Vm> for VmView {
             nics: vm.nics.into_iter().map(NicView::from).collect(),
             cpu_profile: vm.cpu_profile,
             cluster: vm.cluster,
+            huge_pages: vm.huge_pages,
         }
     }
 }
@@ -70,8 +72,19 @@ impl Object for VmView {
     const KIND: &'static str = "Vm";
     const COLUMNS: &'static [&'static str] = &["NAME", "STATE", "HOST", "VCPUS", "MEMORY", "PROBLEM"];
     const WIDE: &'static [&'static str] = &[
-        "ID", "EPOCH", "HA", "PRIORITY", "DISKS", "KERNEL", "INITRD", "CMDLINE", "HOME", "NICS", "CPU",
+        "ID",
+        "EPOCH",
+        "HA",
+        "PRIORITY",
+        "DISKS",
+        "KERNEL",
+        "INITRD",
+        "CMDLINE",
+        "HOME",
+        "NICS",
+        "CPU",
         "CLUSTER",
+        "HUGE PAGES",
     ];
 
     fn name(&self) -> String {
@@ -98,6 +111,7 @@ impl Object for VmView {
             words(&self.nics.iter().map(NicView::text).collect::<Vec<_>>()),
             self.cpu_profile.clone(),
             self.cluster.clone(),
+            if self.huge_pages { "yes" } else { "no" }.to_owned(),
         ]
     }
 }

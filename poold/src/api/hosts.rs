@@ -92,6 +92,8 @@ impl HostApi {
             cluster: state.cluster_name(host.cluster),
             store_used_bytes: host.store.map_or(0, |store| store.used.0),
             store_capacity_bytes: host.store.map_or(0, |store| store.capacity.0),
+            huge_memory_bytes: host.huge_memory.0,
+            huge_memory_reserved_bytes: reserved.huge_memory.0,
         }
     }
 

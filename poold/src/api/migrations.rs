@@ -210,6 +210,7 @@ impl MigrationService for MigrationApi {
         let state = self.context.read().await?;
         let Move { vm, target, options } = read_move(&state, request.get_ref())?;
         let mut blockers: Vec<String> = state.migration_blockers(vm, target).iter().map(blocker).collect();
+        blockers.extend(state.option_blockers(vm, &options).into_iter().map(|it| blocker(&it.into())));
         let chosen = match target {
             Some(target) => Some(target),
             None => match state.migration_target(vm) {

@@ -12,7 +12,7 @@ use pool_state::{
 };
 use proto::cpu::{CpuProfile, ParseCpuProfileError};
 use proto::{
-    HostId, ImageId, VmId, VolumeId,
+    HostId, ImageId, MemoryPages, VmId, VolumeId,
     v1::{self, RequestMeta},
 };
 use tonic::Status;
@@ -108,6 +108,7 @@ pub fn vm(state: &PoolState, vm: &Vm) -> v1::Vm {
         nics: vm.spec.nics.iter().map(|nic| networks::nic(state, nic)).collect(),
         cpu_profile: state.cpu_profile(vm).to_string(),
         cluster: state.cluster_name(vm.spec.cluster),
+        huge_pages: vm.spec.pages.is_huge(),
     }
 }
 
@@ -320,6 +321,7 @@ fn record(record: &MigrationRecord) -> v1::MigrationRecord {
         target_cpu_ms: record.target_cpu_ms,
         fault_mean_ms: record.fault_mean_ms,
         connections: record.connections,
+        huge_pages: record.memory_pages.is_huge(),
         ..v1::MigrationRecord::default()
     }
 }
@@ -371,6 +373,7 @@ pub fn record_of_message(record: &v1::MigrationRecord) -> MigrationRecord {
         target_cpu_ms: record.target_cpu_ms,
         fault_mean_ms: record.fault_mean_ms,
         connections: record.connections,
+        memory_pages: MemoryPages::of_flag(record.huge_pages),
     }
 }
 

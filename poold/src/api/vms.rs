@@ -12,7 +12,7 @@ use pool_state::{
     state::{DiskCloning, HaPolicy, StopMode},
 };
 use proto::{
-    ByteCount, VmId,
+    ByteCount, MemoryPages, VmId,
     v1::{
         CloneVmRequest, CreateVmRequest, ListVmsRequest, ListVmsResponse, RequestMeta, StartVmRequest,
         StopVmRequest, Task, Vm, VmChangeRequest, VmExplanation, VmRef, VmStats,
@@ -114,6 +114,7 @@ fn create_command(state: &PoolState, request: CreateVmRequest) -> Result<Command
         nets: nets?,
         cpu_profile: views::cpu_profile(&request.cpu_profile)?,
         cluster: cluster?,
+        pages: MemoryPages::of_flag(request.huge_pages),
     }))
 }
 

@@ -186,6 +186,7 @@ mod tests {
             cpu: proto::HostCpu::default(),
             cluster: None,
             store: None,
+            huge_memory: ByteCount(0),
         }
     }
 

@@ -48,6 +48,7 @@ pub fn machine_config(
         service: None,
         cpu_words: if vm.cpu.is_unknown() { Vec::new() } else { vm.cpu.words.to_vec() },
         cpu_address_bits: vm.cpu.address_bits.into(),
+        huge_pages: vm.spec.pages.is_huge(),
     }
 }
 
@@ -175,6 +176,7 @@ mod tests {
             cpu: proto::HostCpu::default(),
             cluster: None,
             store: None,
+            huge_memory: ByteCount(0),
         }
     }
 

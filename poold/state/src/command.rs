@@ -315,6 +315,13 @@ pub enum Command {
         /// What it says of itself.
         cpu: HostCpu,
     },
+    /// Report: memory that a host's kernel keeps in huge pages.
+    SetHostHugeMemory {
+        /// The host.
+        host: HostId,
+        /// All of it.
+        memory: ByteCount,
+    },
     /// Report: logical CPUs of a host.
     SetHostCpus {
         /// The host.

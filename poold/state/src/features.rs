@@ -46,6 +46,8 @@ pub enum Feature {
     HostKeys,
     /// Moves that wait for their turn.
     QueuedMoves,
+    /// Memory in huge pages.
+    HugePages,
 }
 
 impl Feature {
@@ -60,7 +62,8 @@ impl Feature {
             | Self::Retirement
             | Self::Clusters
             | Self::HostKeys
-            | Self::QueuedMoves => 3,
+            | Self::QueuedMoves
+            | Self::HugePages => 3,
         }
     }
 }
@@ -82,6 +85,8 @@ pub fn of(command: &Command) -> Feature {
         Command::RetireHost { .. } | Command::SetHostStore { .. } => Feature::Retirement,
         Command::CloneVm { .. } | Command::StepVmClone { .. } => Feature::Snapshots,
         Command::BeginMigration { .. } => Feature::QueuedMoves,
+        Command::SetHostHugeMemory { .. } => Feature::HugePages,
+        Command::CreateVm(create) if create.pages.is_huge() => Feature::HugePages,
         Command::CreateVm(create) if create.cluster.is_some() => Feature::Clusters,
         Command::Cluster(
             ClusterCommand::CreateCluster { .. }

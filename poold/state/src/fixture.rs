@@ -11,7 +11,8 @@ use crate::{
     },
 };
 use proto::{
-    ByteCount, Epoch, GroupId, HostId, ImageId, Incarnation, MigrationId, Sequence, TaskId, VmId, VolumeId,
+    ByteCount, Epoch, GroupId, HostId, ImageId, Incarnation, MemoryPages, MigrationId, Sequence, TaskId,
+    VmId, VolumeId,
 };
 
 pub(crate) const GIB: u64 = 1 << 30;
@@ -145,6 +146,7 @@ impl Pool {
             priority: 0,
             nets: Vec::new(),
             cpu_profile: None,
+            pages: MemoryPages::Small,
             cluster: None,
         })
     }

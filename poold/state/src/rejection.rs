@@ -6,6 +6,7 @@
 mod cluster;
 mod govern;
 mod guidance;
+mod memory;
 mod network;
 mod volumes;
 mod words;
@@ -13,6 +14,7 @@ mod words;
 pub use cluster::ClusterRejection;
 pub use govern::GovernRejection;
 pub use guidance::RejectionClass;
+pub use memory::MemoryRejection;
 pub use network::NetworkRejection;
 pub use volumes::VolumeRejection;
 pub use words::{Field, ObjectKind};
@@ -36,6 +38,9 @@ pub enum Rejection {
     /// About clusters.
     #[error(transparent)]
     Cluster(#[from] ClusterRejection),
+    /// What memory is made of.
+    #[error(transparent)]
+    Memory(#[from] MemoryRejection),
     /// There is no pool yet.
     #[error("the pool is not initialised")]
     PoolNotInitialised,

@@ -4,6 +4,7 @@
 
 use crate::fence::{SharedGate, lock};
 use crate::gate::Hold;
+use bytes::Bytes;
 use migrate::{FaultSink, PageBitmap, Supply, TargetVm, VmError};
 use proto::PageIndex;
 use std::ops::Range;
@@ -36,6 +37,13 @@ impl TargetVm for IncomingVm {
 
     fn write_pages(&self, first: PageIndex, data: &[u8]) -> Result<(), VmError> {
         self.machine.memory().fill_pages(first, data).map_err(|error| VmError::new("fill its memory", error))
+    }
+
+    fn write_pieces(&self, first: PageIndex, pieces: &[Bytes]) -> Result<(), VmError> {
+        self.machine
+            .memory()
+            .fill_pieces(first, pieces)
+            .map_err(|error| VmError::new("fill its memory", error))
     }
 
     fn zero_pages(&self, range: Range<PageIndex>) -> Result<(), VmError> {

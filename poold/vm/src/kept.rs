@@ -76,6 +76,10 @@ pub async fn keep(
     machine: Arc<Machine>,
     given: GivenIndex,
 ) -> io::Result<v1::KeepMemoryResponse> {
+    if machine.memory().pages().is_huge() {
+        // Nobody else could have its pages, and the pool has given them away.
+        return Ok(v1::KeepMemoryResponse::default());
+    }
     if given.get().is_none() {
         let Some(bytes) = handle.take_index().await else { return Ok(v1::KeepMemoryResponse::default()) };
         let mut file = File::from(memfd_create("page-index", MFdFlags::MFD_CLOEXEC)?);

@@ -5,7 +5,7 @@ use crate::gate::Hold;
 use crate::throttle::Throttle;
 use crate::volumes::VolumeSet;
 use migrate::{PageBitmap, PausedVm, SourceVm, VcpuActivity, VmError};
-use proto::PageIndex;
+use proto::{MemoryPages, PageIndex};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -69,6 +69,10 @@ impl OutgoingVm {
 impl SourceVm for OutgoingVm {
     fn page_count(&self) -> u64 {
         self.machine.memory().page_count()
+    }
+
+    fn memory_pages(&self) -> MemoryPages {
+        self.machine.memory().pages()
     }
 
     fn resident(&self, range: Range<PageIndex>) -> Result<Vec<Range<PageIndex>>, VmError> {

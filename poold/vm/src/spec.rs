@@ -6,7 +6,7 @@ use crate::lease::LeaseGuard;
 use crate::nics;
 use crate::request::Refusal;
 use proto::cpu::CPU_WORDS;
-use proto::{ByteCount, CpuFeatures, Epoch, Sabotage, VmId, v1};
+use proto::{ByteCount, CpuFeatures, Epoch, MemoryPages, Sabotage, VmId, v1};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use vmm::virtio::NetConfig;
@@ -39,6 +39,7 @@ pub struct MachineSpec {
     pub epoch: Epoch,
     pub vcpus: u32,
     pub memory: ByteCount,
+    pub pages: MemoryPages,
     /// What the guest is shown of its processor; unknown: all that the host has.
     pub cpu: CpuFeatures,
     /// None: what the first disk has in its own `/boot`, or a machine that only takes in a migration.
@@ -87,6 +88,10 @@ impl MachineSpec {
         check(fits && memory.is_multiple_of(proto::limits::BLOCK_BYTES as u64), "memory_bytes", || {
             format!("{memory} is not a number of whole pages from {MEMORY_BYTES_MIN} to {MEMORY_BYTES_MAX}")
         })?;
+        let pages = MemoryPages::of_flag(config.huge_pages);
+        check(memory.is_multiple_of(pages.bytes().0), "memory_bytes", || {
+            format!("{memory} is not a number of whole pages of {}", pages.bytes())
+        })?;
         check(config.cmdline.len() <= CMDLINE_BYTES_MAX, "cmdline", || {
             format!("{} bytes are more than {CMDLINE_BYTES_MAX}", config.cmdline.len())
         })?;
@@ -124,6 +129,7 @@ impl MachineSpec {
             epoch: Epoch(config.epoch),
             vcpus: config.vcpus,
             memory: ByteCount(memory),
+            pages,
             cpu,
             kernel: optional_path("kernel_path", &config.kernel_path, views)?,
             initrd: optional_path("initrd_path", &config.initrd_path, views)?,

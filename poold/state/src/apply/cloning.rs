@@ -150,6 +150,7 @@ impl Change<'_> {
             cpu_profile: spec.cpu_profile,
             // It may be gone: the copy took its time.
             cluster: spec.cluster.filter(|cluster| self.state.clusters.contains(cluster)),
+            pages: spec.pages,
         })?;
         self.forget_snapshots(cloning)?;
         self.state.clonings.remove(&cloning.task);

@@ -14,7 +14,7 @@ use crate::{
         StoreSpace, TargetChoice, TaskState, Token, TokenState, Volume,
     },
 };
-use proto::{HostId, MigrationId, VmId, VolumeId};
+use proto::{ByteCount, HostId, MigrationId, VmId, VolumeId};
 use std::collections::BTreeMap;
 
 /// Longest CPU summary, boot id or incarnation in bytes.
@@ -123,6 +123,7 @@ impl Change<'_> {
             cpu: proto::HostCpu::default(),
             cluster: None,
             store: None,
+            huge_memory: ByteCount::default(),
         };
         self.state.hosts.insert(id, host);
         self.event(

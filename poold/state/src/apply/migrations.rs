@@ -40,6 +40,9 @@ impl Change<'_> {
         if let Some(blocker) = self.state.migration_blockers(id, target).into_iter().next() {
             return Err(blocker);
         }
+        if let Some(blocker) = self.state.option_blockers(id, &options).into_iter().next() {
+            return Err(blocker.into());
+        }
         let vm = self.state.vm(id)?;
         let source = vm.placement.ok_or_else(|| Rejection::VmIsStopped { vm: vm.name.clone() })?;
         let (vm_name, from_epoch, source_process) = (vm.name.clone(), vm.epoch, vm.process_epoch());

@@ -22,6 +22,7 @@ mod hosts;
 mod images;
 mod leaving;
 mod loans;
+mod memory;
 mod migrations;
 mod moves;
 mod networks;
@@ -172,6 +173,7 @@ impl Change<'_> {
         match command {
             Command::SetHostCpu { host, cpu } => self.set_host_cpu(*host, cpu),
             Command::SetHostCpus { host, cpus } => self.set_host_cpus(*host, *cpus),
+            Command::SetHostHugeMemory { host, memory } => self.set_host_huge_memory(*host, *memory),
             Command::SetHostLabels { host, labels } => self.set_host_labels(*host, labels),
             Command::CordonHost { host } => self.cordon_host(*host),
             Command::UncordonHost { host } => self.uncordon_host(*host),

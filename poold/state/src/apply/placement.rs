@@ -2,7 +2,7 @@
 //!
 //! One list of obstacles serves all: what `apply` refuses, what the planner avoids, and what `explain` tells an operator.
 
-use super::{cpu, queue::Moves};
+use super::{cpu, memory, queue::Moves};
 use crate::{
     limits::STORE_STEP_PERCENT,
     rejection::Rejection,
@@ -19,6 +19,8 @@ use std::{
 pub struct Reserved {
     /// Memory.
     pub memory: ByteCount,
+    /// The part of it that is in huge pages.
+    pub huge_memory: ByteCount,
     /// Virtual CPUs.
     pub vcpus: u64,
 }
@@ -57,6 +59,7 @@ impl PoolState {
             for host in self.occupies(vm) {
                 let entry = reserved.entry(host).or_default();
                 entry.memory.0 += vm.spec.memory.0;
+                entry.huge_memory.0 += if vm.spec.pages.is_huge() { vm.spec.memory.0 } else { 0 };
                 entry.vcpus += u64::from(vm.spec.vcpus);
             }
         }
@@ -126,12 +129,13 @@ impl PoolState {
             let duty = host.duty.as_str().to_owned();
             obstacles.push(Rejection::HostOutOfService { host: host.name.clone(), duty });
         }
-        let taken = reserved.get(&host.id).copied().unwrap_or_default().memory;
-        let free = ByteCount(host.vm_memory.0.saturating_sub(taken.0));
+        let taken = reserved.get(&host.id).copied().unwrap_or_default();
+        let free = ByteCount(host.vm_memory.0.saturating_sub(taken.memory.0));
         if free < vm.spec.memory {
             let needed = vm.spec.memory;
             obstacles.push(Rejection::NotEnoughMemory { host: host.name.clone(), needed, free });
         }
+        obstacles.extend(memory::obstacle(vm, host, taken).map(Rejection::Memory));
         if let Some(group) = self.broken_groups(vm, host.id, GroupStrength::Must).first() {
             let (vm, group) = (vm.name.clone(), (*group).to_owned());
             obstacles.push(Rejection::GroupForbids { vm, host: host.name.clone(), group });

@@ -132,9 +132,15 @@ impl Change<'_> {
         if let Some(blocker) = blockers.into_iter().next() {
             return Err(blocker);
         }
-        // Whatever gives a VM another epoch or host ends its moves.
-        let vm = self.state.vm(vm)?;
-        assert_eq!((vm.placement, vm.epoch), (Some(source), self.state.migration(id)?.from_epoch));
+        // Whatever gives a VM another epoch or host ends its moves; if it did not, this one is refused until its deadline.
+        let (vm, from_epoch) = (self.state.vm(vm)?, self.state.migration(id)?.from_epoch);
+        if (vm.placement, vm.epoch) != (Some(source), from_epoch) {
+            return Err(Rejection::StaleEpoch {
+                vm: vm.name.clone(),
+                expected: from_epoch,
+                actual: vm.epoch,
+            });
+        }
         self.enter_phase(id, MigrationPhase::Intent)
     }
 }

@@ -1,8 +1,8 @@
 //! Virtual machines as an operator changes them: create, delete, start, stop, pause, resume.
 
 use super::{
-    Applied, Change, check_length, check_name, check_range, check_room, ownership::Beginning,
-    placement::check_up,
+    Applied, Change, check_length, check_name, check_range, check_room, memory::check_pages,
+    ownership::Beginning, placement::check_up,
 };
 use crate::{
     command::CreateVm,
@@ -25,6 +25,7 @@ impl Change<'_> {
         if !create.memory.0.is_multiple_of(BLOCK_BYTES as u64) {
             return Err(Rejection::NotAligned { field: Field::Memory, value: create.memory.0 });
         }
+        check_pages(create.memory, create.pages)?;
         if !create.cmdline.is_empty() {
             check_length(Field::Cmdline, create.cmdline.as_bytes(), CMDLINE_BYTES_MAX)?;
         }
@@ -52,6 +53,7 @@ impl Change<'_> {
             nics,
             cpu_profile: create.cpu_profile,
             cluster: create.cluster,
+            pages: create.pages,
         };
         let vm = Vm {
             id,

@@ -3,7 +3,9 @@
 #[cfg(doc)]
 use super::Command;
 use crate::state::{GroupRule, GroupStrength, HaPolicy, NetworkAddressing, NetworkLink};
-use proto::{ByteCount, ClusterId, CpuProfile, GroupId, HostId, ImageId, NetworkId, VmId, VolumeId};
+use proto::{
+    ByteCount, ClusterId, CpuProfile, GroupId, HostId, ImageId, MemoryPages, NetworkId, VmId, VolumeId,
+};
 use serde::{Deserialize, Serialize};
 
 /// Content of [`Command::CreateGroup`].
@@ -43,7 +45,7 @@ pub struct CreateVm {
     pub name: String,
     /// Virtual CPUs.
     pub vcpus: u32,
-    /// Memory, a multiple of 4 KiB.
+    /// Memory, a multiple of its pages.
     pub memory: ByteCount,
     /// Volumes in device order.
     pub disks: Vec<VolumeId>,
@@ -63,6 +65,8 @@ pub struct CreateVm {
     pub cpu_profile: Option<CpuProfile>,
     /// Its cluster; none: the default one.
     pub cluster: Option<ClusterId>,
+    /// What its memory is made of.
+    pub pages: MemoryPages,
 }
 
 /// A change of clusters.

@@ -25,6 +25,7 @@ impl Rejection {
             Self::Volume(inner) => inner.reason_code(),
             Self::Govern(inner) => inner.reason_code(),
             Self::Cluster(inner) => inner.reason_code(),
+            Self::Memory(inner) => inner.reason_code(),
             Self::PoolNotInitialised => "POOL_NOT_INITIALISED",
             Self::PoolAlreadyInitialised => "POOL_ALREADY_INITIALISED",
             Self::BadTiming(_) => "BAD_TIMING",
@@ -114,6 +115,7 @@ impl Rejection {
         match self {
             Self::Govern(inner) => inner.class(),
             Self::Cluster(inner) => inner.class(),
+            Self::Memory(inner) => inner.class(),
             Self::NotFound { .. } => RejectionClass::NotFound,
             Self::Network(rejection) => rejection.class(),
             Self::BadTiming(_)
@@ -146,6 +148,7 @@ impl Rejection {
             Self::Volume(inner) => inner.object(),
             Self::Govern(inner) => inner.object(),
             Self::Cluster(inner) => inner.object(),
+            Self::Memory(inner) => inner.object(),
             Self::NotFound { kind, text } | Self::Ambiguous { kind, text, .. } => format!("{kind} {text}"),
             Self::NameTaken { kind, name } => format!("{kind} {name}"),
             Self::Network(rejection) => rejection.object(),
@@ -228,6 +231,7 @@ impl Rejection {
             Self::Volume(inner) => inner.remedy(),
             Self::Govern(inner) => inner.remedy(),
             Self::Cluster(inner) => inner.remedy(),
+            Self::Memory(inner) => inner.remedy(),
             Self::PoolNotInitialised => "found the pool with `poold init`".into(),
             Self::PoolAlreadyInitialised => "use `poold join` with a token of the pool".into(),
             Self::BadTiming(_) => "choose a consistent profile of timings".into(),

@@ -53,6 +53,8 @@ pub struct Host {
     pub cluster: Option<ClusterId>,
     /// Disk of its block store; not known before it has served.
     pub store: Option<StoreSpace>,
+    /// Memory that its kernel keeps in huge pages.
+    pub huge_memory: ByteCount,
 }
 
 /// The disk of a block store, as its host last told.

@@ -1,5 +1,6 @@
 //! What a migration did, as plain data. It mirrors `pool.v1.MigrationRecord` without what only a running one has.
 
+use proto::MemoryPages;
 use serde::{Deserialize, Serialize};
 
 /// What a migration did.
@@ -33,6 +34,8 @@ pub struct MigrationRecord {
     pub fault_mean_ms: f64,
     /// Connections that page data was spread over.
     pub connections: u32,
+    /// What memory was made of.
+    pub memory_pages: MemoryPages,
 }
 
 /// Parts of a blackout in milliseconds; they add up to it.

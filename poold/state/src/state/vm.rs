@@ -12,8 +12,8 @@
 
 use super::network::Nic;
 use proto::{
-    ByteCount, ClusterId, CpuFeatures, CpuProfile, Epoch, HostId, ImageId, MigrationId, TaskId, VmId,
-    VolumeId,
+    ByteCount, ClusterId, CpuFeatures, CpuProfile, Epoch, HostId, ImageId, MemoryPages, MigrationId, TaskId,
+    VmId, VolumeId,
 };
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -86,6 +86,8 @@ pub struct VmSpec {
     pub cpu_profile: Option<CpuProfile>,
     /// Its cluster; none: the default one.
     pub cluster: Option<ClusterId>,
+    /// What its memory is made of.
+    pub pages: MemoryPages,
 }
 
 /// What happens to a VM when its host is lost or its process dies.

@@ -11,7 +11,7 @@ use pool_state::{
     reconcile::reconcile,
     state::{CertificateFingerprint, ContentHash, Desired, HaPolicy, Volume},
 };
-use proto::{ByteCount, HostId, Incarnation, VmId, VolumeId};
+use proto::{ByteCount, HostId, Incarnation, MemoryPages, VmId, VolumeId};
 use std::time::{Duration, Instant};
 
 const HOSTS: usize = 64;
@@ -172,6 +172,7 @@ impl Storm {
             priority: 100,
             nets: Vec::new(),
             cpu_profile: None,
+            pages: MemoryPages::Small,
             cluster: None,
         }));
         let Outcome::Vm(vm) = created else { panic!("a VM") };

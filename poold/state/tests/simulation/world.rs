@@ -12,7 +12,7 @@ use pool_state::{
     reconcile::{HostAction, reconcile},
     state::{CertificateFingerprint, ContentHash, Desired, HaPolicy, StopMode},
 };
-use proto::{ByteCount, Epoch, HostId, Incarnation, VmId};
+use proto::{ByteCount, Epoch, HostId, Incarnation, MemoryPages, VmId};
 use std::{
     cmp::Reverse,
     collections::{BTreeMap, BinaryHeap},
@@ -178,6 +178,7 @@ impl World {
             priority: number as u8,
             nets: Vec::new(),
             cpu_profile: None,
+            pages: MemoryPages::Small,
             cluster: None,
         }));
         let Some(Outcome::Vm(vm)) = vm else { panic!("a VM") };

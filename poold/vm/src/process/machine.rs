@@ -71,6 +71,7 @@ impl Vm {
         MachineConfig {
             vcpus: self.spec.vcpus,
             memory: self.spec.memory,
+            pages: self.spec.pages,
             memory_file: None,
             cpu: self.spec.cpu,
             disks: self.volumes.backends(),

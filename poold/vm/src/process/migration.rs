@@ -57,6 +57,8 @@ impl Process {
         let vm = self.vm("StartOutgoing")?;
         let Some(machine) = vm.machine.clone() else { return Err(self.wrong_state("StartOutgoing")) };
         let mut config = source_config(request, vm.spec.vm)?;
+        let is_on_demand = config.policy == Policy::PostCopy && vm.spec.pages.is_huge();
+        check(!is_on_demand, "policy", || "post-copy is not for memory in huge pages".to_owned())?;
         if request.connections == 0 {
             let cores = std::thread::available_parallelism().map_or(1, usize::from);
             config = config.with_connections(connections_for(cores, machine.vcpu_count()));

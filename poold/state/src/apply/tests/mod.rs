@@ -9,6 +9,7 @@ mod groups;
 mod hosts;
 mod leaving;
 mod membership;
+mod memory;
 mod migrations;
 mod networks;
 mod pool;
