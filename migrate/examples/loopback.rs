@@ -1,64 +1,53 @@
-//! What the engine alone costs: moves random memory over loopback, between two machines that are nothing but memory files.
+//! What the engine alone costs: moves random memory over loopback, between two machines that are nothing but memory.
 //!
 //! `cargo run --release -p migrate --example loopback -- [MIB] [RUNS] [BUSY THREADS] [CONNECTIONS]`; made to be looked at with `perf`. The
 //! busy threads stand for vCPUs: they take their share of the processors and write nothing.
 
 use anyhow::{Context, Result, ensure};
+use bytes::Bytes;
 use migrate::{
     FaultSink, Identity, Outcome, PAGE_BYTES, PageBitmap, PausedVm, Rehash, ResumedParts, SourceConfig,
     SourcePhase, SourceTask, SourceVm, TargetConfig, TargetPhase, TargetTask, TargetVm, VmError,
 };
-use nix::sys::memfd::{MFdFlags, memfd_create};
-use proto::{MigrationId, PageIndex, VmId};
+use proto::{ByteCount, MigrationId, PageIndex, VmId};
 use std::{
-    fs::File,
     net::{IpAddr, Ipv4Addr},
     ops::Range,
-    os::unix::fs::FileExt,
     sync::Arc,
     thread,
     time::Duration,
 };
+use vmm::Memory;
 
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
 /// A machine without vCPUs.
-struct Memory {
-    file: File,
-    pages: u64,
-}
+struct OnlyMemory(Memory);
 
-impl Memory {
+impl OnlyMemory {
     fn new(mib: u64) -> Result<Self> {
-        let file = File::from(memfd_create("loopback", MFdFlags::MFD_CLOEXEC)?);
-        file.set_len(mib << 20)?;
-        Ok(Self { file, pages: (mib << 20) / PAGE_BYTES as u64 })
+        Ok(Self(Memory::new(ByteCount(mib << 20))?))
     }
 
     fn fill(&self) -> Result<()> {
         let mut content = vec![0; 1 << 20];
-        for at in (0..self.pages * PAGE_BYTES as u64).step_by(1 << 20) {
-            blake3::Hasher::new().update(&at.to_le_bytes()).finalize_xof().fill(&mut content);
-            self.file.write_all_at(&content, at)?;
+        for page in (0..self.0.page_count()).step_by(content.len() / PAGE_BYTES) {
+            blake3::Hasher::new().update(&page.to_le_bytes()).finalize_xof().fill(&mut content);
+            self.0.fill_pages(PageIndex(page), &content)?;
         }
         Ok(())
     }
-
-    fn read(&self, first: PageIndex, out: &mut [u8]) -> Result<(), VmError> {
-        let at = first.0 * PAGE_BYTES as u64;
-        self.file.read_exact_at(out, at).map_err(|error| VmError::new("read", error))
-    }
 }
 
-impl SourceVm for Memory {
+impl SourceVm for OnlyMemory {
     fn page_count(&self) -> u64 {
-        self.pages
+        self.0.page_count()
     }
     fn resident(&self, range: Range<PageIndex>) -> Result<Vec<Range<PageIndex>>, VmError> {
-        Ok(vec![range])
+        self.0.resident(range).map_err(|error| VmError::new("examine", error))
     }
     fn read_pages(&self, first: PageIndex, out: &mut [u8]) -> Result<(), VmError> {
-        self.read(first, out)
+        self.0.read_pages(first, out).map_err(|error| VmError::new("read", error))
     }
     fn start_dirty_tracking(&self) -> Result<(), VmError> {
         Ok(())
@@ -86,19 +75,21 @@ impl SourceVm for Memory {
     }
 }
 
-impl TargetVm for Memory {
+impl TargetVm for OnlyMemory {
     fn page_count(&self) -> u64 {
-        self.pages
+        self.0.page_count()
     }
     fn write_pages(&self, first: PageIndex, data: &[u8]) -> Result<(), VmError> {
-        let at = first.0 * PAGE_BYTES as u64;
-        self.file.write_all_at(data, at).map_err(|error| VmError::new("write", error))
+        self.0.fill_pages(first, data).map_err(|error| VmError::new("write", error))
     }
-    fn zero_pages(&self, _: Range<PageIndex>) -> Result<(), VmError> {
-        Ok(())
+    fn write_pieces(&self, first: PageIndex, pieces: &[Bytes]) -> Result<(), VmError> {
+        self.0.fill_pieces(first, pieces).map_err(|error| VmError::new("write", error))
+    }
+    fn zero_pages(&self, range: Range<PageIndex>) -> Result<(), VmError> {
+        self.0.zero_pages(range).map_err(|error| VmError::new("empty", error))
     }
     fn read_pages(&self, first: PageIndex, out: &mut [u8]) -> Result<(), VmError> {
-        self.read(first, out)
+        self.0.read_pages(first, out).map_err(|error| VmError::new("read", error))
     }
     fn begin_on_demand(&self, _: &PageBitmap, _: FaultSink) -> Result<(), VmError> {
         Err(VmError::new("wait for pages", "nothing runs here"))
@@ -108,8 +99,8 @@ impl TargetVm for Memory {
     }
 }
 
-async fn migrate_once(source: Arc<Memory>, mib: u64, connections: u8) -> Result<()> {
-    let target = Arc::new(Memory::new(mib)?);
+async fn migrate_once(source: Arc<OnlyMemory>, mib: u64, connections: u8) -> Result<()> {
+    let target = Arc::new(OnlyMemory::new(mib)?);
     let (here, there) = (Identity::generate()?, Identity::generate()?);
     let config = TargetConfig {
         migration: MigrationId(1),
@@ -153,7 +144,7 @@ fn main() -> Result<()> {
     };
     let (mib, runs, busy) = (number(1, 512)?, number(2, 3)?, number(3, 0)?);
     let connections = u8::try_from(number(4, 1)?)?;
-    let source = Arc::new(Memory::new(mib)?);
+    let source = Arc::new(OnlyMemory::new(mib)?);
     source.fill()?;
     for _ in 0..busy {
         thread::spawn(|| {

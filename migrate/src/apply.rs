@@ -11,10 +11,11 @@ use crate::{
     machine::{PAGE_BYTES, TargetVm, VmError},
     proof::{HashedMemory, MemoryHash, MemoryProof, PageHashes, Sample, ZERO_MARK},
     wire::{
-        BatchReader, PageFrame, WireError,
+        PageFrame, Pieces, ScatteredFrame, ScatteredReader, WireError,
         batch::{RUN_PAGES_MAX, Round},
     },
 };
+use bytes::Bytes;
 use proto::PageIndex;
 use std::ops::Range;
 
@@ -207,10 +208,26 @@ impl PageApplier {
     ///
     /// # Errors
     /// The migration can't go on; the memory is as good as lost.
-    pub fn apply<V: TargetVm>(&mut self, vm: &V, stream: u8, batch: &[u8]) -> Result<Vec<Round>, ApplyError> {
+    pub fn apply<V: TargetVm>(
+        &mut self,
+        vm: &V,
+        stream: u8,
+        batch: impl Into<Pieces>,
+    ) -> Result<Vec<Round>, ApplyError> {
         let mut completed = Vec::new();
-        for frame in BatchReader::new(batch) {
-            completed.extend(self.frame(vm, stream, frame?)?);
+        let mut reader = ScatteredReader::new(batch.into());
+        while let Some(frame) = reader.next_frame()? {
+            match frame {
+                ScatteredFrame::Raw { round, first, count, pieces } if self.on_demand.is_none() => {
+                    self.admit(stream, round, first, count)?;
+                    self.write_pieces(vm, round, first..PageIndex(first.0 + count), pieces)?;
+                }
+                ScatteredFrame::Raw { round, first, pieces, .. } => {
+                    let data = &pieces.concat();
+                    self.place_frame(vm, PageFrame::Raw { round, first, data })?;
+                }
+                ScatteredFrame::Whole(frame) => completed.extend(self.frame(vm, stream, frame)?),
+            }
         }
         Ok(completed)
     }
@@ -251,6 +268,7 @@ impl PageApplier {
                 self.admit(stream, round, first, u64::from(count))?;
                 self.zero(vm, round, first.0..first.0 + u64::from(count))?;
             }
+            // Such frames come in pieces; this is for whoever has one whole.
             PageFrame::Raw { round, first, data } => {
                 self.admit(stream, round, first, (data.len() / PAGE_BYTES) as u64)?;
                 self.write(vm, round, first, data)?;
@@ -436,6 +454,33 @@ impl PageApplier {
         is_newer
     }
 
+    /// As [`Self::write`], without putting the pages together.
+    fn write_pieces<V: TargetVm>(
+        &mut self,
+        vm: &V,
+        round: Round,
+        pages: Range<PageIndex>,
+        pieces: &[Bytes],
+    ) -> Result<(), ApplyError> {
+        let (first, pages) = (pages.start, pages.start.0..pages.end.0);
+        let is_newer = |page: u64| self.rounds[page as usize] <= round.0;
+        if !pages.clone().all(is_newer) {
+            return self.write(vm, round, first, &pieces.concat());
+        }
+        for page in pages {
+            self.rounds[page as usize] = round.0;
+            self.written.insert(PageIndex(page));
+            if let Some(hashes) = &mut self.hashes
+                && hashes.sample().contains(PageIndex(page))
+            {
+                let start = (page - first.0) as usize * PAGE_BYTES;
+                copy_out(pieces, start, &mut self.unpacked[..PAGE_BYTES]);
+                hashes.set(PageIndex(page), &self.unpacked[..PAGE_BYTES]);
+            }
+        }
+        Ok(vm.write_pieces(first, pieces)?)
+    }
+
     fn write<V: TargetVm>(
         &mut self,
         vm: &V,
@@ -515,6 +560,19 @@ impl PageApplier {
         }
         Ok(Some(slowest))
     }
+}
+
+/// Copies what lies `start` bytes from the beginning of the pieces on, as much as `out` takes.
+fn copy_out(pieces: &[Bytes], start: usize, out: &mut [u8]) {
+    let (mut skip, mut done) = (start, 0);
+    for piece in pieces {
+        let from = skip.min(piece.len());
+        skip -= from;
+        let part = (piece.len() - from).min(out.len() - done);
+        out[done..done + part].copy_from_slice(&piece[from..from + part]);
+        done += part;
+    }
+    assert_eq!(done, out.len(), "the pieces are shorter than the pages that they are of");
 }
 
 /// The target's memory, for the full re-hash. It reads every page, also those without memory.

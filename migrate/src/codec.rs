@@ -20,7 +20,11 @@ const HOLD_WINDOWS: u32 = 32;
 /// Compressed size at which it is worth the target's time, in percent of the raw size.
 const RATIO_PERCENT_MAX: u64 = 85;
 
-/// Windows between two trials while pages do not compress.
+/// Batches of a trial that finds nothing to compress.
+const TRIAL_BATCHES: u32 = 2;
+
+/// Windows between the first two trials while pages do not compress. From trial to trial the time doubles up to
+/// [`HOLD_WINDOWS`]: a trial costs as much as sending what it tries twice.
 const TRIAL_WINDOWS: u32 = 8;
 
 /// How pages are sent now.
@@ -45,6 +49,13 @@ pub struct BatchTiming {
     pub waited: Duration,
 }
 
+impl BatchTiming {
+    /// The pages have become so much smaller that it is worth the target's time.
+    fn is_small(&self) -> bool {
+        self.sent_bytes * 100 <= self.raw_bytes * RATIO_PERCENT_MAX
+    }
+}
+
 /// Chooses the codec, window by window.
 #[derive(Debug)]
 pub struct CodecChoice {
@@ -52,13 +63,22 @@ pub struct CodecChoice {
     window: BatchTiming,
     batches: u32,
     hold_windows: u32,
+    /// Windows to wait after the next trial that finds nothing to compress.
+    next_hold: u32,
     /// Page bytes per second that the link carried without compression.
     raw_rate: f64,
 }
 
 impl Default for CodecChoice {
     fn default() -> Self {
-        Self { codec: Codec::Raw, window: BatchTiming::default(), batches: 0, hold_windows: 0, raw_rate: 0.0 }
+        Self {
+            codec: Codec::Raw,
+            window: BatchTiming::default(),
+            batches: 0,
+            hold_windows: 0,
+            next_hold: TRIAL_WINDOWS,
+            raw_rate: 0.0,
+        }
     }
 }
 
@@ -76,7 +96,10 @@ impl CodecChoice {
         self.window.elapsed += batch.elapsed;
         self.window.waited += batch.waited;
         self.batches += 1;
-        if self.batches == WINDOW_BATCHES {
+        // What does not compress shows soon. Of the first batch a part may have been packed before the trial.
+        let has_shown = self.batches >= TRIAL_BATCHES && self.window.raw_bytes > 0;
+        let is_refuted = has_shown && self.codec == Codec::Compact && !self.window.is_small();
+        if self.batches == WINDOW_BATCHES || is_refuted {
             let window = std::mem::take(&mut self.window);
             self.batches = 0;
             self.on_window(window);
@@ -94,11 +117,14 @@ impl CodecChoice {
             }
             Codec::Raw => {}
             Codec::Compact => {
-                let is_small = window.sent_bytes * 100 <= window.raw_bytes * RATIO_PERCENT_MAX;
-                if !is_small {
+                if !window.is_small() {
                     self.codec = Codec::Raw;
-                    self.hold_windows = TRIAL_WINDOWS;
-                } else if !link_limits && rate < self.raw_rate {
+                    self.hold_windows = self.next_hold;
+                    self.next_hold = (2 * self.next_hold).min(HOLD_WINDOWS);
+                    return;
+                }
+                self.next_hold = TRIAL_WINDOWS;
+                if !link_limits && rate < self.raw_rate {
                     self.codec = Codec::Raw;
                     self.hold_windows = HOLD_WINDOWS;
                 }
@@ -140,6 +166,23 @@ mod tests {
         assert_eq!(choice.codec(), Codec::Compact);
         window(&mut choice, 1000, 990, 10, 9);
         assert_eq!(choice.codec(), Codec::Raw);
+    }
+
+    #[test]
+    fn pages_that_do_not_compress_are_tried_more_and_more_rarely() {
+        let mut choice = CodecChoice::default();
+        let batch = BatchTiming {
+            raw_bytes: 1000,
+            sent_bytes: 1000,
+            elapsed: Duration::from_millis(10),
+            waited: Duration::from_millis(9),
+        };
+        let mut tried = 0;
+        for _ in 0..1000 {
+            tried += u32::from(choice.codec() == Codec::Compact);
+            choice.on_batch(batch);
+        }
+        assert!((6..=12).contains(&tried), "{tried} of 1000 batches");
     }
 
     #[test]

@@ -18,7 +18,7 @@ use crate::{
     proof::is_zero,
     stats::PageCounts,
     wire::{
-        BatchWriter, PageFrame,
+        BatchBuffers, BatchWriter, PageFrame,
         batch::{RUN_PAGES_MAX, Round},
     },
 };
@@ -61,6 +61,11 @@ pub trait BatchSink {
 
     /// So many pages of the round are still to come.
     fn remaining(&mut self, pages: u64);
+
+    /// Memory for batches.
+    fn buffers(&self) -> BatchBuffers {
+        BatchBuffers::default()
+    }
 }
 
 /// Why a round did not go out whole.
@@ -117,9 +122,12 @@ pub fn send_round<V: SourceVm, S: BatchSink>(
     let RoundPlan { round, scope, pages, window, streams } = plan;
     let (start, end) = window.unwrap_or((0, pages.words().len()));
     let end = end.min(pages.words().len());
-    let lanes = (0..streams).map(|_| Lane::default()).collect();
+    let buffers = sink.buffers();
+    let lane = |_| Lane { writer: BatchWriter::new(buffers.clone()), pages: 0, page_bytes: 0 };
+    let lanes = (0..streams).map(lane).collect();
     let totals = RoundTotals::default();
-    let mut encoder = Encoder { round, lanes, totals, held, sink, scratch: Vec::new() };
+    let mut encoder =
+        Encoder { round, lanes, totals, held, sink, scratch: Vec::new(), expected: Expected::Plain };
     let mut left = pages.count_in(start..end);
     for first_word in (start..end).step_by(CHUNK_WORDS) {
         let words = first_word..(first_word + CHUNK_WORDS).min(end);
@@ -140,7 +148,6 @@ pub fn send_round<V: SourceVm, S: BatchSink>(
 }
 
 /// One stream in one round.
-#[derive(Default)]
 struct Lane {
     writer: BatchWriter,
     pages: u64,
@@ -161,6 +168,20 @@ enum Kind {
     Kept,
 }
 
+/// What the next pages are taken for; a wrong guess costs a copy of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Expected {
+    /// All of them go as they are.
+    Plain,
+    /// Some need not be sent.
+    Mixed,
+}
+
+/// Whether a page goes to a lane, of so many.
+fn of_lane(lane: usize, lanes: usize) -> impl Fn(PageIndex) -> bool + Copy {
+    move |page| page.0 / CHUNK_PAGES % lanes as u64 == lane as u64
+}
+
 struct Encoder<'a, S> {
     round: Round,
     lanes: Vec<Lane>,
@@ -168,6 +189,7 @@ struct Encoder<'a, S> {
     held: &'a mut Held,
     sink: &'a mut S,
     scratch: Vec<u8>,
+    expected: Expected,
 }
 
 impl<S: BatchSink> Encoder<'_, S> {
@@ -195,34 +217,93 @@ impl<S: BatchSink> Encoder<'_, S> {
     /// Reads pages and sends each stretch of zero or non-zero ones.
     fn present<V: SourceVm>(&mut self, vm: &V, lane: usize, pages: Range<u64>) -> Result<(), EncodeError> {
         let mut first = pages.start;
-        let mut scratch = std::mem::take(&mut self.scratch);
-        scratch.resize(RUN_PAGES_MAX * PAGE_BYTES, 0);
         while first < pages.end {
-            let count = (pages.end - first).min(RUN_PAGES_MAX as u64);
-            let bytes = &mut scratch[..count as usize * PAGE_BYTES];
-            vm.read_pages(PageIndex(first), bytes)?;
-            self.classify(lane, first, bytes)?;
-            first += count;
+            let count = (pages.end - first).min(RUN_PAGES_MAX as u64) as usize;
+            if self.expected == Expected::Plain && self.sink.codec() == Codec::Raw {
+                self.in_place(vm, lane, first, count)?;
+            } else {
+                let mut scratch = std::mem::take(&mut self.scratch);
+                scratch.resize(RUN_PAGES_MAX * PAGE_BYTES, 0);
+                let bytes = &mut scratch[..count * PAGE_BYTES];
+                vm.read_pages(PageIndex(first), bytes)?;
+                let raw_before = self.totals.pages.raw;
+                self.classify(lane, first, bytes, None)?;
+                let is_plain = self.totals.pages.raw - raw_before == count as u64;
+                self.expected = if is_plain { Expected::Plain } else { Expected::Mixed };
+                self.scratch = scratch;
+            }
+            first += count as u64;
         }
-        self.scratch = scratch;
         Ok(())
     }
 
-    /// Sends pages in stretches: zero ones, ones with content, and between them those with a shortcut.
-    fn classify(&mut self, lane: usize, first: u64, bytes: &[u8]) -> Result<(), EncodeError> {
+    /// Reads pages to where they are sent from. That is all there is to do as long as they all go as they are.
+    fn in_place<V: SourceVm>(
+        &mut self,
+        vm: &V,
+        lane: usize,
+        first: u64,
+        count: usize,
+    ) -> Result<(), EncodeError> {
+        if let Some(batch) = self.lanes[lane].writer.make_raw_room(count) {
+            self.send(lane, batch)?;
+        }
+        let same_stream = of_lane(lane, self.lanes.len());
+        let slot = &mut self.lanes[lane];
+        let bytes = slot.writer.raw_space(count);
+        vm.read_pages(PageIndex(first), bytes)?;
+        let (mut plain, mut known) = (0, None);
+        for (at, content) in (first..).zip(bytes.chunks_exact(PAGE_BYTES)) {
+            if is_zero(content) {
+                break;
+            }
+            known = self.held.data(PageIndex(at), self.round, content, Deltas::Skip, same_stream);
+            if known.is_some() {
+                break;
+            }
+            plain += 1;
+        }
+        // What can't stay where it is, with all behind it.
+        self.scratch.clear();
+        self.scratch.extend_from_slice(&bytes[plain * PAGE_BYTES..]);
+        if plain > 0 {
+            slot.writer.push_raw_in_place(self.round, PageIndex(first), plain);
+            slot.pages += plain as u64;
+            slot.page_bytes += (plain * PAGE_BYTES) as u64;
+            self.totals.pages.raw += plain as u64;
+        }
+        if plain == count {
+            return Ok(());
+        }
+        self.expected = Expected::Mixed;
+        let rest = std::mem::take(&mut self.scratch);
+        self.classify(lane, first + plain as u64, &rest, known)?;
+        self.scratch = rest;
+        Ok(())
+    }
+
+    /// Sends pages in stretches: zero ones, ones with content, and between them those with a shortcut. For the first page
+    /// a shortcut may be `known`; then `held` has been told of it.
+    fn classify(
+        &mut self,
+        lane: usize,
+        first: u64,
+        bytes: &[u8],
+        mut known: Option<Shortcut>,
+    ) -> Result<(), EncodeError> {
         let deltas = if self.sink.codec() == Codec::Compact { Deltas::Try } else { Deltas::Skip };
-        let lanes = self.lanes.len() as u64;
-        let same_stream = |page: PageIndex| page.0 / CHUNK_PAGES % lanes == lane as u64;
+        let same_stream = of_lane(lane, self.lanes.len());
         let mut open: Option<Stretch> = None;
         for (at, content) in (first..).zip(bytes.chunks_exact(PAGE_BYTES)) {
-            let kind = if is_zero(content) {
+            let kind = if known.is_none() && is_zero(content) {
                 Kind::Zero
             } else {
                 // `held` learns of zero pages when they are sent, and has to know of those before this one.
                 if open.as_ref().is_some_and(|stretch| stretch.kind == Kind::Zero) {
                     self.stretch(lane, open.take(), first, bytes)?;
                 }
-                match self.held.data(PageIndex(at), self.round, content, deltas, same_stream) {
+                let look = || self.held.data(PageIndex(at), self.round, content, deltas, same_stream);
+                match known.take().or_else(look) {
                     None => Kind::Data,
                     Some(Shortcut::Kept) => Kind::Kept,
                     // In the order that `held` was told of: what came before goes before.

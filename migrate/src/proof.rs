@@ -239,6 +239,12 @@ impl PageHashes {
         self.hashes.len() as u64
     }
 
+    /// The pages that hashes are kept of.
+    #[must_use]
+    pub fn sample(&self) -> Sample {
+        self.sample
+    }
+
     /// The hash of a page; all zero for a zero page.
     ///
     /// # Panics

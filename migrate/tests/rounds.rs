@@ -1,5 +1,7 @@
 //! Rounds from guest to guest without any machine in between, while the guest writes at every call of the engine.
 
+#[path = "support/packets.rs"]
+mod packets;
 mod support;
 
 use bytes::Bytes;
@@ -10,7 +12,7 @@ use migrate::{
     encode::{BatchSink, RoundPlan, RoundScope, RoundTotals, Stopped, send_round},
     held::Held,
     proof::{OfSource, PageHashes, hash_memory},
-    wire::batch::{BATCH_PREFIX_BYTES, Round},
+    wire::batch::Round,
 };
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use std::sync::atomic::AtomicBool;
@@ -30,7 +32,7 @@ struct Direct<'a> {
 
 impl BatchSink for Direct<'_> {
     fn send(&mut self, stream: u8, batch: Bytes, _page_bytes: u64) -> Result<(), Stopped> {
-        let rounds = self.applier.apply(self.target, stream, &batch[BATCH_PREFIX_BYTES..]).unwrap();
+        let rounds = self.applier.apply(self.target, stream, packets::in_packets(batch)).unwrap();
         self.completed.extend(rounds);
         Ok(())
     }

@@ -1,5 +1,6 @@
 use super::*;
 use crate::wire::{BatchWriter, batch::BATCH_PREFIX_BYTES};
+use bytes::Bytes;
 use proptest::prelude::*;
 use std::sync::Mutex;
 
@@ -43,10 +44,10 @@ impl TargetVm for Memory {
     }
 }
 
-fn batch(frames: &[PageFrame<'_>]) -> Vec<u8> {
+fn batch(frames: &[PageFrame<'_>]) -> Bytes {
     let mut writer = BatchWriter::default();
     assert!(frames.iter().all(|frame| writer.push(frame).is_none()));
-    writer.take().unwrap()[BATCH_PREFIX_BYTES..].to_vec()
+    writer.take().unwrap().slice(BATCH_PREFIX_BYTES..)
 }
 
 fn zero(round: u32, first: u64, count: u32) -> PageFrame<'static> {
@@ -65,9 +66,9 @@ fn a_page_of_an_older_round_never_overwrites_a_newer_one() {
     let memory = Memory::new(4);
     let mut applier = PageApplier::new(4, 2, KeepHashes::ALL);
     let newer = batch(&[zero(1, 0, 4), end(1, 4), raw(2, 1, &new), end(2, 1)]);
-    assert_eq!(applier.apply(&memory, 0, &newer).unwrap(), []);
+    assert_eq!(applier.apply(&memory, 0, newer).unwrap(), []);
     let older = batch(&[raw(1, 0, &old), zero(1, 1, 1), end(1, 4)]);
-    assert_eq!(applier.apply(&memory, 1, &older).unwrap(), [Round(1)]);
+    assert_eq!(applier.apply(&memory, 1, older).unwrap(), [Round(1)]);
     assert_eq!([0, 1, 2, 3].map(|page| memory.first_byte(page)), [1, 2, 1, 0]);
     let fresh = crate::proof::hash_memory(&OfTarget(&memory), 1, &std::sync::atomic::AtomicBool::new(false));
     assert_eq!(applier.proof(), fresh.unwrap());
@@ -79,9 +80,9 @@ fn pages_never_written_are_not_touched_by_zero_runs() {
     let memory = Memory::new(8);
     let mut applier = PageApplier::new(8, 1, KeepHashes::ALL);
     let page = PageFrame::Raw { round: Round(1), first: PageIndex(3), data: &data };
-    applier.apply(&memory, 0, &batch(&[zero(1, 0, 8), page, end(1, 9)])).unwrap();
+    applier.apply(&memory, 0, batch(&[zero(1, 0, 8), page, end(1, 9)])).unwrap();
     assert!(memory.1.lock().unwrap().is_empty());
-    applier.apply(&memory, 0, &batch(&[zero(2, 0, 8), end(2, 8)])).unwrap();
+    applier.apply(&memory, 0, batch(&[zero(2, 0, 8), end(2, 8)])).unwrap();
     assert_eq!(memory.1.lock().unwrap().as_slice(), std::slice::from_ref(&(3..4)));
     assert_eq!(applier.proof(), Some(PageHashes::new(8).combine()));
 }
@@ -90,7 +91,7 @@ fn pages_never_written_are_not_touched_by_zero_runs() {
 fn lies_of_the_peer_are_typed_errors() {
     let memory = Memory::new(4);
     let apply = |stream, frames: &[PageFrame<'_>]| {
-        PageApplier::new(4, 1, KeepHashes::No).apply(&memory, stream, &batch(frames)).unwrap_err()
+        PageApplier::new(4, 1, KeepHashes::No).apply(&memory, stream, batch(frames)).unwrap_err()
     };
     assert!(matches!(apply(0, &[zero(1, 2, 3)]), ApplyError::OutOfRange { .. }));
     assert!(matches!(apply(0, &[zero(1, u64::MAX, 3)]), ApplyError::OutOfRange { .. }));
@@ -115,17 +116,17 @@ fn on_demand_only_missing_pages_are_placed_and_each_of_them_once() {
         let data = &data[..pages * PAGE_BYTES];
         batch(&[PageFrame::Raw { round: Round(2), first: PageIndex(first), data }])
     };
-    applier.apply(&memory, 7, &raw(2, 1)).unwrap();
+    applier.apply(&memory, 7, raw(2, 1)).unwrap();
     assert!(!applier.has_filled());
     // Stragglers of the rounds before are out of date, whatever they are.
     let old = PageFrame::Raw { round: Round(1), first: PageIndex(1), data: &data[..PAGE_BYTES] };
     let kept = PageFrame::Kept { round: Round(1), first: PageIndex(4), count: 1 };
-    applier.apply(&memory, 0, &batch(&[old, kept, delta(1, 1, 1, &[0; 9])])).unwrap();
+    applier.apply(&memory, 0, batch(&[old, kept, delta(1, 1, 1, &[0; 9])])).unwrap();
     assert_eq!(memory.first_byte(1), 0);
-    let change = applier.apply(&memory, 0, &batch(&[delta(2, 1, 1, &[0; 9])]));
+    let change = applier.apply(&memory, 0, batch(&[delta(2, 1, 1, &[0; 9])]));
     assert!(matches!(change, Err(ApplyError::NotWhole { .. })), "{change:?}");
-    applier.apply(&memory, 0, &raw(0, 6)).unwrap();
-    applier.apply(&memory, 0, &raw(0, 6)).unwrap();
+    applier.apply(&memory, 0, raw(0, 6)).unwrap();
+    applier.apply(&memory, 0, raw(0, 6)).unwrap();
     assert_eq!(*memory.1.lock().unwrap(), [2..3, 1..2, 4..5]);
     assert!(applier.has_filled() && !applier.has_filled());
 }
@@ -151,16 +152,16 @@ fn kept_pages_stay_and_others_can_not_be_called_kept() {
     let raw = PageFrame::Raw { round: Round(1), first: PageIndex(3), data: &data };
     let mut applier = begin();
     let frames = [zero(1, 0, 1), kept(1, 1), zero(1, 2, 1), raw, end(1, 4)];
-    assert_eq!(applier.apply(&memory, 0, &batch(&frames)).unwrap(), [Round(1)]);
+    assert_eq!(applier.apply(&memory, 0, batch(&frames)).unwrap(), [Round(1)]);
     assert_eq!([0, 1, 2, 3].map(|page| memory.first_byte(page)), [0, 8, 0, 5]);
     let fresh = crate::proof::hash_memory(&OfTarget(&memory), 1, &std::sync::atomic::AtomicBool::new(false));
     assert_eq!(applier.proof(), fresh.unwrap());
-    let refused = |frames: &[PageFrame<'_>]| begin().apply(&memory, 0, &batch(frames)).unwrap_err();
+    let refused = |frames: &[PageFrame<'_>]| begin().apply(&memory, 0, batch(frames)).unwrap_err();
     let refusals = [&[kept(0, 1)][..], &[kept(2, 2)], &[raw, kept(3, 1)], &[kept(1, 1), kept(1, 1)]];
     for frames in refusals {
         assert!(matches!(refused(frames), ApplyError::NotKept { .. }), "{frames:?}");
     }
-    let empty = PageApplier::new(4, 1, KeepHashes::ALL).apply(&memory, 0, &batch(&[kept(1, 1)]));
+    let empty = PageApplier::new(4, 1, KeepHashes::ALL).apply(&memory, 0, batch(&[kept(1, 1)]));
     assert!(matches!(empty, Err(ApplyError::NotKept { .. })));
 }
 
@@ -180,7 +181,7 @@ fn deltas_and_references_bring_the_content_that_they_name() {
     let raw = PageFrame::Raw { round: Round(1), first: PageIndex(1), data: &old };
     let frames =
         [zero(1, 0, 1), raw, zero(1, 2, 2), end(1, 4), delta(2, 1, 1, &block), refer(3, 1), end(2, 2)];
-    assert_eq!(applier.apply(&memory, 0, &batch(&frames)).unwrap(), [Round(1), Round(2)]);
+    assert_eq!(applier.apply(&memory, 0, batch(&frames)).unwrap(), [Round(1), Round(2)]);
     assert_eq!([0, 1, 2, 3].map(|page| memory.first_byte(page)), [0, 3, 0, 3]);
     let fresh = crate::proof::hash_memory(&OfTarget(&memory), 1, &std::sync::atomic::AtomicBool::new(false));
     assert_eq!(applier.proof(), fresh.unwrap());
@@ -195,7 +196,7 @@ fn deltas_and_references_to_what_is_not_here_are_refused() {
     let refused = |last: PageFrame<'_>, hashes| {
         let raw = PageFrame::Raw { round: Round(1), first: PageIndex(1), data: &page };
         let frames = [zero(1, 0, 1), raw, zero(1, 2, 2), end(1, 4), last];
-        PageApplier::new(4, 1, hashes).apply(&memory, 0, &batch(&frames)).unwrap_err()
+        PageApplier::new(4, 1, hashes).apply(&memory, 0, batch(&frames)).unwrap_err()
     };
     let refer = |source, hash| PageFrame::Reference {
         round: Round(2),
@@ -226,8 +227,8 @@ fn a_delta_of_an_older_round_is_passed_over() {
     let block = lz4_flex::block::compress(&vec![2; PAGE_BYTES]);
     let mut applier = PageApplier::new(1, 2, KeepHashes::No);
     let newer = PageFrame::Raw { round: Round(2), first: PageIndex(0), data: &page };
-    applier.apply(&memory, 0, &batch(&[zero(1, 0, 1), end(1, 1), newer])).unwrap();
-    applier.apply(&memory, 1, &batch(&[delta(1, 0, 0, &block)])).unwrap();
+    applier.apply(&memory, 0, batch(&[zero(1, 0, 1), end(1, 1), newer])).unwrap();
+    applier.apply(&memory, 1, batch(&[delta(1, 0, 0, &block)])).unwrap();
     assert_eq!(memory.first_byte(0), 7);
 }
 
@@ -237,7 +238,7 @@ proptest! {
         let memory = Memory::new(2);
         let mut applier = PageApplier::new(2, 1, KeepHashes::ALL);
         let frames = [zero(1, 0, 2), end(1, 2), delta(2, 1, base, &block)];
-        let _ = applier.apply(&memory, 0, &batch(&frames));
+        let _ = applier.apply(&memory, 0, batch(&frames));
     }
 
     /// Whatever changed in a page that is sent again, the target ends up with it, by whichever way it was sent.
@@ -247,7 +248,7 @@ proptest! {
         let mut applier = PageApplier::new(2, 1, KeepHashes::ALL);
         let mut held = crate::held::Held::new(None, 4 * PAGE_BYTES);
         let mut content = vec![0x11; PAGE_BYTES];
-        applier.apply(&memory, 0, &batch(&[zero(1, 0, 2), end(1, 2)])).unwrap();
+        applier.apply(&memory, 0, batch(&[zero(1, 0, 2), end(1, 2)])).unwrap();
         for (round, (at, value, wide)) in (2..).zip(changes) {
             let end_at = (at + [1, 64, PAGE_BYTES][wide]).min(PAGE_BYTES);
             content[at..end_at].iter_mut().enumerate().for_each(|(i, byte)| *byte = value.wrapping_add((i * wide) as u8));
@@ -257,7 +258,7 @@ proptest! {
                 Some(crate::held::Shortcut::Delta { base, block }) => delta(round, 1, base.0, block),
                 _ => PageFrame::Raw { round: number, first: page, data: &content },
             };
-            applier.apply(&memory, 0, &batch(&[frame, end(round, 1)])).unwrap();
+            applier.apply(&memory, 0, batch(&[frame, end(round, 1)])).unwrap();
             prop_assert_eq!(&memory.0.lock().unwrap()[PAGE_BYTES..], &content[..]);
         }
     }
@@ -267,6 +268,6 @@ proptest! {
         let memory = Memory::new(16);
         let mut applier = PageApplier::new(16, 1, KeepHashes::ALL);
         let frame = PageFrame::Lz4 { round: Round(1), first: PageIndex(0), count, block: &block };
-        let _ = applier.apply(&memory, 0, &batch(&[frame]));
+        let _ = applier.apply(&memory, 0, batch(&[frame]));
     }
 }

@@ -13,7 +13,7 @@ use crate::{
     rate::TokenBucket,
     source::{Proof, SourceEvent},
     unsent::Unsent,
-    wire::{BatchWriter, PageFrame, batch::Round},
+    wire::{BatchBuffers, BatchWriter, PageFrame, batch::Round},
 };
 use bytes::Bytes;
 use proto::PageIndex;
@@ -99,6 +99,7 @@ impl<V: SourceVm> Worker<V> {
             shared: shared.clone(),
             choice: CodecChoice::default(),
             bucket: config.bandwidth_bytes_per_s.map(|limit| TokenBucket::new(limit, Moment::default())),
+            buffers: BatchBuffers::default(),
             origin,
             last_batch: origin,
         };
@@ -276,6 +277,7 @@ struct QueueSink {
     shared: Arc<Shared>,
     choice: CodecChoice,
     bucket: Option<TokenBucket>,
+    buffers: BatchBuffers,
     origin: Instant,
     last_batch: Instant,
 }
@@ -322,5 +324,9 @@ impl BatchSink for QueueSink {
 
     fn remaining(&mut self, pages: u64) {
         self.shared.pages_remaining.store(pages, Ordering::Relaxed);
+    }
+
+    fn buffers(&self) -> BatchBuffers {
+        self.buffers.clone()
     }
 }

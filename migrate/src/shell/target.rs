@@ -18,7 +18,7 @@ use crate::{
     proof::PageHashes,
     source::ResumedParts,
     target::{Target, TargetCommand, TargetEvent, TargetFailure, TargetPhase, TargetSettings},
-    wire::{BULK_STREAMS_MAX, Kept, ToSource, batch::Round, control},
+    wire::{BULK_STREAMS_MAX, Kept, Pieces, ToSource, batch::Round, control},
 };
 use proto::{CertificateFingerprint, MigrationId, VmId};
 use std::{
@@ -182,7 +182,7 @@ impl TargetTask {
 }
 
 /// Jobs, and batches that pass them.
-type Queued = (mpsc::Receiver<ApplyJob>, mpsc::Receiver<Vec<u8>>);
+type Queued = (mpsc::Receiver<ApplyJob>, mpsc::Receiver<Pieces>);
 
 struct Driver<V> {
     vm: Arc<V>,
@@ -393,7 +393,7 @@ fn apply_jobs<V: TargetVm>(
     while let Some(job) = jobs.blocking_recv() {
         // What is waited for passes what stands in line, this job included.
         let passing = std::iter::from_fn(|| urgent.try_recv().ok());
-        let passing = passing.map(|bytes| ApplyJob::Batch { stream: OF_URGENT, bytes });
+        let passing = passing.map(|batch| ApplyJob::Batch { stream: OF_URGENT, batch });
         for job in passing.chain([job]) {
             for event in apply_job(vm, &mut applier, job, (events, waits)) {
                 let is_failure = matches!(event, TargetEvent::Failed(_));
@@ -421,7 +421,7 @@ fn apply_job<V: TargetVm>(
     };
     match job {
         ApplyJob::Urgent => Vec::new(),
-        ApplyJob::Batch { stream, bytes } => match apply_batch(vm, applier, stream, &bytes, waits) {
+        ApplyJob::Batch { stream, batch } => match apply_batch(vm, applier, stream, batch, waits) {
             Ok(_) if applier.has_filled() => {
                 vm.end_on_demand();
                 vec![TargetEvent::Filled]
@@ -452,10 +452,10 @@ fn apply_batch<V: TargetVm>(
     vm: &V,
     applier: &mut PageApplier,
     stream: u8,
-    bytes: &[u8],
+    batch: Pieces,
     waits: &Waits,
 ) -> Result<Vec<Round>, ApplyError> {
-    let completed = applier.apply(vm, stream, bytes);
+    let completed = applier.apply(vm, stream, batch);
     if let Some(missing) = applier.missing() {
         waits.end(|page| !missing.contains(page));
     }

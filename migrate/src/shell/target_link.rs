@@ -13,7 +13,7 @@ use crate::{
     machine::Supply,
     target::{TargetEvent, TargetFailure},
     wire::{
-        BULK_STREAMS_MAX, STATE_BYTES_MAX, StreamKind, ToTarget, WireError,
+        BULK_STREAMS_MAX, Pieces, STATE_BYTES_MAX, StreamKind, ToTarget, WireError,
         batch::{BATCH_BYTES_MAX, BATCH_PREFIX_BYTES, Round},
         check_length,
     },
@@ -39,7 +39,7 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Work for the thread that owns the received memory, in order.
 pub(super) enum ApplyJob {
     /// A batch as it came, with the index of its stream.
-    Batch { stream: u8, bytes: Vec<u8> },
+    Batch { stream: u8, batch: Pieces },
     /// There is something in the queue of pages that are waited for.
     Urgent,
     /// Make the proof of all that was received.
@@ -116,7 +116,7 @@ impl Link {
 pub(super) struct Batches {
     pub(super) jobs: mpsc::Sender<ApplyJob>,
     /// Batches with pages that are waited for; they pass the jobs that stand in line.
-    pub(super) urgent: mpsc::Sender<Vec<u8>>,
+    pub(super) urgent: mpsc::Sender<Pieces>,
 }
 
 /// Where pages go, whatever connection they come on.
@@ -260,15 +260,15 @@ async fn serve_stream(
                 return Err(WireError::StreamIndex { index }.into());
             }
             loop {
-                let bytes = read_batch(&mut stream).await?;
-                if batches.jobs.send(ApplyJob::Batch { stream: index, bytes }).await.is_err() {
+                let batch = read_batch(&mut stream).await?;
+                if batches.jobs.send(ApplyJob::Batch { stream: index, batch }).await.is_err() {
                     return Ok(());
                 }
             }
         }
         StreamKind::Urgent => loop {
-            let bytes = read_batch(&mut stream).await?;
-            let is_queued = batches.urgent.send(bytes).await.is_ok();
+            let batch = read_batch(&mut stream).await?;
+            let is_queued = batches.urgent.send(batch).await.is_ok();
             if !is_queued || batches.jobs.send(ApplyJob::Urgent).await.is_err() {
                 return Ok(());
             }
@@ -285,18 +285,18 @@ async fn serve_stream(
     }
 }
 
-/// The next batch, with its length checked. The stream's end is that of the link, which the control reader reports.
-async fn read_batch(stream: &mut RecvStream) -> Result<Vec<u8>, StreamError> {
+/// The next batch, with its length checked, in the pieces that the packets brought. The stream's end is that of the link, which
+/// the control reader reports.
+async fn read_batch(stream: &mut RecvStream) -> Result<Pieces, StreamError> {
     let mut length = [0; BATCH_PREFIX_BYTES];
     stream.read_exact(&mut length).await?;
     let length = check_length("batch", u64::from(u32::from_le_bytes(length)), BATCH_BYTES_MAX)?;
-    let mut bytes = Vec::with_capacity(length);
-    while bytes.len() < length {
-        // Nothing is cleared only to be overwritten.
-        match stream.read_chunk(length - bytes.len(), true).await {
-            Ok(Some(chunk)) => bytes.extend_from_slice(&chunk.bytes),
+    let mut batch = Pieces::default();
+    while batch.len() < length {
+        match stream.read_chunk(length - batch.len(), true).await {
+            Ok(Some(chunk)) => batch.push(chunk.bytes),
             Ok(None) | Err(_) => return Err(StreamError::Link),
         }
     }
-    Ok(bytes)
+    Ok(batch)
 }

@@ -12,7 +12,10 @@
 //! ```
 //! A frame names its round, so that the target can tell an older copy of a page from a newer one.
 
-use super::WireError;
+use super::{
+    WireError,
+    buffers::{BatchBuffers, Buffer},
+};
 use crate::{machine::PAGE_BYTES, proof::MemoryHash};
 use bytes::Bytes;
 use proto::PageIndex;
@@ -124,27 +127,35 @@ pub enum PageFrame<'a> {
     },
 }
 
-struct Header {
+pub(super) struct Header {
     kind: u8,
-    payload: u32,
-    round: Round,
+    pub(super) payload: u32,
+    pub(super) round: Round,
     count: u32,
     first: u64,
 }
 
 impl Header {
-    fn write(&self, out: &mut Vec<u8>) {
-        out.extend_from_slice(&[self.kind, 0, 0, 0]);
-        out.extend_from_slice(&self.payload.to_le_bytes());
-        out.extend_from_slice(&self.round.0.to_le_bytes());
-        out.extend_from_slice(&self.count.to_le_bytes());
-        out.extend_from_slice(&self.first.to_le_bytes());
+    fn write(&self, out: &mut Buffer) {
+        out.extend(&[self.kind, 0, 0, 0]);
+        out.extend(&self.payload.to_le_bytes());
+        out.extend(&self.round.0.to_le_bytes());
+        out.extend(&self.count.to_le_bytes());
+        out.extend(&self.first.to_le_bytes());
     }
 
-    fn read(bytes: &[u8; FRAME_HEADER_BYTES]) -> Self {
+    pub(super) fn read(bytes: &[u8; FRAME_HEADER_BYTES]) -> Self {
         let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
         let first = u64::from(word(16)) | u64::from(word(20)) << 32;
         Self { kind: bytes[0], payload: word(4), round: Round(word(8)), count: word(12), first }
+    }
+
+    /// Pages of a raw frame, if it is one as it should be.
+    pub(super) fn raw_pages(&self) -> Option<(PageIndex, u64)> {
+        let is_run = (1..=RUN_PAGES_MAX).contains(&(self.count as usize));
+        let is_raw =
+            self.kind == KIND_RAW && is_run && self.payload as usize == self.count as usize * PAGE_BYTES;
+        is_raw.then_some((PageIndex(self.first), u64::from(self.count)))
     }
 }
 
@@ -221,22 +232,31 @@ impl<'a> PageFrame<'a> {
 }
 
 /// Collects frames until a batch is full.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct BatchWriter {
-    buffer: Vec<u8>,
-}
-
-impl Default for BatchWriter {
-    fn default() -> Self {
-        Self { buffer: Self::empty_buffer() }
-    }
+    buffers: BatchBuffers,
+    buffer: Option<Buffer>,
 }
 
 impl BatchWriter {
-    fn empty_buffer() -> Vec<u8> {
-        let mut buffer = Vec::with_capacity(BATCH_PREFIX_BYTES + BATCH_BYTES_MAX);
-        buffer.extend_from_slice(&[0; BATCH_PREFIX_BYTES]);
-        buffer
+    /// A writer whose batches lie in these buffers.
+    #[must_use]
+    pub fn new(buffers: BatchBuffers) -> Self {
+        Self { buffers, buffer: None }
+    }
+
+    fn buffer(&mut self) -> &mut Buffer {
+        self.buffer.get_or_insert_with(|| {
+            let mut buffer = self.buffers.take();
+            buffer.extend(&[0; BATCH_PREFIX_BYTES]);
+            buffer
+        })
+    }
+
+    /// Makes room for a frame of so many bytes; the batch that had to be closed for it, if one had.
+    fn make_room(&mut self, bytes: usize) -> Option<Bytes> {
+        let used = self.buffer.as_ref().map_or(0, |buffer| buffer.len() - BATCH_PREFIX_BYTES);
+        if used + bytes > BATCH_BYTES_MAX { self.take() } else { None }
     }
 
     /// Appends the frame; when it does not fit any more, first closes the batch and returns it.
@@ -247,28 +267,52 @@ impl BatchWriter {
     pub fn push(&mut self, frame: &PageFrame<'_>) -> Option<Bytes> {
         let Split { header, head, head_bytes, payload } = frame.split();
         assert!(payload.len() <= PAYLOAD_BYTES_MAX, "a frame of {} bytes", payload.len());
-        let needed = FRAME_HEADER_BYTES + head_bytes + payload.len();
-        let full = if self.buffer.len() - BATCH_PREFIX_BYTES + needed > BATCH_BYTES_MAX {
-            self.take()
-        } else {
-            None
-        };
-        header.write(&mut self.buffer);
-        self.buffer.extend_from_slice(&head[..head_bytes]);
-        self.buffer.extend_from_slice(payload);
+        let full = self.make_room(FRAME_HEADER_BYTES + head_bytes + payload.len());
+        let buffer = self.buffer();
+        header.write(buffer);
+        buffer.extend(&head[..head_bytes]);
+        buffer.extend(payload);
         full
+    }
+
+    /// Makes room for a raw frame of so many pages; the batch that had to be closed for it, if one had.
+    ///
+    /// # Panics
+    /// A frame never has so many.
+    #[must_use]
+    pub fn make_raw_room(&mut self, pages: usize) -> Option<Bytes> {
+        assert!((1..=RUN_PAGES_MAX).contains(&pages), "a frame of {pages} pages");
+        self.make_room(FRAME_HEADER_BYTES + pages * PAGE_BYTES)
+    }
+
+    /// Where the pages of the next raw frame are to be put, so that they need not be copied once more. They belong to the
+    /// batch only with [`Self::push_raw_in_place`]; before it, nothing else may be appended.
+    ///
+    /// # Panics
+    /// There is no room for them: see [`Self::make_raw_room`].
+    pub fn raw_space(&mut self, pages: usize) -> &mut [u8] {
+        self.buffer().behind(FRAME_HEADER_BYTES, pages * PAGE_BYTES)
+    }
+
+    /// Appends a raw frame whose pages lie in [`Self::raw_space`] already.
+    ///
+    /// # Panics
+    /// They don't fit.
+    pub fn push_raw_in_place(&mut self, round: Round, first: PageIndex, pages: usize) {
+        let count = u32::try_from(pages).expect("at most RUN_PAGES_MAX");
+        let payload = count * PAGE_BYTES as u32;
+        let buffer = self.buffer();
+        Header { kind: KIND_RAW, payload, round, count, first: first.0 }.write(buffer);
+        buffer.advance(pages * PAGE_BYTES);
     }
 
     /// Closes the batch and returns it with its length in front; `None` when it holds no frame.
     #[must_use]
     pub fn take(&mut self) -> Option<Bytes> {
-        if self.buffer.len() == BATCH_PREFIX_BYTES {
-            return None;
-        }
-        let mut full = std::mem::replace(&mut self.buffer, Self::empty_buffer());
+        let mut full = self.buffer.take_if(|buffer| buffer.len() > BATCH_PREFIX_BYTES)?;
         let length = u32::try_from(full.len() - BATCH_PREFIX_BYTES).expect("a batch is below 4 GiB");
-        full[..BATCH_PREFIX_BYTES].copy_from_slice(&length.to_le_bytes());
-        Some(Bytes::from(full))
+        full.prefix().copy_from_slice(&length.to_le_bytes());
+        Some(Bytes::from_owner(full))
     }
 }
 
@@ -367,6 +411,33 @@ mod tests {
         let read: Vec<_> = BatchReader::new(&batch[BATCH_PREFIX_BYTES..]).collect::<Result<_, _>>().unwrap();
         assert_eq!(read, frames);
         assert!(writer.take().is_none());
+    }
+
+    #[test]
+    fn pages_that_are_put_in_place_are_a_frame_like_any_other() {
+        let mut writer = BatchWriter::default();
+        let zero = PageFrame::Zero { round: Round(2), first: PageIndex(0), count: 3 };
+        assert!(writer.push(&zero).is_none());
+        assert!(writer.make_raw_room(2).is_none());
+        writer.raw_space(2).fill(7);
+        writer.push_raw_in_place(Round(2), PageIndex(3), 1);
+        let data = [8; PAGE_BYTES];
+        assert!(writer.push(&PageFrame::Raw { round: Round(2), first: PageIndex(4), data: &data }).is_none());
+        let batch = writer.take().unwrap();
+        let read: Vec<_> = BatchReader::new(&batch[BATCH_PREFIX_BYTES..]).collect::<Result<_, _>>().unwrap();
+        let seven = [7; PAGE_BYTES];
+        let in_place = PageFrame::Raw { round: Round(2), first: PageIndex(3), data: &seven };
+        assert_eq!(
+            read,
+            [zero, in_place, PageFrame::Raw { round: Round(2), first: PageIndex(4), data: &data }]
+        );
+        let mut batches = 0;
+        for first in 0..9 {
+            batches += usize::from(writer.make_raw_room(RUN_PAGES_MAX).is_some());
+            writer.raw_space(RUN_PAGES_MAX).fill(1);
+            writer.push_raw_in_place(Round(2), PageIndex(first), RUN_PAGES_MAX);
+        }
+        assert_eq!(batches, 2);
     }
 
     #[test]

@@ -10,17 +10,22 @@
 //! ```
 //! All numbers are little-endian. Every length is checked against its limit before memory is taken for it.
 //!
-//! - [`batch`]: page frames, many in one batch, so that the receiver takes one buffer for up to 256 KiB of frames.
+//! - [`batch`]: page frames, many in one batch, written into memory that is used again ([`BatchBuffers`]).
+//! - [`scattered`]: reads a batch out of the packets that it came in.
 //! - [`control`]: the messages of the two state machines.
 //!
 //! Absent on purpose: acknowledgements of single batches (the target confirms whole rounds) and checksums of frames
 //! (QUIC authenticates every packet).
 
 pub mod batch;
+mod buffers;
 pub mod control;
+pub mod scattered;
 
 pub use batch::{BatchReader, BatchWriter, PageFrame};
+pub use buffers::BatchBuffers;
 pub use control::{Kept, PageWords, Refusal, Rest, ToSource, ToTarget};
+pub use scattered::{Pieces, ScatteredFrame, ScatteredReader};
 
 /// Version of everything in this module. 1: the first. 2: deltas, references, several connections, pages on
 /// demand. 3: what the target has spent; pages that it has kept. 4: which pages a proof is of.

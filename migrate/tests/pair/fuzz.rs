@@ -4,6 +4,7 @@
 //! `FUZZ_SEED=7` begins elsewhere, `FUZZ_ROUNDS=1000000` goes on for longer.
 
 use crate::support::ModelGuest;
+use bytes::Bytes;
 use migrate::{
     Policy, Proof, SourcePhase, VcpuActivity,
     apply::{KeepHashes, PageApplier},
@@ -117,7 +118,9 @@ fn spoilt_batches_are_applied_or_refused() {
                     assert_eq!(data.len() % PAGE_BYTES, 0, "FUZZ_SEED={seed}");
                 }
             }
-            match applier.apply(&guest, rng.random_range(0..3), &bytes) {
+            let pieces: Vec<_> =
+                bytes.chunks(rng.random_range(1..9000)).map(Bytes::copy_from_slice).collect();
+            match applier.apply(&guest, rng.random_range(0..3), pieces) {
                 Ok(_) => applied += 1,
                 Err(error) => {
                     assert!(!error.to_string().is_empty());
@@ -264,6 +267,7 @@ fn play_source(rng: &mut StdRng) -> Source {
         policy: [Policy::Default, Policy::PostCopy][rng.random_range(0..2)],
         downtime_limit: Duration::from_millis(30),
         proof: [Proof::Full, Proof::Skip][rng.random_range(0..2)],
+        memory_pages: proto::MemoryPages::Small,
     };
     let (mut source, commands) = Source::start(settings, Moment::default());
     obey_source(&mut source, commands, rng);

@@ -3,6 +3,8 @@
 //! After each run: the machine runs at exactly one place, or is paused because the outcome is not known; its memory is
 //! equal where it went; a machine that stayed moves at the next try; and nothing is left on (tracking, throttle, link).
 
+#[path = "../support/packets.rs"]
+mod packets;
 #[path = "../support/mod.rs"]
 mod support;
 

@@ -1,6 +1,7 @@
 //! Both sides, a link, a pool and a clock, all in one thread and in virtual time.
 
 use crate::{
+    packets::in_packets,
     plan::{Fault, Plan},
     support::ModelGuest,
 };
@@ -15,13 +16,9 @@ use migrate::{
     proof::{MemoryProof, OfSource, PageHashes, hash_memory},
     source::{Source, SourceCommand, SourceEvent, SourceSettings},
     target::{Target, TargetCommand, TargetEvent, TargetFailure, TargetSettings},
-    wire::{
-        Kept, ToSource, ToTarget,
-        batch::{BATCH_PREFIX_BYTES, Round},
-        control,
-    },
+    wire::{Kept, ToSource, ToTarget, batch::Round, control},
 };
-use proto::{MigrationId, VmId};
+use proto::{MemoryPages, MigrationId, VmId};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -137,6 +134,7 @@ impl World {
             policy: plan.policy,
             downtime_limit: plan.downtime_limit,
             proof: plan.proof,
+            memory_pages: MemoryPages::Small,
         };
         let (source, commands) = Source::start(settings, Moment::default());
         let target_settings = TargetSettings {
@@ -334,7 +332,7 @@ impl World {
                 let message = control::decode::<ToSource>(&bytes[4..]).unwrap();
                 self.tell_source(SourceEvent::Message(message));
             }
-            Happening::Batch { stream, bytes } => self.batch_arrives(stream, &bytes),
+            Happening::Batch { stream, bytes } => self.batch_arrives(stream, bytes),
             Happening::StateArrives(bytes) => self.tell_target(TargetEvent::StateReceived(bytes)),
             Happening::Push if self.source.is_some() => self.push(),
             Happening::LinkLostAtSource(link) if link == self.link => {
@@ -371,9 +369,9 @@ impl World {
         }
     }
 
-    fn batch_arrives(&mut self, stream: u8, bytes: &[u8]) {
+    fn batch_arrives(&mut self, stream: u8, bytes: Bytes) {
         let Some(applier) = &mut self.applier else { return };
-        match applier.apply(&*self.target_vm, stream, &bytes[BATCH_PREFIX_BYTES..]) {
+        match applier.apply(&*self.target_vm, stream, in_packets(bytes)) {
             Ok(rounds) => {
                 if applier.has_filled() {
                     self.target_vm.end_on_demand();

@@ -20,6 +20,7 @@ mod directory;
 mod disk;
 mod fence;
 mod gate;
+mod heap;
 mod incoming;
 mod kept;
 mod lease;
@@ -101,6 +102,7 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    heap::keep_some();
     let views = if arguments.volume {
         // It listens where an operator says, and serves no guest.
         Views::of_the_host(&arguments.dir)
