@@ -13,6 +13,9 @@
 //! fast as the link carries makes none, so it is not waited for: the ladder is climbed after each of its rounds, by as
 //! many steps as the measured rates say are needed.
 //!
+//! Within reach is not yet worth a stop: as long as a short round more would leave less than half of the pages, the guest runs
+//! on meanwhile, and the blackout gets shorter for nothing.
+//!
 //! The forecast runs the controller itself ahead on a model of the guest, so it knows what the policy will do.
 //!
 //! Pure: numbers in, a decision out.
@@ -60,6 +63,19 @@ const MODEL_ROUNDS: usize = 2;
 
 /// Weight of the newest round in the error of the forecast.
 const ERROR_WEIGHT: f64 = 0.5;
+
+/// Rounds that only make the blackout shorter. Each leaves less than half, so that the first ones bring nearly all of it.
+const SHORTENING_ROUNDS_MAX: u32 = 4;
+
+/// Time of the last pages that is not worth a round: the round itself costs two messages and a look at the dirty bitmap.
+const WORTH_A_ROUND: Duration = Duration::from_millis(2);
+
+/// Pages of such a round at least: how many pages fewer than these leave is chance.
+const SHORTENING_PAGES_MIN: u64 = 256;
+
+/// Error of the forecasts up to which a shortening round is likely to be one: of a fickle guest it may find more pages than the
+/// round before.
+const SHORTENING_ERROR_MAX: f64 = 0.3;
 
 /// How long `gentle` tries.
 pub const GENTLE_DEADLINE: Duration = Duration::from_secs(600);
@@ -171,6 +187,7 @@ pub struct Convergence {
     first_round: Duration,
     rounds: u32,
     stalled: u32,
+    shortened: u32,
     raises: u32,
     throttle_percent: u8,
     best_dirty: u64,
@@ -236,6 +253,7 @@ impl Convergence {
             first_round: Duration::ZERO,
             rounds: 0,
             stalled: 0,
+            shortened: 0,
             raises: 0,
             throttle_percent: 0,
             best_dirty: u64::MAX,
@@ -269,8 +287,11 @@ impl Convergence {
         self.learn(facts);
         let predicted = self.time_of(facts.dirty_pages);
         let fixed = fixed_cost(facts.proof_pages);
-        if predicted <= self.allowed(fixed) || self.is_forced(now, predicted) {
+        if self.is_forced(now, predicted) {
             return Decision::Stop { blackout_expected: predicted + fixed };
+        }
+        if predicted <= self.allowed(fixed) {
+            return self.shorten_or_stop(facts.dirty_pages, predicted, fixed);
         }
         if facts.dirty_pages.saturating_mul(10) <= self.best_dirty.saturating_mul(9) {
             self.stalled = 0;
@@ -285,8 +306,21 @@ impl Convergence {
             return Decision::GiveUp { predicted, limit: self.limit };
         }
         if predicted <= self.allowed(fixed) {
+            return self.shorten_or_stop(facts.dirty_pages, predicted, fixed);
+        }
+        Decision::Round { throttle_percent: self.throttle_percent }
+    }
+
+    /// The limit is within reach: stops, unless a short round more makes the blackout much shorter.
+    fn shorten_or_stop(&mut self, pages: u64, predicted: Duration, fixed: Duration) -> Decision {
+        let left = self.model.dirty_after(predicted.as_secs_f64(), self.throttle_percent);
+        let is_long = predicted > WORTH_A_ROUND && pages >= SHORTENING_PAGES_MIN;
+        let pays = is_long && self.time_of(left as u64) * 2 < predicted;
+        let is_known = self.model.error <= SHORTENING_ERROR_MAX && self.shortened < SHORTENING_ROUNDS_MAX;
+        if !pays || !is_known {
             return Decision::Stop { blackout_expected: predicted + fixed };
         }
+        self.shortened += 1;
         Decision::Round { throttle_percent: self.throttle_percent }
     }
 

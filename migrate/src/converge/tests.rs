@@ -208,3 +208,18 @@ fn policies_are_parsed_by_name() {
     assert_eq!("post-copy".parse(), Ok(Policy::PostCopy));
     assert!(matches!("fast".parse::<Policy>(), Err(PolicyError::Unknown { .. })));
 }
+
+/// Twenty thousand pages a second over a link of a quarter of a million: a round of 16 ms leaves 1 ms of pages.
+#[test]
+fn a_short_round_more_makes_the_blackout_of_a_steady_guest_shorter() {
+    let trace = Trace { set: 4_096.0, rate: |_| 20_000.0, noise: STEADY };
+    let run = follow(Policy::Default, &trace);
+    let Decision::Stop { blackout_expected } = run.end else { panic!("{:?}", run.end) };
+    assert!(run.last_pages < WORTH_A_ROUND.as_secs_f64(), "{} s of pages are left", run.last_pages);
+    assert!(blackout_expected < FIXED_COST + WORTH_A_ROUND, "{blackout_expected:?}");
+    // All of what it writes to is dirty again in no time: another round would only be another round.
+    let trace = Trace { set: 4_096.0, rate: |_| 1e9, noise: STEADY };
+    let run = follow(Policy::Default, &trace);
+    let Decision::Stop { .. } = run.end else { panic!("{:?}", run.end) };
+    assert!(run.forecasts.len() <= 2, "{} rounds for nothing", run.forecasts.len());
+}
