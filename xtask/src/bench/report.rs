@@ -78,15 +78,17 @@ impl Report {
         table.add_row(row("ours, there and back, p50", ours, 0.5));
         table.add_row(row("ours, there and back, p99", ours, 0.99));
         println!("{table}");
-        let plain = || theirs.iter().filter(|(mode, _)| *mode != Mode::Tls);
-        let best = |get: fn(&Figures) -> f64| {
-            plain().map(|(_, figures)| median(figures, get)).fold(f64::INFINITY, f64::min)
+        let plain = theirs.iter().filter(|(mode, _)| *mode != Mode::Tls);
+        let total_of = |figures: &[Figures]| median(figures, |one| one.total_ms);
+        // One mode for both figures: a mode that stops later stops shorter, and takes longer.
+        let Some((mode, best)) = plain.min_by(|a, b| total_of(&a.1).total_cmp(&total_of(&b.1))) else {
+            return;
         };
-        let total = median(first_ways, |one| one.total_ms) / best(|one| one.total_ms);
-        self.figure(format!("{set}: total"), total, "× qemu's best plain mode", 0.6);
+        println!("qemu's best plain mode by total time: {}", mode.name());
+        self.figure(format!("{set}: total"), total_of(first_ways) / total_of(best), of_best(*mode), 0.6);
         let blackout = median(ours, |one| one.blackout_ms);
-        let share = blackout / best(|one| one.blackout_ms);
-        self.figure(format!("{set}: blackout"), share, "× qemu's best plain mode", 0.3);
+        let share = blackout / median(best, |one| one.blackout_ms);
+        self.figure(format!("{set}: blackout"), share, of_best(*mode), 0.3);
         self.figure(format!("{set}: blackout, p50"), blackout, "ms", 30.0);
         let late = quantile(ours.iter().map(|one| one.blackout_ms).collect(), 0.99);
         self.figure(format!("{set}: blackout, p99 of {}", ours.len()), late, "ms", 100.0);
@@ -111,6 +113,15 @@ impl Report {
             self.lines.iter().filter(|line| !line.is_reached()).map(|line| line.what.as_str()).collect();
         ensure!(!check || missed.is_empty(), "not reached: {}", missed.join(", "));
         Ok(())
+    }
+}
+
+/// What a share is of.
+fn of_best(mode: Mode) -> &'static str {
+    match mode {
+        Mode::Tcp => "× qemu's TCP, its best plain mode",
+        Mode::Multifd => "× qemu's multifd, its best plain mode",
+        Mode::Tls => "× qemu's TLS",
     }
 }
 

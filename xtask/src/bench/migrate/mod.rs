@@ -37,7 +37,7 @@ const MIB: f64 = (1 << 20) as f64;
 const PAGE_BYTES: u64 = 4096;
 
 /// Runs of what needs no distribution.
-const FEW_RUNS: usize = 3;
+const FEW_RUNS: usize = 2;
 
 /// The link of the guest that outruns it, as a share of what the guest writes.
 const LINK_SHARE: f64 = 0.75;
