@@ -29,7 +29,7 @@ use crate::wire::DATA_BYTES_MAX;
 use bytes::Bytes;
 use proto::limits::BLOCK_BYTES;
 use proto::{BlockIndex, Epoch, VolumeId};
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -49,12 +49,16 @@ pub struct Engine<T> {
     pub(super) reader: Reader,
     gathered: Gathered<T>,
     pub(super) space: SpaceWatch,
-    /// All segments that exist.
+    /// All segments that exist, without those that leave.
     pub(super) segments: BTreeSet<SegmentId>,
+    /// Segments that nothing needs, also not after a crash: to be removed.
+    pub(super) leaving: VecDeque<SegmentId>,
     pub(super) cleaning: Cleaning,
     /// The segment in which the last checkpoint ended, if there is one.
     pub(super) checkpointed_at: Option<SegmentId>,
     pub(super) looks: Looks,
+    /// A checkpoint is due; so many times more are pages written ahead of it.
+    pub(super) steps_ahead: Option<usize>,
 }
 
 /// What is gathered for one batch, and who is told when it is written.
@@ -132,9 +136,11 @@ impl<T> Engine<T> {
             gathered: Gathered::default(),
             space: SpaceWatch::default(),
             segments,
+            leaving: VecDeque::new(),
             cleaning: Cleaning::default(),
             checkpointed_at,
             looks: Looks::default(),
+            steps_ahead: None,
         };
         if must_save {
             // What is not to be trusted must stay so, before anything new is promised or written.

@@ -17,6 +17,7 @@
 use super::catalog::Catalog;
 use super::engine::{Engine, OP_BLOCKS_MAX};
 use super::reader::verify_all;
+use super::upkeep::Share;
 use crate::log::disk::{aligned, full};
 use crate::log::format::{BATCH_BLOCKS_MAX, BATCH_RECORDS_MAX};
 use crate::log::{Batch, Location, LogError, Record, RecordKind, Room, SegmentId, Survives, Window};
@@ -341,12 +342,8 @@ impl<T> Engine<T> {
             before.partition(|segment| !catalog.needs(*segment))
         });
         for segment in dead {
-            // No reader looks at it again: whoever needs to be sure has the lock.
-            if let Err(error) = self.reader.change(|_| self.reader.disk().remove(segment)) {
-                tracing::warn!(%error, segment = segment.0, "a dead segment can't be removed");
-                return;
-            }
             self.segments.remove(&segment);
+            self.leaving.push_back(segment);
         }
         // Seen to, and still needed: damaged.
         let cleaned = std::mem::take(&mut self.cleaning.cleaned);
@@ -359,6 +356,20 @@ impl<T> Engine<T> {
             self.cleaning.cursor = None;
         }
         self.cleaning.no_space_at = None;
+    }
+
+    /// Removes dead segments: one with each commit, since each takes a while; all where space or nobody waits for it.
+    pub(super) fn remove_some(&mut self, share: Share) {
+        let all = share.is_idle || self.is_short_of_space();
+        let count = if all { self.leaving.len() } else { 1 };
+        for segment in self.leaving.drain(..count.min(self.leaving.len())) {
+            // No reader looks at it again: whoever needs to be sure has the lock.
+            if let Err(error) = self.reader.change(|_| self.reader.disk().remove(segment)) {
+                tracing::warn!(%error, segment = segment.0, "a dead segment can't be removed");
+                // The next checkpoint finds it again.
+                self.segments.insert(segment);
+            }
+        }
     }
 }
 

@@ -24,6 +24,7 @@ pub const EPOCH: Epoch = Epoch(3);
 /// Segments in memory.
 pub struct RamDisk {
     segments: Mutex<BTreeMap<SegmentId, Vec<u8>>>,
+    segment_blocks: usize,
     /// Segments that there is space for.
     pub segments_max: AtomicU64,
     pub sync_fails: AtomicBool,
@@ -33,17 +34,23 @@ pub struct RamDisk {
 
 impl Default for RamDisk {
     fn default() -> Self {
+        Self::with_segments(SEGMENT_BLOCKS)
+    }
+}
+
+impl RamDisk {
+    /// With segments of so many blocks.
+    pub fn with_segments(segment_blocks: usize) -> Self {
         let segments_max = AtomicU64::new(1 << 30);
         Self {
             segments: Mutex::default(),
+            segment_blocks,
             segments_max,
             sync_fails: AtomicBool::new(false),
             written: AtomicU64::new(0),
         }
     }
-}
 
-impl RamDisk {
     /// Changes what is stored, behind everybody's back.
     pub fn tamper(&self, segment: SegmentId, change: impl FnOnce(&mut Vec<u8>)) {
         change(self.segments.lock().unwrap().get_mut(&segment).unwrap());
@@ -64,7 +71,7 @@ impl RamDisk {
 
 impl Disk for RamDisk {
     fn segment_bytes(&self) -> u64 {
-        (SEGMENT_BLOCKS * BLOCK_BYTES) as u64
+        (self.segment_blocks * BLOCK_BYTES) as u64
     }
 
     fn list(&self) -> io::Result<Vec<SegmentId>> {
@@ -76,7 +83,7 @@ impl Disk for RamDisk {
         if segments.len() as u64 >= self.segments_max.load(Ordering::Relaxed) {
             return Err(io::Error::from(io::ErrorKind::StorageFull));
         }
-        segments.insert(segment, vec![0; SEGMENT_BLOCKS * BLOCK_BYTES]);
+        segments.insert(segment, vec![0; self.segment_blocks * BLOCK_BYTES]);
         Ok(())
     }
 
@@ -132,7 +139,11 @@ pub fn open(disk: &Arc<RamDisk>, folder: &tempfile::TempDir) -> Engine<()> {
 
 impl Store {
     pub fn new() -> Self {
-        let (disk, folder) = (Arc::new(RamDisk::default()), tempfile::tempdir().unwrap());
+        Self::on(RamDisk::default())
+    }
+
+    pub fn on(disk: RamDisk) -> Self {
+        let (disk, folder) = (Arc::new(disk), tempfile::tempdir().unwrap());
         let engine = open(&disk, &folder);
         Self { disk, folder, engine, attached: HashMap::new(), sequences: HashMap::new() }
     }

@@ -2,9 +2,10 @@
 
 use super::BlockVersion;
 use super::op::OpKind;
-use super::testing::{EPOCH, SEGMENT_BLOCKS, Store};
+use super::testing::{EPOCH, RamDisk, SEGMENT_BLOCKS, Store};
 use crate::hashed::HashedBlocks;
 use crate::log::SegmentId;
+use crate::map::{CHECKPOINT_PAGES_MAX, LEAF_BLOCKS};
 use crate::safety::Rule;
 use crate::types::{Tail, View, VolumeOp};
 use bytes::Bytes;
@@ -397,5 +398,26 @@ proptest! {
             store.engine.checkpoint().unwrap();
             store.reopen();
         }
+    }
+}
+
+#[test]
+fn a_checkpoint_of_many_pages_holds_nobody_up() {
+    // A block in each leaf, until a checkpoint is due: then there are far more pages than go into one batch.
+    let mut store = Store::on(RamDisk::with_segments(1024));
+    let most = 2 * (CHECKPOINT_PAGES_MAX * BLOCK_BYTES) as u64;
+    let (mut writes, mut ahead) = (0, 0);
+    while store.engine.checkpointed_at.is_none() {
+        let before = store.disk.written.load(Ordering::Relaxed);
+        store.write(VOLUME, writes * LEAF_BLOCKS, 1, Some(writes as u8 | 1));
+        let written = store.disk.written.load(Ordering::Relaxed) - before;
+        assert!(written <= most, "{written} bytes by one commit");
+        ahead += u32::from(store.engine.steps_ahead.is_some());
+        writes += 1;
+    }
+    assert!(ahead > 8, "{ahead} steps for {writes} pages");
+    store.reopen();
+    for block in (0..writes).step_by(97) {
+        assert_eq!(store.read(VOLUME, block * LEAF_BLOCKS), Some(block as u8 | 1));
     }
 }

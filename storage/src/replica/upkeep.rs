@@ -4,7 +4,7 @@ use super::catalog::Catalog;
 use super::engine::Engine;
 use super::space::Pressure;
 use crate::log::{LogError, Record, RecordKind, Room, SegmentId, Survives, block_checksum};
-use crate::map::{PAGE_BYTES, PageKey, Place, TreeId};
+use crate::map::{CHECKPOINT_PAGES_MAX, PAGE_BYTES, PageKey, Place, TreeId};
 use proto::limits::BLOCK_BYTES;
 use proto::{BlockIndex, Epoch, Sequence, VolumeId};
 use std::collections::{BTreeMap, BTreeSet};
@@ -91,7 +91,30 @@ impl<T> Engine<T> {
         self.reader.change(|catalog| catalog.tidy_layers(self.reader.pages(), leaves));
         let looks = self.looks.is_due(self.log.segment(), share);
         self.clean(share.blocks, looks)?;
-        if self.wants_checkpoint(looks) { self.checkpoint() } else { Ok(()) }
+        self.go_on_with_checkpoint(looks)?;
+        self.remove_some(share);
+        Ok(())
+    }
+
+    /// Writes pages ahead of a checkpoint, some with each commit: all at once would hold up whoever writes next. What is written
+    /// again meanwhile is written again by the checkpoint.
+    fn go_on_with_checkpoint(&mut self, looks: bool) -> Result<(), LogError> {
+        let pages = self.reader.look(|catalog| catalog.maps.dirty_pages());
+        let steps = match self.steps_ahead {
+            Some(steps) => steps,
+            None if self.wants_checkpoint(looks) => pages / CHECKPOINT_PAGES_MAX,
+            None => return Ok(()),
+        };
+        if steps == 0 || pages <= CHECKPOINT_PAGES_MAX || self.is_short_of_space() {
+            self.steps_ahead = None;
+            return self.checkpoint();
+        }
+        self.steps_ahead = Some(steps - 1);
+        match self.write_some_pages() {
+            // The checkpoint says so.
+            Err(LogError::NoSpace) => Ok(()),
+            result => result.map(drop),
+        }
     }
 
     /// Whether there is something to do that nobody waits for: a commit without operations does some of it.
@@ -99,6 +122,8 @@ impl<T> Engine<T> {
     pub fn is_busy(&self) -> bool {
         self.looks.idle < IDLE_LOOKS
             || self.is_cleaning()
+            || self.steps_ahead.is_some()
+            || !self.leaving.is_empty()
             || self.reader.look(|catalog| catalog.work.is_some() || catalog.is_restructured)
     }
 
@@ -158,10 +183,15 @@ impl<T> Engine<T> {
     }
 
     fn write_pages(&mut self) -> Result<(), LogError> {
-        let reader = self.reader.clone();
         // Not all at once: readers want the maps too.
-        while reader.change(|catalog| catalog.maps.write_some(|pages| self.append_pages(pages)))? {}
+        while self.write_some_pages()? {}
         Ok(())
+    }
+
+    /// Whether there were any.
+    fn write_some_pages(&mut self) -> Result<bool, LogError> {
+        let reader = self.reader.clone();
+        reader.change(|catalog| catalog.maps.write_some(|pages| self.append_pages(pages)))
     }
 
     fn append_pages(&mut self, pages: &[(PageKey, &[u8; PAGE_BYTES])]) -> Result<Vec<Place>, LogError> {
