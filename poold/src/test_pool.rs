@@ -77,6 +77,7 @@ impl TestHost {
             pool_id: POOL_ID,
             host: self.id,
             timing: Timing::fast(),
+            feature_level: features::NEWEST,
             identity: identity.clone(),
         };
         let consensus = Consensus::start(options).await.unwrap();
@@ -181,9 +182,9 @@ impl TestPool {
             pool_id: POOL_ID.to_owned(),
             name: "test".to_owned(),
             timing: Timing::fast(),
+            feature_level: features::NEWEST,
             ca_cert_pem: ca.cert_pem().to_owned(),
             ca_key_pem: ca.key_pem().to_owned(),
-            feature_level: features::NEWEST,
             first_host: HostFacts {
                 name: "h1".to_owned(),
                 address: host.address.to_string(),

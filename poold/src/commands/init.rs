@@ -110,6 +110,7 @@ async fn found(
         pool_id,
         host,
         timing: config.timing.timing(),
+        feature_level: config.feature_level(),
         identity: SharedIdentity::new(identity),
     };
     let consensus = Consensus::start(options).await.map_err(|error| failed(&error))?;

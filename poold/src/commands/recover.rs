@@ -42,7 +42,12 @@ pub async fn run(args: RecoverArgs) -> Result<(), Failure> {
                 .to_owned(),
         ));
     }
-    let place = Place { data_dir: data, pool_id: &config.pool_id, host: config.host() };
+    let place = Place {
+        data_dir: data,
+        pool_id: &config.pool_id,
+        host: config.host(),
+        feature_level: config.feature_level(),
+    };
     let next = format!("Next:\n  poold serve --data {}", data.display());
     if args.follow {
         recover::follow(place).await.map_err(|error| Failure::blocked(chain(&error)))?;

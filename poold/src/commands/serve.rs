@@ -44,9 +44,13 @@ pub async fn run(
         pool_id: &config.pool_id,
         host: config.host(),
         timing: config.timing.timing(),
+        feature_level: config.feature_level(),
         identity: identity.clone(),
     };
-    let consensus = Consensus::start(options).await.map_err(|error| failed(&error))?;
+    let consensus = Consensus::start(options).await.map_err(|error| match error.is_too_new() {
+        true => Failure::blocked(chain(&error)),
+        false => failed(&error),
+    })?;
     let level = consensus.local().settings.feature_level;
     if level > config.feature_level() {
         consensus.shutdown().await;

@@ -11,8 +11,8 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::watch;
-use tonic::Status;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
+use tonic::{Code, Status};
 
 /// A host that is up answers a connection attempt within this time also under load; a dead one must not hold us longer.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
@@ -111,11 +111,15 @@ impl HostClients {
     pub(super) fn note_reachable(&self, host: HostId, failure: Option<&Status>) {
         let mut silent = self.shared.silent.lock().unwrap_or_else(PoisonError::into_inner);
         match failure {
-            Some(status) => {
-                if silent.insert(host) {
-                    tracing::warn!(%host, error = %status, "a host does not answer Raft");
-                }
-            }
+            Some(status) if silent.insert(host) => match status.code() {
+                Code::PermissionDenied => tracing::error!(
+                    %host,
+                    error = %status,
+                    "the pool refuses this host; if it was taken out, stop poold and join again with an empty folder"
+                ),
+                _ => tracing::warn!(%host, error = %status, "a host does not answer Raft"),
+            },
+            Some(_) => {}
             None => {
                 if silent.remove(&host) {
                     tracing::info!(%host, "the host answers Raft again");

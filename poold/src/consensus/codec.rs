@@ -1,4 +1,4 @@
-//! How values are stored in sled and in snapshot files: postcard, followed by 8 bytes of blake3 over it.
+//! How values are stored in sled: postcard, followed by 8 bytes of blake3 over it.
 //!
 //! sled checks its own pages, but not what a half-finished recovery may hand out; a value that fails its checksum is an error,
 //! never a guess.
@@ -35,7 +35,15 @@ pub fn open<T: DeserializeOwned>(sealed: &[u8]) -> io::Result<T> {
     if checksum(bytes) != sum {
         return Err(invalid(&"the checksum does not match"));
     }
-    postcard::from_bytes(bytes).map_err(|error| invalid(&error))
+    // Whole, and yet not understood: another version wrote it.
+    let foreign = |cause: &dyn std::fmt::Display| {
+        invalid(&format!("written by another version of poold, install that one or a newer one ({cause})"))
+    };
+    match postcard::take_from_bytes(bytes) {
+        Ok((value, [])) => Ok(value),
+        Ok((_, rest)) => Err(foreign(&format!("{} bytes too many", rest.len()))),
+        Err(error) => Err(foreign(&error)),
+    }
 }
 
 fn invalid(error: &dyn std::fmt::Display) -> io::Error {
@@ -56,5 +64,7 @@ mod tests {
             assert!(open::<(u64, String)>(&bad).is_err(), "byte {at}");
         }
         assert!(open::<u64>(&[1, 2]).is_err());
+        let longer = open::<u64>(&sealed).unwrap_err().to_string();
+        assert!(longer.contains("another version of poold"), "{longer}");
     }
 }

@@ -6,6 +6,7 @@ use super::clients::HostClients;
 use super::log_store::{LogOpenError, LogOwner, LogStore};
 use super::network::Network;
 use super::quorum::QuorumProof;
+use super::snapshot_file::SnapshotError;
 use super::state_store::StateStore;
 use openraft::{BasicNode, Config, ServerState, SnapshotPolicy, StoredMembership};
 use pool_state::state::HostState;
@@ -54,7 +55,7 @@ pub enum StartError {
     Snapshots {
         dir: String,
         #[source]
-        source: io::Error,
+        source: SnapshotError,
     },
     /// The log begins after the newest snapshot that can be read.
     #[error(
@@ -67,6 +68,14 @@ pub enum StartError {
     Raft { cause: String },
 }
 
+impl StartError {
+    /// Whether a newer daemon has worked here.
+    #[must_use]
+    pub fn is_too_new(&self) -> bool {
+        matches!(self, Self::Snapshots { source: SnapshotError::Form(error), .. } if error.is_too_new())
+    }
+}
+
 /// What consensus needs to start.
 pub struct StartOptions<'a> {
     /// Data folder of the host.
@@ -77,6 +86,8 @@ pub struct StartOptions<'a> {
     pub host: HostId,
     /// Election and heartbeat intervals.
     pub timing: Timing,
+    /// The highest feature level that it supports.
+    pub feature_level: u32,
     /// Identity for the channels to other hosts.
     pub identity: crate::identity::SharedIdentity,
 }
@@ -92,6 +103,8 @@ pub struct Consensus {
     quorum: QuorumProof,
     /// A leader whose last proof is older than this accepts nothing.
     quorum_silence_max: Duration,
+    /// The highest feature level that this host supports.
+    supported_level: u32,
     stop: CancellationToken,
 }
 
@@ -135,7 +148,17 @@ impl Consensus {
         tokio::spawn(quorum.clone().run(raft.clone(), renew, stop.clone()));
         // Two elections: if a majority had followed somebody else meanwhile, it would have spoken.
         let quorum_silence_max = Duration::from_millis(options.timing.election_max_ms) * 2;
-        Ok(Self { raft, host: options.host, state, members, clients, quorum, quorum_silence_max, stop })
+        Ok(Self {
+            raft,
+            host: options.host,
+            state,
+            members,
+            clients,
+            quorum,
+            quorum_silence_max,
+            supported_level: options.feature_level,
+            stop,
+        })
     }
 
     /// Founds a pool of this host alone.
@@ -151,6 +174,12 @@ impl Consensus {
     #[must_use]
     pub fn host_id(&self) -> HostId {
         self.host
+    }
+
+    /// The highest feature level that this host supports.
+    #[must_use]
+    pub fn supported_level(&self) -> u32 {
+        self.supported_level
     }
 
     /// The channels to the other hosts.
@@ -270,7 +299,7 @@ async fn open_stores(
     let log = LogStore::open(&dir, &owner).await.map_err(failed)?;
     let purged = log.purged().map_err(|error| failed(error.into()))?;
     let dir = options.data_dir.join(SNAPSHOTS_DIR).display().to_string();
-    let (store, state) = StateStore::open(Path::new(&dir))
+    let (store, state) = StateStore::open(Path::new(&dir), options.feature_level)
         .map_err(|source| StartError::Snapshots { dir: dir.clone(), source })?;
     match purged {
         Some(purged) if store.last_applied() < Some(purged) => {

@@ -49,11 +49,15 @@ pub enum ForwardedAnswer {
     Applied(u64, Result<Outcome, Rejection>),
     /// The asked host does not lead, or has no majority; nothing was proposed.
     NotLeader,
+    /// It was refused before it came into the log.
+    Refused(Rejection),
 }
 
 /// How one attempt ended.
 enum Attempt {
     Answered(u64, Result<Outcome, Rejection>),
+    /// Nothing was proposed, and nothing will be.
+    Refused(Rejection),
     /// Nothing was proposed.
     NotProposed,
     /// It may have been proposed.
@@ -65,6 +69,7 @@ impl From<ForwardedAnswer> for Attempt {
         match answer {
             ForwardedAnswer::Applied(index, result) => Self::Answered(index, result),
             ForwardedAnswer::NotLeader => Self::NotProposed,
+            ForwardedAnswer::Refused(rejection) => Self::Refused(rejection),
         }
     }
 }
@@ -90,10 +95,12 @@ impl Consensus {
     pub async fn propose(&self, command: Command, meta: ProposeMeta) -> Result<(u64, Outcome), ProposeError> {
         let entry = stamp(command, meta)?;
         let deadline = Instant::now() + ANSWER_TIMEOUT;
+        self.check_level(&entry.command).await?;
         let mut proposed = false;
         while Instant::now() < deadline {
             match self.attempt(&entry, deadline).await? {
                 Attempt::Answered(index, result) => return Ok((index, result?)),
+                Attempt::Refused(rejection) => return Err(rejection.into()),
                 Attempt::NotProposed => {}
                 Attempt::Unanswered => proposed = true,
             }
@@ -119,9 +126,21 @@ impl Consensus {
         }
         match self.write_here(entry).await? {
             Attempt::Answered(index, result) => Ok((index, result?)),
+            Attempt::Refused(rejection) => Err(rejection.into()),
             Attempt::NotProposed => Err(ProposeError::NoQuorum),
             Attempt::Unanswered => Err(ProposeError::Unknown),
         }
+    }
+
+    /// Whether every host understands a command. `apply` asks again, but by then it is in the log, which a daemon that can't read
+    /// it could not follow any more.
+    async fn check_level(&self, command: &Command) -> Result<(), ProposeError> {
+        if self.local().check_level(command).is_ok() {
+            return Ok(());
+        }
+        // Levels only rise: this host may not have heard yet.
+        let state = self.read_linearizable().await.map_err(|_| ProposeError::NoQuorum)?;
+        Ok(state.check_level(command)?)
     }
 
     async fn attempt(&self, entry: &Entry, deadline: Instant) -> Result<Attempt, ProposeError> {
@@ -151,7 +170,11 @@ impl Consensus {
         match client.propose(RaftMessage { target: leader.0, payload: bytes }).await {
             Ok(reply) => match payload::<ForwardedAnswer>(&reply.into_inner().payload) {
                 Ok(answer) => Ok(answer.into()),
-                Err(error) => Err(ProposeError::Invalid { cause: error.to_string() }),
+                // A newer leader may answer with what this version does not know.
+                Err(error) => {
+                    tracing::warn!(%error, "the leader's answer can't be read: its poold is of another version");
+                    Ok(Attempt::Unanswered)
+                }
             },
             // The address answers for another host, or refuses: nothing was proposed.
             Err(status) if matches!(status.code(), Code::FailedPrecondition | Code::PermissionDenied) => {
@@ -168,6 +191,8 @@ impl Consensus {
         if !self.may_accept() {
             return Ok(Attempt::NotProposed);
         }
+        // For what this host decided as the leader, and for what others forward.
+        self.local().check_level(&entry.command)?;
         match self.raft().client_write(entry).await {
             Ok(response) => match response.data {
                 Applied::Entry(result) => Ok(Attempt::Answered(response.log_id.index, result)),
@@ -189,10 +214,12 @@ impl Consensus {
         entry.check().map_err(|error| Status::invalid_argument(error.to_string()))?;
         match self.write_here(entry).await {
             Ok(Attempt::Answered(index, result)) => Ok(ForwardedAnswer::Applied(index, result)),
+            Ok(Attempt::Refused(rejection)) => Ok(ForwardedAnswer::Refused(rejection)),
             Ok(Attempt::NotProposed) => Ok(ForwardedAnswer::NotLeader),
             Ok(Attempt::Unanswered) => {
                 Err(Status::aborted("this host stopped leading; the entry may be committed yet"))
             }
+            Err(ProposeError::Rejected(rejection)) => Ok(ForwardedAnswer::Refused(rejection)),
             Err(error) => Err(Status::unavailable(error.to_string())),
         }
     }

@@ -8,7 +8,7 @@
 use super::backup;
 use super::handle::{RAFT_DIR, SNAPSHOTS_DIR, unix_ms};
 use super::log_store::{LogOpenError, LogOwner, LogStore};
-use super::snapshot_file::{SnapshotContent, SnapshotDir, encode};
+use super::snapshot_file::{SnapshotContent, SnapshotDir, SnapshotError, encode};
 use super::state_store::StateStore;
 use openraft::storage::{RaftLogStorage as _, RaftStateMachine as _};
 use openraft::{BasicNode, CommittedLeaderId, LogId, Membership, RaftLogReader as _, StoredMembership, Vote};
@@ -45,6 +45,14 @@ pub enum RecoverError {
         /// Why.
         cause: String,
     },
+    /// The snapshot of this host, or the backup, can't be read.
+    #[error("{what} can't be used")]
+    Snapshot {
+        /// Which.
+        what: String,
+        #[source]
+        source: SnapshotError,
+    },
     /// The state does not allow it.
     #[error(transparent)]
     State(#[from] RecoveryError),
@@ -62,11 +70,18 @@ pub struct Place<'a> {
     pub pool_id: &'a str,
     /// The host.
     pub host: HostId,
+    /// The highest feature level that it supports.
+    pub feature_level: u32,
 }
 
 fn at(path: &Path) -> impl FnOnce(io::Error) -> RecoverError {
     let what = path.display().to_string();
     move |source| RecoverError::Io { what, source }
+}
+
+fn unreadable<E: Into<SnapshotError>>(what: impl std::fmt::Display) -> impl FnOnce(E) -> RecoverError {
+    let what = what.to_string();
+    move |source| RecoverError::Snapshot { what, source: source.into() }
 }
 
 fn store(error: impl std::fmt::Display) -> RecoverError {
@@ -91,7 +106,8 @@ async fn old_state(place: Place<'_>, kept: &Path) -> Result<(PoolState, u64), Re
     let owner = LogOwner { pool_id: place.pool_id.to_owned(), host: place.host };
     let mut log = LogStore::open(&kept.join(RAFT_DIR), &owner).await?;
     let snapshots = kept.join(SNAPSHOTS_DIR);
-    let (mut states, _) = StateStore::open(&snapshots).map_err(at(&snapshots))?;
+    let opened = StateStore::open(&snapshots, place.feature_level);
+    let (mut states, _) = opened.map_err(unreadable(snapshots.display()))?;
     let first = states.last_applied().map_or(0, |last| last.index + 1);
     let entries = log.try_get_log_entries(first..).await.map_err(store)?;
     let last_term = entries.last().map_or(0, |entry| entry.log_id.leader_id.term);
@@ -113,7 +129,7 @@ pub async fn lead(
     let kept = set_aside(place.data_dir)?;
     let (held, term) = old_state(place, &kept).await?;
     let state = match backup {
-        Some(bytes) => backup::decode(bytes).map_err(at(Path::new("the backup")))?,
+        Some(bytes) => backup::decode(bytes, place.feature_level).map_err(unreadable("the backup"))?,
         None => held,
     };
     if !state.settings.is_initialised() {
@@ -153,8 +169,8 @@ async fn write_stores(place: Place<'_>, state: PoolState, term: u64) -> Result<(
         state,
     };
     let dir = place.data_dir.join(SNAPSHOTS_DIR);
-    let snapshots = SnapshotDir::open(&dir).map_err(at(&dir))?;
-    let bytes = encode(&content).map_err(at(&dir))?;
+    let snapshots = SnapshotDir::open(&dir, place.feature_level).map_err(at(&dir))?;
+    let bytes = encode(&content).map_err(unreadable(dir.display()))?;
     // The last step: before it, the host has no state and starts nothing.
     snapshots.write(content.last_applied, &bytes).map_err(at(&dir))
 }

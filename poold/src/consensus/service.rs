@@ -87,7 +87,9 @@ impl RaftService for RaftApi {
         }
         // Raft takes a snapshot that can't be installed for a broken disk and ends; a broken transfer must not come so far.
         let announced = header.meta.last_log_id;
-        let bytes = tokio::task::spawn_blocking(move || decode_announced(&bytes, announced).map(|_| bytes))
+        let supported = self.consensus.supported_level();
+        let checked = move || decode_announced(&bytes, announced, supported).map(|_| bytes);
+        let bytes = tokio::task::spawn_blocking(checked)
             .await
             .map_err(|error| Status::internal(error.to_string()))?
             .map_err(|error| Status::invalid_argument(format!("snapshot: {error}")))?;

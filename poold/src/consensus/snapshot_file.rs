@@ -1,8 +1,9 @@
-//! Snapshots of the pool's state as files: `snapshots/<index>-<term>.snap`, sealed, written by rename.
+//! Snapshots of the pool's state as files: `snapshots/<index>-<term>.snap`, in the [form](pool_state::form) of the pool's feature
+//! level, written by rename.
 
-use super::codec::{open, seal};
 use openraft::{BasicNode, LogId, StoredMembership};
 use pool_state::PoolState;
+use pool_state::form::{self, FormError};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -11,7 +12,7 @@ use std::path::{Path, PathBuf};
 /// Largest snapshot in bytes that is received or read: the cap of the state, with room for its frame.
 pub const SNAPSHOT_BYTES_MAX: u64 = (128 << 20) + (1 << 20);
 
-/// What a snapshot holds. Version 3: settings that change, versions of daemons, access tokens.
+/// What a snapshot holds; written with the names of its fields.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct SnapshotContent {
     /// The last entry that is in it.
@@ -22,51 +23,59 @@ pub struct SnapshotContent {
     pub state: PoolState,
 }
 
-/// Tells this format from whatever else may lie in the folder; the digit is the version.
-const MAGIC: &[u8; 8] = b"poolsnp3";
+/// A snapshot can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    /// The folder can't be read or written.
+    #[error("the folder of snapshots can't be used")]
+    Io(#[from] io::Error),
+    /// Its bytes are none, damaged, or of a newer daemon.
+    #[error(transparent)]
+    Form(#[from] FormError),
+    /// It holds another point of the log than its sender said.
+    #[error("another snapshot than announced")]
+    NotAsAnnounced,
+}
 
 /// Endings of a finished snapshot and of one that is being written.
 const COMPLETE: &str = ".snap";
 const TEMPORARY: &str = ".tmp";
 
-/// Serialises a snapshot.
+/// Serialises a snapshot as every daemon of its pool reads it.
 ///
 /// # Errors
 /// The state can't be serialised.
-pub fn encode(content: &SnapshotContent) -> io::Result<Vec<u8>> {
-    let mut bytes = MAGIC.to_vec();
-    bytes.extend(seal(content)?);
-    Ok(bytes)
+pub fn encode(content: &SnapshotContent) -> Result<Vec<u8>, FormError> {
+    form::write(content, content.state.settings.feature_level, env!("CARGO_PKG_VERSION"))
 }
 
-/// Reads a snapshot that must be the announced one.
+/// Reads a snapshot that must be the announced one; `supported` is the highest feature level that this host supports.
 ///
 /// # Errors
 /// As [`decode`], and when it is another one.
-pub fn decode_announced(bytes: &[u8], last_applied: Option<LogId<u64>>) -> io::Result<SnapshotContent> {
-    let content = decode(bytes)?;
-    if content.last_applied == last_applied {
-        Ok(content)
-    } else {
-        Err(io::Error::new(io::ErrorKind::InvalidData, "another snapshot than announced"))
-    }
+pub fn decode_announced(
+    bytes: &[u8],
+    last_applied: Option<LogId<u64>>,
+    supported: u32,
+) -> Result<SnapshotContent, SnapshotError> {
+    let content = decode(bytes, supported)?;
+    if content.last_applied == last_applied { Ok(content) } else { Err(SnapshotError::NotAsAnnounced) }
 }
 
 /// Checks and reads a snapshot.
 ///
 /// # Errors
-/// It is none, of another version, or damaged.
-pub fn decode(bytes: &[u8]) -> io::Result<SnapshotContent> {
-    let sealed = bytes
-        .strip_prefix(MAGIC)
-        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "not a snapshot of this version"))?;
-    open(sealed)
+/// It is none, of a newer daemon, or damaged.
+pub fn decode(bytes: &[u8], supported: u32) -> Result<SnapshotContent, FormError> {
+    form::read(bytes, supported)
 }
 
 /// The folder of a host's snapshots.
 #[derive(Debug, Clone)]
 pub struct SnapshotDir {
     dir: PathBuf,
+    /// The highest feature level that this host supports.
+    supported: u32,
 }
 
 impl SnapshotDir {
@@ -74,13 +83,19 @@ impl SnapshotDir {
     ///
     /// # Errors
     /// It can't be created or read.
-    pub fn open(dir: &Path) -> io::Result<Self> {
+    pub fn open(dir: &Path, supported: u32) -> io::Result<Self> {
         fs::create_dir_all(dir)?;
-        let snapshots = Self { dir: dir.to_owned() };
+        let snapshots = Self { dir: dir.to_owned(), supported };
         for name in snapshots.names(TEMPORARY)? {
             fs::remove_file(dir.join(name))?;
         }
         Ok(snapshots)
+    }
+
+    /// The highest feature level of a snapshot that is read.
+    #[must_use]
+    pub fn supported(&self) -> u32 {
+        self.supported
     }
 
     /// Makes `bytes` the newest snapshot, durably, and removes older ones.
@@ -105,14 +120,15 @@ impl SnapshotDir {
     /// The newest valid snapshot; damaged ones are reported and passed over.
     ///
     /// # Errors
-    /// The folder can't be read.
-    pub fn newest(&self) -> io::Result<Option<(SnapshotContent, Vec<u8>)>> {
+    /// The folder can't be read, or a newer daemon wrote the newest one: an older one must not take its place.
+    pub fn newest(&self) -> Result<Option<(SnapshotContent, Vec<u8>)>, SnapshotError> {
         let mut names = self.names(COMPLETE)?;
         names.sort_unstable_by(|a, b| b.cmp(a));
         for name in names {
             let bytes = fs::read(self.dir.join(&name))?;
-            match decode(&bytes) {
+            match decode(&bytes, self.supported) {
                 Ok(content) => return Ok(Some((content, bytes))),
+                Err(error) if error.is_too_new() => return Err(error.into()),
                 Err(error) => tracing::error!(name, %error, "a snapshot is damaged: passed over"),
             }
         }
@@ -135,6 +151,7 @@ impl SnapshotDir {
 mod tests {
     use super::*;
     use openraft::CommittedLeaderId;
+    use pool_state::features::NEWEST;
 
     fn content(index: u64) -> SnapshotContent {
         let last_applied = Some(LogId::new(CommittedLeaderId::new(1, 1), index));
@@ -149,19 +166,19 @@ mod tests {
     #[test]
     fn the_newest_snapshot_replaces_the_others() {
         let dir = tempfile::tempdir().unwrap();
-        let snapshots = SnapshotDir::open(dir.path()).unwrap();
+        let snapshots = SnapshotDir::open(dir.path(), NEWEST).unwrap();
         write(&snapshots, 9);
         write(&snapshots, 10);
         let (found, bytes) = snapshots.newest().unwrap().unwrap();
         assert_eq!(found.last_applied.map(|id| id.index), Some(10));
-        assert_eq!(decode(&bytes).unwrap().last_applied, found.last_applied);
+        assert_eq!(decode(&bytes, NEWEST).unwrap().last_applied, found.last_applied);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 
     #[test]
     fn a_damaged_snapshot_is_not_taken() {
         let dir = tempfile::tempdir().unwrap();
-        let snapshots = SnapshotDir::open(dir.path()).unwrap();
+        let snapshots = SnapshotDir::open(dir.path(), NEWEST).unwrap();
         write(&snapshots, 9);
         let file = fs::read_dir(dir.path()).unwrap().next().unwrap().unwrap().path();
         let mut bytes = fs::read(&file).unwrap();
@@ -172,10 +189,24 @@ mod tests {
     }
 
     #[test]
+    fn a_snapshot_of_a_newer_daemon_is_not_passed_over_for_an_older_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let snapshots = SnapshotDir::open(dir.path(), NEWEST).unwrap();
+        write(&snapshots, 9);
+        let mut newer = content(10);
+        newer.state.settings.feature_level = NEWEST + 1;
+        let bytes = encode(&newer).unwrap();
+        fs::write(dir.path().join("00000000000000000010-00000000000000000001.snap"), &bytes).unwrap();
+        let refused = snapshots.newest().unwrap_err().to_string();
+        assert!(refused.contains("install a newer poold on this host"), "{refused}");
+        assert!(SnapshotDir::open(dir.path(), NEWEST + 1).unwrap().newest().unwrap().is_some());
+    }
+
+    #[test]
     fn an_interrupted_write_leaves_nothing() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("00000000000000000009-00000000000000000001.snap.tmp"), b"half").unwrap();
-        let snapshots = SnapshotDir::open(dir.path()).unwrap();
+        let snapshots = SnapshotDir::open(dir.path(), NEWEST).unwrap();
         assert!(snapshots.newest().unwrap().is_none());
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }

@@ -1,6 +1,6 @@
 //! The pool's state in memory, changed by committed entries, published to the daemon, saved as snapshots.
 
-use super::snapshot_file::{SnapshotContent, SnapshotDir, decode_announced, encode};
+use super::snapshot_file::{SnapshotContent, SnapshotDir, SnapshotError, decode_announced, encode};
 use super::{Applied, TypeConfig};
 use openraft::storage::{RaftStateMachine, Snapshot};
 use openraft::{
@@ -26,12 +26,16 @@ pub struct StateStore {
 }
 
 impl StateStore {
-    /// Loads the newest snapshot; entries after it come again from the log.
+    /// Loads the newest snapshot; entries after it come again from the log. `supported` is the highest feature level that this host
+    /// supports.
     ///
     /// # Errors
-    /// The folder can't be read.
-    pub fn open(dir: &Path) -> io::Result<(Self, watch::Receiver<Arc<PoolState>>)> {
-        let snapshots = SnapshotDir::open(dir)?;
+    /// The folder can't be read, or a newer daemon has written there.
+    pub fn open(
+        dir: &Path,
+        supported: u32,
+    ) -> std::result::Result<(Self, watch::Receiver<Arc<PoolState>>), SnapshotError> {
+        let snapshots = SnapshotDir::open(dir, supported)?;
         let content = snapshots.newest()?.map(|(content, _)| content).unwrap_or_default();
         let (publish, published) = watch::channel(Arc::new(content.state.clone()));
         let members = watch::Sender::new(content.membership.clone());
@@ -100,8 +104,20 @@ fn log_applied(
     }
 }
 
-fn failed(verb: ErrorVerb, error: &io::Error) -> StorageError<u64> {
+fn failed(verb: ErrorVerb, error: &SnapshotError) -> StorageError<u64> {
     StorageError::from(StorageIOError::new(ErrorSubject::Snapshot(None), verb, AnyError::new(error)))
+}
+
+/// Work with snapshots on a thread of its own; at once where there are no others, as in simulations.
+async fn apart<T: Send + 'static>(
+    work: impl FnOnce() -> std::result::Result<T, SnapshotError> + Send + 'static,
+) -> std::result::Result<T, SnapshotError> {
+    match tokio::runtime::Handle::try_current() {
+        Ok(tokio) => {
+            tokio.spawn_blocking(work).await.unwrap_or_else(|error| Err(io::Error::other(error).into()))
+        }
+        Err(_) => work(),
+    }
 }
 
 fn meta(content: &SnapshotContent) -> Meta {
@@ -140,16 +156,12 @@ impl RaftStateMachine<TypeConfig> for StateStore {
         let bytes = snapshot.into_inner();
         let snapshots = self.snapshots.clone();
         let last = wanted.last_log_id;
-        let written = tokio::task::spawn_blocking(move || -> io::Result<SnapshotContent> {
-            let content = decode_announced(&bytes, last)?;
+        let written = apart(move || {
+            let content = decode_announced(&bytes, last, snapshots.supported())?;
             snapshots.write(last, &bytes)?;
             Ok(content)
         });
-        let content = written
-            .await
-            .map_err(io::Error::other)
-            .and_then(|result| result)
-            .map_err(|error| failed(ErrorVerb::Write, &error))?;
+        let content = written.await.map_err(|error| failed(ErrorVerb::Write, &error))?;
         self.content = content;
         self.members.send_replace(self.content.membership.clone());
         self.publish.send_replace(Arc::new(self.content.state.clone()));
@@ -175,12 +187,11 @@ impl RaftSnapshotBuilder<TypeConfig> for SnapshotTask {
     async fn build_snapshot(&mut self) -> Result<Snapshot<TypeConfig>> {
         let content = self.content.clone();
         let snapshots = self.snapshots.clone();
-        let written = tokio::task::spawn_blocking(move || -> io::Result<Snapshot<TypeConfig>> {
+        let written = apart(move || {
             let bytes = encode(&content)?;
             snapshots.write(content.last_applied, &bytes)?;
             Ok(Snapshot { meta: meta(&content), snapshot: Box::new(Cursor::new(bytes)) })
         });
-        let written = written.await.map_err(io::Error::other).and_then(|result| result);
-        written.map_err(|error| failed(ErrorVerb::Write, &error))
+        written.await.map_err(|error| failed(ErrorVerb::Write, &error))
     }
 }

@@ -57,6 +57,12 @@ pub enum EntryError {
         /// Its size.
         bytes: usize,
     },
+    /// Bytes are left behind the entry: a newer version says more than this one understands.
+    #[error("{bytes} bytes follow the entry, which this version does not know")]
+    TooLong {
+        /// How many.
+        bytes: usize,
+    },
     /// The bytes are no entry of this version.
     #[error("the entry can't be read or written")]
     Codec(#[source] postcard::Error),
@@ -91,7 +97,10 @@ impl Entry {
         if bytes.len() > RAFT_ENTRY_BYTES_MAX {
             return Err(EntryError::TooLarge { bytes: bytes.len() });
         }
-        postcard::from_bytes(bytes).map_err(EntryError::Codec)
+        match postcard::take_from_bytes(bytes).map_err(EntryError::Codec)? {
+            (entry, []) => Ok(entry),
+            (_, rest) => Err(EntryError::TooLong { bytes: rest.len() }),
+        }
     }
 
     /// Checks the entry's size and fields without keeping the bytes.

@@ -6,11 +6,12 @@
 //! A pool works at one level, which all of its daemons support. New versions run side by side with old ones at the old level; the
 //! leader raises it by one entry as soon as every member has reported the new one. It never goes back.
 //!
-//! A feature is asked for in `apply`, where the entry is committed, so no host ever acts on an entry that it does not know.
+//! A feature is asked for before an entry is proposed, so that none comes into the log that a member can't read, and in `apply`,
+//! where it is committed, so that no host acts on it below its level. How states are written at a level: [`form`](crate::form).
 //! [`of`] names every command: one that is added does not compile before somebody has said which level it needs.
 
 use crate::{
-    PoolState,
+    GovernRejection, PoolState, Rejection,
     command::{ClusterCommand, Command, Govern, PoolChange, VolumeCommand},
 };
 
@@ -73,6 +74,25 @@ impl PoolState {
     #[must_use]
     pub fn has_feature(&self, feature: Feature) -> bool {
         self.settings.feature_level >= feature.level()
+    }
+
+    /// Checks that every daemon of the pool knows a command. Asked before it is proposed, since a daemon that can't read an entry
+    /// can't follow the log any more, and once more in `apply`.
+    ///
+    /// # Errors
+    /// The pool's level is too low.
+    pub fn check_level(&self, command: &Command) -> Result<(), Rejection> {
+        // A pool that is being founded has no level yet.
+        if self.settings.is_initialised() { self.check_feature(of(command)) } else { Ok(()) }
+    }
+
+    /// Checks that every daemon of the pool knows a feature.
+    pub(crate) fn check_feature(&self, feature: Feature) -> Result<(), Rejection> {
+        if self.has_feature(feature) {
+            return Ok(());
+        }
+        let (needed, present) = (feature.level(), self.settings.feature_level);
+        Err(GovernRejection::LevelTooLow { needed, present }.into())
     }
 }
 

@@ -57,6 +57,9 @@ pub enum Violation {
         /// What is reserved.
         reserved: ByteCount,
     },
+    /// What the index says must follow from the rest.
+    #[error("the index is not the one that follows from the state")]
+    IndexDiffers,
     /// The in-sync set is a non-empty subset of distinct replicas.
     #[error("{volume} has an in-sync set that is empty, repeated, or not among its replicas")]
     BadIsr {
@@ -155,7 +158,14 @@ pub fn check(state: &PoolState) -> Result<(), Violation> {
     check_migrations(state)?;
     check_tasks(state)?;
     check_listed(state)?;
-    check_bounds(state)
+    check_bounds(state)?;
+    // One that was just read has none yet.
+    let caught_up = {
+        let mut state = state.clone();
+        state.update_index();
+        state.index
+    };
+    if caught_up.agrees_with(&state.index_anew()) { Ok(()) } else { Err(Violation::IndexDiffers) }
 }
 
 fn check_vm(state: &PoolState, vm: &Vm) -> Result<(), Violation> {

@@ -11,7 +11,7 @@
 //! - [`state`]: the data. [`command`], [`entry`], [`outcome`], [`rejection`]: what goes in and comes out.
 //! - [`lease`], [`planner`], [`reconcile`](mod@reconcile): the decisions. [`invariants`]: what tests check after each entry.
 //! - [`recovery`]: the pool after the loss of its majority.
-//! - [`features`]: what a daemon of an older version would not know.
+//! - [`features`]: what a daemon of an older version would not know. [`form`]: how states are written so that it can read them.
 //! - [`balance`], [`capacity`], [`explain`]: what operators ask about placements. [`timing`], [`limits`]: intervals and bounds.
 //!
 //! Invariants: `apply` is deterministic; a rejected entry changes nothing but the revision; a clone of the state is cheap.
@@ -27,6 +27,7 @@ pub mod command;
 pub mod entry;
 pub mod explain;
 pub mod features;
+pub mod form;
 pub mod invariants;
 pub mod lease;
 pub mod limits;

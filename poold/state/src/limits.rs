@@ -141,8 +141,6 @@ limits! {
 
     /// Restarts in a row of a VM that does not stay up, before the pool gives up on it.
     pub const RESTARTS_MAX: u32 = 5;
-    /// Wait before the second restart in a row in milliseconds; it doubles with each further one.
-    pub const RESTART_BACKOFF_MS: u64 = 1_000;
     /// A VM that ran this long in milliseconds counts as up, and its restarts count from zero again.
     pub const RESTART_STABLE_MS: u64 = 60_000;
 

@@ -2,7 +2,7 @@
 //!
 //! Nothing is remembered between two plans: a plan that was never proposed, or whose proposals were lost with a leader, comes
 //! again from the same state. Planned entries are tried on a copy of the state, so one plan never promises a host's memory
-//! twice. Absent on purpose: hygiene of in-sync sets, which is the owner's, since only it knows what a replica has.
+//! twice. A look costs what is going on, not what there is: it begins from the state's index. Absent on purpose: hygiene of in-sync sets, which is the owner's, since only it knows what a replica has.
 
 mod moves;
 mod replicas;
@@ -16,10 +16,10 @@ use crate::{
     entry::{Entry, Seed},
     limits::PLAN_COMMANDS_MAX,
     rejection::Rejection,
-    state::{Desired, HaPolicy, HostState, MigrationPhase, PoolState, TaskKind, Vm},
+    state::{Desired, HaPolicy, HostState, Migration, MigrationPhase, PoolState, Task, TaskKind, Vm, Volume},
 };
 use proto::VmId;
-use std::cmp::Reverse;
+use std::{cmp::Reverse, collections::BTreeSet};
 
 /// What the leader knows besides the state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,6 +32,7 @@ pub struct LeaderView {
 #[must_use]
 pub fn plan(state: &PoolState, view: &LeaderView) -> Vec<Command> {
     let mut draft = Draft { state: state.clone(), now_ms: view.now_ms, commands: Vec::new() };
+    draft.state.update_index();
     draft.end_late_work();
     draft.end_stalled_moves();
     draft.begin_queued_moves();
@@ -78,10 +79,8 @@ impl Draft {
 
     fn end_late_work(&mut self) {
         let late: Vec<Command> = self
-            .state
-            .tasks
-            .values()
-            .filter(|task| task.is_running() && self.now_ms >= task.deadline_ms)
+            .running_tasks()
+            .filter(|task| self.now_ms >= task.deadline_ms)
             .map(|task| self.end_of_late(task.id, task.kind))
             .collect();
         for command in late {
@@ -114,7 +113,7 @@ impl Draft {
         let timing = self.state.settings.timing;
         let stalled = |since_ms: u64| self.now_ms >= since_ms.saturating_add(timing.host_lost_ms);
         let mut ends = Vec::new();
-        for migration in self.state.running_migrations() {
+        for migration in self.running_migrations() {
             let id = migration.id;
             let entered_ms = migration.deadline_ms.saturating_sub(timing.migration_step_ms);
             let waits_for_source = match migration.phase {
@@ -140,13 +139,11 @@ impl Draft {
         if self.state.settings.ha_braked || self.state.settings.ha_disarmed {
             return;
         }
-        let mut waiting: Vec<(Reverse<u8>, VmId)> = self
-            .state
-            .vms
-            .values()
-            .filter(|vm| self.needs_recovery(vm))
-            .map(|vm| (Reverse(vm.spec.priority), vm.id))
-            .collect();
+        let lost = self.state.hosts.values().filter(|host| host.state == HostState::Lost);
+        let there = lost.flat_map(|host| self.state.index.vms_at(host.id));
+        let vms = there.filter_map(|id| self.state.vms.get(&id)).filter(|vm| needs_recovery(vm));
+        let mut waiting: Vec<(Reverse<u8>, VmId)> =
+            vms.map(|vm| (Reverse(vm.spec.priority), vm.id)).collect();
         waiting.sort_unstable();
         for (_, id) in waiting {
             if self.commands.len() >= PLAN_COMMANDS_MAX {
@@ -168,7 +165,9 @@ impl Draft {
             let migration = vm.intent.and_then(|intent| self.state.migrations.get(&intent.migration));
             migration.is_some_and(|migration| migration.is_committed())
         };
-        let cut_off = self.state.vms.values().filter(|vm| vm.is_reported_running() && !committed(vm));
+        let vms: BTreeSet<VmId> = self.unsettled().filter_map(|volume| volume.attached_to).collect();
+        let vms = vms.iter().filter_map(|id| self.state.vms.get(id));
+        let cut_off = vms.filter(|vm| vm.is_reported_running() && !committed(vm));
         let restarts: Vec<Command> = cut_off
             .filter_map(|vm| Some((vm, self.state.disk_without_life(vm)?.name.clone())))
             .map(|(vm, disk)| Command::RestartVm {
@@ -182,11 +181,21 @@ impl Draft {
         restarts.into_iter().for_each(|command| self.propose(command));
     }
 
-    fn needs_recovery(&self, vm: &Vm) -> bool {
-        let lost = vm
-            .placement
-            .and_then(|host| self.state.hosts.get(&host))
-            .is_some_and(|host| host.state == HostState::Lost);
-        lost && vm.spec.ha == HaPolicy::Restart && vm.desired != Desired::Stopped
+    fn running_tasks(&self) -> impl Iterator<Item = &Task> {
+        self.state.index.running_tasks().filter_map(|id| self.state.tasks.get(&id))
     }
+
+    fn running_migrations(&self) -> impl Iterator<Item = &Migration> {
+        self.state.index.running_migrations().filter_map(|id| self.state.migrations.get(&id))
+    }
+
+    /// Volumes that something is to be done about; in a pool at rest there are none.
+    fn unsettled(&self) -> impl Iterator<Item = &Volume> {
+        self.state.index.unsettled().filter_map(|id| self.state.volumes.get(&id))
+    }
+}
+
+/// Whether the pool is to start a VM of a lost host elsewhere.
+fn needs_recovery(vm: &Vm) -> bool {
+    vm.spec.ha == HaPolicy::Restart && vm.desired != Desired::Stopped
 }

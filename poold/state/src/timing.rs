@@ -1,5 +1,6 @@
 //! The one profile of timings of a pool, so that a test can scale all of them together.
 
+use crate::limits::RESTARTS_MAX;
 use serde::{Deserialize, Serialize};
 
 /// All intervals of the control plane, in milliseconds.
@@ -33,6 +34,8 @@ pub struct Timing {
     pub migration_copy_ms: u64,
     /// Replicas of a host that is lost for this long are made anew elsewhere: longer than a reboot takes.
     pub replica_replace_ms: u64,
+    /// Wait before the second restart in a row of a VM that does not stay up; it doubles with each further one.
+    pub restart_backoff_ms: u64,
 }
 
 /// A profile whose values contradict each other.
@@ -87,6 +90,7 @@ impl Default for Timing {
             migration_step_ms: 60_000,
             migration_copy_ms: 3_600_000,
             replica_replace_ms: 600_000,
+            restart_backoff_ms: 1_000,
         }
     }
 }
@@ -94,7 +98,7 @@ impl Default for Timing {
 impl Timing {
     /// Each interval by its name, in milliseconds, with what it is for.
     #[must_use]
-    pub fn list(&self) -> [(&'static str, u64, &'static str); 14] {
+    pub fn list(&self) -> [(&'static str, u64, &'static str); 15] {
         [
             ("lease_renew_ms", self.lease_renew_ms, "A host renews its lease this often."),
             ("lease_ttl_ms", self.lease_ttl_ms, "A lease ends this long after its renewal was sent."),
@@ -134,6 +138,11 @@ impl Timing {
                 self.replica_replace_ms,
                 "Replicas of a host that is lost for this long are made anew elsewhere: longer than a reboot takes.",
             ),
+            (
+                "restart_backoff_ms",
+                self.restart_backoff_ms,
+                "Wait before the second restart in a row of a VM that does not stay up; it doubles with each further one.",
+            ),
         ]
     }
 
@@ -155,7 +164,14 @@ impl Timing {
             migration_step_ms: 30_000,
             migration_copy_ms: 600_000,
             replica_replace_ms: 10_000,
+            restart_backoff_ms: 200,
         }
+    }
+
+    /// Wait before the restart after this many failures in a row in milliseconds; the first restart is immediate.
+    pub(crate) fn restart_pause_ms(&self, failures: u32) -> u64 {
+        let doublings = failures.saturating_sub(2).min(RESTARTS_MAX);
+        if failures < 2 { 0 } else { self.restart_backoff_ms.saturating_mul(1 << doublings) }
     }
 
     /// Checks the relations between the values.
@@ -177,6 +193,7 @@ impl Timing {
             self.migration_step_ms,
             self.migration_copy_ms,
             self.replica_replace_ms,
+            self.restart_backoff_ms,
         ]
         .into_iter()
         .fold(u64::MAX, u64::min);

@@ -36,7 +36,8 @@ async fn a_disk_that_can_not_sync_ends_raft() {
     let (log, meta) = (db.open_tree("log").unwrap(), db.open_tree("meta").unwrap());
     let flusher = Flusher::spawn(db, failing_file(), dir.path()).unwrap();
     let log = LogStore { shared: Arc::new(Shared { log, meta, flusher }) };
-    let (store, state) = StateStore::open(&dir.path().join("snapshots")).unwrap();
+    let (store, state) =
+        StateStore::open(&dir.path().join("snapshots"), pool_state::features::NEWEST).unwrap();
     let [ca_pem, cert_pem, key_pem] = [const { String::new() }; 3];
     let network = Network::new(HostClients::new(
         SharedIdentity::new(HostIdentity { ca_pem, cert_pem, key_pem }),

@@ -3,6 +3,7 @@
 mod memory_log;
 mod pool;
 mod recover;
+pub mod runtime;
 mod simulated;
 mod snapshots;
 mod stores;

@@ -3,11 +3,12 @@
 use crate::consensus::backup;
 use crate::consensus::recover::{KEPT_DIR, Place, RecoverError, follow, lead};
 use crate::test_pool::{TestHost, TestPool, eventually};
+use pool_state::features::NEWEST;
 use pool_state::recovery::{JUMP, RecoveryError};
 use proto::HostId;
 
 fn place(host: &TestHost) -> Place<'_> {
-    Place { data_dir: &host.data_dir, pool_id: "pool-of-a-test", host: host.id }
+    Place { data_dir: &host.data_dir, pool_id: "pool-of-a-test", host: host.id, feature_level: NEWEST }
 }
 
 fn knows(host: &TestHost, secret: u8) -> bool {

@@ -6,7 +6,7 @@ use crate::consensus::{Consensus, StartError, StartOptions, TypeConfig};
 use crate::test_pool::TestPool;
 use openraft::StorageError;
 use openraft::testing::{StoreBuilder, Suite};
-use pool_state::Timing;
+use pool_state::{Timing, features::NEWEST};
 use proto::HostId;
 use tempfile::TempDir;
 
@@ -22,7 +22,8 @@ impl StoreBuilder<TypeConfig, LogStore, StateStore, TempDir> for Builder {
         let raft = dir.path().join("raft");
         LogStore::create(&raft, &owner(1)).await.expect("a fresh folder can be written");
         let log = LogStore::open(&raft, &owner(1)).await.expect("a fresh log opens");
-        let (state, _) = StateStore::open(&dir.path().join("snapshots")).expect("a fresh store opens");
+        let (state, _) =
+            StateStore::open(&dir.path().join("snapshots"), NEWEST).expect("a fresh store opens");
         Ok((dir, log, state))
     }
 }
@@ -50,6 +51,7 @@ async fn start_again(pool: &TestPool) -> Result<Consensus, StartError> {
         pool_id: "pool-of-a-test",
         host: host.id,
         timing: Timing::fast(),
+        feature_level: NEWEST,
         identity: crate::identity::SharedIdentity::new(host.identity()),
     };
     Consensus::start(options).await

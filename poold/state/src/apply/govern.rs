@@ -8,7 +8,6 @@
 use super::{Applied, Change, check_length, check_name, check_range, check_room, find_mut};
 use crate::{
     command::{Govern, NewCa, PoolChange},
-    features::Feature,
     limits::{
         ACCESS_TOKEN_TTL_MS_MAX, ACCESS_TOKENS_MAX, BANDWIDTH_MAX, CPU_OVERCOMMIT_MAX, PEM_BYTES_MAX,
         REPLICAS_MAX, SCRUB_BYTES_PER_S_MIN, SCRUB_INTERVAL_MS_MAX, VERSION_BYTES_MAX,
@@ -57,15 +56,6 @@ impl Change<'_> {
                 self.replace_host_key(*host, *secret_hash, public_key)
             }
         }
-    }
-
-    /// Checks that every daemon of the pool knows a feature.
-    pub(super) fn check_feature(&self, feature: Feature) -> Result<(), Rejection> {
-        if self.state.has_feature(feature) {
-            return Ok(());
-        }
-        let (needed, present) = (feature.level(), self.state.settings.feature_level);
-        Err(GovernRejection::LevelTooLow { needed, present }.into())
     }
 
     fn pool_event(&mut self, message: String) {

@@ -2,6 +2,7 @@
 
 use super::{
     Applied, Change, check_length, check_name, check_range, check_room, find_mut, placement::check_up,
+    tokens::TokenUse,
 };
 use crate::rejection::{GovernRejection, VolumeRejection};
 use crate::{
@@ -25,33 +26,24 @@ impl PoolState {
     #[must_use]
     pub fn join_problems(&self, now_ms: u64, join: &JoinHost) -> Vec<Rejection> {
         let mut problems = Vec::new();
-        if let Some(host) = self.token_of(join).and_then(|token| token.rekeys) {
-            return vec![GovernRejection::TokenRekeys { host: self.host_name(host) }.into()];
-        }
-        match self.token_of(join).map(|token| (&token.state, now_ms >= token.expires_ms)) {
-            None => problems.push(Rejection::TokenUnknown),
-            Some((TokenState::Revoked, _)) => problems.push(Rejection::TokenRevoked),
-            Some((TokenState::Used { host }, _)) => {
-                if let Some(host) =
-                    self.hosts.get(host).filter(|host| host.public_key == join.facts.public_key)
-                {
-                    return self.check_rejoin(host).err().into_iter().collect();
-                }
-                problems.push(Rejection::TokenUsed { host: self.host_name(*host) });
+        match self.token_of(&join.secret_hash) {
+            Err(unknown) => problems.push(unknown),
+            Ok(Token { rekeys: Some(host), .. }) => {
+                return vec![GovernRejection::TokenRekeys { host: self.host_name(*host) }.into()];
             }
-            Some((TokenState::Unused, true)) => problems.push(Rejection::TokenExpired),
-            Some((TokenState::Unused, false)) => {}
+            Ok(token) => match self.judge_token(token, &join.facts.public_key, now_ms) {
+                Ok(TokenUse::Fresh) => {}
+                Ok(TokenUse::Repeated(host)) => return self.check_rejoin(host).err().into_iter().collect(),
+                Err(void) => problems.push(void),
+            },
         }
         problems.extend(self.facts_problems(&join.facts));
         problems
     }
 
-    fn token_of(&self, join: &JoinHost) -> Option<&Token> {
-        self.tokens.values().find(|token| token.secret_hash == join.secret_hash)
-    }
-
-    fn check_rejoin(&self, host: &Host) -> Result<(), Rejection> {
-        if host.is_member() { Ok(()) } else { Err(Rejection::HostRemoved { host: host.name.clone() }) }
+    fn check_rejoin(&self, host: HostId) -> Result<(), Rejection> {
+        let removed = || Rejection::HostRemoved { host: self.host_name(host) };
+        if self.host(host)?.is_member() { Ok(()) } else { Err(removed()) }
     }
 
     fn facts_problems(&self, facts: &HostFacts) -> Vec<Rejection> {
@@ -87,7 +79,7 @@ impl Change<'_> {
         if let Some(problem) = self.state.join_problems(self.time_ms, join).into_iter().next() {
             return Err(problem);
         }
-        let token = self.state.token_of(join).ok_or(Rejection::TokenUnknown)?.clone();
+        let token = self.state.token_of(&join.secret_hash)?.clone();
         if let TokenState::Used { host } = token.state {
             return Ok(Outcome::Host(host));
         }

@@ -57,7 +57,7 @@ impl Change<'_> {
             }
             (Some(limit), MoveCause::Operator) => {
                 // An older daemon would take one that waits for one that is lost.
-                self.check_feature(Feature::QueuedMoves)?;
+                self.state.check_feature(Feature::QueuedMoves)?;
                 self.check_queue()?;
                 (MigrationPhase::Queued, MOVE_QUEUED_MS, format!("; it waits: {limit}"))
             }

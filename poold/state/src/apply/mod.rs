@@ -52,7 +52,6 @@ use crate::command::VolumeCommand;
 use crate::{
     command::Command,
     entry::{Entry, Seed},
-    features,
     limits::TEXT_BYTES_MAX,
     outcome::Outcome,
     rejection::{Field, ObjectKind, Rejection},
@@ -100,6 +99,7 @@ impl PoolState {
         if let Some(record) = audit::record(self, index, entry) {
             next.audit.push(record);
         }
+        next.update_index();
         *self = next;
         Ok(outcome)
     }
@@ -137,7 +137,7 @@ impl Change<'_> {
         if !self.state.settings.is_initialised() {
             return Err(Rejection::PoolNotInitialised);
         }
-        self.check_feature(features::of(command))?;
+        self.state.check_level(command)?;
         match command {
             Command::InitPool(_) => Err(Rejection::PoolAlreadyInitialised),
             Command::CreateToken { secret_hash, ttl_ms } => self.create_token(*secret_hash, *ttl_ms),

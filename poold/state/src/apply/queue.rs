@@ -132,14 +132,10 @@ impl Change<'_> {
         if let Some(blocker) = blockers.into_iter().next() {
             return Err(blocker);
         }
-        // Whatever gives a VM another epoch or host ends its moves; if it did not, this one is refused until its deadline.
-        let (vm, from_epoch) = (self.state.vm(vm)?, self.state.migration(id)?.from_epoch);
-        if (vm.placement, vm.epoch) != (Some(source), from_epoch) {
-            return Err(Rejection::StaleEpoch {
-                vm: vm.name.clone(),
-                expected: from_epoch,
-                actual: vm.epoch,
-            });
+        // Whatever gives a VM another epoch or host ends its moves; one that was left behind must not take it away from there.
+        let (vm, expected) = (self.state.vm(vm)?, self.state.migration(id)?.from_epoch);
+        if (vm.placement, vm.epoch) != (Some(source), expected) {
+            return Err(Rejection::StaleEpoch { vm: vm.name.clone(), expected, actual: vm.epoch });
         }
         self.enter_phase(id, MigrationPhase::Intent)
     }

@@ -5,7 +5,7 @@
 use super::{Applied, Change, cut, ownership::Beginning, placement::check_up};
 use crate::{
     command::{RestartCause, StopReason},
-    limits::{RESTART_BACKOFF_MS, RESTART_STABLE_MS, RESTARTS_MAX},
+    limits::{RESTART_STABLE_MS, RESTARTS_MAX},
     outcome::Outcome,
     rejection::Rejection,
     state::{
@@ -137,7 +137,8 @@ impl Change<'_> {
             return Ok(Outcome::Vm(id));
         }
         self.end_intent_of_ended(id)?;
-        let not_before_ms = self.time_ms.saturating_add(backoff_ms(failures));
+        let pause_ms = self.state.settings.timing.restart_pause_ms(failures);
+        let not_before_ms = self.time_ms.saturating_add(pause_ms);
         let vm = self.vm_mut(id)?;
         vm.failures = failures;
         vm.not_before_ms = not_before_ms;
@@ -195,11 +196,6 @@ fn failures_after(vm: &Vm, cause: &RestartCause, now_ms: u64) -> u32 {
     let stable = vm.is_reported_running() && now_ms.saturating_sub(vm.running_since_ms) >= RESTART_STABLE_MS;
     let before = if stable { 0 } else { vm.failures };
     if cause.is_wanted() { before } else { before.saturating_add(1) }
-}
-
-/// The first restart is immediate.
-fn backoff_ms(failures: u32) -> u64 {
-    if failures < 2 { 0 } else { RESTART_BACKOFF_MS << (failures - 2).min(RESTARTS_MAX) }
 }
 
 fn describe(cause: &RestartCause) -> String {

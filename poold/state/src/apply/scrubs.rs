@@ -15,21 +15,20 @@ use std::collections::BTreeSet;
 impl PoolState {
     /// Volumes whose last scrub is long ago, the longest first; those that share no host with one that is being scrubbed, so that
     /// no disk does this for two at a time.
-    #[must_use]
-    pub fn scrubs_due(&self, now_ms: u64) -> Vec<VolumeId> {
+    pub(crate) fn scrubs_due(&self, now_ms: u64) -> Vec<VolumeId> {
         let interval_ms = self.settings.scrub_interval_ms;
-        let is_due = |volume: &&Volume| {
+        let can = |volume: &&Volume| {
             let can = volume.rewriting.is_none() && self.serving_members(volume).next().is_some();
-            can && !volume.is_filled()
-                && volume.scrub.is_none()
-                && now_ms >= volume.scrub_from_ms.saturating_add(interval_ms)
+            can && !volume.is_filled() && volume.scrub.is_none()
         };
         if interval_ms == 0 {
             return Vec::new();
         }
-        let mut due: Vec<&Volume> = self.volumes.values().filter(is_due).collect();
-        due.sort_by_key(|volume| (volume.scrub_from_ms, volume.id));
-        let at_work = self.volumes.values().filter(|volume| volume.scrub.is_some());
+        let late = |(from_ms, _): &(u64, VolumeId)| now_ms >= from_ms.saturating_add(interval_ms);
+        let longest_ago = self.index.by_scrub().take_while(late).filter_map(|(_, id)| self.volumes.get(&id));
+        let mut due: Vec<&Volume> = longest_ago.filter(can).collect();
+        let unsettled = self.index.unsettled().filter_map(|id| self.volumes.get(&id));
+        let at_work = unsettled.filter(|volume| volume.scrub.is_some());
         let mut busy: BTreeSet<HostId> = at_work.flat_map(|volume| volume.replicas.iter().copied()).collect();
         due.retain(|volume| {
             let is_free = !volume.replicas.iter().any(|host| busy.contains(host));

@@ -6,7 +6,6 @@ use super::{Applied, Change, cut, loans::LoanRest, placement::check_up};
 use crate::rejection::VolumeRejection;
 use crate::{
     command::ServiceEnd,
-    limits::{RESTART_BACKOFF_MS, RESTARTS_MAX},
     outcome::Outcome,
     rejection::Rejection,
     state::{EventKind, HostState, LoanPurpose, ServiceWanted, TaskKind, TaskState, Volume, VolumeService},
@@ -139,13 +138,12 @@ impl Change<'_> {
 
     /// The same wish under the next epoch, after a pause that grows with each failure.
     fn serve_next_epoch(&mut self, id: VolumeId, problem: String) -> Result<(), Rejection> {
-        let time_ms = self.time_ms;
+        let (time_ms, timing) = (self.time_ms, self.state.settings.timing);
         let service = self.service_mut(id)?;
         let failures = service.failures.saturating_add(1);
-        let pause_ms = if failures < 2 { 0 } else { RESTART_BACKOFF_MS << (failures - 2).min(RESTARTS_MAX) };
         let mut next = service.clone();
         next.failures = failures;
-        next.not_before_ms = time_ms.saturating_add(pause_ms);
+        next.not_before_ms = time_ms.saturating_add(timing.restart_pause_ms(failures));
         next.serving_epoch = None;
         next.problem = Some(problem.clone());
         if let Some(nbd) = &mut next.nbd {

@@ -5,9 +5,45 @@ use crate::{
     limits::{PUBLIC_KEY_BYTES_MAX, TOKEN_TTL_MS_MAX, TOKENS_MAX},
     outcome::Outcome,
     rejection::{Field, GovernRejection, ObjectKind, Rejection},
-    state::{EventKind, Token, TokenState},
+    state::{EventKind, PoolState, Token, TokenState},
 };
 use proto::{HostId, TokenId};
+
+/// What a token does for whoever shows it with a key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum TokenUse {
+    /// It is good for one use.
+    Fresh,
+    /// This key redeemed it for the host: the answer was lost.
+    Repeated(HostId),
+}
+
+impl PoolState {
+    /// The token of a secret, whatever it is worth.
+    pub(super) fn token_of(&self, secret_hash: &[u8; 32]) -> Result<&Token, Rejection> {
+        self.tokens.values().find(|token| token.secret_hash == *secret_hash).ok_or(Rejection::TokenUnknown)
+    }
+
+    /// What a token is worth now to whoever shows this key.
+    pub(super) fn judge_token(
+        &self,
+        token: &Token,
+        public_key: &[u8],
+        now_ms: u64,
+    ) -> Result<TokenUse, Rejection> {
+        match token.state {
+            TokenState::Revoked => Err(Rejection::TokenRevoked),
+            TokenState::Used { host }
+                if self.hosts.get(&host).is_some_and(|it| it.public_key == public_key) =>
+            {
+                Ok(TokenUse::Repeated(host))
+            }
+            TokenState::Used { host } => Err(Rejection::TokenUsed { host: self.host_name(host) }),
+            TokenState::Unused if now_ms >= token.expires_ms => Err(Rejection::TokenExpired),
+            TokenState::Unused => Ok(TokenUse::Fresh),
+        }
+    }
+}
 
 impl Change<'_> {
     pub(super) fn create_token(&mut self, secret_hash: [u8; 32], ttl_ms: u64) -> Applied {
@@ -27,8 +63,7 @@ impl Change<'_> {
         public_key: &[u8],
     ) -> Applied {
         check_length(Field::PublicKey, public_key, PUBLIC_KEY_BYTES_MAX)?;
-        let token = self.state.tokens.values().find(|token| token.secret_hash == secret_hash);
-        let token = token.ok_or(Rejection::TokenUnknown)?;
+        let token = self.state.token_of(&secret_hash)?;
         match token.rekeys {
             None => return Err(GovernRejection::TokenAdmits.into()),
             Some(other) if other != host => {
@@ -36,15 +71,8 @@ impl Change<'_> {
             }
             Some(_) => self.check_member(host)?,
         }
-        match token.state {
-            TokenState::Revoked => return Err(Rejection::TokenRevoked),
-            // The answer was lost.
-            TokenState::Used { .. } if self.state.host(host)?.public_key == public_key => {
-                return Ok(Outcome::Host(host));
-            }
-            TokenState::Used { .. } => return Err(Rejection::TokenUsed { host: self.state.host_name(host) }),
-            TokenState::Unused if self.time_ms >= token.expires_ms => return Err(Rejection::TokenExpired),
-            TokenState::Unused => {}
+        if let TokenUse::Repeated(host) = self.state.judge_token(token, public_key, self.time_ms)? {
+            return Ok(Outcome::Host(host));
         }
         if let Some(owner) = self.state.hosts.values().find(|host| host.public_key == public_key) {
             return Err(GovernRejection::KeyInUse { host: owner.name.clone() }.into());

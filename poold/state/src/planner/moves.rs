@@ -12,7 +12,7 @@ use proto::{HostId, TaskId, VmId};
 impl Draft {
     /// Lets the moves begin whose turn has come, the oldest first, and ends those that nothing fits any more.
     pub(super) fn begin_queued_moves(&mut self) {
-        let queued = self.state.running_migrations().filter(|migration| migration.is_queued());
+        let queued = self.running_migrations().filter(|migration| migration.is_queued());
         let queued: Vec<_> = queued.map(|migration| migration.id).collect();
         for migration in queued {
             let turn = self.state.migrations.get(&migration).filter(|it| self.state.waits_for(it).is_none());
@@ -28,8 +28,7 @@ impl Draft {
 
     /// Proposes the next moves of each task, and the end of those that have reached their aim.
     pub(super) fn carry_tasks_on(&mut self) {
-        let running = self.state.tasks.values().filter(|task| task.is_running());
-        let tasks: Vec<_> = running.map(|task| (task.id, task.kind)).collect();
+        let tasks: Vec<_> = self.running_tasks().map(|task| (task.id, task.kind)).collect();
         for (task, kind) in tasks {
             match kind {
                 TaskKind::HostDrain { host } | TaskKind::HostRemove { host, .. } => self.drain(host),

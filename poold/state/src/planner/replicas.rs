@@ -10,35 +10,34 @@ use crate::{
     state::{ServiceWanted, Volume},
 };
 use proto::{HostId, VolumeId};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 impl Draft {
     pub(super) fn keep_replicas(&mut self) {
         // A false alarm must not copy all data of a pool.
-        let unsettled = self.unsettled();
+        let misplaced = self.misplaced();
         if !self.state.settings.ha_braked {
-            self.replace_replicas(&unsettled);
+            self.replace_replicas(&misplaced);
         }
-        self.drop_replicas(&unsettled);
+        self.drop_replicas(&misplaced);
         self.work_on_volumes();
     }
 
-    /// Volumes whose replicas may have to change: too many or too few, or on a host that leaves or is lost for good. In a pool at
-    /// rest there are none, and each round looks at thousands.
-    fn unsettled(&self) -> Vec<VolumeId> {
+    /// Volumes whose replicas may have to change: too many or too few, or on a host that leaves or is lost for good.
+    fn misplaced(&self) -> Vec<VolumeId> {
         let goes = |host: &HostId| {
             self.state.leaves_with(*host).is_some() || self.state.is_lost_for_good(*host, self.now_ms)
         };
         let going: BTreeSet<HostId> = self.state.hosts.keys().copied().filter(goes).collect();
-        let settled = |volume: &Volume| {
+        let in_place = |volume: &Volume| {
             volume.replicas.len() == volume.replicas_wanted as usize
                 && !volume.replicas.iter().any(|host| going.contains(host))
         };
-        self.state.volumes.values().filter(|volume| !settled(volume)).map(|volume| volume.id).collect()
+        self.unsettled().filter(|volume| !in_place(volume)).map(|volume| volume.id).collect()
     }
 
-    fn replace_replicas(&mut self, unsettled: &[VolumeId]) {
-        let volumes = unsettled.iter().filter_map(|id| self.state.volumes.get(id));
+    fn replace_replicas(&mut self, misplaced: &[VolumeId]) {
+        let volumes = misplaced.iter().filter_map(|id| self.state.volumes.get(id));
         let due: Vec<(VolumeId, Option<HostId>)> =
             volumes.filter_map(|volume| Some((volume.id, self.missing(volume)?))).collect();
         for (id, replaces) in due {
@@ -70,9 +69,9 @@ impl Draft {
     }
 
     /// Those of hosts that leave, and those that are too many, once the others have everything.
-    fn drop_replicas(&mut self, unsettled: &[VolumeId]) {
+    fn drop_replicas(&mut self, misplaced: &[VolumeId]) {
         let surplus = |volume: &Volume| Some((volume.id, self.state.surplus_replica(volume)?));
-        let volumes = unsettled.iter().filter_map(|id| self.state.volumes.get(id));
+        let volumes = misplaced.iter().filter_map(|id| self.state.volumes.get(id));
         let surplus: Vec<(VolumeId, HostId)> = volumes.filter_map(surplus).collect();
         for (volume, host) in surplus {
             self.propose(Command::Volume(VolumeCommand::DropReplica { volume, host }));
@@ -80,21 +79,29 @@ impl Draft {
     }
 
     fn work_on_volumes(&mut self) {
-        let volumes: Vec<VolumeId> = self.state.volumes.keys().copied().collect();
+        // A volume that gets a process of its own is unsettled already.
+        let volumes: Vec<VolumeId> = self.unsettled().map(|volume| volume.id).collect();
+        let mut working: BTreeMap<HostId, usize> = BTreeMap::new();
+        for service in self.unsettled().filter_map(|volume| volume.service.as_ref()) {
+            *working.entry(service.host).or_default() += usize::from(service.is_work());
+        }
         for id in volumes {
             let Some(volume) = self.state.volumes.get(&id) else { continue };
             let behind = self.state.has_work(volume);
             match &volume.service {
                 None if behind && volume.owner.is_none() => {
                     // A member's own host reads without the network.
-                    let free = |host: &HostId| self.state.work_of(*host) < SERVICES_PER_HOST_MAX;
+                    let free =
+                        |host: &HostId| working.get(host).is_none_or(|count| *count < SERVICES_PER_HOST_MAX);
                     let members = self.state.serving_members(volume).map(|member| member.host);
                     let mut members: Vec<HostId> = members.collect();
                     // A host that leaves is to be rid of it.
                     members.sort_by_key(|host| self.state.leaves_with(*host).is_some());
                     let host = members.into_iter().find(free);
                     if let Some(host) = host {
-                        self.propose(Command::Volume(VolumeCommand::WorkOnVolume { volume: id, host }));
+                        let command = Command::Volume(VolumeCommand::WorkOnVolume { volume: id, host });
+                        let begun = self.try_propose(command).is_ok();
+                        *working.entry(host).or_default() += usize::from(begun);
                     }
                 }
                 Some(service) if service.is_work() && service.wanted == ServiceWanted::Open && !behind => {

@@ -1,6 +1,7 @@
 //! For each rejection: its stable code, its class, the object it is about, and what to do next.
 
 use super::{ObjectKind, Rejection};
+use crate::state::HostState;
 
 /// What kind of refusal it is; the edge maps it to gRPC codes and exit codes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -258,6 +259,11 @@ impl Rejection {
             }
             Self::FeatureLevelTooLow { .. } => "install the pool's version on the host".into(),
             Self::HostRemoved { .. } => "wipe its data directory and join it again as a new host".into(),
+            Self::HostNotUp { host, state: HostState::Lost } => {
+                format!(
+                    "choose another host, or bring it back; if it is gone for good, `poolctl host forget {host}`"
+                )
+            }
             Self::HostNotUp { host, .. } => format!("see `poolctl host show {host}`, or choose another host"),
             Self::HostNotLost { host, .. } => format!("see `poolctl host show {host}`"),
             Self::HostHasVms { host, .. } => {

@@ -1,5 +1,6 @@
 //! Hosts and the tokens with which they join.
 
+use crate::form::is_default;
 use crate::limits::STORE_REPLICAS_PERCENT_MAX;
 use proto::{ByteCount, CertificateFingerprint, ClusterId, HostCpu, HostId, Incarnation, TaskId, TokenId};
 use serde::{Deserialize, Serialize};
@@ -50,8 +51,10 @@ pub struct Host {
     /// What its processor can be to guests; not known before it has served.
     pub cpu: HostCpu,
     /// Its cluster; none: the default one.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub cluster: Option<ClusterId>,
     /// Disk of its block store; not known before it has served.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub store: Option<StoreSpace>,
     /// Memory that its kernel keeps in huge pages.
     pub huge_memory: ByteCount,
@@ -220,6 +223,7 @@ pub struct Token {
     /// Whether it was used or revoked.
     pub state: TokenState,
     /// The member that may show another key with it; none: it admits a new host.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub rekeys: Option<HostId>,
 }
 

@@ -11,6 +11,7 @@ pub mod event;
 pub mod group;
 pub mod host;
 pub mod image;
+mod index;
 pub mod migration;
 pub mod network;
 pub mod record;
@@ -33,6 +34,7 @@ pub use event::{Event, EventKind, EventLog};
 pub use group::{Group, GroupRule, GroupStrength};
 pub use host::{FIRST_HOST, Host, HostDuty, HostState, StoreSpace, Token, TokenState, ZONE_LABEL};
 pub use image::{ContentHash, Image, ParseContentHashError};
+pub use index::Index;
 pub use migration::{
     HandedVolume, Migration, MigrationOptions, MigrationOutcome, MigrationPhase, MigrationPolicy, MoveCause,
     MoveDirection, TargetChoice, TargetEndpoint,
@@ -50,6 +52,7 @@ pub use user::{AccessToken, FOUNDER, Role, User};
 pub use vm::{Desired, HaPolicy, Intent, StartCause, StopMode, Vm, VmSpec, VmState};
 pub use volume::{EpochStart, Holder, IsrMember, Volume, VolumeLimits, VolumeOwner};
 
+use crate::form::is_default;
 use crate::timing::Timing;
 use proto::{
     ClusterId, CpuProfile, GroupId, HostId, ImageId, MigrationId, NetworkId, SnapshotId, TaskId, TokenId,
@@ -75,8 +78,10 @@ pub struct PoolState {
     /// Volumes.
     pub volumes: Table<VolumeId, Volume>,
     /// Snapshots of volumes.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub snapshots: Table<SnapshotId, Snapshot>,
     /// VMs that are being copied, by their tasks.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub clonings: Table<TaskId, VmCloning>,
     /// Images.
     pub images: Table<ImageId, Image>,
@@ -85,6 +90,7 @@ pub struct PoolState {
     /// Migrations, the newest ended ones included.
     pub migrations: Table<MigrationId, Migration>,
     /// Clusters besides the default one.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub clusters: Table<ClusterId, Cluster>,
     /// Rules about where VMs run.
     pub groups: Table<GroupId, Group>,
@@ -100,6 +106,9 @@ pub struct PoolState {
     pub events: EventLog,
     /// What was answered lately.
     pub requests: RequestTable,
+    /// What the leader must look at; follows from the rest.
+    #[serde(skip)]
+    pub index: Index,
 }
 
 /// Identity and settings of the pool.

@@ -1,6 +1,6 @@
 //! A map of objects that is cheap to clone: the clone shares all objects until one of the two changes them.
 
-use imbl::OrdMap;
+use imbl::{OrdMap, ordmap::DiffItem};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::MapAccess, de::Visitor};
 use std::{fmt, marker::PhantomData, sync::Arc};
 
@@ -62,6 +62,24 @@ impl<K: Ord + Clone, V: Clone> Table<K, V> {
     /// Objects by ascending id.
     pub fn values(&self) -> impl DoubleEndedIterator<Item = &V> {
         self.0.iter().map(|(_, value)| value.as_ref())
+    }
+
+    /// Hands over what differs in another table: the id, the object here and the object there. What both share since one was cloned
+    /// from the other is passed over.
+    pub(crate) fn changes(&self, other: &Self, mut change: impl FnMut(&K, Option<&V>, Option<&V>))
+    where
+        V: PartialEq,
+    {
+        if self.0.ptr_eq(&other.0) {
+            return;
+        }
+        for item in self.0.diff(&other.0) {
+            match item {
+                DiffItem::Add(id, new) => change(id, None, Some(new)),
+                DiffItem::Update { old: (id, old), new: (_, new) } => change(id, Some(old), Some(new)),
+                DiffItem::Remove(id, old) => change(id, Some(old), None),
+            }
+        }
     }
 
     /// Ids in ascending order.

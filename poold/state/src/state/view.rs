@@ -1,6 +1,6 @@
 //! What follows from the data.
 
-use super::{Desired, HaPolicy, Host, HostState, MigrationOutcome, PoolState, StartCause, Vm, VmState};
+use super::{Desired, HaPolicy, Host, HostState, PoolState, StartCause, Vm, VmState};
 use crate::rejection::{ObjectKind, Rejection};
 use proto::{
     ByteCount, ClusterId, Epoch, GroupId, HostId, ImageId, MigrationId, NetworkId, SnapshotId, TaskId,
@@ -174,7 +174,7 @@ impl PoolState {
 
     /// Migrations that have not ended.
     pub fn running_migrations(&self) -> impl Iterator<Item = &super::Migration> {
-        self.migrations.values().filter(|migration| migration.outcome == MigrationOutcome::Running)
+        self.migrations.values().filter(|migration| migration.is_running())
     }
 
     /// A VM's disks.

@@ -11,6 +11,7 @@
 //! A state is never stored: [`PoolState::vm_state`](crate::PoolState::vm_state) derives it from the fields.
 
 use super::network::Nic;
+use crate::form::is_default;
 use proto::{
     ByteCount, ClusterId, CpuFeatures, CpuProfile, Epoch, HostId, ImageId, MemoryPages, MigrationId, TaskId,
     VmId, VolumeId,
@@ -85,6 +86,7 @@ pub struct VmSpec {
     /// Which features the guest sees; none: what its cluster says.
     pub cpu_profile: Option<CpuProfile>,
     /// Its cluster; none: the default one.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub cluster: Option<ClusterId>,
     /// What its memory is made of.
     pub pages: MemoryPages,

@@ -1,6 +1,7 @@
 //! Volumes: replica sets, in-sync sets and epochs.
 
 use super::{Rewriting, Scrub, ScrubRecord, VolumeService};
+use crate::form::is_default;
 use proto::{ByteCount, Epoch, HostId, Incarnation, IsrVersion, Sequence, SnapshotId, VmId, VolumeId};
 use serde::{Deserialize, Serialize};
 
@@ -37,18 +38,24 @@ pub struct Volume {
     /// What the owner shows to replicas; of this epoch only.
     pub secret: Option<AttachmentSecret>,
     /// A change of all its content that is not done yet.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub rewriting: Option<Rewriting>,
     /// The snapshot of which it was made.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub origin: Option<SnapshotId>,
     /// Snapshots that lay below its first content when it was made: of the volume that it was cloned from.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub depth: u32,
     /// Its snapshots, oldest first.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub snapshots: Vec<SnapshotId>,
     /// Its own process, which owns it while there is one.
     pub service: Option<VolumeService>,
     /// A scrub that is to be done.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub scrub: Option<Scrub>,
     /// The last one that came to its end.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub last_scrub: Option<ScrubRecord>,
     /// Unix time of its creation, or of the end of the last scrub of all its replicas.
     pub scrub_from_ms: u64,

@@ -6,7 +6,8 @@ use super::rng::Rng;
 use pool_state::{
     Command, Entry, Outcome, PoolState, Seed, Timing,
     command::{CreateVm, HostFacts, InitPool, IsrChange, JoinHost, UpdateHost},
-    invariants,
+    features::NEWEST,
+    form, invariants,
     planner::{LeaderView, plan},
     reconcile::reconcile,
     state::{CertificateFingerprint, ContentHash, Desired, HaPolicy, Volume},
@@ -119,7 +120,7 @@ impl Storm {
             public_key: vec![1; 44],
             cpu_vendor: "v".to_owned(),
             vm_memory: ByteCount(64 << 30),
-            feature_level: pool_state::features::NEWEST,
+            feature_level: NEWEST,
         };
         storm.apply(Command::InitPool(Box::new(InitPool {
             pool_id: "storm".to_owned(),
@@ -127,7 +128,7 @@ impl Storm {
             timing: Timing::default(),
             ca_cert_pem: "c".to_owned(),
             ca_key_pem: "k".to_owned(),
-            feature_level: pool_state::features::NEWEST,
+            feature_level: NEWEST,
             first_host: facts(1),
         })));
         for number in 2..=hosts {
@@ -267,9 +268,8 @@ fn play(hosts: usize, vms: usize) -> Figures {
     let runs = |vm: &&pool_state::state::Vm| vm.desired == Desired::Running && vm.is_reported_running();
     assert_eq!(state.vms.values().filter(runs).count(), vms, "every VM runs in the end");
 
-    let (snapshot, bytes) = shortest(|| postcard::to_stdvec(state).expect("it is plain data"));
-    let (restore, again) =
-        shortest(|| postcard::from_bytes::<PoolState>(&bytes).expect("it was just written"));
+    let (snapshot, bytes) = shortest(|| form::write(state, NEWEST, "test").expect("it is plain data"));
+    let (restore, again) = shortest(|| form::read::<PoolState>(&bytes, NEWEST).expect("it was just written"));
     assert!(again == *state, "a snapshot is the state");
     let host = *state.hosts.keys().next().expect("there are hosts");
     let (look, actions) = shortest(|| reconcile(state, host, storm.now_ms, &[]));

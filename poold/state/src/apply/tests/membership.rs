@@ -72,6 +72,27 @@ fn a_member_leaves_and_returns_by_compare_and_swap() {
 }
 
 #[test]
+fn a_change_of_the_in_sync_set_counts_only_while_both_epoch_and_version_are_as_its_proposer_saw_them() {
+    let mut pool = Pool::new(3);
+    let hosts = pool.hosts();
+    let vm = pool.running_vm("web", hosts[0], HaPolicy::Restart);
+    let disk = pool.disk(vm).id;
+    // Two were judged by the same sight: the second one may have been judged by what the first one still had.
+    let (one, other) = (change(&pool, disk, hosts[1], 0), change(&pool, disk, hosts[2], 0));
+    pool.accept(Command::RemoveFromIsr(one));
+    assert_eq!(pool.disk(vm).epoch, other.epoch, "only the version differs");
+    assert_eq!(pool.reject(Command::RemoveFromIsr(other)), "STALE_VOLUME");
+    assert_eq!(in_sync(&pool, disk), [hosts[0], hosts[2]]);
+    // An owner that was fenced proposes what it wanted before: the set is the same, but it is not its any more.
+    let fenced = change(&pool, disk, hosts[2], 0);
+    let expect_epoch = pool.epoch(vm);
+    pool.accept(Command::RestartVm { vm, expect_epoch, cause: crate::command::RestartCause::ProcessDied });
+    assert_eq!(pool.disk(vm).isr_version, fenced.isr_version, "only the epoch differs");
+    assert_eq!(pool.reject(Command::RemoveFromIsr(fenced)), "STALE_VOLUME");
+    assert_eq!(in_sync(&pool, disk), [hosts[0], hosts[2]]);
+}
+
+#[test]
 fn the_in_sync_set_is_never_empty() {
     let mut pool = Pool::new(2);
     let hosts = pool.hosts();

@@ -4,6 +4,7 @@
 mod cloning;
 mod clusters;
 mod duty;
+mod endings;
 mod govern;
 mod groups;
 mod hosts;

@@ -168,6 +168,27 @@ fn a_move_that_waits_ends_with_the_host_that_was_named_and_finds_another_one_els
 }
 
 #[test]
+fn a_move_that_its_vm_has_left_behind_is_refused_and_ended() {
+    let (mut pool, hosts) = roomy(3);
+    let (moving, queued) = crowd(&mut pool, (hosts[0], hosts[1]), 1);
+    pool.accept(Command::CancelMigration { migration: moving[0] });
+    // No entry does this: whatever gives a VM another epoch ends its moves. A daemon must not end on it all the same.
+    let vm = pool.migration(queued[0]).vm;
+    let mut state = pool.state.clone();
+    let left = state.vms.get_mut(&vm).unwrap();
+    left.epoch = left.epoch.next();
+    left.running_epoch = Some(left.epoch);
+    let begin = pool.entry(Command::BeginMigration { migration: queued[0] });
+    let refused = state.apply(state.revision + 1, &begin).unwrap_err();
+    assert_eq!(refused.reason_code(), "STALE_EPOCH");
+    let plan = crate::planner::plan(&state, &crate::planner::LeaderView { now_ms: pool.now_ms });
+    assert!(
+        matches!(plan[..], [Command::MigrationAbort { migration, .. }] if migration == queued[0]),
+        "{plan:?}"
+    );
+}
+
+#[test]
 fn a_move_whose_turn_comes_too_late_says_what_is_in_its_way() {
     let (mut pool, hosts) = roomy(2);
     let (moving, queued) = crowd(&mut pool, (hosts[0], hosts[1]), 1);

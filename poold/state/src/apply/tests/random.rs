@@ -7,7 +7,9 @@ use crate::{
         CreateGroup, IsrChange, LastSequence, LoanEnd, RemoveMode, RestartCause, ScrubEnd, ServiceEnd,
         StopReason, VolumeStart,
     },
+    features,
     fixture::{Pool, endpoint, incarnation},
+    form,
     planner::{LeaderView, plan},
     state::{
         CertificateFingerprint, Copies, DiskCloning, GroupRule, GroupStrength, HaPolicy, LoanKey,
@@ -354,17 +356,17 @@ proptest! {
         }
 
         // A replica that restarted from a snapshot and replays the log from its encoded form.
-        let bytes = postcard::to_stdvec(&base).expect("it is plain data");
-        let mut replica: PoolState = postcard::from_bytes(&bytes).expect("it was just written");
+        let write = |state: &PoolState| form::write(state, features::NEWEST, "test").expect("it is plain data");
+        let read = |bytes: &[u8]| form::read::<PoolState>(bytes, features::NEWEST).expect("it was just written");
+        let mut replica = read(&write(&base));
         for entry in &log {
             let entry = Entry::decode(&entry.encode().expect("it is small")).expect("it was just written");
             let _ = replica.apply(replica.revision + 1, &entry);
         }
         prop_assert_eq!(&replica, &pool.state);
-        let snapshot = postcard::to_stdvec(&pool.state).expect("it is plain data");
-        prop_assert_eq!(&snapshot, &postcard::to_stdvec(&replica).expect("it is plain data"));
-        let restored: PoolState = postcard::from_bytes(&snapshot).expect("it was just written");
-        prop_assert_eq!(&restored, &pool.state);
+        let snapshot = write(&pool.state);
+        prop_assert_eq!(&snapshot, &write(&replica));
+        prop_assert_eq!(&read(&snapshot), &pool.state);
         run_out(&mut pool);
     }
 }

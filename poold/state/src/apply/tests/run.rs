@@ -4,7 +4,7 @@ use crate::{
     Command, Outcome,
     command::{RestartCause, StopReason},
     fixture::Pool,
-    limits::{RESTART_BACKOFF_MS, RESTART_STABLE_MS, RESTARTS_MAX},
+    limits::{RESTART_STABLE_MS, RESTARTS_MAX},
     state::{HaPolicy, StopMode},
 };
 use proto::{Epoch, VmId};
@@ -79,7 +79,7 @@ fn restarts_back_off_and_the_pool_gives_up_at_last() {
         waits.push(pool.vm(vm).not_before_ms - pool.now_ms);
         pool.now_ms = pool.vm(vm).not_before_ms;
     }
-    assert_eq!(waits, [0, 1, 2, 4, 8].map(|factor| factor * RESTART_BACKOFF_MS));
+    assert_eq!(waits, [0, 1, 2, 4, 8].map(|factor| factor * pool.state.settings.timing.restart_backoff_ms));
     let last = restart(&pool, vm, RestartCause::GuestCrash);
     pool.accept(last);
     assert_eq!(pool.vm_state(vm), "failed");
@@ -125,7 +125,7 @@ fn a_vm_whose_processes_die_is_never_given_up() {
         let again = restart(&pool, vm, RestartCause::ProcessDied);
         pool.accept(again);
         let wait_ms = pool.vm(vm).not_before_ms - pool.now_ms;
-        assert!(wait_ms <= RESTART_BACKOFF_MS << RESTARTS_MAX, "{wait_ms} ms");
+        assert!(wait_ms <= pool.state.settings.timing.restart_backoff_ms << RESTARTS_MAX, "{wait_ms} ms");
         pool.now_ms += wait_ms;
     }
     assert_ne!(pool.vm_state(vm), "failed");

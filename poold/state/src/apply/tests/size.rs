@@ -1,7 +1,7 @@
 //! What an entry and an object cost; the numbers are printed with `--nocapture`.
 #![expect(clippy::print_stdout, reason = "measured numbers are for whoever reads the output")]
 
-use crate::{Command, PoolState, fixture::Pool, state::HaPolicy};
+use crate::{Command, PoolState, features, fixture::Pool, form, state::HaPolicy};
 use std::time::Instant;
 
 const VMS: usize = 2_000;
@@ -9,7 +9,7 @@ const VMS: usize = 2_000;
 #[test]
 fn a_pool_of_two_thousand_vms_stays_small() {
     let mut pool = Pool::new(4);
-    let empty = postcard::to_stdvec(&pool.state).expect("it is plain data").len();
+    let empty = form::write(&pool.state, features::NEWEST, "test").expect("it is plain data").len();
     let started = Instant::now();
     for number in 0..VMS {
         let name = format!("machine-{number:04}");
@@ -24,7 +24,7 @@ fn a_pool_of_two_thousand_vms_stays_small() {
         pool.state.apply(index + 1, &entry).expect("there is room");
     }
     let create_us = started.elapsed().as_secs_f64() * 1e6 / (2 * VMS) as f64;
-    let bytes = postcard::to_stdvec(&pool.state).expect("it is plain data");
+    let bytes = form::write(&pool.state, features::NEWEST, "test").expect("it is plain data");
 
     let vm = pool.state.vms.values().last().expect("there are many").id;
     let started = Instant::now();
@@ -50,6 +50,6 @@ fn a_pool_of_two_thousand_vms_stays_small() {
         bytes.len()
     );
     assert!(per_vm < 2_048, "a VM takes {per_vm} bytes");
-    let again: PoolState = postcard::from_bytes(&bytes).expect("it was just written");
+    let again: PoolState = form::read(&bytes, features::NEWEST).expect("it was just written");
     assert_eq!(again.vms.len(), VMS);
 }

@@ -43,6 +43,25 @@ fn a_start_waits_for_its_back_off_and_for_the_host_to_be_up() {
 }
 
 #[test]
+fn an_older_copy_is_ended_before_the_next_epoch_begins() {
+    let (mut pool, host, vm) = with_vm(HaPolicy::Restart);
+    let older = process(&pool, vm, ProcessState::Running);
+    let elsewhere = pool.hosts()[1];
+    // It is recovered elsewhere and comes back, while the first process is still here: its host was silent all the time.
+    for (lost, target) in [(host, elsewhere), (elsewhere, host)] {
+        pool.accept(Command::HostLost { host: lost });
+        let expect_epoch = pool.epoch(vm);
+        pool.accept(Command::RecoverVm { vm, expect_epoch, host: target });
+        pool.accept(Command::HostReturned { host: lost });
+    }
+    let (epoch, reason) = (older.epoch, DestroyReason::NotPlacedHere);
+    let end = HostAction::Destroy { vm, epoch, reason };
+    assert_eq!(actions(&pool, host, std::slice::from_ref(&older)), [end], "and nothing else yet");
+    let start = HostAction::SpawnAndStart { vm, epoch: pool.epoch(vm) };
+    assert_eq!(actions(&pool, host, &[]), [start]);
+}
+
+#[test]
 fn an_epoch_is_never_started_twice() {
     let mut pool = Pool::new(1);
     let host = pool.hosts()[0];
