@@ -43,11 +43,11 @@ use tokio::sync::watch;
 /// Nodes of a history, all of them voters.
 const NODES: u64 = 5;
 /// Histories of an ordinary run.
-const SEEDS: u64 = 40;
+const SEEDS: u64 = 12;
 /// Histories at a time, one on each processor of a small machine.
 const TOGETHER: usize = 2;
 /// Length of the part with faults.
-const FAULTS: Duration = Duration::from_secs(120);
+const FAULTS: Duration = Duration::from_secs(60);
 /// How long a client waits for an answer.
 const PATIENCE: Duration = Duration::from_secs(3);
 /// When the faults are over, the pool works again, and everybody has everything, after this: elections, transfers of snapshots.
@@ -213,8 +213,10 @@ fn name(number: u64) -> String {
     format!("g{number}")
 }
 
-fn knows(state: &PoolState, number: u64) -> bool {
-    state.groups.values().any(|group| group.name == name(number))
+/// The first of these changes that a state does not know.
+fn unknown(state: &PoolState, changes: &BTreeSet<u64>) -> Option<u64> {
+    let known: BTreeSet<&str> = state.groups.values().map(|group| group.name.as_str()).collect();
+    changes.iter().copied().find(|number| !known.contains(name(*number).as_str()))
 }
 
 impl World {
@@ -342,8 +344,12 @@ impl World {
         if self.net.roll(|rng| rng.random_ratio(1, 4)) {
             let before = self.checks.lock().unwrap().answered.clone();
             let Some(state) = self.read().await else { return };
-            let missing = before.iter().find(|number| !knows(&state, **number));
-            assert_eq!(missing, None, "I3, I4: a read at revision {} does not know a change", state.revision);
+            assert_eq!(
+                unknown(&state, &before),
+                None,
+                "I3, I4: a read at revision {} does not know a change",
+                state.revision
+            );
             self.checks.lock().unwrap().reads += 1;
             return;
         }
@@ -421,7 +427,7 @@ async fn play(seed: u64) -> Told {
         let answered = checks.lock().unwrap().answered.clone();
         let has_all = |host: &Host| {
             let state = host.state.as_ref().map(|state| state.borrow().clone());
-            state.is_some_and(|state| answered.iter().all(|number| knows(&state, *number)))
+            state.is_some_and(|state| unknown(&state, &answered).is_none())
         };
         world.hosts.values().all(has_all)
     };
@@ -492,7 +498,7 @@ fn raft_loses_nothing_and_reads_nothing_stale_whatever_the_network_does() {
 
 #[test]
 fn a_seed_is_a_history() {
-    for seed in 100..104 {
+    for seed in 100..102 {
         let (once, again) = (history(seed).join().unwrap(), history(seed).join().unwrap());
         assert_eq!(once, again, "seed {seed}");
     }
