@@ -36,6 +36,16 @@ pub enum ValueError {
         /// What was given.
         text: String,
     },
+    /// No value of that setting.
+    #[error("`{value}` is no {name}: {wanted}")]
+    SettingValue {
+        /// The setting.
+        name: String,
+        /// What was given for it.
+        value: String,
+        /// What it takes.
+        wanted: &'static str,
+    },
     /// Neither an id of the kind nor a number.
     #[error("`{text}` is not an id; write {prefix}NUMBER or the number alone")]
     Id {
@@ -157,16 +167,24 @@ pub enum Setting {
 pub fn setting(text: &str) -> Result<Setting, ValueError> {
     let error = || ValueError::Setting { text: text.to_owned() };
     let (key, value) = text.split_once('=').filter(|(_, value)| !value.is_empty()).ok_or_else(error)?;
+    let wrong = |wanted| ValueError::SettingValue { name: key.to_owned(), value: value.to_owned(), wanted };
     // Zero would mean "as it is" on the wire.
-    let number = || value.parse().ok().filter(|number| *number > 0).ok_or_else(error);
+    let number = || {
+        value.parse().ok().filter(|number| *number > 0).ok_or_else(|| wrong("write a number of at least 1"))
+    };
     match key {
         "name" => Ok(Setting::Name(value.to_owned())),
         "replicas-default" => number().map(Setting::ReplicasDefault),
         "cpu-overcommit" => number().map(Setting::CpuOvercommit),
         "scrub-interval" if value == "never" => Ok(Setting::ScrubInterval(Duration::ZERO)),
         "scrub-interval" => duration_s(value).map(Setting::ScrubInterval),
-        "scrub-rate" => size(value).map(Setting::ScrubRate).map_err(|_| error()),
-        "cpu-profile" => value.parse().map(Setting::CpuProfile).map_err(|_| error()),
+        "scrub-rate" => {
+            size(value).map(Setting::ScrubRate).map_err(|_| wrong("write a size for a second, such as 64MiB"))
+        }
+        "cpu-profile" => value
+            .parse()
+            .map(Setting::CpuProfile)
+            .map_err(|_| wrong("there are host-common, x86-64-v2, x86-64-v3 and host")),
         _ => Err(error()),
     }
 }
@@ -226,6 +244,15 @@ mod tests {
         assert!(size("0").is_err());
         assert!(size("ten").is_err());
         assert_eq!(size("10GiB").unwrap(), ByteCount(10 << 30));
+    }
+
+    #[test]
+    fn a_setting_that_exists_with_a_wrong_value_is_told_from_one_that_does_not() {
+        let told = |text: &str| setting(text).unwrap_err().to_string();
+        assert_eq!(told("cpu-overcommit=0"), "`0` is no cpu-overcommit: write a number of at least 1");
+        assert!(told("cpu-profile=z80").contains("x86-64-v3"), "{}", told("cpu-profile=z80"));
+        assert!(told("nope=1").contains("`nope=1` is no setting; write name=NAME"), "{}", told("nope=1"));
+        assert_eq!(setting("cpu-overcommit=8"), Ok(Setting::CpuOvercommit(8)));
     }
 
     #[test]

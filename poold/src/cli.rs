@@ -149,4 +149,25 @@ mod tests {
         assert_eq!(value("RestartPreventExitStatus"), Some("2 4"));
         assert_eq!(value("Restart"), Some("always"));
     }
+
+    /// Where systemd is installed, which says of each line what it does not understand.
+    #[test]
+    fn systemd_understands_the_shipped_unit() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("poold.service");
+        // It looks for the program, which is another one here.
+        let here = std::env::current_exe().unwrap();
+        let unit = include_str!("../dist/poold.service").replace("/usr/bin/poold", here.to_str().unwrap());
+        std::fs::write(&path, unit).unwrap();
+        let verify =
+            std::process::Command::new("systemd-analyze").args(["verify", "--man=no"]).arg(&path).output();
+        match verify {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            verified => {
+                let verified = verified.unwrap();
+                let told = String::from_utf8_lossy(&verified.stderr).into_owned();
+                assert!(verified.status.success() && told.is_empty(), "{told}");
+            }
+        }
+    }
 }

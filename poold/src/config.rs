@@ -49,6 +49,9 @@ pub struct HostConfig {
 /// What is logged unless somebody says otherwise: openraft reports everything that passes by itself as an error.
 pub const LOG_FILTER: &str = "info,openraft=off,sled=warn";
 
+/// The same for commands that are not the daemon.
+pub const COMMAND_LOG_FILTER: &str = "warn,openraft=off";
+
 /// Form of the log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

@@ -3,7 +3,7 @@
 use clap::Parser;
 use poold::cli::{Cli, CliCommand};
 use poold::commands;
-use poold::config::{HostConfig, LOG_FILTER, LogFormat};
+use poold::config::{COMMAND_LOG_FILTER, HostConfig, LOG_FILTER, LogFormat};
 use poold::logs::LogWriter;
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
@@ -22,7 +22,12 @@ fn main() -> ExitCode {
         || config.as_ref().is_some_and(|config| config.log_format == Some(LogFormat::Json));
     // A folder that is no host's gets nothing written into it.
     let is_member = config.is_some();
-    let filter = config.and_then(|config| config.log_filter).unwrap_or_else(|| LOG_FILTER.to_owned());
+    let usual = match &cli.command {
+        CliCommand::Serve { .. } => LOG_FILTER,
+        // A command says itself what it has done.
+        _ => COMMAND_LOG_FILTER,
+    };
+    let filter = config.and_then(|config| config.log_filter).unwrap_or_else(|| usual.to_owned());
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(filter));
     let writer = match &cli.command {
         CliCommand::Serve { data, .. } if is_member => LogWriter::at(data),

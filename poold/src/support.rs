@@ -20,7 +20,11 @@ const PROCESS_LOGS_BYTES_MAX: usize = 128 << 10;
 const METRICS_BYTES_MAX: usize = 512 << 10;
 
 /// How secrets begin: join tokens, access tokens, headers, keys.
-const SECRETS: [&str; 4] = ["pool1-", "pooltoken-", "Bearer ", "-----BEGIN"];
+const SECRETS: [&str; 4] = ["pool1-", "pooltoken-", "Bearer ", PEM_BEGIN];
+
+/// The first and the last line of PEM.
+const PEM_BEGIN: &str = "-----BEGIN";
+const PEM_END: &str = "-----END";
 
 /// Makes the reports of one host.
 #[derive(Clone)]
@@ -85,15 +89,21 @@ impl Reporter {
     }
 }
 
-/// Takes out of each line what follows the beginning of a secret.
+/// Takes out of each line what follows the beginning of a secret, and of PEM all lines up to its end. One that has no end was cut
+/// off in the middle: what follows may all be of it.
 fn redact(text: &str) -> String {
     let mut safe = String::with_capacity(text.len());
-    for line in text.lines() {
+    let mut lines = text.lines();
+    while let Some(line) = lines.next() {
         match SECRETS.iter().filter_map(|start| line.find(start)).min() {
             Some(at) => safe.extend([&line[..at], "(taken out)"]),
             None => safe.push_str(line),
         }
         safe.push('\n');
+        let opened = line.rfind(PEM_BEGIN).is_some_and(|begin| !line[begin..].contains(PEM_END));
+        if opened {
+            lines.by_ref().find(|line| line.contains(PEM_END));
+        }
     }
     safe
 }
@@ -104,8 +114,17 @@ mod tests {
 
     #[test]
     fn what_looks_like_a_secret_is_taken_out_and_the_rest_stays() {
-        let text =
-            "one\ntoken pool1-00ff of h2\nauthorization: Bearer abc\n-----BEGIN PRIVATE KEY-----\nlast";
-        assert_eq!(redact(text), "one\ntoken (taken out)\nauthorization: (taken out)\n(taken out)\nlast\n");
+        let text = "one\ntoken pool1-00ff of h2\nauthorization: Bearer abc\nlast";
+        assert_eq!(redact(text), "one\ntoken (taken out)\nauthorization: (taken out)\nlast\n");
+    }
+
+    #[test]
+    fn pem_is_taken_out_to_its_end() {
+        let (begin, end) = ("-----BEGIN PRIVATE KEY-----", "-----END PRIVATE KEY-----");
+        let two = format!("one\nkey: {begin}\nMIGH\nAgEA\n{end}\ntwo\n{begin}\nMIGH\n{end}\nlast");
+        assert_eq!(redact(&two), "one\nkey: (taken out)\ntwo\n(taken out)\nlast\n");
+        let in_one_line = format!("{{\"key\":\"{begin}\\nMIGH\\n{end}\"}}\nlast");
+        assert_eq!(redact(&in_one_line), "{\"key\":\"(taken out)\nlast\n");
+        assert_eq!(redact(&format!("one\n{begin}\nMIGH\nAgEA")), "one\n(taken out)\n");
     }
 }

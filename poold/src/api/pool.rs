@@ -102,6 +102,16 @@ impl PoolService for PoolApi {
         require_user(&request)?;
         let state = self.consensus.local();
         let fail = usize::try_from(request.get_ref().fail).unwrap_or(usize::MAX);
+        let up = state.hosts.values().filter(|host| host.is_up()).count();
+        if fail == 0 || fail > up {
+            return Err(detailed(
+                Code::InvalidArgument,
+                "OUT_OF_RANGE",
+                "the pool",
+                &format!("choose a number from 1 to {up}"),
+                &format!("{fail} hosts can't fail: {up} are up"),
+            ));
+        }
         let worst = capacity::worst_case(&state, fail);
         let name = |vm: &proto::VmId| state.vms.get(vm).map_or_else(|| vm.to_string(), |vm| vm.name.clone());
         Ok(Response::new(v1::HaPlanResponse {
