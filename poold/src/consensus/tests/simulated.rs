@@ -376,14 +376,18 @@ async fn follow(
     checks: Arc<Mutex<Checks>>,
 ) {
     let mut metrics = raft.metrics();
+    let mut compared = None;
     loop {
         {
             let state = states.borrow_and_update().clone();
             let now = metrics.borrow_and_update().clone();
             let mut checks = checks.lock().unwrap();
-            let known = checks.states.entry(state.revision).or_insert_with(|| state.clone()).clone();
-            if known != state {
-                checks.violation = Some(format!("node {id} differs at revision {}", state.revision));
+            if compared != Some(state.revision) {
+                compared = Some(state.revision);
+                let known = checks.states.entry(state.revision).or_insert_with(|| state.clone()).clone();
+                if known != state {
+                    checks.violation = Some(format!("node {id} differs at revision {}", state.revision));
+                }
             }
             if now.state == openraft::ServerState::Leader {
                 let leader = *checks.leaders.entry(now.current_term).or_insert(id);
@@ -393,6 +397,7 @@ async fn follow(
             }
         }
         tokio::select! {
+            biased;
             changed = states.changed() => if changed.is_err() { return },
             changed = metrics.changed() => if changed.is_err() { return },
         }
