@@ -157,6 +157,11 @@ impl Drop for TestSleep {
     }
 }
 
+/// Lets the time of the simulation pass.
+pub fn pass(time: Duration) -> TestSleep {
+    TestRuntime::sleep(time)
+}
+
 /// It was too late.
 #[derive(Debug, thiserror::Error)]
 #[error("it took too long")]

@@ -15,7 +15,7 @@
 //! `RAFT_SEED=17` plays one, `RAFT_SEEDS=200` many.
 
 use super::memory_log::MemoryLog;
-use super::runtime::{TestInstant, TestRuntime, simulate};
+use super::runtime::{TestInstant, TestRuntime, pass, simulate};
 use crate::consensus::state_store::StateStore;
 use crate::consensus::{Applied, PoolRaft, TypeConfig};
 use openraft::error::{
@@ -79,7 +79,7 @@ impl Net {
             (if late { rng.random_range(50..600) } else { rng.random_range(0..4) }, rng.random_ratio(3, 100))
         });
         // On its way.
-        TestRuntime::sleep(Duration::from_millis(delay_ms)).await;
+        pass(Duration::from_millis(delay_ms)).await;
         if lost || self.cut.lock().unwrap().contains(&(from, to)) {
             return None;
         }
@@ -413,7 +413,7 @@ async fn play(seed: u64) -> Told {
         futures::future::join_all(steps).await;
         number += 4;
         let thought_ms = world.net.roll(|rng| rng.random_range(0..THOUGHT_MS));
-        TestRuntime::sleep(Duration::from_millis(thought_ms)).await;
+        pass(Duration::from_millis(thought_ms)).await;
         if world.net.roll(|rng| rng.random_ratio(1, 3)) {
             world.disturb().await;
         }
@@ -457,7 +457,7 @@ async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {
     let end = TestInstant::now() + RECOVERY;
     while !holds().await {
         assert!(TestInstant::now() < end, "{what}: not within {RECOVERY:?}");
-        TestRuntime::sleep(Duration::from_millis(100)).await;
+        pass(Duration::from_millis(100)).await;
     }
 }
 
