@@ -19,7 +19,7 @@ use crate::{
         TargetChoice, TaskKind, TaskState, TokenState, VolumeWork,
     },
 };
-use proto::{CpuProfile, ListenAddress};
+use proto::{CpuProfile, ListenAddress, MemoryPages};
 use serde::{Deserialize, Serialize};
 use serde_reflection::{ContainerFormat, Registry, Samples, Tracer, TracerConfig};
 use std::{
@@ -190,6 +190,7 @@ fn names(also: impl FnOnce(&mut Tracer)) -> Registry {
         Copies,
         SocketAddr,
         IpAddr,
+        MemoryPages,
     );
     also(&mut tracer);
     tracer.registry().unwrap_or_else(|error| panic!("{error}"))

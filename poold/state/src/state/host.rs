@@ -57,6 +57,7 @@ pub struct Host {
     #[serde(default, skip_serializing_if = "is_default")]
     pub store: Option<StoreSpace>,
     /// Memory that its kernel keeps in huge pages.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub huge_memory: ByteCount,
 }
 

@@ -89,6 +89,7 @@ pub struct VmSpec {
     #[serde(default, skip_serializing_if = "is_default")]
     pub cluster: Option<ClusterId>,
     /// What its memory is made of.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub pages: MemoryPages,
 }
 
