@@ -60,7 +60,10 @@ pub struct Stream {
 impl Stream {
     /// Opens it.
     pub fn open(from: &mut Guest<'_>, to: &mut Guest<'_>, address: &str) -> Result<Self> {
-        to.run(&format!("setsid nc -l -p {PORT} < /dev/null > /run/got 2>&1 & true"))?;
+        // Its input stays open: at the end of that it would end its half of the connection, and the other side all of it.
+        to.run(&format!(
+            "setsid sh -c 'sleep 100000 | nc -l -p {PORT} > /run/got' < /dev/null > /dev/null 2>&1 & true"
+        ))?;
         to.wait_for(&format!("netstat -ltn | grep -q :{PORT}"))?;
         // Never again: a connection that breaks ends it.
         let numbers = "i=0; while :; do i=$((i+1)); echo $i; sleep 0.02; done";
