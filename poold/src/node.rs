@@ -49,8 +49,6 @@ use tokio::{net::TcpListener, sync::oneshot, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, service::Routes};
 
-pub use crate::consensus::unix_ms;
-
 /// How long a read for display waits for the leader before it shows what this host knows.
 const FRESH_TIMEOUT: Duration = Duration::from_millis(750);
 

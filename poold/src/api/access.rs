@@ -5,7 +5,8 @@
 
 use super::principal::{Bearer, bearer_in, principal_in};
 use super::status::detailed;
-use crate::consensus::{Consensus, unix_ms};
+use crate::clock::pool_ms;
+use crate::consensus::Consensus;
 use crate::identity::CertificateName;
 use pool_state::PoolState;
 use pool_state::state::Role;
@@ -235,7 +236,7 @@ fn check<A>(consensus: &Consensus, request: &mut http::Request<A>) -> Result<(),
             if !request.headers().contains_key(http::header::AUTHORIZATION) {
                 return Err(unknown);
             }
-            match bearer_in(request.headers(), &state, unix_ms()) {
+            match bearer_in(request.headers(), &state, pool_ms()) {
                 Some(bearer) => {
                     let found = (bearer.principal.to_string(), Caller::User(bearer.role));
                     request.extensions_mut().insert::<Bearer>(bearer);

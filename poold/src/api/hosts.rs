@@ -3,7 +3,8 @@
 use super::principal::{Principal, require_user};
 use super::status::{self, detailed};
 use super::views;
-use crate::consensus::{Consensus, unix_ms};
+use crate::clock::pool_ms;
+use crate::consensus::Consensus;
 use crate::identity::{CertificateAuthority, fingerprint_of_pem, is_public_key, shown_chain};
 use crate::join::{JoinToken, from_hex};
 use crate::lease::LeaderHandle;
@@ -193,7 +194,7 @@ fn problems(state: &PoolState, request: &v1::JoinRequest, join: &JoinHost) -> v1
         );
         token_refused = true;
     }
-    let now_ms = unix_ms();
+    let now_ms = pool_ms();
     for rejection in state.join_problems(now_ms, join) {
         token_refused |= rejection.class() == RejectionClass::Denied;
         problems.push(format!("{rejection}: {}", rejection.remedy()));
@@ -235,8 +236,8 @@ fn problems(state: &PoolState, request: &v1::JoinRequest, join: &JoinHost) -> v1
 
 /// The host that this very request has removed before its answer was lost; its name means nothing any more.
 fn removed_before(state: &PoolState, meta: Option<&v1::RequestMeta>) -> Option<HostId> {
-    match state.requests.get(&meta?.request_id)?.outcome {
-        Outcome::Host(host) => Some(host),
+    match &state.requests.get(&meta?.request_id)?.result {
+        Ok(Outcome::Host(host)) => Some(*host),
         _ => None,
     }
 }
@@ -273,7 +274,7 @@ fn token_addresses(state: &PoolState) -> Vec<String> {
 }
 
 fn token_view(token: &Token) -> v1::JoinToken {
-    let state = token.state_at(unix_ms()).to_owned();
+    let state = token.state_at(pool_ms()).to_owned();
     v1::JoinToken { id: token.id.0, token: String::new(), expires_ms: token.expires_ms, state }
 }
 

@@ -7,8 +7,9 @@ use super::{
 };
 use crate::{
     api::{Principal, require_user},
+    clock::pool_ms,
     identity::{CertificateAuthority, CertificateName},
-    node::{NodeContext, unix_ms},
+    node::NodeContext,
 };
 use pool_state::{
     Command, Outcome, PoolState,
@@ -48,14 +49,14 @@ fn view(user: &state::User) -> User {
 
 /// A user with the number of its tokens that count.
 fn view_with_tokens(state: &PoolState, user: &state::User) -> User {
-    let now_ms = unix_ms();
+    let now_ms = pool_ms();
     let valid = |token: &&AccessToken| token.user == user.name && now_ms < token.expires_ms;
     let count = state.access_tokens.values().filter(valid).count();
     User { tokens: u32::try_from(count).unwrap_or(u32::MAX), ..view(user) }
 }
 
 fn token_view(token: &AccessToken) -> v1::AccessToken {
-    let state = if unix_ms() < token.expires_ms { "valid" } else { "expired" }.to_owned();
+    let state = if pool_ms() < token.expires_ms { "valid" } else { "expired" }.to_owned();
     v1::AccessToken {
         id: token.id.0,
         user: token.user.clone(),

@@ -262,7 +262,7 @@ impl Consensus {
     ///
     /// A leader that was cut off does not notice by itself. An entry that it took could not be committed, and its fate would
     /// stay unknown to the client.
-    pub(super) fn may_accept(&self) -> bool {
+    pub(crate) fn may_accept(&self) -> bool {
         let age = self.quorum.age(self.term());
         self.is_leader() && age.is_none_or(|age| age < self.quorum_silence_max)
     }

@@ -8,7 +8,7 @@
 //! needed, and then the new one alone. A leader that dies between the two leaves the joint one behind, and with it a pool that
 //! can't do without the old voters; so the next leader completes it before anything else.
 
-use super::handle::{Consensus, unix_ms};
+use super::handle::Consensus;
 use openraft::{BasicNode, ChangeMembers};
 use pool_state::PoolState;
 use pool_state::planner::voters::{VoterView, desired_voters};
@@ -87,7 +87,12 @@ impl MembershipTask {
             .chain([self.consensus.host_id()])
             .collect();
         drop(metrics);
-        let view = VoterView { now_ms: unix_ms(), voters, leader: self.consensus.host_id(), caught_up };
+        let view = VoterView {
+            now_ms: crate::clock::pool_ms(),
+            voters,
+            leader: self.consensus.host_id(),
+            caught_up,
+        };
         plan_step(&state, &nodes, &view, change)
     }
 

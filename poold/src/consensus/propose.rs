@@ -3,8 +3,9 @@
 //! When the leader is unknown or changes, or does not answer, the proposal is made again until the deadline. That is safe
 //! since `apply` deduplicates entries by request id; each entry gets one here if its client sent none.
 
-use super::handle::{ANSWER_TIMEOUT, ATTEMPT_TIMEOUT, Consensus, RETRY, unix_ms};
+use super::handle::{ANSWER_TIMEOUT, ATTEMPT_TIMEOUT, Consensus, RETRY};
 use super::{Applied, payload};
+use crate::clock::pool_ms;
 use openraft::error::{ClientWriteError, RaftError};
 use pool_state::{Command, Entry, Outcome, Rejection, Seed};
 use proto::HostId;
@@ -79,7 +80,7 @@ fn stamp(command: Command, meta: ProposeMeta) -> Result<Entry, ProposeError> {
     let entry = Entry {
         request_id: Some(meta.request_id.unwrap_or_else(|| uuid::Uuid::new_v4().to_string())),
         principal: meta.principal,
-        time_ms: unix_ms(),
+        time_ms: pool_ms(),
         seed: Seed(rand::random()),
         command,
     };
@@ -187,12 +188,14 @@ impl Consensus {
         }
     }
 
-    async fn write_here(&self, entry: Entry) -> Result<Attempt, ProposeError> {
+    async fn write_here(&self, mut entry: Entry) -> Result<Attempt, ProposeError> {
         if !self.may_accept() {
             return Ok(Attempt::NotProposed);
         }
         // For what this host decided as the leader, and for what others forward.
         self.local().check_level(&entry.command)?;
+        // Whoever compares a stamp with now is the leader: all stamps are of its clock.
+        entry.time_ms = pool_ms();
         match self.raft().client_write(entry).await {
             Ok(response) => match response.data {
                 Applied::Entry(result) => Ok(Attempt::Answered(response.log_id.index, result)),

@@ -1,6 +1,7 @@
 //! The time of day, as far as a campaign leaves it alone.
 //!
-//! Everything in the daemon that asks for the time of day asks here: stamps on entries, ends of certificates and tokens. Absent on
+//! Everything in the daemon that asks for the time of day asks here, directly or by way of the pool's own clock
+//! ([`crate::clock`]): stamps on entries, deadlines, ends of certificates and tokens. Absent on
 //! purpose: clocks that only run (leases, timeouts), which nobody can set, and the checks of certificates in handshakes.
 
 use std::sync::atomic::{AtomicI64, Ordering};

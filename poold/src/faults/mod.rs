@@ -3,7 +3,7 @@
 //! ```text
 //!  poold serve --fault-socket PATH
 //!  campaign ──one line, one answer──▶ PATH ─▶ Faults ─┬─ disk   block store, Raft log   (storage::log::DiskFaults)
-//!                                                    ├─ clock  unix_ms, certificates  ([`clock`])
+//!                                                    ├─ clock  time of day, certificates  ([`clock`])
 //!                                                    └─ calls  the daemon's one port  ([`calls`])
 //! ```
 //! Invariants: without the flag there are no faults and no socket, and nothing is asked; a daemon that starts has none. Whoever can

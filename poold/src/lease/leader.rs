@@ -3,7 +3,7 @@
 //! One task owns the `LeaseTable`; a second one proposes, so that a slow commit never delays an answer to a renewal.
 
 use super::boottime;
-use crate::node::NodeContext;
+use crate::{consensus::Consensus, node::NodeContext};
 use pool_state::{
     Command, PoolState,
     lease::{LeaseCommand, LeaseEvent, LeaseTable},
@@ -106,7 +106,7 @@ async fn table_task(context: &NodeContext, mut queue: LeaderQueue, decisions: mp
             leads = now_leads;
             tracing::info!(term = leads, "leadership changed");
             let event = if leads.is_some() { LeaseEvent::BecameLeader } else { LeaseEvent::LostLeadership };
-            decide(&mut table, event, leads, &decisions);
+            decide(&mut table, event, leads, &context.consensus, &decisions);
         }
         let state = context.consensus.local();
         match renewal {
@@ -118,7 +118,13 @@ async fn table_task(context: &NodeContext, mut queue: LeaderQueue, decisions: mp
             None if leads.is_some() => {
                 let members = state.members().map(|host| (host.id, host.state)).collect();
                 let braked = state.settings.ha_braked;
-                decide(&mut table, LeaseEvent::Tick { members, braked }, leads, &decisions);
+                decide(
+                    &mut table,
+                    LeaseEvent::Tick { members, braked },
+                    leads,
+                    &context.consensus,
+                    &decisions,
+                );
             }
             None => {}
         }
@@ -139,7 +145,7 @@ fn answer(
     let quorum_age_ms = u64::try_from(quorum_age.as_millis()).unwrap_or(u64::MAX);
     let state = state.hosts.get(&host).map(|host| host.state);
     let event = LeaseEvent::Renewal { host, state, quorum_age_ms };
-    decide(table, event, leads, decisions)
+    decide(table, event, leads, &context.consensus, decisions)
         .into_iter()
         .find_map(|(answered, ttl_ms)| (answered == host).then_some(ttl_ms))
         .unwrap_or(0)
@@ -150,6 +156,7 @@ fn decide(
     table: &mut LeaseTable,
     event: LeaseEvent,
     leads: Option<u64>,
+    consensus: &Consensus,
     decisions: &mpsc::Sender<Decision>,
 ) -> Vec<(HostId, u64)> {
     let mut answers = Vec::new();
@@ -158,7 +165,10 @@ fn decide(
             LeaseCommand::Answer { host, ttl_ms } => answers.push((host, ttl_ms)),
             LeaseCommand::Propose(command) => {
                 let Some(term) = leads else { continue };
-                // The table repeats what has not become true.
+                // The table repeats what has not become true, at every tick. Without a majority nothing becomes true.
+                if !consensus.may_accept() {
+                    continue;
+                }
                 if decisions.try_send(Decision { term, command }).is_err() {
                     tracing::warn!(
                         "too many decisions wait to be committed; the lease table will repeat this one"
@@ -198,7 +208,7 @@ async fn propose_task(context: &NodeContext, mut decided: mpsc::Receiver<Decisio
             continue;
         }
         changes.mark_unchanged();
-        let view = LeaderView { now_ms: crate::node::unix_ms() };
+        let view = LeaderView { now_ms: crate::clock::pool_ms() };
         // Together, so that many VMs of a lost host share the log's flushes; they were tried in this order.
         let plan = planner::plan(&context.consensus.local(), &view);
         futures::future::join_all(plan.into_iter().map(|command| context.decree(term, command))).await;

@@ -29,7 +29,7 @@ mod trace;
 pub use attach::{replica_dir, replica_socket};
 pub use execute::Executor;
 
-use crate::node::unix_ms;
+use crate::clock::pool_ms;
 use follow::Followers;
 use pool_state::{PoolState, reconcile::HostAction};
 use schedule::{Finish, Schedule, Ticket, Verdict};
@@ -78,7 +78,7 @@ fn pass(
     finished: &Arc<Notify>,
 ) -> Option<Instant> {
     executor.trim_kept(state);
-    let (me, now_ms) = (executor.context().host, unix_ms());
+    let (me, now_ms) = (executor.context().host, pool_ms());
     let observed = executor.observe();
     let mut actions = pool_state::reconcile::reconcile(state, me, now_ms, &observed);
     let services = executor.observe_services();

@@ -77,7 +77,7 @@ impl PoolState {
             && let Some(answer) = self.requests.get(id)
         {
             return if answer.command_hash == hash {
-                Ok(answer.outcome)
+                answer.result.clone()
             } else {
                 Err(Rejection::RequestIdReused { request_id: id.clone() })
             };
@@ -92,16 +92,24 @@ impl PoolState {
             request_id: entry.request_id.as_deref().unwrap_or_default(),
             ordinal: 0,
         };
-        let outcome = change.dispatch(&entry.command)?;
+        let result = change.dispatch(&entry.command);
+        if result.is_err() {
+            // Of what it began nothing counts.
+            next = self.clone();
+        }
         if let (Some(id), Some(command_hash)) = (&entry.request_id, command_hash) {
-            next.requests.insert(id, Answer { command_hash, outcome });
+            next.requests.insert(id, Answer { command_hash, result: result.clone() });
+        }
+        if result.is_err() {
+            *self = next;
+            return result;
         }
         if let Some(record) = audit::record(self, index, entry) {
             next.audit.push(record);
         }
         next.update_index();
         *self = next;
-        Ok(outcome)
+        result
     }
 
     /// Moves the revision past an entry that carries no command (blank, membership).

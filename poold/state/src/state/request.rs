@@ -1,10 +1,11 @@
 //! The answers that were given to requests, so that a retry has no further effect.
 
-use crate::{limits::REQUESTS_MAX, outcome::Outcome};
+use crate::{Rejection, limits::REQUESTS_MAX, outcome::Outcome};
 use imbl::{OrdMap, Vector};
 use serde::{Deserialize, Serialize};
 
-/// The newest accepted requests by their id. A rejected one changed nothing, so it needs no memory.
+/// The newest requests by their id. Rejected ones, too: what its client was refused must not happen when the network delivers it
+/// once more.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct RequestTable {
     answers: OrdMap<String, Answer>,
@@ -17,7 +18,7 @@ pub struct Answer {
     /// blake3 of the command.
     pub command_hash: [u8; 32],
     /// The first answer.
-    pub outcome: Outcome,
+    pub result: Result<Outcome, Rejection>,
 }
 
 impl RequestTable {
