@@ -23,6 +23,8 @@ pub enum Hold {
     Incoming,
     /// Incoming migration: pages are missing, and there is no link to where they are.
     Starved,
+    /// Its disks have a newer owner.
+    Superseded,
     /// The machine is being taken down.
     Shutdown,
 }
@@ -31,7 +33,7 @@ impl Hold {
     /// Whether the VM has no place on its networks meanwhile: another copy may have it, now or soon.
     fn unplugs(self) -> bool {
         match self {
-            Self::Boot | Self::Lease | Self::Incoming | Self::Shutdown => true,
+            Self::Boot | Self::Lease | Self::Incoming | Self::Superseded | Self::Shutdown => true,
             Self::Operator | Self::Outgoing | Self::Starved => false,
         }
     }

@@ -33,6 +33,7 @@ mod scrub;
 mod service;
 mod snapshots;
 mod spec;
+mod superseded;
 mod throttle;
 mod volume;
 mod volumes;

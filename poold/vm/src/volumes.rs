@@ -11,9 +11,10 @@ use proto::{Epoch, Sequence, VolumeId, v1};
 use std::path::PathBuf;
 use std::sync::Arc;
 use storage::owner::{
-    ActivateError, ActivationStart, IoCounts, IoStats, ResyncStatus, VolumeError, VolumeHandle,
+    ActivateError, ActivationStart, IoCounts, IoStats, ResyncStatus, VolumeError, VolumeHandle, VolumeStatus,
 };
 use tokio::runtime::Handle;
+use tokio::sync::watch;
 use vmm::BlockBackend;
 
 /// A volume failed.
@@ -67,6 +68,11 @@ impl VolumeSet {
             limiter: Arc::new(SharedLimiter::new(attachment.limits)),
         };
         Self { disks: attachments.iter().map(open).collect(), replica_socket }
+    }
+
+    /// Follows where each of the volumes stands.
+    pub fn watch(&self) -> Vec<watch::Receiver<VolumeStatus>> {
+        self.disks.iter().map(|disk| disk.handle.watch()).collect()
     }
 
     /// The disks of the machine.

@@ -109,6 +109,12 @@ impl VolumeHandle {
         *self.published.borrow()
     }
 
+    /// Follows where it stands; ends when it is closed.
+    #[must_use]
+    pub fn watch(&self) -> watch::Receiver<VolumeStatus> {
+        self.published.clone()
+    }
+
     /// What was done with it by all its handles, and how long that took.
     #[must_use]
     pub fn io(&self) -> IoStats {

@@ -274,6 +274,17 @@ async fn an_old_owner_can_neither_write_nor_read_after_a_new_one_took_over() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_old_owner_that_does_nothing_hears_of_a_new_one() {
+    let cluster = Cluster::start().await;
+    let old = cluster.own().await;
+    let mut state = old.watch();
+    let new = cluster.own().await;
+    let fenced = state.wait_for(|status| status.state == VolumeState::Fenced);
+    tokio::time::timeout(PATIENCE, fenced).await.expect("nobody tells the old owner").unwrap();
+    new.write(at(1), block(1)).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_promise_survives_a_restart_of_the_replica() {
     let mut cluster = Cluster::start().await;
     let new = cluster.own().await;

@@ -128,6 +128,7 @@ impl Connection {
             Ok(attached) => {
                 let blocks = attachment.size.0 / BLOCK_BYTES as u64;
                 self.owner = Some(Owner { volume, session: attached.session, blocks });
+                self.shared.attachments.add(volume, epoch, &self.marks);
                 let Attached { tail, incomplete, full, before, lineage, .. } = attached;
                 Answer::Attached { tail, incomplete, full, before, lineage }
             }

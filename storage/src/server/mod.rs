@@ -4,6 +4,7 @@
 //! kilobyte and ask the pool once at a time.
 
 mod connection;
+mod overtaken;
 mod quic;
 mod thread;
 pub(crate) mod work;
@@ -61,6 +62,7 @@ pub(crate) struct Shared {
     tasks: TaskTracker,
     thread: ServerThread,
     refused: AtomicU64,
+    attachments: overtaken::Attachments,
 }
 
 impl Shared {
@@ -104,7 +106,9 @@ impl ReplicaServer {
         let thread = ServerThread::start(shutdown.clone(), tasks.clone()).map_err(open)?;
         tracing::info!(host = %options.host, %incarnation, "block store opened");
         let refused = AtomicU64::new(0);
-        let shared = Shared { store, authority, incarnation, identity, shutdown, tasks, thread, refused };
+        let attachments = overtaken::Attachments::default();
+        let shared =
+            Shared { store, authority, incarnation, identity, shutdown, tasks, thread, refused, attachments };
         Ok(Self { shared: Arc::new(shared) })
     }
 

@@ -6,6 +6,7 @@ use crate::fence::{Fence, SharedGate, lock};
 use crate::gate::{Hold, RunGate};
 use crate::request::Refusal;
 use crate::spec::{LeaseNeed, MachineSpec};
+use crate::superseded;
 use crate::volumes::VolumeSet;
 use migrate::{Identity, IdentityError};
 use proto::{Epoch, v1};
@@ -54,6 +55,7 @@ impl Vm {
         let gate = Arc::new(Mutex::new(RunGate::new(holds)));
         let fence = Fence::spawn(spec.lease.guard(), gate.clone())?;
         let volumes = VolumeSet::open(&spec.disks, spec.replica_socket.clone());
+        tokio::spawn(superseded::watch(volumes.clone(), gate.clone()));
         Ok(Self { config, epoch: spec.epoch, spec, volumes, gate, fence, identity, machine: None })
     }
 

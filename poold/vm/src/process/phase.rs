@@ -59,6 +59,8 @@ fn live_word(lease: LeaseState, holds: &BTreeSet<Hold>) -> &'static str {
     let stands = [Hold::Operator, Hold::Outgoing, Hold::Incoming, Hold::Starved, Hold::Shutdown];
     match lease {
         LeaseState::Fenced { .. } | LeaseState::Stopping { .. } => "fenced",
+        // A source whose target has the disks is at rest, not fenced: its daemon ends it when the move is over.
+        _ if holds.contains(&Hold::Superseded) && !holds.contains(&Hold::Outgoing) => "fenced",
         _ if stands.iter().any(|hold| holds.contains(hold)) => "paused",
         LeaseState::Unleased => "starting",
         LeaseState::Exempt | LeaseState::Held { .. } => "running",
@@ -80,5 +82,7 @@ mod tests {
         assert_eq!(word(fenced, &[Hold::Lease, Hold::Operator]), "fenced");
         assert_eq!(word(LeaseState::Unleased, &[Hold::Lease]), "starting");
         assert_eq!(word(LeaseState::Exempt, &[]), "running");
+        assert_eq!(word(LeaseState::Exempt, &[Hold::Superseded]), "fenced");
+        assert_eq!(word(held, &[Hold::Outgoing, Hold::Superseded]), "paused");
     }
 }

@@ -149,6 +149,25 @@ async fn an_exempt_guest_needs_no_lease_and_outlives_updates_for_other_owners() 
     assert_eq!(refused.code(), tonic::Code::InvalidArgument);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn an_exempt_guest_stands_as_soon_as_its_disk_has_a_newer_owner() {
+    let host = Host::new().await;
+    let exempt =
+        |epoch| v1::MachineConfig { lease_exempt: true, ..host.config(epoch, "wss=4M rate=0 disk=1") };
+    let old = host.spawn("vm-7-e1").await;
+    old.client.clone().configure(exempt(1)).await.unwrap();
+    old.client.clone().start(v1::MachineStartRequest {}).await.unwrap();
+    old.wait_beats(2).await;
+    host.next_epoch();
+    let new = host.spawn("vm-7-e2").await;
+    new.client.clone().configure(exempt(2)).await.unwrap();
+    new.client.clone().start(v1::MachineStartRequest {}).await.unwrap();
+    assert_stands(&old, "fenced").await;
+    new.wait_beats(2).await;
+    new.wait_state("running").await;
+    assert_stands(&old, "fenced").await;
+}
+
 /// What the kernel says of the rights of a process that runs a guest.
 fn assert_confined(pid: u32) {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
