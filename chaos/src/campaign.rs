@@ -1,6 +1,7 @@
 //! One campaign: pool, load, faults, the end, the report.
 
 use anyhow::{Context, Result};
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,6 +18,7 @@ use crate::nemesis::{self, Struck};
 use crate::observation::{Part, Recorder, Seen};
 use crate::plan::{Plan, Scale, Step};
 use crate::report::{self, Report};
+use crate::stamps::{self, Stamps};
 use crate::workload::Workload;
 
 /// API clients that create and delete the same objects.
@@ -75,6 +77,10 @@ fn disk_kind() -> DiskKind {
     if has_volatile_disks() { DiskKind::Volatile } else { DiskKind::Memory }
 }
 
+/// Lines of a log in a second that are too many if there are as many in several seconds.
+const LINES_A_SECOND_MAX: usize = 60;
+const FLOOD_SECONDS: usize = 4;
+
 /// How a target says that its memory is not the source's.
 const MEMORY_DIFFERS: &str = "memory differs from the source's";
 
@@ -125,6 +131,7 @@ pub fn run_watched(config: &Config, drive: impl FnOnce(&Pool, &Recorder) -> Resu
     pool.copy_logs(&logs);
     record_panics(&pool, &recorder);
     record_lost_writes(&logs, &recorder);
+    record_floods(&logs, &recorder);
     done?;
     report::write(&config.dir, &recorder.all())
 }
@@ -133,13 +140,20 @@ pub fn run_watched(config: &Config, drive: impl FnOnce(&Pool, &Recorder) -> Resu
 fn disturb(config: &Config, pool: &Pool, recorder: &Recorder, vms: &[String]) {
     let stop_load = AtomicBool::new(false);
     let load = Workload { pool, recorder, vms, stop: &stop_load, seed: config.seed };
+    let stamps = Stamps::new(pool, recorder, &stop_load, config.seed);
     std::thread::scope(|scope| {
         scope.spawn(move || load.migrate());
         scope.spawn(move || load.change_objects());
+        scope.spawn(move || load.change_snapshots());
         for client in 0..CLIENTS {
             scope.spawn(move || load.race(client));
         }
         scope.spawn(move || load.watch_state());
+        scope.spawn(|| stamps.serve());
+        for client in 0..stamps::CLIENTS {
+            let stamps = &stamps;
+            scope.spawn(move || stamps.call(client));
+        }
         Faults { config, pool, recorder, vms }.inject();
         stop_load.store(true, Ordering::Relaxed);
     });
@@ -271,6 +285,27 @@ fn record_panics(pool: &Pool, recorder: &Recorder) {
         let log = fs::read(host.log_path()).unwrap_or_default();
         for line in String::from_utf8_lossy(&log).lines().filter(|line| line.contains("panicked at")) {
             recorder.add(Seen::Crash { program: format!("poold of {}", host.name()), text: line.to_owned() });
+        }
+    }
+}
+
+/// Logs that somebody would have to read: a daemon that says something all the time fills disks, and hides what matters.
+fn record_floods(logs: &Path, recorder: &Recorder) {
+    for entry in fs::read_dir(logs).into_iter().flatten().flatten() {
+        let log = fs::read(entry.path()).unwrap_or_default();
+        let mut seconds: BTreeMap<String, usize> = BTreeMap::new();
+        for line in String::from_utf8_lossy(&log).lines() {
+            // A time stamp up to the second: 2026-11-28T18:36:06
+            if let Some(second) = line.get(..19).filter(|second| second.as_bytes()[10] == b'T') {
+                *seconds.entry(second.to_owned()).or_default() += 1;
+            }
+        }
+        let busy: Vec<(&String, &usize)> =
+            seconds.iter().filter(|&(_, &lines)| lines > LINES_A_SECOND_MAX).collect();
+        if let Some((second, lines)) = busy.first().filter(|_| busy.len() >= FLOOD_SECONDS) {
+            let program = entry.file_name().to_string_lossy().into_owned();
+            let name = format!("{program}: {lines} lines in {second}, and {} such seconds", busy.len());
+            recorder.add(Seen::Leftover { kind: "flood of log".to_owned(), name });
         }
     }
 }

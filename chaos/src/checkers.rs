@@ -1,5 +1,6 @@
 //! The invariants of a pool, one file each, as pure functions over observations.
 
+pub mod blocks;
 pub mod i1_single_copy;
 pub mod i2_epoch_fence;
 pub mod i3_linearizable;
@@ -35,7 +36,8 @@ impl Violation {
 pub type Checker = fn(&[Observation]) -> Vec<Violation>;
 
 /// All of them.
-pub const ALL: [Checker; 7] = [
+pub const ALL: [Checker; 8] = [
+    blocks::check,
     i1_single_copy::check,
     i2_epoch_fence::check,
     i3_linearizable::check,

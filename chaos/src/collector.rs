@@ -161,7 +161,8 @@ impl Tail<'_> {
     }
 }
 
-fn guest_line(line: Line) -> Option<GuestLine> {
+/// What a line of the probe guest says of memory and disk.
+pub(crate) fn guest_line(line: Line) -> Option<GuestLine> {
     Some(match line {
         Line::Boot { disk_counter, errors, .. } => GuestLine::Boot { disk_counter, errors },
         Line::Disk { acked } => GuestLine::Acked { counter: acked, errors: 0 },

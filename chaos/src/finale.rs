@@ -12,6 +12,7 @@ use tests::wait::{wait_for, wait_until};
 use tests::{Host, Pool};
 
 use crate::observation::{Part, Recorder, Seen};
+use crate::stamps;
 use crate::workload::{record_raced, record_state};
 
 /// After the last fault is over, everything runs within this: loss, recovery and resync at default timings, with room.
@@ -30,6 +31,9 @@ pub fn run(pool: &Pool, recorder: &Recorder, vms: &[String]) -> Result<()> {
     wait_healed(pool, recorder, vms);
     recorder.add(Seen::Part { part: Part::Healed });
     wait_tasks_end(pool, recorder);
+    if let Err(error) = stamps::read_back(pool, recorder) {
+        recorder.add(Seen::Stuck { what: format!("the stamped volume: {error:#}") });
+    }
     reboot_all(pool, recorder, vms);
     record_objects(pool, recorder)?;
     delete_all(pool, recorder)?;
@@ -100,11 +104,21 @@ pub fn record_objects(pool: &Pool, recorder: &Recorder) -> Result<()> {
     record_raced(pool, recorder)?;
     let volumes = pool.items(&["volume", "list"])?;
     let objects = volumes.iter().filter_map(|volume| Some(format!("volume {}", volume["name"].as_str()?)));
-    recorder.add(Seen::FinalObjects { objects: objects.collect() });
+    let mut objects: Vec<String> = objects.collect();
+    for snapshot in pool.items(&["snapshot", "list"])? {
+        objects.push(format!("snapshot {}", whole_name(&snapshot)));
+    }
+    recorder.add(Seen::FinalObjects { objects });
     Ok(())
 }
 
-/// Deletes every VM, volume and image, and records whatever is left of them.
+/// How an operator names a snapshot.
+fn whole_name(snapshot: &serde_json::Value) -> String {
+    let text = |key: &str| snapshot[key].as_str().unwrap_or_default().to_owned();
+    format!("{}@{}", text("volume"), text("name"))
+}
+
+/// Deletes every VM, snapshot, volume and image, and records whatever is left of them.
 ///
 /// # Errors
 /// When the pool doesn't answer.
@@ -113,6 +127,9 @@ pub fn delete_all(pool: &Pool, recorder: &Recorder) -> Result<()> {
     for vm in pool.items(&["vm", "list"])? {
         pool.poolctl(&["vm", "stop", &name(&vm), "--force"])?;
         note_failure(recorder, pool.json(&["vm", "delete", &name(&vm)]));
+    }
+    for snapshot in pool.items(&["snapshot", "list"])? {
+        note_failure(recorder, pool.json(&["snapshot", "delete", &whole_name(&snapshot)]));
     }
     for kind in ["volume", "image"] {
         for item in pool.items(&[kind, "list"])? {

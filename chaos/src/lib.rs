@@ -15,6 +15,7 @@
 //! simulator can feed it too; each has a test in which it fails.
 //! Deliberately absent: knowledge of the daemons' insides; everything is seen from outside.
 
+pub mod attach;
 pub mod campaign;
 pub mod case;
 pub mod checkers;
@@ -23,6 +24,7 @@ pub mod fault;
 pub mod finale;
 pub mod injure;
 pub mod lanes;
+pub mod nbd;
 pub mod nemesis;
 pub mod observation;
 pub mod page;
@@ -30,5 +32,6 @@ pub mod plan;
 pub mod pressure;
 pub mod report;
 pub mod scenario;
+pub mod stamps;
 pub mod teeth;
 pub mod workload;

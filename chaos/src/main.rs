@@ -2,18 +2,22 @@
 //! Exit code 0 ok, 10 crash, 11 liveness, 12 correctness.
 
 use anyhow::{Result, bail};
+use chaos::attach::{self, Target};
 use chaos::campaign::{self, Config};
 use chaos::observation;
-use chaos::report::{self, Report, Verdict};
+use chaos::report::{self, Report, Sum, Verdict};
 use chaos::scenario;
 use chaos::teeth::{self, Bite, Bounds};
 use clap::{Parser, Subcommand, ValueEnum};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tests::pool::Timing;
+
+/// A campaign of a long run: short enough for its record to be judged and read.
+const LEG: Duration = Duration::from_secs(600);
 
 /// Injects faults into a pool of real processes under load, and checks what must always hold.
 #[derive(Debug, Parser)]
@@ -28,6 +32,9 @@ struct Arguments {
     /// How long faults are injected.
     #[arg(long, default_value_t = 1.0)]
     minutes: f64,
+    /// Campaigns of ten minutes, one after the other with seeds that count on, for so many hours; DIR/SEED for each.
+    #[arg(long, conflicts_with = "minutes")]
+    hours: Option<f64>,
     /// Hosts of the pool.
     #[arg(long, default_value_t = 3)]
     hosts: usize,
@@ -63,6 +70,8 @@ enum Command {
         #[arg(long, default_value_t = 5)]
         campaigns: u32,
     },
+    /// Runs a campaign on a pool that exists, such as an operator's test pool
+    Attach(AttachArguments),
     /// Runs the scenario in a file
     Run {
         /// The file, such as chaos/scenarios/divergent-tail.toml
@@ -78,20 +87,68 @@ enum Command {
     },
 }
 
+/// Whose pool is attached to, and how.
+#[derive(Debug, clap::Args)]
+struct AttachArguments {
+    /// Configuration of poolctl, such as /etc/pool/admin.toml
+    #[arg(long)]
+    config: PathBuf,
+    /// Strikes hosts: called as `PROGRAM strike KIND HOST` and `PROGRAM undo KIND HOST`
+    #[arg(long)]
+    faults: Option<PathBuf>,
+    /// Decides faults and load; random when absent
+    #[arg(long)]
+    seed: Option<u64>,
+    /// How long clients and faults are at work
+    #[arg(long, default_value_t = 1.0)]
+    minutes: f64,
+    /// VMs under load
+    #[arg(long, default_value_t = 2)]
+    vms: usize,
+    /// Timing profile of the pool
+    #[arg(long, value_enum, default_value_t = Profile::Default)]
+    timing: Profile,
+    /// Folder for timeline and report; default target/chaos/SEED
+    #[arg(long)]
+    dir: Option<PathBuf>,
+}
+
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Profile {
     Fast,
     Default,
 }
 
+impl Profile {
+    fn timing(self) -> Timing {
+        match self {
+            Self::Fast => Timing::Fast,
+            Self::Default => Timing::Default,
+        }
+    }
+}
+
+/// Prints what a run can be repeated with, before it begins; its folder.
+fn announce(seed: u64, dir: Option<PathBuf>) -> Result<PathBuf> {
+    let dir = match dir {
+        Some(dir) => dir,
+        None => tests::binaries::target_dir()?.join(format!("../chaos/{seed}")),
+    };
+    let mut out = std::io::stdout();
+    writeln!(out, "seed {seed}")?;
+    writeln!(out, "directory {}", dir.display())?;
+    Ok(dir)
+}
+
 fn main() -> Result<ExitCode> {
-    let arguments = Arguments::parse();
-    match arguments.command {
+    let mut arguments = Arguments::parse();
+    match arguments.command.take() {
         Some(Command::Replay { dir }) => {
             let report = report::write(&dir, &observation::read_timeline(&dir)?)?;
             return tell(&report, &dir);
         }
         Some(Command::Scenario { names }) => return scenarios(&names),
+        Some(Command::Attach(arguments)) => return attach_to(arguments),
         Some(Command::Run { file, dir }) => {
             let name = file.file_stem().and_then(|name| name.to_str()).unwrap_or("scenario");
             let report = run_scenario(name, &scenario::load(&file)?, dir)?;
@@ -103,30 +160,67 @@ fn main() -> Result<ExitCode> {
         None => {}
     }
     let seed = arguments.seed.unwrap_or_else(rand::random);
-    let dir = match arguments.dir {
-        Some(dir) => dir,
-        None => tests::binaries::target_dir()?.join(format!("../chaos/{seed}")),
-    };
-    let mut out = std::io::stdout();
-    writeln!(out, "seed {seed}")?;
-    writeln!(out, "directory {}", dir.display())?;
-    let config = Config {
-        seed,
-        duration: Duration::try_from_secs_f64(arguments.minutes * 60.0)?,
-        hosts: arguments.hosts,
-        spares: 0,
-        vms: arguments.vms,
-        ha: "restart".to_owned(),
-        timing: match arguments.timing {
-            Profile::Fast => Timing::Fast,
-            Profile::Default => Timing::Default,
-        },
-        dir,
-    };
+    if let Some(hours) = arguments.hours {
+        return marathon(seed, Duration::try_from_secs_f64(hours * 3600.0)?, &arguments);
+    }
+    let dir = announce(seed, arguments.dir.clone())?;
+    let config = config_of(seed, Duration::try_from_secs_f64(arguments.minutes * 60.0)?, dir, &arguments);
     let turn = tests::serial();
     let report = campaign::run(&config)?;
     drop(turn);
     tell(&report, &config.dir)
+}
+
+fn config_of(seed: u64, duration: Duration, dir: PathBuf, arguments: &Arguments) -> Config {
+    Config {
+        seed,
+        duration,
+        hosts: arguments.hosts,
+        spares: 0,
+        vms: arguments.vms,
+        ha: "restart".to_owned(),
+        timing: arguments.timing.timing(),
+        dir,
+    }
+}
+
+/// One campaign after the other; the exit code is that of the worst.
+fn marathon(first: u64, length: Duration, arguments: &Arguments) -> Result<ExitCode> {
+    let end = Instant::now() + length;
+    let (mut worst, mut sum) = (Verdict::Ok, Sum::default());
+    for seed in first.. {
+        if Instant::now() >= end {
+            break;
+        }
+        let folder = arguments.dir.as_ref().map(|dir| dir.join(seed.to_string()));
+        let config = config_of(seed, LEG, announce(seed, folder)?, arguments);
+        let turn = tests::serial();
+        let report = campaign::run(&config)?;
+        drop(turn);
+        tell(&report, &config.dir)?;
+        worst = worst.min(report.verdict);
+        sum.add(&report);
+        writeln!(std::io::stdout(), "{sum}")?;
+    }
+    Ok(ExitCode::from(worst.exit_code()))
+}
+
+/// A campaign on somebody else's pool.
+fn attach_to(arguments: AttachArguments) -> Result<ExitCode> {
+    let seed = arguments.seed.unwrap_or_else(rand::random);
+    let dir = announce(seed, arguments.dir)?;
+    let target = Target { poolctl_config: arguments.config, faults: arguments.faults };
+    let config = Config {
+        seed,
+        duration: Duration::try_from_secs_f64(arguments.minutes * 60.0)?,
+        hosts: 0,
+        spares: 0,
+        vms: arguments.vms,
+        ha: "restart".to_owned(),
+        timing: arguments.timing.timing(),
+        dir,
+    };
+    tell(&attach::run(&config, &target)?, &config.dir)
 }
 
 /// Runs scenarios one after the other; the exit code is that of the worst.

@@ -212,6 +212,23 @@ fn strike_host(pool: &Pool, host: &Host, fault: Fault) -> Result<Undo> {
         Fault::Squeeze { mebibytes, .. } => {
             Undo::Release { host: index, squeezed: pressure::squeeze(host, mebibytes)? }
         }
+        Fault::FailDisk { .. }
+        | Fault::SlowSyncs { .. }
+        | Fault::ShiftClock { .. }
+        | Fault::DelayCalls { .. }
+        | Fault::RepeatCalls { .. } => tell_daemon(host, fault)?,
+        Fault::KillVm { .. }
+        | Fault::StopVm { .. }
+        | Fault::ColdBoot { .. }
+        | Fault::CutAllPower { .. }
+        | Fault::CutHalves { .. } => unreachable!("strikes no single host"),
+    })
+}
+
+/// Tells the daemon to have a fault.
+fn tell_daemon(host: &Host, fault: Fault) -> Result<Undo> {
+    let index = host.index();
+    Ok(match fault {
         Fault::FailDisk { part, .. } => {
             host.inject(match part {
                 DiskPart::Reads => "disk fail-reads",
@@ -236,11 +253,7 @@ fn strike_host(pool: &Pool, host: &Host, fault: Fault) -> Result<Undo> {
             host.inject(&format!("calls duplicate {later_ms} {percent}"))?;
             Undo::Inject(index, "calls clear")
         }
-        Fault::KillVm { .. }
-        | Fault::StopVm { .. }
-        | Fault::ColdBoot { .. }
-        | Fault::CutAllPower { .. }
-        | Fault::CutHalves { .. } => unreachable!("strikes no single host"),
+        _ => unreachable!("daemons are told of no other fault"),
     })
 }
 

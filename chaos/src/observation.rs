@@ -80,6 +80,8 @@ pub enum Seen {
     Located { vm: u64, from_ms: u64, revision: u64, epoch: u64, host: String },
     /// A client's call on an object, asked at `from_ms` and answered (or given up) at the time of the observation.
     Call { object: String, client: u64, from_ms: u64, asked: Asked, answer: Answer },
+    /// A client's call on a block of a served volume, asked at `from_ms` and answered (or given up) at the time of the observation.
+    Block { volume: String, block: u64, client: u64, from_ms: u64, call: BlockCall },
     /// The pool acknowledged that the object was created (or deleted).
     Acknowledged { object: String, exists: bool },
     /// A change of the object was asked for and the answer is unknown: it may exist or not.
@@ -112,6 +114,20 @@ pub enum Part {
     Healing,
     /// Everything has come back, or was given up; from now on the run stops and deletes things itself.
     Healed,
+}
+
+/// What a call on a block came to. Every stamp is written once; 0 is what nobody has written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "block-call", rename_all = "kebab-case")]
+pub enum BlockCall {
+    /// It is written, and durable.
+    Wrote { stamp: u64 },
+    /// There was no answer: it may be written, or be written later, or never.
+    MayHaveWritten { stamp: u64 },
+    /// It was read.
+    Read { stamp: u64 },
+    /// What was read is no stamp of anybody.
+    ReadTorn,
 }
 
 /// What a client asked for.

@@ -68,6 +68,8 @@ pub struct Report {
     pub undisturbed_outage_ms_max: u64,
     /// Calls of racing clients whose answer was recorded.
     pub calls: usize,
+    /// Calls on blocks of the served volume.
+    pub block_calls: usize,
     /// Crashes of programs.
     pub crashes: Vec<String>,
     /// What did not hold.
@@ -106,6 +108,7 @@ impl Report {
                 .max()
                 .unwrap_or(0),
             calls: 0,
+            block_calls: 0,
             crashes,
             violations,
         };
@@ -119,6 +122,7 @@ impl Report {
                     report.blackout_ms_max = report.blackout_ms_max.max(blackout_ms.unwrap_or(0.0));
                 }
                 Seen::Call { .. } => report.calls += 1,
+                Seen::Block { .. } => report.block_calls += 1,
                 _ => {}
             }
         }
@@ -142,6 +146,7 @@ impl Report {
         line(format_args!("longest blackout {:.1} ms", self.blackout_ms_max));
         line(format_args!("acknowledged guest writes {}", self.acknowledged_writes));
         line(format_args!("calls of racing clients {}", self.calls));
+        line(format_args!("calls on stamped blocks {}", self.block_calls));
         line(format_args!("longest outage without a fault {} ms", self.undisturbed_outage_ms_max));
         line(format_args!("recoveries {}", self.recovery_ms.len()));
         for (class, count) in histogram(&self.recovery_ms) {
@@ -162,6 +167,50 @@ impl Report {
             line(format_args!("{invariant}: {count} violations"));
         }
         text
+    }
+}
+
+/// What several runs come to.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Sum {
+    runs: usize,
+    red: Vec<u64>,
+    faults: usize,
+    migrations: usize,
+    recoveries: usize,
+    calls: usize,
+    writes: u64,
+}
+
+impl Sum {
+    /// One run more.
+    pub fn add(&mut self, report: &Report) {
+        self.runs += 1;
+        if report.verdict != Verdict::Ok {
+            self.red.push(report.seed);
+        }
+        self.faults += report.faults.values().sum::<usize>();
+        self.migrations += report.migrations.values().sum::<usize>();
+        self.recoveries += report.recovery_ms.len();
+        self.calls += report.calls + report.block_calls;
+        self.writes += report.acknowledged_writes;
+    }
+}
+
+impl std::fmt::Display for Sum {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "{} campaigns, {} red {:?}: {} faults, {} migrations, {} recoveries, {} calls, {} acknowledged guest writes",
+            self.runs,
+            self.red.len(),
+            self.red,
+            self.faults,
+            self.migrations,
+            self.recoveries,
+            self.calls,
+            self.writes
+        )
     }
 }
 
@@ -249,6 +298,10 @@ mod tests {
         let report = Report::new(&seen);
         assert_eq!((report.verdict, report.verdict.exit_code()), (Verdict::Ok, 0));
         assert!(report.text().contains("recoveries 1"), "{}", report.text());
+        let mut sum = Sum::default();
+        sum.add(&report);
+        sum.add(&Report { seed: 9, verdict: Verdict::Crash, ..report });
+        assert!(sum.to_string().starts_with("2 campaigns, 1 red [9]: 2 faults, 0 migrations, 2 recoveries"));
     }
 
     #[test]

@@ -45,6 +45,9 @@ pub struct Scenario {
     /// Whether the pool starts the VM elsewhere by itself: `restart` or `none`.
     #[serde(default = "restart")]
     pub ha: String,
+    /// Timing profile of the pool.
+    #[serde(default)]
+    pub timing: Profile,
     /// The steps are done once for each of these; `PHASE` in them stands for it.
     #[serde(default)]
     pub phases: Vec<String>,
@@ -63,6 +66,17 @@ fn one() -> usize {
 
 fn restart() -> String {
     "restart".to_owned()
+}
+
+/// Timing profile of a pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Profile {
+    /// Scaled down: a host is lost after three seconds.
+    #[default]
+    Fast,
+    /// What an operator gets: after fifteen.
+    Default,
 }
 
 /// Who is meant, when the step is done.
@@ -265,7 +279,11 @@ pub fn run(scenario: &Scenario, dir: PathBuf) -> Result<crate::report::Report> {
             scenario.vms
         );
     }
-    let (hosts, timing) = (scenario.hosts, Timing::Fast);
+    let hosts = scenario.hosts;
+    let timing = match scenario.timing {
+        Profile::Fast => Timing::Fast,
+        Profile::Default => Timing::Default,
+    };
     let (spares, ha) = (scenario.spares, scenario.ha.clone());
     let config = Config { seed: 0, duration: Duration::ZERO, hosts, spares, vms: 1, ha, timing, dir };
     let vms = [VM.to_owned()];

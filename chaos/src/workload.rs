@@ -22,7 +22,9 @@ const RACER_CMDLINE: &str = "wss=1M rate=1M";
 const OBJECTS_MAX: usize = 4;
 
 /// Objects that several clients make and delete at the same time; few, so that calls meet.
-const RACED: [&str; 4] = ["volume race1", "volume race2", "vm racer1", "vm racer2"];
+const RACED: [&str; 4] = ["volume chaos-race1", "volume chaos-race2", "vm chaos-racer1", "vm chaos-racer2"];
+/// Begin of every name that clients choose, so that nothing else is ever touched.
+pub const PREFIX: &str = "chaos-";
 /// Exit codes of the command line that tell what has happened: success, no such object, forbidden by the present state.
 const DONE: i32 = 0;
 const NOT_FOUND: i32 = 3;
@@ -59,29 +61,58 @@ impl Workload<'_> {
 
     /// Creates volumes and deletes them, and remembers which answers were acknowledged.
     pub fn change_objects(self) {
-        let mut existing: Vec<String> = Vec::new();
-        let mut next = 0;
+        let name = |number| format!("{PREFIX}object{number}");
+        self.change(
+            |number| {
+                let create = ["volume", "create", &name(number), "--size", "1MiB", "--replicas", "2"];
+                (format!("volume {}", name(number)), self.pool.poolctl(&create).ok())
+            },
+            |number| {
+                (
+                    format!("volume {}", name(number)),
+                    self.pool.poolctl(&["volume", "delete", &name(number)]).ok(),
+                )
+            },
+        );
+    }
+
+    /// Takes snapshots of the guests' disks while they run, move and die, and deletes them; remembers as above.
+    pub fn change_snapshots(self) {
+        let place = |number: usize| {
+            let volume = format!("{}-disk", self.vms[number % self.vms.len()]);
+            (volume, format!("{PREFIX}snapshot{number}"))
+        };
+        self.change(
+            |number| {
+                let (volume, name) = place(number);
+                let output = self.pool.poolctl(&["volume", "snapshot", &volume, &name]);
+                (format!("snapshot {volume}@{name}"), output.ok())
+            },
+            |number| {
+                let (volume, name) = place(number);
+                let whole = format!("{volume}@{name}");
+                let output = self.pool.poolctl(&["snapshot", "delete", &whole]);
+                (format!("snapshot {whole}"), output.ok())
+            },
+        );
+    }
+
+    /// Makes numbered objects, and deletes the oldest when there are too many.
+    fn change(
+        self,
+        create: impl Fn(usize) -> (String, Option<Output>),
+        delete: impl Fn(usize) -> (String, Option<Output>),
+    ) {
+        let (mut oldest, mut next) = (0, 0);
         self.every(CHANGE_EVERY, || {
-            let delete = existing.len() >= OBJECTS_MAX;
-            let (name, output) = if delete {
-                let name = existing.remove(0);
-                let output = self.pool.poolctl(&["volume", "delete", &name, "-o", "json"]);
-                (name, output)
-            } else {
-                next += 1;
-                let name = format!("object{next}");
-                let create = ["volume", "create", &name, "--size", "1MiB", "--replicas", "2", "-o", "json"];
-                let output = self.pool.poolctl(&create);
-                existing.push(name.clone());
-                (name, output)
-            };
-            let object = format!("volume {name}");
+            let deletes = next - oldest >= OBJECTS_MAX;
+            let (object, output) = if deletes { delete(oldest) } else { create(next) };
+            *(if deletes { &mut oldest } else { &mut next }) += 1;
             // Whatever is no plain success may have happened or not.
-            let seen = match output {
-                Ok(output) if output.code == 0 => Seen::Acknowledged { object, exists: !delete },
+            self.recorder.add(match output {
+                Some(output) if output.code == DONE => Seen::Acknowledged { object, exists: !deletes },
                 _ => Seen::Unknown { object },
-            };
-            self.recorder.add(seen);
+            });
         });
     }
 

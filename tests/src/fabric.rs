@@ -60,8 +60,14 @@ pub enum Network {
 /// The network of one pool.
 #[derive(Debug)]
 pub(crate) enum Fabric {
-    Loopback { network: u32 },
-    Namespaces { tag: String },
+    Loopback {
+        network: u32,
+    },
+    /// Somebody else's; clients reach it from here.
+    Elsewhere,
+    Namespaces {
+        tag: String,
+    },
 }
 
 impl Fabric {
@@ -86,6 +92,7 @@ impl Fabric {
     pub(crate) fn add_host(&self, index: usize) -> Result<SocketAddr> {
         let number = u8::try_from(index + 1).context("a test pool has at most 250 hosts")?;
         match self {
+            Self::Elsewhere => bail!("hosts of a pool elsewhere are not made here"),
             Self::Loopback { network } => {
                 Ok(SocketAddr::from((Ipv4Addr::from_bits(network + u32::from(number)), PORT)))
             }
@@ -137,7 +144,7 @@ impl Fabric {
     /// A command that runs `program` at a host.
     pub(crate) fn at_host(&self, index: usize, program: &std::path::Path) -> Command {
         match self {
-            Self::Loopback { .. } => Command::new(program),
+            Self::Loopback { .. } | Self::Elsewhere => Command::new(program),
             Self::Namespaces { tag } => in_namespace(&host_namespace(tag, index), program),
         }
     }
@@ -145,7 +152,7 @@ impl Fabric {
     /// A command that runs `program` where the operator sits.
     pub(crate) fn at_operator(&self, program: &std::path::Path) -> Command {
         match self {
-            Self::Loopback { .. } => Command::new(program),
+            Self::Loopback { .. } | Self::Elsewhere => Command::new(program),
             Self::Namespaces { tag } => in_namespace(&format!("{tag}-sw"), program),
         }
     }

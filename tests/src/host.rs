@@ -29,6 +29,16 @@ pub struct Host {
     /// How to start the daemon: program and arguments.
     pub(crate) serve: Vec<std::ffi::OsString>,
     pub(crate) daemon: Mutex<Option<Child>>,
+    pub(crate) place: Place,
+}
+
+/// Where a host is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// A process of this run.
+    Here,
+    /// Somebody else's machine.
+    Elsewhere,
 }
 
 /// Where a daemon takes faults, in its data directory.
@@ -108,7 +118,7 @@ impl Host {
     /// Whether it has joined a pool.
     #[must_use]
     pub fn is_member(&self) -> bool {
-        self.data_dir.join("poold.toml").exists()
+        self.place == Place::Elsewhere || self.data_dir.join("poold.toml").exists()
     }
 
     /// Kills everything and empties its directory, as a machine that is installed anew.

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crate::disks::{Disk, DiskKind};
 use crate::fabric::{Fabric, Network};
-use crate::host::FAULT_SOCKET;
+use crate::host::{FAULT_SOCKET, Place};
 use crate::leftovers::{self, RUNS_DIR, Run};
 use crate::output::{self, Output};
 use crate::wait::{wait_for, wait_until};
@@ -181,7 +181,7 @@ impl PoolBuilder {
         let fabric = Fabric::new(self.network, &run.tag).inspect_err(|_| leftovers::remove_run(&run.dir))?;
         // From here on the drop of the pool cleans up.
         let (hosts, spares) = (self.hosts, self.spares);
-        let mut pool = Pool { settings: self, binaries, run, fabric, hosts: Vec::new() };
+        let mut pool = Pool { settings: self, binaries, run, fabric, hosts: Vec::new(), config: None };
         for _ in 0..hosts {
             pool.add_host()?;
         }
@@ -201,6 +201,8 @@ pub struct Pool {
     run: Run,
     fabric: Fabric,
     hosts: Vec<Host>,
+    /// Of `poolctl`, for a pool that somebody else has made.
+    config: Option<PathBuf>,
 }
 
 impl Pool {
@@ -222,6 +224,35 @@ impl Pool {
             binaries: None,
             keep: false,
         }
+    }
+
+    /// A pool that somebody else has made, reached with his configuration of `poolctl`; its hosts can't be touched.
+    ///
+    /// # Errors
+    /// When it doesn't answer.
+    pub fn attach(config: &Path) -> Result<Self> {
+        let settings = Self::builder();
+        let binaries = Binaries::build()?;
+        let run = Run::new(&settings.root)?;
+        let (hosts, config) = (Vec::new(), Some(std::path::absolute(config)?));
+        let mut pool = Self { settings, binaries, run, fabric: Fabric::Elsewhere, hosts, config };
+        let names = pool.items(&["host", "list"])?;
+        let names = names.iter().filter_map(|host| Some((host["name"].as_str()?, host["address"].as_str()?)));
+        for (index, (name, address)) in names.enumerate() {
+            let address = address.parse().with_context(|| format!("{name} has the address `{address}`"))?;
+            pool.hosts.push(Host {
+                index,
+                name: name.to_owned(),
+                data_dir: pool.run.dir.join(name),
+                disk: None,
+                log_path: pool.run.dir.join(format!("{name}.log")),
+                address,
+                serve: Vec::new(),
+                daemon: Mutex::new(None),
+                place: Place::Elsewhere,
+            });
+        }
+        Ok(pool)
     }
 
     /// Its hosts, in the order in which they joined; spare ones are at the end.
@@ -268,7 +299,7 @@ impl Pool {
     /// The administrator's configuration.
     #[must_use]
     pub fn admin_config(&self) -> PathBuf {
-        self.run.dir.join("h1/admin.toml")
+        self.config.clone().unwrap_or_else(|| self.run.dir.join("h1/admin.toml"))
     }
 
     /// Runs `poolctl`; any exit code is an answer.
@@ -345,6 +376,7 @@ impl Pool {
             disk,
             address,
             daemon: Mutex::new(None),
+            place: Place::Here,
         });
         Ok(&self.hosts[index])
     }

@@ -15,6 +15,7 @@ mod disks;
 mod faults;
 mod host;
 mod moves;
+mod rest;
 mod rng;
 mod scenarios;
 mod storm;
