@@ -66,7 +66,7 @@ fn what_was_refused_stays_refused_however_late_it_comes_again() {
     pool.accept(Command::DeleteVm { vm });
     // Its client was told no, and may have gone on.
     assert_eq!(pool.apply_entry(&entry), Err(refused));
-    assert!(pool.state.images.contains_key(&pool.kernel));
+    assert!(pool.state.images.contains(&pool.kernel));
     let again = Entry { request_id: Some("r2".into()), ..pool.entry(delete) };
     assert!(pool.apply_entry(&again).is_ok(), "whoever asks anew is answered anew");
 }
