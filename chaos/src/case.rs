@@ -302,7 +302,10 @@ impl<'a> Case<'a> {
         if !self.outside.remove(&host.index()) {
             return Ok(());
         }
-        if host.daemon().is_some() && self.pool.json(&["host", "show", host.name()])?["state"] == "up" {
+        // One that was forgotten is not shown.
+        let is_up =
+            || self.pool.json(&["host", "show", host.name()]).is_ok_and(|shown| shown["state"] == "up");
+        if host.daemon().is_some() && is_up() {
             self.note(format!("{} has come back by itself", host.name()));
             return Ok(());
         }
