@@ -236,8 +236,8 @@ fn problems(state: &PoolState, request: &v1::JoinRequest, join: &JoinHost) -> v1
 
 /// The host that this very request has removed before its answer was lost; its name means nothing any more.
 fn removed_before(state: &PoolState, meta: Option<&v1::RequestMeta>) -> Option<HostId> {
-    match &state.requests.get(&meta?.request_id)?.result {
-        Ok(Outcome::Host(host)) => Some(*host),
+    match state.requests.get(&meta?.request_id)?.outcome {
+        Outcome::Host(host) => Some(host),
         _ => None,
     }
 }

@@ -28,7 +28,7 @@ pub fn found<T>(result: Result<T, Rejection>) -> Result<T, Status> {
 /// What a request with this id was answered already.
 pub fn answered(state: &PoolState, meta: Option<&RequestMeta>) -> Option<Outcome> {
     let request_id = meta.map(|meta| meta.request_id.as_str()).filter(|id| !id.is_empty())?;
-    state.requests.get(request_id).and_then(|answer| answer.result.clone().ok())
+    state.requests.get(request_id).map(|answer| answer.outcome)
 }
 
 /// The object to delete; none when a request with this id has deleted it already.

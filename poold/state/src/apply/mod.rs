@@ -77,7 +77,7 @@ impl PoolState {
             && let Some(answer) = self.requests.get(id)
         {
             return if answer.command_hash == hash {
-                answer.result.clone()
+                Ok(answer.outcome)
             } else {
                 Err(Rejection::RequestIdReused { request_id: id.clone() })
             };
@@ -92,24 +92,16 @@ impl PoolState {
             request_id: entry.request_id.as_deref().unwrap_or_default(),
             ordinal: 0,
         };
-        let result = change.dispatch(&entry.command);
-        if result.is_err() {
-            // Of what it began nothing counts.
-            next = self.clone();
-        }
+        let outcome = change.dispatch(&entry.command)?;
         if let (Some(id), Some(command_hash)) = (&entry.request_id, command_hash) {
-            next.requests.insert(id, Answer { command_hash, result: result.clone() });
-        }
-        if result.is_err() {
-            *self = next;
-            return result;
+            next.requests.insert(id, Answer { command_hash, outcome });
         }
         if let Some(record) = audit::record(self, index, entry) {
             next.audit.push(record);
         }
         next.update_index();
         *self = next;
-        result
+        Ok(outcome)
     }
 
     /// Moves the revision past an entry that carries no command (blank, membership).

@@ -1,11 +1,10 @@
 //! The answers that were given to requests, so that a retry has no further effect.
 
-use crate::{Rejection, limits::REQUESTS_MAX, outcome::Outcome};
+use crate::{limits::REQUESTS_MAX, outcome::Outcome};
 use imbl::{OrdMap, Vector};
 use serde::{Deserialize, Serialize};
 
-/// The newest requests by their id. Rejected ones, too: what its client was refused must not happen when the network delivers it
-/// once more.
+/// The newest accepted requests by their id. A rejected one changed nothing, so it needs no memory.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct RequestTable {
     answers: OrdMap<String, Answer>,
@@ -18,7 +17,7 @@ pub struct Answer {
     /// blake3 of the command.
     pub command_hash: [u8; 32],
     /// The first answer.
-    pub result: Result<Outcome, Rejection>,
+    pub outcome: Outcome,
 }
 
 impl RequestTable {
