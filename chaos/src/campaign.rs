@@ -78,7 +78,7 @@ fn disk_kind() -> DiskKind {
 }
 
 /// Lines of a log in a second that are too many if there are as many in several seconds.
-const LINES_A_SECOND_MAX: usize = 60;
+const LINES_A_SECOND_MAX: usize = 150;
 const FLOOD_SECONDS: usize = 4;
 
 /// How a target says that its memory is not the source's.
