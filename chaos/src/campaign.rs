@@ -77,9 +77,9 @@ fn disk_kind() -> DiskKind {
     if has_volatile_disks() { DiskKind::Volatile } else { DiskKind::Memory }
 }
 
-/// Lines of a log in a second that are too many if there are as many in several seconds.
+/// Lines of a log in a second that are too many if there are as many in several seconds; a daemon that starts tells its log once.
 const LINES_A_SECOND_MAX: usize = 150;
-const FLOOD_SECONDS: usize = 4;
+const FLOOD_SECONDS: usize = 8;
 
 /// How a target says that its memory is not the source's.
 const MEMORY_DIFFERS: &str = "memory differs from the source's";
