@@ -192,7 +192,8 @@ fn clean(pool: &Pool, recorder: &Recorder) -> Result<()> {
     for kind in ["vm", "volume", "image"] {
         for item in pool.items(&[kind, "list"])? {
             let name = item["name"].as_str().unwrap_or_default();
-            if !name.starts_with(PREFIX) && !(kind == "image" && name == PROBE_IMAGE) {
+            let is_ours = name.starts_with(PREFIX) || kind == "image" && name == PROBE_IMAGE;
+            if !is_ours {
                 continue;
             }
             if kind == "vm" {

@@ -14,10 +14,13 @@ use tokio::sync::watch;
 /// What an owner is told of its volume, by its connection.
 type Marks = watch::Sender<Watermark>;
 
+/// The owners of a volume.
+type Owners = Vec<(Epoch, Weak<Marks>)>;
+
 /// The owners that are connected, by volume.
 #[derive(Debug, Default)]
 pub(super) struct Attachments {
-    owners: Mutex<BTreeMap<VolumeId, Vec<(Epoch, Weak<Marks>)>>>,
+    owners: Mutex<BTreeMap<VolumeId, Owners>>,
 }
 
 impl Attachments {
