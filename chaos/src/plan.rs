@@ -137,11 +137,10 @@ impl Plan {
                 let seconds = if self.random.random_bool(0.5) { far } else { -far };
                 Fault::ShiftClock { victim, seconds, away_ms }
             }
-            1 => {
+            1..4 => {
                 let delay_ms = self.random.random_range(50..self.scale.lost_ms);
                 Fault::DelayCalls { victim, delay_ms, percent, away_ms }
             }
-            2..4 => Fault::RepeatCalls { victim, later_ms: self.scale.lost_ms, percent, away_ms },
             _ => Fault::Squeeze { victim, mebibytes: self.random.random_range(8..96), away_ms },
         }
     }
@@ -184,8 +183,9 @@ mod tests {
     fn every_kind_of_fault_comes_and_absences_lie_around_the_loss() {
         let steps: Vec<Step> = Plan::new(1, SCALE).take(3000).collect();
         let kinds: BTreeSet<&str> = steps.iter().map(|step| step.fault.kind()).collect();
-        // Bits are turned by scenarios only: a second fault may take the good replicas away.
-        assert_eq!(kinds.len(), 29, "{kinds:?}");
+        // By scenarios only: bits are turned, since a second fault may take the good replicas away, and calls repeated, since what
+        // was refused is not remembered yet (README, "Known").
+        assert_eq!(kinds.len(), 28, "{kinds:?}");
         let aways: Vec<u64> = steps.iter().map(|step| step.fault.away_ms()).filter(|&ms| ms > 0).collect();
         assert!(aways.iter().any(|&ms| ms < SCALE.lost_ms / 3) && aways.iter().any(|&ms| ms > SCALE.lost_ms));
         assert!(steps.iter().any(|step| step.also.is_some()));
