@@ -10,7 +10,7 @@ use crate::lease::LeaderHandle;
 use crate::server::{self, RunningServer, ServerOptions};
 use pool_state::command::{HostFacts, InitPool, UpdateHost};
 use pool_state::state::FIRST_HOST;
-use pool_state::{Command, Outcome, Timing, features};
+use pool_state::{Command, Outcome, PoolState, Timing, features};
 use proto::v1::CreateJoinTokenRequest;
 use proto::v1::host_service_client::HostServiceClient;
 use proto::{ByteCount, CertificateFingerprint, HostId, Incarnation};
@@ -290,4 +290,9 @@ impl TestPool {
         assert!(matches!(outcome, Outcome::Token(_)), "{outcome:?}");
         Ok(index)
     }
+}
+
+/// Whether a change of [`TestPool::change`] is in a state. All bytes are compared: hashes of real tokens begin with any byte.
+pub fn has_change(state: &PoolState, secret: u8) -> bool {
+    state.tokens.values().any(|token| token.secret_hash == [secret; 32])
 }

@@ -2,7 +2,7 @@
 
 use crate::consensus::backup;
 use crate::consensus::recover::{KEPT_DIR, Place, RecoverError, follow, lead};
-use crate::test_pool::{TestHost, TestPool, eventually};
+use crate::test_pool::{TestHost, TestPool, eventually, has_change};
 use pool_state::features::NEWEST;
 use pool_state::recovery::{JUMP, RecoveryError};
 use proto::HostId;
@@ -12,7 +12,7 @@ fn place(host: &TestHost) -> Place<'_> {
 }
 
 fn knows(host: &TestHost, secret: u8) -> bool {
-    host.consensus().local().tokens.values().any(|token| token.secret_hash[0] == secret)
+    has_change(&host.consensus().local(), secret)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -38,6 +38,8 @@ fn attempt() {
     let uid = (depth == "Jail").then_some(UID);
     let replica_dir = Some(Path::new(&directory).join("replicas"));
     let dir = Path::new(&directory).join("vm");
+    // As a VM process does.
+    vmm::host::open_early();
     let views = enter(&dir, &ConfineArguments { uid, replica_dir }).unwrap();
     let result =
         perform(attempt, views.own(), &views.inside(&Path::new(&directory).join("replicas")).unwrap());
