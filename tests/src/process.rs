@@ -131,14 +131,19 @@ impl VmProcess {
     }
 }
 
-/// Sum of `Rss` over the mappings whose name contains `guest`.
+/// Whether a mapping is guest memory: a memfd of that name, or a file that has no name in a file system of its own.
+fn is_guest_memory(name: &str) -> bool {
+    name.contains("guest") || name.starts_with("/#")
+}
+
+/// Sum of `Rss` over the mappings of guest memory.
 fn guest_resident_bytes(smaps: &str) -> u64 {
     let mut in_guest = false;
     let mut sum = 0;
     for line in smaps.lines() {
         let is_header = line.split(' ').next().is_some_and(|word| word.contains('-'));
         if is_header {
-            in_guest = line.split_ascii_whitespace().nth(5).is_some_and(|name| name.contains("guest"));
+            in_guest = line.split_ascii_whitespace().nth(5).is_some_and(is_guest_memory);
         } else if in_guest {
             sum += kib_field(line, "Rss:").unwrap_or(0);
         }
@@ -250,7 +255,8 @@ mod tests {
     #[test]
     fn only_mappings_of_the_guest_count_as_guest_memory() {
         let smaps = "7f00-7f01 rw-s 00000000 00:01 5  /memfd:guest (deleted)\nSize: 8 kB\nRss:   8 kB\n\
+            7f01-7f02 rw-s 00000000 00:27 2  /#2 (deleted)\nSize: 8 kB\nRss:   4 kB\n\
             7f02-7f03 rw-p 00000000 00:00 0 \nRss:  100 kB\n7f04-7f05 r--p 0 00:01 9 /usr/lib/x.so\nRss: 4 kB\n";
-        assert_eq!(guest_resident_bytes(smaps), 8 * 1024);
+        assert_eq!(guest_resident_bytes(smaps), 12 * 1024);
     }
 }
