@@ -440,8 +440,8 @@ impl Supervisor {
     }
 }
 
-/// Whether `status` shows an earlier phase of the same migration than what is known already: answers and streams come by
-/// different ways, and a phase is never left backwards.
+/// Whether `status` is from before a migration that is known already, or shows an earlier phase of it: answers and streams come by
+/// different ways, migrations are numbered upwards, a process never forgets its last one, and a phase is never left backwards.
 fn is_overtaken(status: &MachineStatus, known: &MachineStatus) -> bool {
     let rank = |phase: &str| match phase {
         "ready" | "paused" => 1,
@@ -452,9 +452,10 @@ fn is_overtaken(status: &MachineStatus, known: &MachineStatus) -> bool {
     };
     match (&status.migration, &known.migration) {
         (Some(new), Some(known)) => {
-            new.migration_id == known.migration_id && rank(&new.phase) < rank(&known.phase)
+            (new.migration_id, rank(&new.phase)) < (known.migration_id, rank(&known.phase))
         }
-        (None, _) | (_, None) => false,
+        (None, Some(_)) => true,
+        (_, None) => false,
     }
 }
 

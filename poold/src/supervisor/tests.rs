@@ -184,7 +184,7 @@ async fn a_silent_process_is_unresponsive_and_not_absent() {
 }
 
 #[test]
-fn an_answer_with_an_earlier_phase_is_overtaken() {
+fn an_answer_with_an_earlier_phase_or_migration_is_overtaken() {
     let status = |migration_id: u64, phase: &str| MachineStatus {
         migration: Some(MigrationState {
             migration_id,
@@ -196,5 +196,7 @@ fn an_answer_with_an_earlier_phase_is_overtaken() {
     assert!(is_overtaken(&status(1, "copying"), &status(1, "paused")));
     assert!(!is_overtaken(&status(1, "paused"), &status(1, "copying")));
     assert!(!is_overtaken(&status(2, "copying"), &status(1, "done")), "the next migration begins anew");
-    assert!(!is_overtaken(&MachineStatus::default(), &status(1, "copying")));
+    assert!(is_overtaken(&status(1, "done"), &status(2, "copying")), "a late word about the one before");
+    assert!(is_overtaken(&MachineStatus::default(), &status(1, "copying")), "from before it began");
+    assert!(!is_overtaken(&status(1, "copying"), &MachineStatus::default()));
 }
