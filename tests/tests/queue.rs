@@ -33,6 +33,8 @@ fn moves_beyond_the_limit_wait_for_their_turn_whatever_becomes_of_the_leader() -
         pool.create_vm(&VmSpec { name, memory: "32MiB", disks: &[], cmdline, ha: "restart" })?;
         pool.start_vm(name, Some(source))?;
         pool.wait_probe(name, Duration::from_secs(60), "walks", |now| now.pass > 0)?;
+    }
+    for name in NAMES {
         // Slow enough that all of them are asked for before the first has ended.
         pool.json(&["vm", "migrate", name, "--to", target, "--bandwidth", "384KiB", "--async"])?;
     }
