@@ -21,12 +21,25 @@ const SLEW: u32 = 10;
 
 static CLOCK: Mutex<Option<PoolClock>> = Mutex::new(None);
 
+/// Unix time in milliseconds as this machine has it, jumps and all: for what is shown and compared by people and other machines.
+pub fn unix_ms() -> u64 {
+    milliseconds(wall())
+}
+
 /// Unix time in milliseconds as the pool counts it.
 pub fn pool_ms() -> u64 {
-    let wall = faults::clock::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let wall = wall();
     let mut clock = CLOCK.lock().unwrap_or_else(PoisonError::into_inner);
     let now = clock.get_or_insert(PoolClock { read_at: boottime(), time: wall }).read(boottime(), wall);
-    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
+    milliseconds(now)
+}
+
+fn wall() -> Duration {
+    faults::clock::now().duration_since(UNIX_EPOCH).unwrap_or_default()
+}
+
+fn milliseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// A clock that follows another one without its jumps.

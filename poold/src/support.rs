@@ -2,7 +2,7 @@
 //!
 //! Bounded whatever there is, and without secrets: what looks like one is taken out of the logs, although none is logged.
 
-use crate::consensus::unix_ms;
+use crate::clock::unix_ms;
 use crate::{logs, metrics};
 use proto::v1::{HostReport, ProcessLog};
 use std::fs;

@@ -16,7 +16,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::Duration;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -307,10 +307,4 @@ async fn open_stores(
         }
         _ => Ok((log, store, state)),
     }
-}
-
-/// Unix time in milliseconds, which is stamped on entries; `apply` has no clock.
-pub fn unix_ms() -> u64 {
-    let now = crate::faults::clock::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
 }

@@ -31,7 +31,7 @@ mod state_store;
 mod tests;
 
 pub use clients::{ClientError, HostClients};
-pub use handle::{Consensus, StartError, StartOptions, unix_ms};
+pub use handle::{Consensus, StartError, StartOptions};
 pub use log_store::LogOpenError;
 pub use membership::MembershipTask;
 pub use propose::{ProposeError, ProposeMeta};

@@ -57,22 +57,10 @@ pub enum ForwardedAnswer {
 /// How one attempt ended.
 enum Attempt {
     Answered(u64, Result<Outcome, Rejection>),
-    /// Nothing was proposed, and nothing will be.
-    Refused(Rejection),
     /// Nothing was proposed.
     NotProposed,
     /// It may have been proposed.
     Unanswered,
-}
-
-impl From<ForwardedAnswer> for Attempt {
-    fn from(answer: ForwardedAnswer) -> Self {
-        match answer {
-            ForwardedAnswer::Applied(index, result) => Self::Answered(index, result),
-            ForwardedAnswer::NotLeader => Self::NotProposed,
-            ForwardedAnswer::Refused(rejection) => Self::Refused(rejection),
-        }
-    }
 }
 
 /// The entry of a command: with a request id, the time and a seed.
@@ -101,7 +89,6 @@ impl Consensus {
         while Instant::now() < deadline {
             match self.attempt(&entry, deadline).await? {
                 Attempt::Answered(index, result) => return Ok((index, result?)),
-                Attempt::Refused(rejection) => return Err(rejection.into()),
                 Attempt::NotProposed => {}
                 Attempt::Unanswered => proposed = true,
             }
@@ -127,7 +114,6 @@ impl Consensus {
         }
         match self.write_here(entry).await? {
             Attempt::Answered(index, result) => Ok((index, result?)),
-            Attempt::Refused(rejection) => Err(rejection.into()),
             Attempt::NotProposed => Err(ProposeError::NoQuorum),
             Attempt::Unanswered => Err(ProposeError::Unknown),
         }
@@ -170,7 +156,9 @@ impl Consensus {
             postcard::to_stdvec(entry).map_err(|error| ProposeError::Invalid { cause: error.to_string() })?;
         match client.propose(RaftMessage { target: leader.0, payload: bytes }).await {
             Ok(reply) => match payload::<ForwardedAnswer>(&reply.into_inner().payload) {
-                Ok(answer) => Ok(answer.into()),
+                Ok(ForwardedAnswer::Applied(index, result)) => Ok(Attempt::Answered(index, result)),
+                Ok(ForwardedAnswer::NotLeader) => Ok(Attempt::NotProposed),
+                Ok(ForwardedAnswer::Refused(rejection)) => Err(rejection.into()),
                 // A newer leader may answer with what this version does not know.
                 Err(error) => {
                     tracing::warn!(%error, "the leader's answer can't be read: its poold is of another version");
@@ -217,7 +205,6 @@ impl Consensus {
         entry.check().map_err(|error| Status::invalid_argument(error.to_string()))?;
         match self.write_here(entry).await {
             Ok(Attempt::Answered(index, result)) => Ok(ForwardedAnswer::Applied(index, result)),
-            Ok(Attempt::Refused(rejection)) => Ok(ForwardedAnswer::Refused(rejection)),
             Ok(Attempt::NotProposed) => Ok(ForwardedAnswer::NotLeader),
             Ok(Attempt::Unanswered) => {
                 Err(Status::aborted("this host stopped leading; the entry may be committed yet"))

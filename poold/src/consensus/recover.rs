@@ -6,10 +6,11 @@
 //! Nothing is deleted, and an interrupted recovery is completed by the same command: what lies in `before-recovery/` counts.
 
 use super::backup;
-use super::handle::{RAFT_DIR, SNAPSHOTS_DIR, unix_ms};
+use super::handle::{RAFT_DIR, SNAPSHOTS_DIR};
 use super::log_store::{LogOpenError, LogOwner, LogStore};
 use super::snapshot_file::{SnapshotContent, SnapshotDir, SnapshotError, encode};
 use super::state_store::StateStore;
+use crate::clock::unix_ms;
 use openraft::storage::{RaftLogStorage as _, RaftStateMachine as _};
 use openraft::{BasicNode, CommittedLeaderId, LogId, Membership, RaftLogReader as _, StoredMembership, Vote};
 use pool_state::recovery::{Losses, Recovery, RecoveryError, recover};

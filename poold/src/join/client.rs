@@ -5,8 +5,9 @@
 use super::connect::connect;
 use super::local::{local_facts, local_problems};
 use super::token::{JoinToken, TokenError};
+use crate::clock::unix_ms;
 use crate::config::{ConfigError, HostConfig, TimingName};
-use crate::consensus::{Consensus, unix_ms};
+use crate::consensus::Consensus;
 use crate::identity::{IdentityDir, IdentityError};
 use pool_state::features;
 use proto::HostId;

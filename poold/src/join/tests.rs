@@ -94,7 +94,7 @@ async fn all_problems_are_told_at_once() {
         host_name: "h2".to_owned(),
         address: "127.0.0.1:1".to_owned(),
         feature_level: pool_state::features::NEWEST,
-        clock_ms: crate::consensus::unix_ms(),
+        clock_ms: crate::clock::unix_ms(),
         cpu_vendor: super::local_facts().cpu_vendor,
         local_problems: Vec::new(),
         ..request.clone()

@@ -47,11 +47,12 @@ impl PartialEq for Index {
 impl Index {
     /// Whether it says the same as another one.
     pub(crate) fn agrees_with(&self, other: &Self) -> bool {
-        let seen = |index: &Self| (index.vms_at.clone(), index.replicas_at.clone(), index.by_scrub.clone());
         self.running_tasks == other.running_tasks
             && self.running_migrations == other.running_migrations
+            && self.vms_at == other.vms_at
+            && self.replicas_at == other.replicas_at
             && self.unsettled == other.unsettled
-            && seen(self) == seen(other)
+            && self.by_scrub == other.by_scrub
     }
 
     /// Tasks that have not ended.
