@@ -4,13 +4,12 @@
 //! is made, so that no guest dies later for want of one.
 
 use crate::memory::MemoryError;
-use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use proto::ByteCount;
 use proto::limits::HUGE_PAGE_BYTES;
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::AsRawFd;
 use std::path::Path;
 
 /// Where the kernel tells of its pages of 2 MiB.
@@ -50,9 +49,7 @@ pub(crate) fn file(size: ByteCount) -> Result<File, MemoryError> {
     let file = File::from(fd);
     file.set_len(size.0).map_err(short)?;
     let length = i64::try_from(size.0).map_err(|error| short(io::Error::other(error)))?;
-    // SAFETY: a valid descriptor of ours, and plain numbers.
-    let done = unsafe { libc::fallocate(file.as_raw_fd(), 0, 0, length) };
-    Errno::result(done).map_err(|errno| short(errno.into()))?;
+    fallocate(&file, FallocateFlags::empty(), 0, length).map_err(|errno| short(errno.into()))?;
     Ok(file)
 }
 

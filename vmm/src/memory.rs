@@ -13,7 +13,9 @@
 use crate::{huge, memory_file};
 use bytes::Bytes;
 use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::uio::pwritev;
 use proto::limits::BLOCK_BYTES;
 use proto::{ByteCount, MemoryPages, PageIndex};
 use std::fs::File;
@@ -296,14 +298,9 @@ impl Memory {
         while !slices.is_empty() {
             let count = slices.len().min(PIECES_MAX);
             let offset = i64::try_from(at).map_err(|error| MemoryError::Fill(io::Error::other(error)))?;
-            // SAFETY: a valid descriptor of ours; an `IoSlice` is an `iovec` of memory that lives through the call.
-            let written = unsafe {
-                libc::pwritev(self.file.as_raw_fd(), slices.as_ptr().cast(), count as libc::c_int, offset)
-            };
-            match Errno::result(written) {
+            match pwritev(&self.file, &slices[..count], offset) {
                 Ok(0) => return Err(MemoryError::Fill(io::ErrorKind::WriteZero.into())),
                 Ok(written) => {
-                    let written = written.unsigned_abs();
                     IoSlice::advance_slices(&mut slices, written);
                     at += written as u64;
                 }
@@ -347,13 +344,11 @@ impl Memory {
         }
         let part =
             |pages: u64| i64::try_from(pages * PAGE).map_err(|e| MemoryError::Examine(io::Error::other(e)));
-        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         let (offset, len) = (part(range.start.0)?, part(count)?);
         let mut known = self.known_data.lock().unwrap_or_else(PoisonError::into_inner);
         *known = 0..0;
-        // SAFETY: a valid descriptor of ours; punching a hole in a shared mapping keeps the mapping valid.
-        let done = unsafe { libc::fallocate(self.file.as_raw_fd(), mode, offset, len) };
-        Errno::result(done).map(drop).map_err(|errno| MemoryError::Examine(errno.into()))
+        fallocate(&self.file, mode, offset, len).map_err(|errno| MemoryError::Examine(errno.into()))
     }
 
     fn check(&self, first: PageIndex, count: u64) -> Result<(), MemoryError> {

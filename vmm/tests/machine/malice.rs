@@ -86,19 +86,26 @@ pub fn write_register(device: &MmioTransport, offset: u64, value: u64) {
 
 /// What a driver does before its first request, with these features of the lower half.
 pub fn set_up(device: &MmioTransport, features: u32) {
+    set_up_queues(device, features, 1);
+}
+
+/// The same with several queues, each of them [`CARD_QUEUE`] behind the one before.
+fn set_up_queues(device: &MmioTransport, features: u32, queues: u64) {
     write_register(device, 0x70, 3);
     write_register(device, 0x24, 1);
     write_register(device, 0x20, 1);
     write_register(device, 0x24, 0);
     write_register(device, 0x20, features.into());
     write_register(device, 0x70, 11);
-    write_register(device, 0x30, 0);
-    write_register(device, 0x38, ENTRIES.into());
-    for (register, address) in [(0x80, DESCRIPTORS), (0x90, AVAILABLE), (0xa0, USED)] {
-        write_register(device, register, address);
-        write_register(device, register + 4, 0);
+    for queue in 0..queues {
+        write_register(device, 0x30, queue);
+        write_register(device, 0x38, ENTRIES.into());
+        for (register, address) in [(0x80, DESCRIPTORS), (0x90, AVAILABLE), (0xa0, USED)] {
+            write_register(device, register, address + queue * CARD_QUEUE);
+            write_register(device, register + 4, 0);
+        }
+        write_register(device, 0x44, 1);
     }
-    write_register(device, 0x44, 1);
     write_register(device, 0x70, 15);
 }
 
@@ -208,26 +215,6 @@ fn card(memory: &Memory) -> Option<MmioTransport> {
     Some(MmioTransport::new(Arc::new(device), interrupt))
 }
 
-/// What a driver does to both queues of a card, each in a page of its own.
-fn set_up_card(device: &MmioTransport, features: u32) {
-    write_register(device, 0x70, 3);
-    write_register(device, 0x24, 1);
-    write_register(device, 0x20, 1);
-    write_register(device, 0x24, 0);
-    write_register(device, 0x20, features.into());
-    write_register(device, 0x70, 11);
-    for queue in 0..2 {
-        write_register(device, 0x30, queue);
-        write_register(device, 0x38, ENTRIES.into());
-        for (register, address) in [(0x80, DESCRIPTORS), (0x90, AVAILABLE), (0xa0, USED)] {
-            write_register(device, register, address + queue * CARD_QUEUE);
-            write_register(device, register + 4, 0);
-        }
-        write_register(device, 0x44, 1);
-    }
-    write_register(device, 0x70, 15);
-}
-
 #[test]
 fn no_queue_and_no_register_harms_a_card() {
     let memory = Memory::new(ByteCount(4 * MIB)).unwrap();
@@ -251,7 +238,7 @@ fn no_queue_and_no_register_harms_a_card() {
             ram.write_obj(index, GuestAddress(AVAILABLE + queue * CARD_QUEUE + 2)).unwrap();
         }
         // What was not offered is not taken, and the card would never begin.
-        set_up_card(&device, features & offered);
+        set_up_queues(&device, features & offered, 2);
         let began = Instant::now();
         for queue in [1, 0] {
             write_register(&device, 0x50, queue);
