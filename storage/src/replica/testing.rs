@@ -11,10 +11,12 @@ use crate::log::{Disk, SegmentId};
 use crate::types::{Tail, View, VolumeOp};
 use proto::limits::BLOCK_BYTES;
 use proto::{BlockIndex, Epoch, Sequence, SnapshotId, VolumeId};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::thread::{self, ThreadId};
+use std::time::{Duration, Instant};
 
 /// Small, so that some thousand blocks fill many.
 pub const SEGMENT_BLOCKS: usize = 128;
@@ -30,6 +32,10 @@ pub struct RamDisk {
     pub sync_fails: AtomicBool,
     /// Bytes written.
     pub written: AtomicU64,
+    /// Threads that have written.
+    pub writers: Mutex<HashSet<ThreadId>>,
+    /// What a write takes at least, in microseconds.
+    pub write_us: AtomicU64,
 }
 
 impl Default for RamDisk {
@@ -48,6 +54,8 @@ impl RamDisk {
             segments_max,
             sync_fails: AtomicBool::new(false),
             written: AtomicU64::new(0),
+            writers: Mutex::default(),
+            write_us: AtomicU64::new(0),
         }
     }
 
@@ -94,6 +102,11 @@ impl Disk for RamDisk {
 
     fn write(&self, segment: SegmentId, offset: u64, bytes: &[u8]) -> io::Result<()> {
         self.written.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        self.writers.lock().unwrap().insert(thread::current().id());
+        let (start, least) = (Instant::now(), Duration::from_micros(self.write_us.load(Ordering::Relaxed)));
+        while start.elapsed() < least {
+            thread::yield_now();
+        }
         let mut segments = self.segments.lock().unwrap();
         let at = usize::try_from(offset).unwrap();
         segments.get_mut(&segment).ok_or(io::ErrorKind::NotFound)?[at..at + bytes.len()]

@@ -1,87 +1,30 @@
 use super::*;
 use crate::hashed::HashedBlocks;
-use crate::log::disk::DiskUsage;
-use crate::log::{Disk, SegmentId};
+use crate::log::Disk;
 use crate::replica::store::{Store, StoreError};
 use crate::replica::testing::{EPOCH, RamDisk};
 use crate::replica::{Attached, Session};
 use crate::types::Tail;
 use proto::limits::BLOCK_BYTES;
 use proto::{BlockIndex, Sequence, VolumeId};
-use std::collections::BTreeSet;
-use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::collections::HashSet;
+use std::sync::atomic::Ordering;
 use std::thread::{self, ThreadId};
 
 const VOLUME: VolumeId = VolumeId(5);
 
-/// A disk that knows who has written, and can be slow.
-#[derive(Default)]
-struct WatchedDisk {
-    disk: RamDisk,
-    writers: Mutex<BTreeSet<String>>,
-    is_slow: AtomicBool,
+/// Who has written since it was asked last.
+fn writers(disk: &RamDisk) -> HashSet<ThreadId> {
+    std::mem::take(&mut disk.writers.lock().unwrap())
 }
 
-fn name(thread: ThreadId) -> String {
-    format!("{thread:?}")
-}
-
-fn here() -> BTreeSet<String> {
-    BTreeSet::from([name(thread::current().id())])
-}
-
-impl WatchedDisk {
-    /// Who has written since it was asked last.
-    fn writers(&self) -> BTreeSet<String> {
-        std::mem::take(&mut self.writers.lock().unwrap())
-    }
-}
-
-impl Disk for WatchedDisk {
-    fn segment_bytes(&self) -> u64 {
-        self.disk.segment_bytes()
-    }
-
-    fn list(&self) -> io::Result<Vec<SegmentId>> {
-        self.disk.list()
-    }
-
-    fn create(&self, segment: SegmentId) -> io::Result<()> {
-        self.disk.create(segment)
-    }
-
-    fn remove(&self, segment: SegmentId) -> io::Result<()> {
-        self.disk.remove(segment)
-    }
-
-    fn write(&self, segment: SegmentId, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        self.writers.lock().unwrap().insert(name(thread::current().id()));
-        if self.is_slow.load(Ordering::Relaxed) {
-            let start = Instant::now();
-            while start.elapsed() <= QUICK {
-                thread::yield_now();
-            }
-        }
-        self.disk.write(segment, offset, bytes)
-    }
-
-    fn read(&self, segment: SegmentId, offset: u64, out: &mut [u8]) -> io::Result<()> {
-        self.disk.read(segment, offset, out)
-    }
-
-    fn sync(&self, segment: SegmentId) -> io::Result<()> {
-        self.disk.sync(segment)
-    }
-
-    fn usage(&self) -> io::Result<DiskUsage> {
-        self.disk.usage()
-    }
+fn here() -> HashSet<ThreadId> {
+    HashSet::from([thread::current().id()])
 }
 
 /// A store, and the owner of its volume.
 struct Pair {
-    disk: Arc<WatchedDisk>,
+    disk: Arc<RamDisk>,
     store: Store,
     session: Session,
     sink: WatermarkSink,
@@ -92,7 +35,7 @@ struct Pair {
 
 impl Pair {
     async fn new() -> Self {
-        let (disk, folder) = (Arc::new(WatchedDisk::default()), tempfile::tempdir().unwrap());
+        let (disk, folder) = (Arc::new(RamDisk::default()), tempfile::tempdir().unwrap());
         let store = Store::open(folder.path(), disk.clone()).unwrap();
         let Attached { session, .. } = store.attach(VOLUME, EPOCH).await.unwrap();
         let (sink, marks) = watch::channel(Watermark::default());
@@ -137,17 +80,17 @@ impl Pair {
 async fn what_is_small_and_alone_is_written_by_whoever_asks() {
     let mut pair = Pair::new().await;
     pair.idle().await;
-    pair.disk.writers();
+    writers(&pair.disk);
     let write = pair.write(0, 1);
     pair.submit(vec![write, OpKind::Flush]).await;
     let mark = *pair.marks.borrow();
     assert_eq!((mark.written, mark.durable), (Sequence(1), Sequence(1)), "before anybody has waited");
-    assert_eq!(pair.disk.writers(), here());
+    assert_eq!(writers(&pair.disk), here());
 
     let large = pair.write(0, SMALL_BYTES / BLOCK_BYTES + 1);
     pair.submit(vec![large]).await;
     assert_eq!(pair.written().await.refused, None);
-    assert!(pair.disk.writers().is_disjoint(&here()), "the thread has written it");
+    assert!(writers(&pair.disk).is_disjoint(&here()), "the thread has written it");
 }
 
 #[tokio::test]
@@ -167,35 +110,35 @@ async fn nothing_overtakes_what_was_handed_in_before() {
 async fn a_slow_disk_is_left_to_the_thread() {
     let mut pair = Pair::new().await;
     pair.idle().await;
-    pair.disk.is_slow.store(true, Ordering::Relaxed);
+    pair.disk.write_us.store(QUICK.as_micros() as u64 + 1, Ordering::Relaxed);
     let write = pair.write(0, 1);
     pair.submit(vec![write]).await;
-    pair.disk.is_slow.store(false, Ordering::Relaxed);
-    pair.disk.writers();
+    pair.disk.write_us.store(0, Ordering::Relaxed);
+    writers(&pair.disk);
     for _ in 1..AFTER_SLOW {
         pair.idle().await;
         let write = pair.write(0, 1);
         pair.submit(vec![write]).await;
         pair.written().await;
     }
-    assert!(pair.disk.writers().is_disjoint(&here()));
+    assert!(writers(&pair.disk).is_disjoint(&here()));
     pair.idle().await;
-    pair.disk.writers();
+    writers(&pair.disk);
     let write = pair.write(0, 1);
     pair.submit(vec![write]).await;
-    assert_eq!(pair.disk.writers(), here(), "it is tried again");
+    assert_eq!(writers(&pair.disk), here(), "it is tried again");
 }
 
 #[tokio::test]
 async fn a_disk_that_fails_in_other_hands_ends_the_store() {
     let mut pair = Pair::new().await;
     pair.idle().await;
-    pair.disk.disk.sync_fails.store(true, Ordering::Relaxed);
+    pair.disk.sync_fails.store(true, Ordering::Relaxed);
     let write = pair.write(0, 1);
     pair.submit(vec![write, OpKind::Flush]).await;
     assert!(matches!(pair.store.failed().await, StoreError::Failed { .. }));
     assert_eq!(*pair.marks.borrow(), Watermark::default(), "nobody was told");
-    pair.disk.disk.sync_fails.store(false, Ordering::Relaxed);
+    pair.disk.sync_fails.store(false, Ordering::Relaxed);
     let write = pair.write(0, 1);
     pair.submit(vec![write]).await;
     assert_eq!(*pair.marks.borrow(), Watermark::default(), "it is over");
@@ -219,5 +162,5 @@ async fn the_thread_cleans_behind_what_others_write() {
     pair.store.close().await;
     let left = pair.disk.list().unwrap().len();
     assert!(left <= 24, "{left} segments");
-    assert!(pair.disk.writers().is_superset(&here()));
+    assert!(writers(&pair.disk).is_superset(&here()));
 }
