@@ -13,9 +13,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc;
 use std::time::{Duration, Instant};
-use tests::vms::PROBE_IMAGE;
+use tests::vms::{PROBE_IMAGE, vm_number};
 use tests::{DiskKind, Pool, output, probe};
 
 use crate::campaign::{self, Config};
@@ -23,6 +22,7 @@ use crate::collector::guest_line;
 use crate::fault::{Fault, Victim};
 use crate::finale;
 use crate::observation::{CopyId, Part, Recorder, Seen};
+use crate::pace::{self, pause};
 use crate::plan::{Plan, Scale};
 use crate::report::{self, Report};
 use crate::workload::{PREFIX, Workload};
@@ -74,11 +74,16 @@ pub fn run(config: &Config, target: &Target) -> Result<Report> {
     report::write(&config.dir, &recorder.all())
 }
 
+/// Whether a campaign chooses such a name.
+fn is_ours(kind: &str, name: &str) -> bool {
+    name.starts_with(PREFIX) || (kind == "image" && name == PROBE_IMAGE)
+}
+
 fn check_names(pool: &Pool) -> Result<()> {
     for kind in ["vm", "volume", "image"] {
         for item in pool.items(&[kind, "list"])? {
             let name = item["name"].as_str().unwrap_or_default();
-            if name.starts_with(PREFIX) || (kind == "image" && name == PROBE_IMAGE) {
+            if is_ours(kind, name) {
                 bail!(
                     "the pool has a {kind} `{name}`, which a campaign would take for its own; delete it first"
                 );
@@ -116,12 +121,8 @@ fn inject(config: &Config, target: &Target, pool: &Pool, recorder: &Recorder, vm
     let end = Instant::now() + config.duration;
     let lost_ms = u64::try_from(config.lost().as_millis()).unwrap_or(u64::MAX);
     let scale = Scale { hosts: pool.hosts().len(), vms: vms.len(), lost_ms, disk: DiskKind::Volatile };
-    let (_pace, ticks) = mpsc::channel::<()>();
-    let pause = |ms: u64| {
-        ticks.recv_timeout(Duration::from_millis(ms)).ok();
-    };
     for (number, step) in Plan::new(config.seed, scale).enumerate() {
-        pause(step.gap_ms);
+        pause(Duration::from_millis(step.gap_ms));
         if Instant::now() >= end {
             return;
         }
@@ -141,7 +142,7 @@ fn inject(config: &Config, target: &Target, pool: &Pool, recorder: &Recorder, vm
         recorder.add(Seen::FaultBegins { number, fault: step.fault, struck: format!("host {host}") });
         let struck = call(program, "strike", kind, &host);
         if struck.is_ok() {
-            pause(step.fault.away_ms());
+            pause(Duration::from_millis(step.fault.away_ms()));
         }
         for text in [struck, call(program, "undo", kind, &host)].into_iter().filter_map(Result::err) {
             recorder.add(Seen::Note { text: format!("fault {number}: {text:#}") });
@@ -157,19 +158,17 @@ fn call(program: &Path, what: &str, kind: &str, host: &str) -> Result<()> {
 /// What the guests print, under the epoch that their VM has then.
 fn watch_guests(pool: &Pool, recorder: &Recorder, vms: &[String], stop: &AtomicBool) {
     let mut known: BTreeMap<CopyId, usize> = BTreeMap::new();
-    let (_pace, ticks) = mpsc::channel::<()>();
-    while !stop.load(Ordering::Relaxed) {
+    pace::every(LOOK_EVERY, stop, || {
         for vm in vms {
             // A pool that does not answer is asked again.
             look(pool, recorder, vm, &mut known).ok();
         }
-        ticks.recv_timeout(LOOK_EVERY).ok();
-    }
+    });
 }
 
 fn look(pool: &Pool, recorder: &Recorder, name: &str, known: &mut BTreeMap<CopyId, usize>) -> Result<()> {
     let place = |vm: &serde_json::Value| {
-        let id = vm["id"].as_str()?.strip_prefix("vm-")?.parse().ok()?;
+        let id = vm_number(vm)?;
         let (epoch, host) = (vm["epoch"].as_u64()?, vm["host"].as_str().unwrap_or_default().to_owned());
         Some(CopyId { vm: id, epoch, host, process: epoch })
     };
@@ -192,8 +191,7 @@ fn clean(pool: &Pool, recorder: &Recorder) -> Result<()> {
     for kind in ["vm", "volume", "image"] {
         for item in pool.items(&[kind, "list"])? {
             let name = item["name"].as_str().unwrap_or_default();
-            let is_ours = name.starts_with(PREFIX) || kind == "image" && name == PROBE_IMAGE;
-            if !is_ours {
+            if !is_ours(kind, name) {
                 continue;
             }
             if kind == "vm" {

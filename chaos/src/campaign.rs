@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use tests::disks::has_volatile_disks;
 use tests::pool::Timing;
+use tests::vms::vm_number;
 use tests::{DiskKind, Injection, Network, Pool, VmSpec};
 
 use crate::collector::Collector;
@@ -177,7 +178,7 @@ pub fn start_vms(config: &Config, pool: &Pool, recorder: &Recorder, vms: &[Strin
             ha: &config.ha,
         })?;
         pool.start_vm(vm, None)?;
-        let id = pool.vm(vm)?["id"].as_str().and_then(|id| id.strip_prefix("vm-")?.parse().ok());
+        let id = vm_number(&pool.vm(vm)?);
         recorder.add(Seen::Watched { vm: id.context("a VM has a number")?, name: vm.clone() });
     }
     vms.iter().try_for_each(|vm| finale::wait_beating(pool, vm, BOOT_DEADLINE).map(drop))

@@ -3,7 +3,6 @@
 use anyhow::{Context, Result, bail};
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc;
 use std::time::Duration;
 use tests::wait::{wait_for, wait_until};
 use tests::{Host, Pool};
@@ -12,6 +11,7 @@ use crate::campaign::Config;
 use crate::fault::{DiskPart, Fault, Kept, Victim};
 use crate::nemesis::{self, Struck};
 use crate::observation::{Recorder, Seen};
+use crate::pace::pause;
 use crate::scenario::{Blow, PHASES, Role, Step, VM, VOLUME};
 use crate::{finale, workload};
 
@@ -77,8 +77,7 @@ impl<'a> Case<'a> {
             Step::WaitPhase(wanted) => self.wait_phase(if wanted == "PHASE" { phase } else { wanted }),
             Step::Strike { blow, at, from } => self.strike(*blow, *at, *from),
             Step::Hold(times) => {
-                let (_pace, ticks) = mpsc::channel::<()>();
-                ticks.recv_timeout(self.config.lost().mul_f64(*times)).ok();
+                pause(self.config.lost().mul_f64(*times));
                 Ok(())
             }
             Step::Heal { first } => {
@@ -351,8 +350,7 @@ impl<'a> Case<'a> {
             scope.spawn(|| load.change_objects());
             scope.spawn(|| load.race(0));
             scope.spawn(|| load.race(1));
-            let (_pace, ticks) = mpsc::channel::<()>();
-            ticks.recv_timeout(Duration::from_secs(seconds)).ok();
+            pause(Duration::from_secs(seconds));
             stop.store(true, Ordering::Relaxed);
         });
         Ok(())

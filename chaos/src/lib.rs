@@ -27,6 +27,7 @@ pub mod lanes;
 pub mod nbd;
 pub mod nemesis;
 pub mod observation;
+pub mod pace;
 pub mod page;
 pub mod plan;
 pub mod pressure;

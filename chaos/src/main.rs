@@ -6,15 +6,14 @@ use chaos::attach::{self, Target};
 use chaos::campaign::{self, Config};
 use chaos::observation;
 use chaos::report::{self, Report, Sum, Verdict};
-use chaos::scenario;
+use chaos::scenario::{self, Profile};
 use chaos::teeth::{self, Bite, Bounds};
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{Parser, Subcommand};
+use std::fmt::Display;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
-
-use tests::pool::Timing;
 
 /// A campaign of a long run: short enough for its record to be judged and read.
 const LEG: Duration = Duration::from_secs(600);
@@ -113,27 +112,17 @@ struct AttachArguments {
     dir: Option<PathBuf>,
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum Profile {
-    Fast,
-    Default,
-}
-
-impl Profile {
-    fn timing(self) -> Timing {
-        match self {
-            Self::Fast => Timing::Fast,
-            Self::Default => Timing::Default,
-        }
+/// The folder of a run: the one that was asked for, or `target/chaos/NAME`.
+fn folder(dir: Option<PathBuf>, name: impl Display) -> Result<PathBuf> {
+    match dir {
+        Some(dir) => Ok(dir),
+        None => Ok(tests::binaries::target_dir()?.join(format!("../chaos/{name}"))),
     }
 }
 
 /// Prints what a run can be repeated with, before it begins; its folder.
 fn announce(seed: u64, dir: Option<PathBuf>) -> Result<PathBuf> {
-    let dir = match dir {
-        Some(dir) => dir,
-        None => tests::binaries::target_dir()?.join(format!("../chaos/{seed}")),
-    };
+    let dir = folder(dir, seed)?;
     let mut out = std::io::stdout();
     writeln!(out, "seed {seed}")?;
     writeln!(out, "directory {}", dir.display())?;
@@ -165,10 +154,17 @@ fn main() -> Result<ExitCode> {
     }
     let dir = announce(seed, arguments.dir.clone())?;
     let config = config_of(seed, Duration::try_from_secs_f64(arguments.minutes * 60.0)?, dir, &arguments);
+    let report = run_campaign(&config)?;
+    Ok(ExitCode::from(report.verdict.exit_code()))
+}
+
+/// Runs a campaign, and tells what it came to.
+fn run_campaign(config: &Config) -> Result<Report> {
     let turn = tests::serial();
-    let report = campaign::run(&config)?;
+    let report = campaign::run(config)?;
     drop(turn);
-    tell(&report, &config.dir)
+    tell(&report, &config.dir)?;
+    Ok(report)
 }
 
 fn config_of(seed: u64, duration: Duration, dir: PathBuf, arguments: &Arguments) -> Config {
@@ -194,10 +190,7 @@ fn marathon(first: u64, length: Duration, arguments: &Arguments) -> Result<ExitC
         }
         let folder = arguments.dir.as_ref().map(|dir| dir.join(seed.to_string()));
         let config = config_of(seed, LEG, announce(seed, folder)?, arguments);
-        let turn = tests::serial();
-        let report = campaign::run(&config)?;
-        drop(turn);
-        tell(&report, &config.dir)?;
+        let report = run_campaign(&config)?;
         worst = worst.min(report.verdict);
         sum.add(&report);
         writeln!(std::io::stdout(), "{sum}")?;
@@ -251,10 +244,7 @@ fn scenarios(names: &[String]) -> Result<ExitCode> {
 
 fn run_scenario(name: &str, scenario: &scenario::Scenario, dir: Option<PathBuf>) -> Result<Report> {
     writeln!(std::io::stdout(), "── {name}: {}", scenario.says)?;
-    let dir = match dir {
-        Some(dir) => dir,
-        None => tests::binaries::target_dir()?.join(format!("../chaos/{name}")),
-    };
+    let dir = folder(dir, name)?;
     let turn = tests::serial();
     let report = scenario::run(scenario, dir.clone())?;
     drop(turn);
@@ -264,7 +254,7 @@ fn run_scenario(name: &str, scenario: &scenario::Scenario, dir: Option<PathBuf>)
 
 /// Does without one rule after the other; fails when one is not missed.
 fn bite(rules: &[String], bounds: Bounds) -> Result<ExitCode> {
-    let dir = tests::binaries::target_dir()?.join("../chaos/teeth");
+    let dir = folder(None, "teeth")?;
     let mut all_caught = true;
     for sabotage in teeth::chosen(rules)? {
         all_caught &= teeth::try_out(sabotage, bounds, &dir)? == Bite::Caught;

@@ -8,6 +8,7 @@
 //! says in which phase it came.
 
 use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::fs;
@@ -69,14 +70,25 @@ fn restart() -> String {
 }
 
 /// Timing profile of a pool.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Profile {
-    /// Scaled down: a host is lost after three seconds.
+    /// Scaled down: a host is lost after three seconds
     #[default]
     Fast,
-    /// What an operator gets: after fifteen.
+    /// What an operator gets: after fifteen
     Default,
+}
+
+impl Profile {
+    /// What the pool is told.
+    #[must_use]
+    pub fn timing(self) -> Timing {
+        match self {
+            Self::Fast => Timing::Fast,
+            Self::Default => Timing::Default,
+        }
+    }
 }
 
 /// Who is meant, when the step is done.
@@ -280,10 +292,7 @@ pub fn run(scenario: &Scenario, dir: PathBuf) -> Result<crate::report::Report> {
         );
     }
     let hosts = scenario.hosts;
-    let timing = match scenario.timing {
-        Profile::Fast => Timing::Fast,
-        Profile::Default => Timing::Default,
-    };
+    let timing = scenario.timing.timing();
     let (spares, ha) = (scenario.spares, scenario.ha.clone());
     let config = Config { seed: 0, duration: Duration::ZERO, hosts, spares, vms: 1, ha, timing, dir };
     let vms = [VM.to_owned()];

@@ -8,19 +8,20 @@
 //! Each stamp is written once only, so a stamp that is read says which write was seen. A write without an answer may have happened,
 //! may happen later, or never.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use std::path::PathBuf;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 use tests::Pool;
+use tests::nbd::socket_of;
 use tests::wait::wait_until;
 
 use crate::nbd::Export;
 use crate::observation::{BlockCall, Recorder, Seen};
+use crate::pace;
 
 /// The volume, which nobody else uses.
 pub const VOLUME: &str = "chaos-stamped";
@@ -60,7 +61,7 @@ impl<'a> Stamps<'a> {
     pub fn serve(&self) {
         let mut random = StdRng::seed_from_u64(self.seed ^ 0x57A1);
         let replicas = self.pool.hosts().len().min(3).to_string();
-        self.every(MOVE_EVERY, || {
+        pace::every(MOVE_EVERY, self.stop, || {
             let host = self.pool.host(random.random_range(0..self.pool.hosts().len())).name();
             let moves = random.random_bool(0.4);
             if !moves && self.served.lock().is_ok_and(|served| served.is_some()) {
@@ -81,7 +82,7 @@ impl<'a> Stamps<'a> {
         let mut random = StdRng::seed_from_u64(self.seed ^ (0xB10C + client));
         let mut export: Option<(PathBuf, Export)> = None;
         let mut next = 0;
-        self.every(CALL_EVERY, || {
+        pace::every(CALL_EVERY, self.stop, || {
             let Some(socket) = self.served.lock().ok().and_then(|served| served.clone()) else { return };
             if export.as_ref().is_none_or(|(open, _)| *open != socket) {
                 export = Export::open(&socket, VOLUME).ok().map(|export| (socket.clone(), export));
@@ -121,21 +122,12 @@ impl<'a> Stamps<'a> {
     fn record(&self, client: u64, block: u64, from_ms: u64, call: BlockCall) {
         self.recorder.add(Seen::Block { volume: VOLUME.to_owned(), block, client, from_ms, call });
     }
-
-    fn every(&self, pause: Duration, mut step: impl FnMut()) {
-        let (_pace, ticks) = mpsc::channel::<()>();
-        while !self.stop.load(Ordering::Relaxed) {
-            step();
-            ticks.recv_timeout(pause).ok();
-        }
-    }
 }
 
 /// Serves the volume by a host; the socket.
 fn serve(pool: &Pool, host: &str) -> Result<PathBuf> {
     let uri = pool.serve_nbd(VOLUME, host)?;
-    let (_, socket) = uri.split_once("socket=").with_context(|| format!("no socket in {uri}"))?;
-    Ok(PathBuf::from(socket))
+    socket_of(&uri).map(ToOwned::to_owned)
 }
 
 /// Reads every block once more when everything has healed, and lets go of the volume.

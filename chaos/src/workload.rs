@@ -3,14 +3,14 @@
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use tests::vms::PROBE_IMAGE;
+use tests::vms::{PROBE_IMAGE, vm_number};
 use tests::{Output, Pool};
 
 use crate::observation::{Answer, Asked, Recorder, Seen};
+use crate::pace;
 
 /// Pause between two migrations: the guest shall also run undisturbed for a moment.
 const MIGRATE_EVERY: Duration = Duration::from_millis(700);
@@ -49,7 +49,7 @@ impl Workload<'_> {
     /// Moves a VM to another host, again and again.
     pub fn migrate(self) {
         let mut random = StdRng::seed_from_u64(self.seed ^ 1);
-        self.every(MIGRATE_EVERY, || {
+        pace::every(MIGRATE_EVERY, self.stop, || {
             let Some(vm) = self.vms.choose(&mut random) else { return };
             let target = self.pool.host(random.random_range(0..self.pool.hosts().len())).name();
             let Ok(output) = self.pool.poolctl(&["vm", "migrate", vm, "--to", target, "-o", "json"]) else {
@@ -104,7 +104,7 @@ impl Workload<'_> {
         delete: impl Fn(usize) -> (String, Option<Output>),
     ) {
         let (mut oldest, mut next) = (0, 0);
-        self.every(CHANGE_EVERY, || {
+        pace::every(CHANGE_EVERY, self.stop, || {
             let deletes = next - oldest >= OBJECTS_MAX;
             let (object, output) = if deletes { delete(oldest) } else { create(next) };
             *(if deletes { &mut oldest } else { &mut next }) += 1;
@@ -120,7 +120,7 @@ impl Workload<'_> {
     /// were told.
     pub fn race(self, client: u64) {
         let mut random = StdRng::seed_from_u64(self.seed ^ (2 + client));
-        self.every(CHANGE_EVERY, || {
+        pace::every(CHANGE_EVERY, self.stop, || {
             let object = RACED[random.random_range(0..RACED.len())];
             let choice = random.random_range(0..6);
             let (kind, name) = object.split_once(' ').unwrap_or_default();
@@ -174,19 +174,10 @@ impl Workload<'_> {
 
     /// Asks for tasks and epochs of volumes.
     pub fn watch_state(self) {
-        self.every(CHANGE_EVERY, || {
+        pace::every(CHANGE_EVERY, self.stop, || {
             record_state(self.pool, self.recorder);
             record_placements(self.pool, self.recorder, self.vms);
         });
-    }
-
-    fn every(self, pause: Duration, mut step: impl FnMut()) {
-        // A channel that nothing is sent on paces the steps.
-        let (_pace, ticks) = mpsc::channel::<()>();
-        while !self.stop.load(Ordering::Relaxed) {
-            step();
-            ticks.recv_timeout(pause).ok();
-        }
     }
 }
 
@@ -251,7 +242,7 @@ fn record_placements(pool: &Pool, recorder: &Recorder, vms: &[String]) {
 }
 
 fn placement(vm: &serde_json::Value) -> Option<(u64, u64, u64, String)> {
-    let id = vm["id"].as_str()?.strip_prefix("vm-")?.parse().ok()?;
+    let id = vm_number(vm)?;
     let host = vm["host"].as_str().unwrap_or_default().to_owned();
     Some((id, vm["revision"].as_u64()?, vm["epoch"].as_u64()?, host))
 }

@@ -21,9 +21,9 @@ impl HugePages {
     /// The kernel's count is no number.
     pub fn add(more: u64) -> Result<Self> {
         let before = read()?;
-        // A refusal shows in the count.
-        let _ = fs::write(COUNT, (before + more).to_string());
-        Ok(Self { before, count: read()? })
+        let mut pages = Self { before, count: before };
+        pages.set(more)?;
+        Ok(pages)
     }
 
     /// The same with another number on top of what was there before.
@@ -31,6 +31,7 @@ impl HugePages {
     /// # Errors
     /// As [`Self::add`].
     pub fn set(&mut self, more: u64) -> Result<()> {
+        // A refusal shows in the count.
         let _ = fs::write(COUNT, (self.before + more).to_string());
         self.count = read()?;
         Ok(())

@@ -39,6 +39,15 @@ pub fn copy_out(uri: &str, file: &Path) -> Result<()> {
     tool("nbdcopy", &[uri, &file.to_string_lossy()]).map(drop)
 }
 
+/// The unix socket in the URI of an export.
+///
+/// # Errors
+/// It is served by TCP.
+pub fn socket_of(uri: &str) -> Result<&Path> {
+    let (_, socket) = uri.split_once("socket=").with_context(|| format!("no socket in {uri}"))?;
+    Ok(Path::new(socket))
+}
+
 impl Pool {
     /// `volume nbd NAME --listen unix:…` by a host; the URI. The socket is in the directory of the pool.
     ///

@@ -33,6 +33,12 @@ pub const PROBE_IMAGE: &str = "probe";
 /// Work of a probe guest that fits into any test: a small working set and steady disk writes.
 pub const PROBE_LIGHT: &str = "wss=4M disk=1";
 
+/// The number in the id of a VM as `poolctl` shows it.
+#[must_use]
+pub fn vm_number(vm: &Value) -> Option<u64> {
+    vm["id"].as_str()?.strip_prefix("vm-")?.parse().ok()
+}
+
 impl Pool {
     /// A VM with the probe guest and one volume with as many replicas as hosts, up to three; started, and seen to beat.
     ///
@@ -122,8 +128,7 @@ impl Pool {
     /// When its host has none.
     pub fn vm_process(&self, name: &str) -> Result<VmProcess> {
         let vm = self.vm(name)?;
-        let id = vm["id"].as_u64().or_else(|| vm["id"].as_str()?.strip_prefix("vm-")?.parse().ok());
-        let id = id.with_context(|| format!("no id in {vm}"))?;
+        let id = vm_number(&vm).with_context(|| format!("no id in {vm}"))?;
         let host = vm["host"].as_str().unwrap_or_default();
         let processes = self.host_named(host)?.vm_processes();
         let newest =

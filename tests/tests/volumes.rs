@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
-use tests::nbd::{copy_out, qemu_io, tool};
+use tests::nbd::{copy_out, qemu_io, socket_of, tool};
 use tests::vms::PROBE_LIGHT;
 use tests::wait::wait_for;
 use tests::{Pool, pool::Timing, serial};
@@ -67,7 +67,7 @@ fn real_clients_read_and_write_a_volume_and_nothing_is_left_when_it_is_stopped()
     qemu_io(&uri, &["read -P 0x5a 512 1024", "read -P 0 4M 1M", "read -P 0 6M 64k"])?;
     as_a_file(&pool, &uri)?;
     // Garbage ends its own connection and no other.
-    let socket = uri.split_once("socket=").context("a socket in the URI")?.1;
+    let socket = socket_of(&uri)?;
     let mut stranger = std::os::unix::net::UnixStream::connect(socket)?;
     stranger.write_all(&[0xff; 4096])?;
     let job = ["--name=job", "--ioengine=nbd", "--rw=randwrite", "--bs=4k", "--size=8M", "--iodepth=16"];
@@ -88,7 +88,7 @@ fn real_clients_read_and_write_a_volume_and_nothing_is_left_when_it_is_stopped()
     let host = pool.host_named("h1")?;
     wait_for(PATIENCE, "process, socket and directory are gone", || {
         let left = fs::read_dir(host.data_dir().join("vms"))?.count();
-        Ok(host.volume_processes().is_empty() && left == 0 && !std::path::Path::new(socket).exists())
+        Ok(host.volume_processes().is_empty() && left == 0 && !socket.exists())
     })?;
     pool.poolctl(&["volume", "nbd", "data", "--stop"])?.expect_code(4)?;
     Ok(())
