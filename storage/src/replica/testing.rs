@@ -16,7 +16,6 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, ThreadId};
-use std::time::{Duration, Instant};
 
 /// Small, so that some thousand blocks fill many.
 pub const SEGMENT_BLOCKS: usize = 128;
@@ -34,8 +33,6 @@ pub struct RamDisk {
     pub written: AtomicU64,
     /// Threads that have written.
     pub writers: Mutex<HashSet<ThreadId>>,
-    /// What a write takes at least, in microseconds.
-    pub write_us: AtomicU64,
 }
 
 impl Default for RamDisk {
@@ -55,7 +52,6 @@ impl RamDisk {
             sync_fails: AtomicBool::new(false),
             written: AtomicU64::new(0),
             writers: Mutex::default(),
-            write_us: AtomicU64::new(0),
         }
     }
 
@@ -103,10 +99,6 @@ impl Disk for RamDisk {
     fn write(&self, segment: SegmentId, offset: u64, bytes: &[u8]) -> io::Result<()> {
         self.written.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         self.writers.lock().unwrap().insert(thread::current().id());
-        let (start, least) = (Instant::now(), Duration::from_micros(self.write_us.load(Ordering::Relaxed)));
-        while start.elapsed() < least {
-            thread::yield_now();
-        }
         let mut segments = self.segments.lock().unwrap();
         let at = usize::try_from(offset).unwrap();
         segments.get_mut(&segment).ok_or(io::ErrorKind::NotFound)?[at..at + bytes.len()]

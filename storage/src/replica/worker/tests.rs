@@ -62,6 +62,14 @@ impl Pair {
         *self.marks.wait_for(is_over).await.unwrap()
     }
 
+    /// What takes longer from now on is slow.
+    fn call_quick(&self, quick: Duration) {
+        match &mut *self.store.worker().place.lock().unwrap() {
+            Place::Open(desk) => desk.quick = quick,
+            Place::Failed(_) | Place::Closed => panic!("the store is over"),
+        }
+    }
+
     /// Waits until the thread has nothing to do: what is handed in next may be written at once.
     async fn idle(&self) {
         loop {
@@ -110,10 +118,11 @@ async fn nothing_overtakes_what_was_handed_in_before() {
 async fn a_slow_disk_is_left_to_the_thread() {
     let mut pair = Pair::new().await;
     pair.idle().await;
-    pair.disk.write_us.store(QUICK.as_micros() as u64 + 1, Ordering::Relaxed);
+    pair.call_quick(Duration::ZERO);
     let write = pair.write(0, 1);
     pair.submit(vec![write]).await;
-    pair.disk.write_us.store(0, Ordering::Relaxed);
+    // However busy this machine is.
+    pair.call_quick(Duration::MAX);
     writers(&pair.disk);
     for _ in 1..AFTER_SLOW {
         pair.idle().await;
