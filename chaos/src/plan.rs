@@ -137,10 +137,11 @@ impl Plan {
                 let seconds = if self.random.random_bool(0.5) { far } else { -far };
                 Fault::ShiftClock { victim, seconds, away_ms }
             }
-            1..4 => {
+            1 => {
                 let delay_ms = self.random.random_range(50..self.scale.lost_ms);
                 Fault::DelayCalls { victim, delay_ms, percent, away_ms }
             }
+            2..4 => Fault::RepeatCalls { victim, later_ms: self.scale.lost_ms, percent, away_ms },
             _ => Fault::Squeeze { victim, mebibytes: self.random.random_range(8..96), away_ms },
         }
     }

@@ -160,6 +160,8 @@ impl Workload<'_> {
         let answer = match &output {
             Ok(output) if output.code == DONE => Answer::Done,
             Ok(output) if output.code == NOT_FOUND && asked == Asked::Delete => Answer::Missing,
+            // It came again, and what was done the first time is another's now.
+            Ok(output) if output.stderr.contains("already used for another change") => Answer::Unknown,
             Ok(output) if output.code == BLOCKED => {
                 if asked == Asked::Create && !output.stderr.contains("exists") {
                     return;

@@ -14,6 +14,7 @@ use crate::api::access::AccessLayer;
 use crate::api::hosts::HostApi;
 use crate::api::pool::PoolApi;
 use crate::api::principal::refuse_removed_hosts;
+use crate::api::refusals::RefusalLayer;
 use crate::consensus::{Consensus, RaftApi};
 use crate::faults::CallFaultsLayer;
 use crate::identity::SharedIdentity;
@@ -127,10 +128,12 @@ pub fn spawn(options: ServerOptions, shutdown: CancellationToken) -> Result<Runn
         .add_service(reflection);
     let consensus = options.consensus.clone();
     let access = AccessLayer::new(consensus.clone());
+    let refusals = RefusalLayer::new(consensus.clone());
     let server = Server::builder()
         .layer(InterceptorLayer::new(move |request| refuse_removed_hosts(&consensus, request)))
         .layer(access)
         .layer(CallFaultsLayer::new(crate::faults::present()))
+        .layer(refusals)
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .max_concurrent_streams(STREAMS_MAX)

@@ -40,10 +40,10 @@ fn a_pool_is_upgraded_host_by_host_and_then_gets_another_authority() -> Result<(
         wait_for(SOON, "the host has told its level", || {
             let hosts = pool.json(&["upgrade", "status"])?["hosts"].clone();
             let told = hosts.as_array().and_then(|all| all.iter().find(|it| it["host"] == host.name()));
-            Ok(told.is_some_and(|told| told["feature_level"] == 3))
+            Ok(told.is_some_and(|told| told["feature_level"] == 4))
         })?;
     }
-    wait_for(SOON, "the level is raised", || Ok(level(&pool)? == 3))?;
+    wait_for(SOON, "the level is raised", || Ok(level(&pool)? == 4))?;
     for new in [&cluster[..], &snapshot] {
         pool.poolctl(new)?.ok()?;
     }
@@ -60,7 +60,7 @@ fn a_pool_is_upgraded_host_by_host_and_then_gets_another_authority() -> Result<(
     fs::write(&path, format!("feature_level_max = 2\n{config}"))?;
     let data = last.data_dir().to_string_lossy().into_owned();
     let refused = pool.poold_at(2, &["serve", "--data", &data])?.expect_code(4)?;
-    assert!(refused.stderr.contains("feature level 3"), "{}", refused.stderr);
+    assert!(refused.stderr.contains("feature level 4"), "{}", refused.stderr);
     configuration(&pool, &path, &config)
 }
 

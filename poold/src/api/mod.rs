@@ -15,6 +15,7 @@ pub mod nbd;
 pub mod networks;
 pub mod pool;
 pub mod principal;
+pub mod refusals;
 pub mod snapshots;
 mod stats;
 pub mod status;

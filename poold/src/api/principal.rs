@@ -75,9 +75,17 @@ pub fn bearer_in(headers: &http::HeaderMap, state: &PoolState, now_ms: u64) -> O
 /// # Errors
 /// No certificate was shown, or it names nobody.
 pub fn principal_of<T>(request: &Request<T>) -> Result<Principal, Status> {
-    match request.extensions().get::<Bearer>() {
+    principal_among(request.extensions())
+}
+
+/// The caller, as [`principal_of`], where a request has not come to its service yet.
+///
+/// # Errors
+/// No certificate was shown, or it names nobody.
+pub fn principal_among(extensions: &http::Extensions) -> Result<Principal, Status> {
+    match extensions.get::<Bearer>() {
         Some(bearer) => Ok(bearer.principal.clone()),
-        None => principal_in(request.extensions()).map(|(name, _)| name.into()),
+        None => principal_in(extensions).map(|(name, _)| name.into()),
     }
 }
 

@@ -16,13 +16,13 @@ use crate::{
 };
 
 /// The newest level that this version supports.
-pub const NEWEST: u32 = 3;
+pub const NEWEST: u32 = 4;
 
 /// The oldest one.
 pub const OLDEST: u32 = 2;
 
-/// How far a daemon may be ahead of its pool: versions are upgraded one after the other.
-pub const SKEW_MAX: u32 = 1;
+/// How far a daemon may be ahead of its pool: versions are upgraded one after the other, and one brings two levels at most.
+pub const SKEW_MAX: u32 = 2;
 
 /// What a level has brought.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,6 +49,8 @@ pub enum Feature {
     QueuedMoves,
     /// Memory in huge pages.
     HugePages,
+    /// Refusals that are remembered.
+    Refusals,
 }
 
 impl Feature {
@@ -65,6 +67,7 @@ impl Feature {
             | Self::HostKeys
             | Self::QueuedMoves
             | Self::HugePages => 3,
+            Self::Refusals => 4,
         }
     }
 }
@@ -221,6 +224,7 @@ fn of_governance(change: &Govern) -> Feature {
         Govern::RotateCa(_) | Govern::FinishCaRotation => Feature::CaRotation,
         Govern::CreateAccessToken { .. } | Govern::DeleteAccessToken { .. } => Feature::AccessTokens,
         Govern::CreateKeyToken { .. } | Govern::ReplaceHostKey { .. } => Feature::HostKeys,
+        Govern::RefuseRequest => Feature::Refusals,
     }
 }
 

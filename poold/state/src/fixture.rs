@@ -74,7 +74,10 @@ impl Pool {
         invariants::check_step(&before, &self.state)
             .unwrap_or_else(|violation| panic!("{violation} after {entry:?}"));
         if result.is_err() {
-            let unchanged = PoolState { revision: self.state.revision, ..before };
+            // That it was refused is remembered.
+            assert_eq!(self.state.requests.len(), before.requests.len());
+            let requests = self.state.requests.clone();
+            let unchanged = PoolState { revision: self.state.revision, requests, ..before };
             assert_eq!(self.state, unchanged, "a rejected entry changed something: {entry:?}");
         }
         result

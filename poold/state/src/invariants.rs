@@ -2,7 +2,7 @@
 //! them after each entry; production code does not need them.
 
 use crate::{
-    limits::{AUDIT_MAX, EPOCH_HISTORY_MAX, EVENTS_MAX, REQUESTS_MAX, VOLUME_DEPTH_MAX},
+    limits::{AUDIT_MAX, EPOCH_HISTORY_MAX, EVENTS_MAX, REFUSALS_MAX, REQUESTS_MAX, VOLUME_DEPTH_MAX},
     state::{Holder, HostDuty, Migration, MigrationPhase, PoolState, SnapshotState, TaskKind, Vm, Volume},
 };
 use proto::{ByteCount, Epoch, HostId, MigrationId, TaskId, VmId, VolumeId};
@@ -366,6 +366,7 @@ fn check_bounds(state: &PoolState) -> Result<(), Violation> {
     let bounds = [
         ("events", state.events.iter().count(), EVENTS_MAX),
         ("requests", state.requests.len(), REQUESTS_MAX),
+        ("refused requests", state.requests.refused_len(), REFUSALS_MAX),
         ("audit", state.audit.len(), AUDIT_MAX),
         ("epoch history", longest, EPOCH_HISTORY_MAX),
     ];

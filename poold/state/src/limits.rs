@@ -70,6 +70,8 @@ limits! {
     pub const LABEL_VALUE_BYTES_MAX: usize = 63;
     /// Request ids kept for retries: at 100 changes a second a client has 40 s to come back.
     pub const REQUESTS_MAX: usize = 4_096;
+    /// Ids of refused requests kept, apart from the others: as long as a client may wait and try again, at 100 refusals a second.
+    pub const REFUSALS_MAX: usize = 4_096;
 
     /// Longest request id in bytes, as the API promises.
     pub const REQUEST_ID_BYTES_MAX: usize = 64;

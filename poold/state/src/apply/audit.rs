@@ -18,9 +18,14 @@ impl PoolState {
     }
 }
 
+/// Whether somebody asked for it, and no host reports it.
+pub(super) fn is_of_user(entry: &crate::Entry) -> bool {
+    entry.principal.starts_with(USER_PREFIX)
+}
+
 /// The record of an accepted change, named by the state before it. None for reports of hosts.
 pub(super) fn record(before: &PoolState, index: u64, entry: &crate::Entry) -> Option<AuditRecord> {
-    if !entry.principal.starts_with(USER_PREFIX) {
+    if !is_of_user(entry) {
         return None;
     }
     let (action, object) = describe(before, &entry.command)?;
@@ -177,8 +182,9 @@ fn describe_governance(state: &PoolState, change: &Govern) -> Option<(&'static s
         Govern::DeleteAccessToken { token } => ("token.revoke", token.to_string()),
         Govern::CreateKeyToken { host: id, .. } => ("host.rekey", host(state, *id)),
         Govern::ReplaceHostKey { host: id, .. } => ("host.key", host(state, *id)),
-        Govern::SetHostVersion { .. } | Govern::RaiseFeatureLevel { .. } | Govern::HostTrusts { .. } => {
-            return None;
-        }
+        Govern::SetHostVersion { .. }
+        | Govern::RaiseFeatureLevel { .. }
+        | Govern::HostTrusts { .. }
+        | Govern::RefuseRequest => return None,
     })
 }

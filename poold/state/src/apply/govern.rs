@@ -55,6 +55,10 @@ impl Change<'_> {
             Govern::ReplaceHostKey { host, secret_hash, public_key } => {
                 self.replace_host_key(*host, *secret_hash, public_key)
             }
+            Govern::RefuseRequest => {
+                self.state.requests.refuse(self.request_id);
+                Ok(Outcome::Done)
+            }
         }
     }
 

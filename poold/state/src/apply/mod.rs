@@ -9,7 +9,7 @@
 //! - `vms`: creating, deleting and what an operator wants of a VM. `run`: starts, ends, restarts and recovery.
 //! - `migrations`: the moves. `queue`: moves that wait, and the limits that they wait for. `tasks`: long operations and their ends.
 //! - `networks`: networks, and the cards of VMs. `duty`, `groups`, `users`: what an operator asks of hosts, of placements, and who may ask. `moves`: tasks of the pool.
-//! - `clusters`: which hosts a VM is placed among. `govern`: settings, feature level, CA and access tokens. `ownership`: placements and epochs, which always change together. `audit`: who changed what.
+//! - `clusters`: which hosts a VM is placed among. `govern`: settings, feature level, CA and access tokens. `ownership`: placements and epochs, which always change together. `audit`: who changed what. `requests`: requests that come again.
 
 mod audit;
 mod cloning;
@@ -32,6 +32,7 @@ mod pool;
 mod queue;
 mod reclaim;
 mod replicas;
+mod requests;
 mod run;
 mod scrubs;
 mod services;
@@ -66,7 +67,7 @@ impl PoolState {
     /// Applies the entry at this index of the log.
     ///
     /// # Errors
-    /// When a rule forbids it; then nothing but the revision has changed.
+    /// When a rule forbids it; then nothing but the revision has changed, and that the request was refused is remembered.
     ///
     /// # Panics
     /// When the index is not higher than that of the entry before: an entry is applied once.
@@ -82,18 +83,23 @@ impl PoolState {
                 Err(Rejection::RequestIdReused { request_id: id.clone() })
             };
         }
+        let id = entry.request_id.as_deref().unwrap_or_default();
+        if self.requests.is_refused(id) {
+            return self.refuse_again(index, entry);
+        }
         let mut next = self.clone();
-        let mut change = Change {
-            state: &mut next,
-            index,
-            time_ms: entry.time_ms,
-            seed: &entry.seed,
-            principal: &entry.principal,
-            request_id: entry.request_id.as_deref().unwrap_or_default(),
-            ordinal: 0,
+        let outcome = match next.change(index, entry) {
+            Ok(outcome) => outcome,
+            Err(rejection) => {
+                if requests::is_kept(self, entry) {
+                    self.requests.refuse(id);
+                }
+                return Err(rejection);
+            }
         };
-        let outcome = change.dispatch(&entry.command)?;
-        if let (Some(id), Some(command_hash)) = (&entry.request_id, command_hash) {
+        if let Some(command_hash) = command_hash
+            && !next.requests.is_refused(id)
+        {
             next.requests.insert(id, Answer { command_hash, outcome });
         }
         if let Some(record) = audit::record(self, index, entry) {
@@ -102,6 +108,20 @@ impl PoolState {
         next.update_index();
         *self = next;
         Ok(outcome)
+    }
+
+    /// Does what an entry says, or a part of it when it is refused.
+    fn change(&mut self, index: u64, entry: &Entry) -> Applied {
+        let mut change = Change {
+            state: self,
+            index,
+            time_ms: entry.time_ms,
+            seed: &entry.seed,
+            principal: &entry.principal,
+            request_id: entry.request_id.as_deref().unwrap_or_default(),
+            ordinal: 0,
+        };
+        change.dispatch(&entry.command)
     }
 
     /// Moves the revision past an entry that carries no command (blank, membership).

@@ -69,6 +69,9 @@ pub enum Govern {
         /// SubjectPublicKeyInfo in DER.
         public_key: Vec<u8>,
     },
+    /// Whoever serves a request refuses it without an entry of its own, e.g. since a name means nothing: the entry's request id is
+    /// refused from now on. An id whose request was done is refused as one that was used.
+    RefuseRequest,
 }
 
 /// Settings to change; none leaves one as it is.

@@ -19,7 +19,7 @@ use crate::{
         TargetChoice, TaskKind, TaskState, TokenState, VolumeWork,
     },
 };
-use proto::{CpuProfile, ListenAddress, MemoryPages};
+use proto::{CpuProfile, HostId, ListenAddress, MemoryPages};
 use serde::{Deserialize, Serialize};
 use serde_reflection::{ContainerFormat, Registry, Samples, Tracer, TracerConfig};
 use std::{
@@ -28,6 +28,9 @@ use std::{
 };
 
 const WRITER: &str = "0.1.0";
+
+/// The first level whose names were written down.
+const FIRST_NAMED: u32 = 3;
 
 /// The file of a promise; one that is missing is written where whoever adds a level takes it from.
 fn kept(name: &str, now: &[u8]) -> Vec<u8> {
@@ -57,6 +60,10 @@ fn sample(level: u32) -> PoolState {
         let cpu_profile = proto::CpuProfile::default();
         pool.accept(ClusterCommand::CreateCluster { name: "new".into(), cpu_profile }.into());
     }
+    // Remembered since level 4.
+    let request_id = Some("r-1".to_owned());
+    let refused = Entry { request_id, ..pool.entry(Command::CordonHost { host: HostId(9_999) }) };
+    pool.apply_entry(&refused).expect_err("there is no such host");
     pool.state
 }
 
@@ -80,12 +87,17 @@ fn what_a_pool_has_at_a_level_is_all_in_what_is_written_at_that_level() {
         let bytes = write(&state, level, WRITER).unwrap();
         assert!(read::<PoolState>(&bytes, level).unwrap() == state, "level {level}");
     }
-    let old = write(&sample(2), 2, WRITER).unwrap();
-    for brought_later in ["clonings", "clusters", "cluster", "rekeys", "rewriting", "last_scrub", "snapshots"]
-    {
-        let mut name = vec![0xa0 | brought_later.len() as u8];
-        name.extend(brought_later.as_bytes());
-        assert!(!old.windows(name.len()).any(|part| part == name), "{brought_later} in a state of level 2");
+    let of_3 = ["clonings", "clusters", "cluster", "rekeys", "rewriting", "last_scrub", "snapshots"];
+    for (level, brought_later) in [(3, &of_3[..]), (4, &["refused"])] {
+        let holds = |level: u32, name: &str| {
+            let text = [&[0xa0 | name.len() as u8], name.as_bytes()].concat();
+            let bytes = write(&sample(level), level, WRITER).unwrap();
+            bytes.windows(text.len()).any(|part| part == text)
+        };
+        for name in brought_later {
+            assert!(!holds(level - 1, name), "{name} in a state of level {}", level - 1);
+        }
+        assert!(holds(level, brought_later.last().unwrap()), "it would be in there if it was");
     }
 }
 
@@ -249,17 +261,19 @@ fn no_name_and_no_position_that_was_promised_has_changed() {
     });
     let now = Promise { state, entry };
     let text = serde_json::to_string_pretty(&now).unwrap();
-    let promised = kept(&format!("level-{NEWEST}.json"), text.as_bytes());
-    let promised: Promise = serde_json::from_slice(&promised).unwrap();
-    for (name, format) in &promised.state {
-        let kept = now.state.get(name).is_some_and(|now| keeps_names(format, now));
-        assert!(kept, "{name} in states was promised otherwise: add a field with a default, change none");
-    }
-    for (name, format) in &promised.entry {
-        let kept = now.entry.get(name).is_some_and(|now| keeps_positions(format, now));
-        assert!(
-            kept,
-            "{name} in entries was promised otherwise: add a command behind the others, change none"
-        );
+    for level in FIRST_NAMED..=NEWEST {
+        let promised = kept(&format!("level-{level}.json"), text.as_bytes());
+        let promised: Promise = serde_json::from_slice(&promised).unwrap();
+        for (name, format) in &promised.state {
+            let kept = now.state.get(name).is_some_and(|now| keeps_names(format, now));
+            assert!(kept, "{name} in states was promised otherwise: add a field with a default, change none");
+        }
+        for (name, format) in &promised.entry {
+            let kept = now.entry.get(name).is_some_and(|now| keeps_positions(format, now));
+            assert!(
+                kept,
+                "{name} in entries was promised otherwise: add a command behind the others, change none"
+            );
+        }
     }
 }

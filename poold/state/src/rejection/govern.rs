@@ -65,6 +65,12 @@ pub enum GovernRejection {
         /// The host.
         host: String,
     },
+    /// Somebody was told no: what would be possible now must not be done behind his back.
+    #[error("request `{request_id}` was refused before, and stays refused")]
+    RefusedBefore {
+        /// The id.
+        request_id: String,
+    },
 }
 
 impl GovernRejection {
@@ -82,6 +88,7 @@ impl GovernRejection {
             Self::TokenRekeys { .. } => "TOKEN_FOR_KEY",
             Self::TokenAdmits => "TOKEN_FOR_NEW_HOST",
             Self::KeyInUse { .. } => "KEY_IN_USE",
+            Self::RefusedBefore { .. } => "REQUEST_REFUSED_BEFORE",
         }
     }
 
@@ -90,7 +97,7 @@ impl GovernRejection {
     pub fn class(&self) -> RejectionClass {
         match self {
             Self::RoleTooHigh { .. } => RejectionClass::Invalid,
-            Self::LevelReached { .. } => RejectionClass::Conflict,
+            Self::LevelReached { .. } | Self::RefusedBefore { .. } => RejectionClass::Conflict,
             Self::TokenRekeys { .. } | Self::TokenAdmits => RejectionClass::Denied,
             _ => RejectionClass::Precondition,
         }
@@ -105,6 +112,7 @@ impl GovernRejection {
             | Self::TokenRekeys { host }
             | Self::KeyInUse { host } => format!("host {host}"),
             Self::RoleTooHigh { user, .. } => format!("user {user}"),
+            Self::RefusedBefore { request_id } => format!("request {request_id}"),
             _ => String::new(),
         }
     }
@@ -129,6 +137,7 @@ impl GovernRejection {
             }
             Self::TokenAdmits => "make a token with `poolctl host rekey HOST`".into(),
             Self::KeyInUse { .. } => "let `poold rekey` make a new one".into(),
+            Self::RefusedBefore { .. } => "give the command again: it is another request then".into(),
         }
     }
 }

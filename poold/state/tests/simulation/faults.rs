@@ -18,6 +18,7 @@ impl World {
     /// The part of the history in which things break.
     pub fn run_faults(&mut self) {
         self.has_faults = true;
+        self.clients.are_at_work = true;
         self.run_until(FAULTS_MS, |world| {
             world.repair();
             if world.rng.chance(2) {
@@ -28,6 +29,7 @@ impl World {
             }
         });
         self.has_faults = false;
+        self.clients.are_at_work = false;
     }
 
     /// Now and then the target of a move dies as the move is committed: the VM belongs to it and has not run there.

@@ -6,11 +6,12 @@
 //! Real: `PoolState::apply`, the lease machines, the planner, the reconciler. Simulated: time, messages (late or lost), the log (it
 //! commits while a majority is connected), VM processes with their leases, and migrations. Checked: one running copy of a VM at
 //! every instant (I1), no write under an epoch below one that its replica has promised (I2), no read that knows less than what
-//! somebody was told before (I3), every acknowledged write at whoever takes the volume over (I4), the state's own invariants after
+//! somebody was told before, and no call that is done twice or after it was refused (I3), every acknowledged write at whoever takes the volume over (I4), the state's own invariants after
 //! every entry, and at the end of each history, when all faults are healed: every task has ended (I5), every VM that should runs (I6), and nothing is left over (I7).
 //!
 //! `SIM_SEED=17` plays one history again; `SIM_SEEDS=5000` plays many, `SIM_HOSTS` and `SIM_VMS` larger ones.
 
+mod clients;
 mod disks;
 mod faults;
 mod host;
@@ -36,6 +37,8 @@ struct Told {
     writes: usize,
     /// Owners that met a replica which had promised more.
     fenced: usize,
+    /// Calls of clients that were refused.
+    refused: usize,
 }
 
 fn play(seed: u64) -> Result<Told, String> {
@@ -44,7 +47,7 @@ fn play(seed: u64) -> Result<Told, String> {
     world.heal();
     world.settle()?;
     let (taken_back, writes, fenced) = (world.taken_back, world.disks.writes, world.disks.fenced);
-    Ok(Told { taken_back, writes, fenced })
+    Ok(Told { taken_back, writes, fenced, refused: world.clients.refused() })
 }
 
 /// Small, so that everything meets everything; `SIM_HOSTS=64 SIM_VMS=2000 SIM_SEEDS=1` plays a large pool, in a release build.
@@ -80,6 +83,7 @@ fn every_history_keeps_the_invariants_and_comes_to_rest() {
                                 all.taken_back += one.taken_back;
                                 all.writes += one.writes;
                                 all.fenced += one.fenced;
+                                all.refused += one.refused;
                             }
                             Err(violation) => panic!("{violation}\nplay it again with SIM_SEED={seed}"),
                         };
@@ -94,11 +98,12 @@ fn every_history_keeps_the_invariants_and_comes_to_rest() {
         }
     });
     let (count, told) = (seeds.end - seeds.start, told.into_inner().unwrap());
-    let Told { taken_back, writes, fenced } = told;
+    let Told { taken_back, writes, fenced, refused } = told;
     assert!(count < SEEDS || taken_back > 0, "no history has a target that dies with a VM before it ran");
     assert!(count < SEEDS || (writes > 0 && fenced > 0), "no history has an old owner that is fenced");
+    assert!(count < SEEDS || refused > 0, "no call of a client was refused");
     eprintln!(
-        "{count} histories from seed {}: {taken_back} VMs went back to the source of their move, {writes} writes, {fenced} owners fenced",
+        "{count} histories from seed {}: {taken_back} VMs went back to the source of their move, {writes} writes, {fenced} owners fenced, {refused} calls refused",
         seeds.start
     );
 }

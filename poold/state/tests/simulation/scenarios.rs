@@ -1,6 +1,6 @@
 //! The scenarios of `chaos/scenarios` in the simulated world: the same files, each with several seeds.
 //!
-//! A file that needs what this world does not have (single links, disks with bits, calls that come twice) is for real processes
+//! A file that needs what this world does not have (single links, disks with bits, calls that come late) is for real processes
 //! alone; the test says which those are, and that not all of them are. A hold is so many times the loss of a host, as there.
 
 use super::disks::Disks;
@@ -22,7 +22,7 @@ const STEP_MS: u64 = 60_000;
 /// Between two looks at whether it has.
 const LOOK_MS: u64 = 50;
 /// Files that suit this world; fewer mean that it lost something, or that files ask for things without need.
-const SUITED_MIN: usize = 12;
+const SUITED_MIN: usize = 13;
 
 /// Why a scenario was not played to its end.
 #[derive(Debug)]
@@ -49,6 +49,8 @@ enum Struck {
     Power(Vec<usize>),
     Cut(usize),
     Stalled(usize),
+    /// Clients work, and their calls come twice, at any host.
+    Calls,
 }
 
 struct Case<'a> {
@@ -144,7 +146,7 @@ impl Case<'_> {
                 let vm = self.vm;
                 self.wait("every replica is in sync", |world| Disks::behind(&world.committed, vm).is_none())
             }
-            // Clients are at work in histories from a seed; here time passes.
+            // Clients are at work in histories from a seed, and where their calls come twice; else time passes.
             "load" => {
                 let seconds = value.get("seconds").and_then(Value::as_integer).unwrap_or(0);
                 self.run(u64::try_from(seconds).unwrap_or(0) * 1_000)
@@ -292,6 +294,7 @@ impl Case<'_> {
                 self.world.hosts[at].dirty = true;
                 return Ok(());
             }
+            "repeat-calls" => Struck::Calls,
             _ => return unsuited(format!("blow {blow}")),
         };
         self.world.note(|| format!("{blow} at h{}", at + 1));
@@ -312,6 +315,7 @@ impl Case<'_> {
                 }
             }
             Struck::Cut(host) => self.world.hosts[*host].cut = true,
+            Struck::Calls => self.world.clients.are_at_work = true,
             Struck::Stalled(host) => self.world.hosts[*host].stalled_until_ms = u64::MAX,
         }
         self.struck.push(struck);
@@ -329,6 +333,7 @@ impl Case<'_> {
         for struck in self.struck.drain(..first.min(self.struck.len())) {
             match struck {
                 Struck::Power(hosts) => hosts.into_iter().for_each(|host| self.world.repair_host(host)),
+                Struck::Calls => self.world.clients.are_at_work = false,
                 Struck::Stalled(host) => self.world.hosts[host].stalled_until_ms = 0,
                 Struck::Daemon(host) | Struck::Cut(host) => self.world.repair_host(host),
             }

@@ -1,5 +1,6 @@
 //! Clock, network, log and faults.
 
+use super::clients::{Clients, Delivery};
 use super::disks::{Disks, Owner};
 use super::host::{Host, Key};
 use super::rng::Rng;
@@ -58,6 +59,10 @@ pub enum Event {
     Blackout { host: usize, boot: u32, key: Key },
     /// A target has taken its volumes over.
     Activated { host: usize, boot: u32, key: Key },
+    /// A client's call comes to some host.
+    Call { call: usize, delivery: Delivery },
+    /// What a host made of it comes to the leader.
+    Decided { call: usize, delivery: Delivery, command: Command },
 }
 
 /// The world of one history.
@@ -86,6 +91,8 @@ pub struct World {
     pub owners: BTreeMap<(usize, Key), Owner>,
     /// The newest revision that anybody was told of: by the answer to a change, or by a read.
     told: u64,
+    /// Clients that make and delete things.
+    pub clients: Clients,
     /// Things break.
     pub has_faults: bool,
     violation: Option<String>,
@@ -113,6 +120,7 @@ impl World {
             disks: Disks::default(),
             owners: BTreeMap::new(),
             told: 0,
+            clients: Clients::new(seed),
             has_faults: false,
             violation: None,
             trace: Vec::new(),
@@ -192,12 +200,21 @@ impl World {
 
     /// As [`World::commit`], with the reason of a refusal.
     pub fn try_commit(&mut self, command: Command) -> Result<Outcome, Rejection> {
+        self.try_commit_as(None, command)
+    }
+
+    /// As [`World::try_commit`], for a request that may come again.
+    pub fn try_commit_as(
+        &mut self,
+        request_id: Option<String>,
+        command: Command,
+    ) -> Result<Outcome, Rejection> {
         let before = self.committed.clone();
         let mut next = PoolState::clone(&before);
         let index = before.revision + 1;
         let seed = Seed([(index % 251) as u8; 32]);
         let principal = "user-sim".to_owned();
-        let entry = Entry { request_id: None, principal, time_ms: self.now_ms, seed, command };
+        let entry = Entry { request_id, principal, time_ms: self.now_ms, seed, command };
         let outcome = next.apply(index, &entry);
         let committed = match &entry.command {
             Command::MigrationCommit { migration, .. } if outcome.is_ok() => Some(*migration),
@@ -342,6 +359,8 @@ impl World {
             Event::Activated { host, boot, key } => {
                 self.on_process(host, boot, |it| it.activated(host, key));
             }
+            Event::Call { call, delivery } => self.serve_call(call, delivery),
+            Event::Decided { call, delivery, command } => self.decide_call(call, delivery, command),
         }
     }
 
@@ -423,6 +442,7 @@ impl World {
         }
         self.write_disks();
         self.ask();
+        self.call();
         if self.has_quorum() && self.now_ms.is_multiple_of(100) {
             self.lead();
         }

@@ -2,12 +2,12 @@
 
 use crate::{
     Command, Entry, EntryError, Outcome, PoolState, RejectionClass, Timing,
-    command::{HostFacts, InitPool, JoinHost},
+    command::{Govern, HostFacts, InitPool, JoinHost},
     fixture::{Pool, facts, init_pool},
-    limits::{EVENTS_MAX, REQUESTS_MAX, TOKENS_MAX},
+    limits::{EVENTS_MAX, REFUSALS_MAX, REQUESTS_MAX, TOKENS_MAX},
     state::{ContentHash, HaPolicy},
 };
-use proto::{ByteCount, HostId, TokenId};
+use proto::{ByteCount, Epoch, HostId, TokenId, VmId};
 
 #[test]
 fn nothing_happens_before_the_pool_is_founded() {
@@ -57,14 +57,85 @@ fn a_retry_gets_the_first_answer_and_has_no_effect() {
 }
 
 #[test]
-fn a_rejected_request_may_be_repeated_when_its_cause_is_gone() {
+fn what_was_refused_stays_refused_however_late_it_comes_again() {
     let mut pool = Pool::new(1);
     let delete = Command::DeleteImage { image: pool.kernel };
-    let entry = Entry { request_id: Some("r1".into()), ..pool.entry(delete) };
+    let entry = Entry { request_id: Some("r1".into()), ..pool.entry(delete.clone()) };
     let vm = pool.stopped_vm("web", HaPolicy::Restart);
-    assert!(pool.apply_entry(&entry).is_err());
+    assert_eq!(pool.apply_entry(&entry).map_err(|it| it.reason_code()), Err("IMAGE_IN_USE"));
+    assert_eq!(
+        pool.apply_entry(&entry).map_err(|it| it.reason_code()),
+        Err("IMAGE_IN_USE"),
+        "the reason is still there"
+    );
     pool.accept(Command::DeleteVm { vm });
-    assert!(pool.apply_entry(&entry).is_ok());
+    // Its client was told no, and may have gone on.
+    let refused = pool.apply_entry(&entry).expect_err("it was refused");
+    assert_eq!(
+        (refused.reason_code(), refused.class()),
+        ("REQUEST_REFUSED_BEFORE", RejectionClass::Conflict)
+    );
+    assert!(pool.state.images.contains(&pool.kernel));
+    let again = Entry { request_id: Some("r2".into()), ..pool.entry(delete) };
+    assert!(pool.apply_entry(&again).is_ok(), "whoever asks anew is answered anew");
+}
+
+#[test]
+fn what_was_refused_without_an_entry_of_its_own_stays_refused() {
+    let mut pool = Pool::new(1);
+    let by = |pool: &Pool, id: &str, command| Entry { request_id: Some(id.into()), ..pool.entry(command) };
+    let refuse = || Command::Govern(Govern::RefuseRequest);
+    // The name meant nothing where it was asked for; now there is such a volume.
+    assert_eq!(pool.apply_entry(&by(&pool, "r1", refuse())), Ok(Outcome::Done));
+    let volume = pool.volume("data");
+    let delete = Command::DeleteVolume { volume };
+    let late = by(&pool, "r1", delete.clone());
+    assert_eq!(pool.apply_entry(&late).map_err(|it| it.reason_code()), Err("REQUEST_REFUSED_BEFORE"));
+    assert_eq!(pool.apply_entry(&by(&pool, "r1", refuse())), Ok(Outcome::Done), "a refusal comes again, too");
+    // It was done where it came in first: the second place must not say no.
+    let done = by(&pool, "r2", delete);
+    assert!(pool.apply_entry(&done).is_ok());
+    let audited = pool.state.audit.len();
+    assert_eq!(
+        pool.apply_entry(&by(&pool, "r2", refuse())).map_err(|it| it.reason_code()),
+        Err("REQUEST_ID_REUSED")
+    );
+    assert_eq!(pool.apply_entry(&by(&pool, "r3", refuse())), Ok(Outcome::Done));
+    assert_eq!(pool.state.audit.len(), audited, "it is no change");
+}
+
+#[test]
+fn reports_of_hosts_and_joins_leave_no_refusal_and_old_daemons_keep_none() {
+    let mut pool = Pool::new(2);
+    let (host, vm) = (pool.hosts()[1], VmId(9_999));
+    let epoch = Epoch(1);
+    let entry = |pool: &Pool, command| Entry { request_id: Some("r1".into()), ..pool.entry(command) };
+    let report = Entry { principal: host.to_string(), ..entry(&pool, Command::VmRunning { vm, epoch }) };
+    assert!(pool.apply_entry(&report).is_err());
+    let join = Command::JoinHost(JoinHost { secret_hash: [77; 32], facts: facts(3) });
+    assert!(pool.apply_entry(&entry(&pool, join)).is_err());
+    assert_eq!(pool.state.requests.refused_len(), 0);
+    let mut old = Pool::at_level(2, 3);
+    assert!(old.apply_entry(&entry(&old, Command::DeleteVm { vm })).is_err());
+    assert_eq!(old.reject(Command::Govern(Govern::RefuseRequest)), "LEVEL_TOO_LOW");
+    assert_eq!(old.state.requests.refused_len(), 0);
+    assert!(pool.apply_entry(&entry(&pool, Command::DeleteVm { vm })).is_err());
+    assert_eq!(pool.state.requests.refused_len(), 1);
+}
+
+#[test]
+fn refusals_are_bounded_and_push_no_answer_out() {
+    let mut pool = Pool::new(1);
+    let by = |pool: &Pool, id: String, command| Entry { request_id: Some(id), ..pool.entry(command) };
+    let done = by(&pool, "done".into(), Command::SetBrake);
+    let answer = pool.apply_entry(&done);
+    for number in 0..REFUSALS_MAX + 10 {
+        let refused = by(&pool, format!("r{number}"), Command::DeleteVm { vm: VmId(9_999) });
+        pool.state.apply(pool.state.revision + 1, &refused).expect_err("there is no such VM");
+    }
+    assert_eq!(pool.state.requests.refused_len(), REFUSALS_MAX);
+    assert!(!pool.state.requests.is_refused("r9") && pool.state.requests.is_refused("r10"));
+    assert_eq!(pool.apply_entry(&done), answer);
 }
 
 #[test]
