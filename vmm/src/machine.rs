@@ -329,12 +329,17 @@ impl Machine {
         self.vcpus.iter().map(|vcpu| place(&vcpu.fd())).collect()
     }
 
+    /// Tells all vCPUs to stop, and does not wait until they have: one that waits for a page of memory stops when it has it.
+    pub fn ask_to_pause(&self) {
+        self.vcpus.iter().for_each(Vcpu::ask_to_stop);
+    }
+
     /// Stops all vCPUs; devices go on.
     ///
     /// # Errors
     /// One doesn't stop.
     pub fn pause(&self) -> Result<(), MachineError> {
-        self.vcpus.iter().for_each(Vcpu::ask_to_stop);
+        self.ask_to_pause();
         let deadline = Instant::now() + PAUSE_TIMEOUT;
         match self.vcpus.iter().position(|vcpu| !vcpu.wait_stopped(deadline)) {
             None => Ok(()),

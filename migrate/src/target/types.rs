@@ -184,7 +184,9 @@ impl TargetPhase {
             Self::Listening => "listening",
             Self::Receiving => "receiving",
             Self::Ready { .. } => "ready",
-            Self::Filling { .. } | Self::Resumed => "resumed",
+            Self::Filling { supply: Supply::Flows } => "filling",
+            Self::Filling { supply: Supply::Broken } => "starved",
+            Self::Resumed => "resumed",
             Self::Failed { .. } | Self::Discarded => "failed",
         }
     }

@@ -157,6 +157,8 @@ fn target_phase(word: &str) -> TargetPhase {
         "receiving" => TargetPhase::Receiving,
         "ready" => TargetPhase::Ready,
         "activating" => TargetPhase::Activating,
+        "filling" => TargetPhase::Filling,
+        "starved" => TargetPhase::Starved,
         "resumed" => TargetPhase::Resumed,
         "failed" => TargetPhase::Failed,
         _ => TargetPhase::Listening,

@@ -446,7 +446,8 @@ fn is_overtaken(status: &MachineStatus, known: &MachineStatus) -> bool {
     let rank = |phase: &str| match phase {
         "ready" | "paused" => 1,
         "commit-proposed" | "activating" => 2,
-        "committed" => 3,
+        // The latter two follow each other both ways.
+        "committed" | "filling" | "starved" => 3,
         "done" | "aborted" | "lost" | "resumed" | "failed" => 4,
         _ => 0,
     };

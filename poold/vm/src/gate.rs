@@ -30,6 +30,12 @@ pub enum Hold {
 }
 
 impl Hold {
+    /// Whether it holds only once every vCPU stands still.
+    fn is_strict(self) -> bool {
+        // A vCPU that waits for a page can't be stopped before it has it, and need not: it does nothing meanwhile.
+        self != Self::Starved
+    }
+
     /// Whether the VM has no place on its networks meanwhile: another copy may have it, now or soon.
     fn unplugs(self) -> bool {
         match self {
@@ -45,6 +51,8 @@ pub trait Vcpus {
     type Error;
     /// Returns once no vCPU executes guest code.
     fn pause(&self) -> Result<(), Self::Error>;
+    /// Tells all vCPUs to stop, and returns at once.
+    fn ask_to_pause(&self);
     /// Lets all vCPUs execute.
     fn resume(&self) -> Result<(), Self::Error>;
     /// Plugs the cables of its network cards in or out.
@@ -58,6 +66,10 @@ impl Vcpus for vmm::Machine {
         Self::pause(self)
     }
 
+    fn ask_to_pause(&self) {
+        Self::ask_to_pause(self);
+    }
+
     fn resume(&self) -> Result<(), Self::Error> {
         Self::resume(self);
         Ok(())
@@ -68,30 +80,40 @@ impl Vcpus for vmm::Machine {
     }
 }
 
+/// What the vCPUs were last told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Told {
+    Run,
+    /// To stop; perhaps not all of them have.
+    Stop,
+    /// To stop, and they have.
+    Stopped,
+}
+
 /// The gate of one machine.
 #[derive(Debug)]
 pub struct RunGate<M> {
     machine: Option<Arc<M>>,
     holds: BTreeSet<Hold>,
-    running: bool,
+    told: Told,
     link: LinkState,
 }
 
 impl<M: Vcpus> RunGate<M> {
     /// A gate without a machine, held by the given reasons.
     pub fn new(holds: impl IntoIterator<Item = Hold>) -> Self {
-        Self { machine: None, holds: holds.into_iter().collect(), running: false, link: LinkState::Down }
+        Self { machine: None, holds: holds.into_iter().collect(), told: Told::Stopped, link: LinkState::Down }
     }
 
     /// Puts the (paused) machine behind the gate; it runs at once if nothing holds it.
     pub fn install(&mut self, machine: Arc<M>) -> Result<(), M::Error> {
         self.machine = Some(machine);
-        self.running = false;
+        self.told = Told::Stopped;
         self.link = LinkState::Down;
         self.settle()
     }
 
-    /// Adds a reason; when this returns `Ok`, no vCPU executes.
+    /// Adds a reason; when this returns `Ok`, no vCPU executes. Only [`Hold::Starved`] does not wait for that.
     pub fn hold(&mut self, reason: Hold) -> Result<(), M::Error> {
         self.holds.insert(reason);
         self.settle()
@@ -111,27 +133,32 @@ impl<M: Vcpus> RunGate<M> {
     /// Whether the vCPUs execute.
     #[cfg(test)]
     pub fn is_running(&self) -> bool {
-        self.running
+        self.told == Told::Run
     }
 
     fn settle(&mut self) -> Result<(), M::Error> {
         let Some(machine) = &self.machine else { return Ok(()) };
         let link = if self.holds.iter().any(|hold| hold.unplugs()) { LinkState::Down } else { LinkState::Up };
         let machine = machine.clone();
-        let wanted = self.holds.is_empty();
         // Before the vCPUs: in, so that no frame of theirs is lost; out, because one of them may not stop.
         if self.link != link {
             machine.set_link(link);
             self.link = link;
         }
-        if wanted != self.running {
-            // A pause that fails leaves `running` set, so that the next hold tries again.
-            if wanted {
-                machine.resume()?
-            } else {
-                machine.pause()?
+        // A pause that fails changes nothing here, so that the next hold tries again.
+        if self.holds.is_empty() {
+            if self.told != Told::Run {
+                machine.resume()?;
+                self.told = Told::Run;
             }
-            self.running = wanted;
+        } else if self.holds.iter().any(|hold| hold.is_strict()) {
+            if self.told != Told::Stopped {
+                machine.pause()?;
+                self.told = Told::Stopped;
+            }
+        } else if self.told == Told::Run {
+            machine.ask_to_pause();
+            self.told = Told::Stop;
         }
         Ok(())
     }
@@ -164,6 +191,10 @@ mod tests {
             }
             self.calls.lock().unwrap().push("pause");
             Ok(())
+        }
+
+        fn ask_to_pause(&self) {
+            self.calls.lock().unwrap().push("ask");
         }
 
         fn resume(&self) -> Result<(), Self::Error> {
@@ -219,6 +250,24 @@ mod tests {
         machine.stuck.store(true, Ordering::SeqCst);
         assert!(gate.hold(Hold::Lease).is_err());
         assert_eq!(gate.link(), LinkState::Down);
+    }
+
+    #[test]
+    fn who_waits_for_a_page_is_asked_to_stop_and_not_waited_for() {
+        let machine = Arc::new(Recorder::default());
+        let mut gate = RunGate::new([]);
+        gate.install(machine.clone()).unwrap();
+        machine.stuck.store(true, Ordering::SeqCst);
+        gate.hold(Hold::Starved).unwrap();
+        assert!(!gate.is_running());
+        assert!(gate.hold(Hold::Lease).is_err(), "the lease wants to know");
+        machine.stuck.store(false, Ordering::SeqCst);
+        gate.hold(Hold::Lease).unwrap();
+        gate.release(Hold::Lease).unwrap();
+        gate.release(Hold::Starved).unwrap();
+        gate.hold(Hold::Starved).unwrap();
+        gate.release(Hold::Starved).unwrap();
+        assert_eq!(*machine.calls.lock().unwrap(), ["resume", "ask", "pause", "resume", "ask", "resume"]);
     }
 
     #[test]

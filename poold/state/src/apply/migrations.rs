@@ -261,16 +261,26 @@ impl Change<'_> {
             MigrationPhase::Copying => timing.migration_copy_ms,
             _ => timing.migration_step_ms,
         };
+        self.migration_mut(id)?.phase = phase;
+        self.give_time(id, duration_ms)?;
+        self.event(EventKind::Migration, format!("migration {id}"), phase.to_string());
+        self.migration_outcome(id)
+    }
+
+    /// The VM runs at the target; what comes after it gets as long as a copy while it ran would have got.
+    pub(super) fn give_time_for_pages(&mut self, id: MigrationId) -> Result<(), Rejection> {
+        self.give_time(id, self.state.settings.timing.migration_copy_ms)
+    }
+
+    fn give_time(&mut self, id: MigrationId, duration_ms: u64) -> Result<(), Rejection> {
         let deadline_ms = self.time_ms.saturating_add(duration_ms);
         let migration = self.migration_mut(id)?;
-        migration.phase = phase;
         migration.deadline_ms = deadline_ms;
         let task = migration.task;
         if let Some(task) = self.state.tasks.get_mut(&task) {
             task.deadline_ms = deadline_ms;
         }
-        self.event(EventKind::Migration, format!("migration {id}"), phase.to_string());
-        self.migration_outcome(id)
+        Ok(())
     }
 
     pub(super) fn migration_outcome(&self, id: MigrationId) -> Applied {

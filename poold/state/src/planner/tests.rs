@@ -9,7 +9,7 @@ use crate::{
     command::{CreateVm, IsrChange, RemoveMode},
     fixture::Pool,
     limits::PLAN_COMMANDS_MAX,
-    state::{HaPolicy, StopMode},
+    state::{HaPolicy, MigrationPolicy, StopMode},
 };
 use proto::{ByteCount, HostId, VmId};
 use std::collections::BTreeSet;
@@ -160,6 +160,22 @@ fn late_work_is_ended() {
         pool.accept(command);
     }
     assert_eq!(pool.state.tasks.values().filter(|task| task.is_running()).count(), 0);
+}
+
+#[test]
+fn pages_that_come_on_demand_have_as_long_as_a_copy() {
+    let mut pool = Pool::new(2);
+    let hosts = pool.hosts();
+    let web = pool.running_vm("web", hosts[0], HaPolicy::Restart);
+    let id = pool.committed(web, hosts[1]);
+    pool.state.migrations.get_mut(&id).unwrap().options.policy = MigrationPolicy::PostCopy;
+    pool.runs(web);
+    let timing = pool.state.settings.timing;
+    pool.now_ms += timing.migration_copy_ms - 1;
+    assert_eq!(planned(&pool), [], "its source has what it lacks");
+    pool.now_ms += 1;
+    let task = pool.migration(id).task;
+    assert_eq!(planned(&pool), [Command::ExpireTask { task }]);
 }
 
 #[test]

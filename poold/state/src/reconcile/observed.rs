@@ -119,7 +119,11 @@ pub enum TargetPhase {
     Ready,
     /// Activates the volumes.
     Activating,
-    /// The guest runs.
+    /// The guest runs, and some of its memory is still at the source.
+    Filling,
+    /// The same, and there is no link to the source: the guest waits.
+    Starved,
+    /// The guest runs, with all of its memory.
     Resumed,
     /// Can't go on.
     Failed,

@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     command::{Command, RestartCause, StopReason},
-    state::{Desired, HaPolicy, StartCause, Vm},
+    state::{Desired, HaPolicy, Migration, StartCause, Vm},
 };
 
 impl Local<'_> {
@@ -29,6 +29,10 @@ impl Local<'_> {
         }
         if let Some(mode) = vm.reboot {
             actions.push(HostAction::Stop { vm: vm.id, epoch: process.epoch, mode });
+            return;
+        }
+        if let Some(problem) = self.memory_lost(process) {
+            actions.push(failed(vm, problem).into());
             return;
         }
         if is_arriving(process) {
@@ -97,10 +101,30 @@ impl Local<'_> {
                 let problem = format!("the target failed after the commit: {error}");
                 Some(failed(vm, problem).into())
             }
-            TargetPhase::Activating | TargetPhase::Resumed => None,
+            TargetPhase::Activating | TargetPhase::Filling | TargetPhase::Starved | TargetPhase::Resumed => {
+                None
+            }
             TargetPhase::Listening | TargetPhase::Receiving | TargetPhase::Ready => {
                 self.is_up().then_some(HostAction::ActivateIncoming { migration: *migration })
             }
+        }
+    }
+
+    /// Why a guest that runs here will never have all of its memory; none as long as it may.
+    fn memory_lost(&self, process: &ObservedVm) -> Option<String> {
+        let Some(ObservedMigration::Target { migration, phase, error }) = &process.migration else {
+            return None;
+        };
+        let is_over = !self.state.migrations.get(migration).is_some_and(Migration::is_running);
+        match phase {
+            // Before that its source is kept for as long as it takes.
+            TargetPhase::Starved if is_over => {
+                Some("the source of its migration ended before all of its memory was here".to_owned())
+            }
+            TargetPhase::Failed if process.state == ProcessState::Running => {
+                Some(format!("its memory can't come: {error}"))
+            }
+            _ => None,
         }
     }
 
@@ -108,6 +132,8 @@ impl Local<'_> {
         match (process.state, vm.desired) {
             (ProcessState::Configured, _) => self.start(vm),
             (ProcessState::Running, Desired::Paused) => Some(HostAction::Pause { vm: vm.id }),
+            // It goes on by itself when there is a link again.
+            (ProcessState::Paused, Desired::Running) if is_starved(process) => None,
             (ProcessState::Paused, Desired::Running) if self.is_up() => {
                 Some(HostAction::Resume { vm: vm.id })
             }
@@ -125,10 +151,19 @@ impl Local<'_> {
 
 /// Whether the process has reached what a start or a move wants; a paused VM arrives paused.
 fn runs(vm: &Vm, process: &ObservedVm) -> bool {
-    let resumed =
-        matches!(process.migration, Some(ObservedMigration::Target { phase: TargetPhase::Resumed, .. }));
+    let resumed = matches!(
+        process.migration,
+        Some(ObservedMigration::Target {
+            phase: TargetPhase::Resumed | TargetPhase::Filling | TargetPhase::Starved,
+            ..
+        })
+    );
     let arrived_paused = process.state == ProcessState::Paused && vm.desired == Desired::Paused && resumed;
     process.state == ProcessState::Running || arrived_paused
+}
+
+fn is_starved(process: &ObservedVm) -> bool {
+    matches!(process.migration, Some(ObservedMigration::Target { phase: TargetPhase::Starved, .. }))
 }
 
 fn is_arriving(process: &ObservedVm) -> bool {

@@ -131,8 +131,12 @@ fn migration_state(part: &Part) -> v1::MigrationState {
             let (phase, error) = match (&incoming.stage, &*phase) {
                 (Stage::Receiving, TargetPhase::Failed { failure }) => ("failed", failure.to_string()),
                 (Stage::Receiving, phase) => (phase.name(), String::new()),
-                (Stage::Activating, _) => ("activating", String::new()),
-                (Stage::Resumed, _) => ("resumed", String::new()),
+                (Stage::Resumed, TargetPhase::Failed { failure }) => ("failed", failure.to_string()),
+                // Whether all of its memory is here is not known yet.
+                (Stage::Activating, _) | (Stage::Resumed, TargetPhase::Ready { .. }) => {
+                    ("activating", String::new())
+                }
+                (Stage::Resumed, phase) => (phase.name(), String::new()),
                 (Stage::Failed { error }, _) => ("failed", error.clone()),
             };
             v1::MigrationState {

@@ -44,6 +44,10 @@ impl Vcpus for Valve {
         Ok(())
     }
 
+    fn ask_to_pause(&self) {
+        self.is_open.send_replace(false);
+    }
+
     fn resume(&self) -> Result<(), Infallible> {
         self.is_open.send_replace(true);
         Ok(())

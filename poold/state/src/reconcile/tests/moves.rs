@@ -70,8 +70,11 @@ impl Move {
 
     fn receives(&self, phase: TargetPhase) -> ObservedVm {
         let migration = ObservedMigration::Target { migration: self.id, phase, error: "no memory".into() };
-        let state =
-            if phase == TargetPhase::Resumed { ProcessState::Running } else { ProcessState::Incoming };
+        let state = match phase {
+            TargetPhase::Resumed | TargetPhase::Filling => ProcessState::Running,
+            TargetPhase::Starved => ProcessState::Paused,
+            _ => ProcessState::Incoming,
+        };
         ObservedVm {
             epoch: self.pool.migration(self.id).to_epoch(),
             migration: Some(migration),
@@ -237,6 +240,23 @@ fn a_target_that_failed_after_the_commit_starts_anew_where_the_source_is_gone() 
     assert!(restarts(actions(&step.pool, step.target, &[])));
     let gone = ObservedVm { state: ProcessState::Gone, ..step.receives(TargetPhase::Ready) };
     assert!(restarts(step.at_target(gone)));
+}
+
+#[test]
+fn a_guest_waits_for_its_memory_as_long_as_there_is_a_source_and_then_starts_anew() {
+    let mut step = Move::committed();
+    step.pool.runs(step.vm);
+    for phase in [TargetPhase::Filling, TargetPhase::Starved] {
+        assert_eq!(step.at_target(step.receives(phase)), [], "{phase:?}");
+    }
+    assert_eq!(step.at_source(step.sends(SourcePhase::Committed)), []);
+    step.pool.accept(Command::HostLost { host: step.source });
+    assert_eq!(step.at_target(step.receives(TargetPhase::Filling)), [], "it may be lost to the pool only");
+    let starved = report(&step.pool, step.target, &[step.receives(TargetPhase::Starved)]);
+    assert!(matches!(starved, Command::RestartVm { cause: RestartCause::Failed { .. }, .. }), "{starved:?}");
+    let failed = ObservedVm { state: ProcessState::Running, ..step.receives(TargetPhase::Failed) };
+    assert!(matches!(report(&step.pool, step.target, &[failed]), Command::RestartVm { .. }));
+    assert_eq!(step.at_target(step.receives(TargetPhase::Resumed)), [], "it has all of it");
 }
 
 #[test]
