@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 use tests::nbd::tool;
-use tests::wait::wait_for;
+use tests::wait::{wait_for, wait_until};
 use tests::{Pool, pool::Timing, serial};
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -103,10 +103,10 @@ fn an_export_tells_how_far_it_is() -> Result<()> {
 fn an_import_that_breaks_off_leaves_nothing() -> Result<()> {
     let _turn = serial();
     let pool = Pool::builder().timing(Timing::Fast).start()?;
-    // A pipe with too little in it: the import hangs in the middle, for as long as it is wanted.
+    // So much that it is not over before it is broken off.
+    let size = 64_u64 << 30;
     let image = pool.dir().join("slow.raw");
-    let file = fs::File::create(&image)?;
-    file.set_len(8 << 30)?;
+    fs::File::create(&image)?.set_len(size)?;
     let begin = |name: &str| -> Result<std::process::Child> {
         let mut command = pool.poolctl_command(&["volume", "import", name, &text(&image)]);
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
@@ -116,11 +116,15 @@ fn an_import_that_breaks_off_leaves_nothing() -> Result<()> {
         wait_for(PATIENCE, "its task tells how far it is", || {
             let tasks = pool.items(&["task", "list"])?;
             let mut running = tasks.iter().filter(|task| task["state"] == "running");
-            Ok(running.any(|task| {
-                task["operation"] == "volume.import" && task["progress"]["total_bytes"] == 8_u64 << 30
-            }))
+            Ok(running
+                .any(|task| task["operation"] == "volume.import" && task["progress"]["total_bytes"] == size))
         })?;
         Ok(child)
+    };
+    let filling = || {
+        wait_until(PATIENCE, "a host fills it", || {
+            Ok(pool.hosts().iter().find(|host| !host.volume_processes().is_empty()))
+        })
     };
     let gone = |name: &str| {
         wait_for(PATIENCE, "nothing is left of it", || {
@@ -137,15 +141,12 @@ fn an_import_that_breaks_off_leaves_nothing() -> Result<()> {
     gone("client-dies")?;
 
     let mut client = begin("process-dies")?;
-    let host = pool.hosts().iter().find(|host| !host.volume_processes().is_empty());
-    let process = host.context("a host fills it")?.volume_processes()[0];
-    process.kill9()?;
+    filling()?.volume_processes().first().context("it fills it still")?.kill9()?;
     assert!(!client.wait()?.success());
     gone("process-dies")?;
 
     let mut client = begin("daemon-dies")?;
-    let host = pool.hosts().iter().find(|host| !host.volume_processes().is_empty());
-    let host = host.context("a host fills it")?;
+    let host = filling()?;
     host.kill9_daemon()?;
     assert!(!client.wait()?.success());
     host.start_daemon()?;
