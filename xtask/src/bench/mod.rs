@@ -2,6 +2,7 @@
 
 mod control;
 mod disk;
+mod memory;
 mod migrate;
 mod qemu;
 mod report;

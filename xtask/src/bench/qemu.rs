@@ -1,6 +1,7 @@
 //! Migrations of Debian's qemu, driven over QMP.
 
-use super::migrate::{GuestSpec, Walked};
+use super::memory;
+use super::migrate::{GuestSpec, TAKEN_BYTES, Walked};
 use super::report::Figures;
 use ::tests::wait_until;
 use anyhow::{Context, Result, bail};
@@ -18,6 +19,9 @@ const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Far above what any link carries: qemu's own limit must not be what is measured.
 const BANDWIDTH_BYTES_PER_S: u64 = 100 << 30;
+
+/// How long it may stop its guest: its default.
+pub const DOWNTIME_LIMIT_MS: u64 = 300;
 
 /// Channels of multifd; as many as this project's bench machines have cores.
 const CHANNELS: u64 = 2;
@@ -112,7 +116,8 @@ impl Qemu {
             "migrate-set-capabilities",
             json!({"capabilities": [{"capability": "multifd", "state": multifd}]}),
         )?;
-        let mut parameters = json!({"max-bandwidth": BANDWIDTH_BYTES_PER_S});
+        let mut parameters =
+            json!({"max-bandwidth": BANDWIDTH_BYTES_PER_S, "downtime-limit": DOWNTIME_LIMIT_MS});
         if multifd {
             parameters["multifd-channels"] = json!(CHANNELS);
         }
@@ -177,6 +182,7 @@ pub fn migrate(dir: &Path, guest: &GuestSpec<'_>, mode: Mode) -> Result<Figures>
     let port = TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port();
     let uri = format!("tcp:127.0.0.1:{port}");
     target.ask("migrate-incoming", json!({"uri": uri}))?;
+    memory::bring(TAKEN_BYTES)?;
     let (cpu_s, before) = (source.cpu_s()? + target.cpu_s()?, Walked::of(source.pid())?);
     source.ask("migrate", json!({"uri": uri}))?;
     let found = wait_until(PATIENCE, "qemu has migrated", || {

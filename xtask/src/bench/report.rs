@@ -1,8 +1,9 @@
 //! Tables of a migration bench, and what has to be reached.
 
-use super::qemu::Mode;
+use super::qemu::{DOWNTIME_LIMIT_MS, Mode};
 use anyhow::{Result, ensure};
 use comfy_table::{Table, presets};
+use std::cmp::Ordering;
 
 const MIB: f64 = (1 << 20) as f64;
 const GIB: f64 = (1 << 30) as f64;
@@ -78,16 +79,29 @@ impl Report {
         table.add_row(row("ours, there and back, p50", ours, 0.5));
         table.add_row(row("ours, there and back, p99", ours, 0.99));
         println!("{table}");
-        let plain = theirs.iter().filter(|(mode, _)| *mode != Mode::Tls);
         let total_of = |figures: &[Figures]| median(figures, |one| one.total_ms);
-        // One mode for both figures: a mode that stops later stops shorter, and takes longer.
-        let Some((mode, best)) = plain.min_by(|a, b| total_of(&a.1).total_cmp(&total_of(&b.1))) else {
+        let stop_of = |figures: &[Figures]| median(figures, |one| one.blackout_ms);
+        for (mode, figures) in theirs {
+            let (total, stop) = (total_of(first_ways) / total_of(figures), stop_of(ours) / stop_of(figures));
+            println!("{set}, ours beside {}: total {total:.2} ×, blackout {stop:.2} ×", mode.name());
+        }
+        // One mode for both figures: a mode that stops later stops shorter, and takes longer. One that stops its guest for longer than it
+        // was allowed has not moved it live, and is only taken when none has.
+        let overruns = |figures: &[Figures]| stop_of(figures) > DOWNTIME_LIMIT_MS as f64;
+        let plain = theirs.iter().filter(|(mode, _)| *mode != Mode::Tls);
+        let rank = |(_, figures): &&(Mode, Vec<Figures>)| (overruns(figures), total_of(figures));
+        let Some((mode, best)) =
+            plain.min_by(|a, b| rank(a).partial_cmp(&rank(b)).unwrap_or(Ordering::Equal))
+        else {
             return;
         };
-        println!("qemu's best plain mode by total time: {}", mode.name());
+        println!(
+            "qemu's best plain mode, of those that stop their guest for {DOWNTIME_LIMIT_MS} ms at most: {}",
+            mode.name()
+        );
         self.figure(format!("{set}: total"), total_of(first_ways) / total_of(best), of_best(*mode), 0.6);
-        let blackout = median(ours, |one| one.blackout_ms);
-        let share = blackout / median(best, |one| one.blackout_ms);
+        let blackout = stop_of(ours);
+        let share = blackout / stop_of(best);
         self.figure(format!("{set}: blackout"), share, of_best(*mode), 0.3);
         self.figure(format!("{set}: blackout, p50"), blackout, "ms", 30.0);
         let late = quantile(ours.iter().map(|one| one.blackout_ms).collect(), 0.99);

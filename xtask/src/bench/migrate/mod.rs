@@ -9,6 +9,7 @@
 
 mod stage;
 
+use super::memory;
 use super::qemu::{self, Mode};
 use super::report::{Figures, Report, quantile};
 use crate::build::{self, Profile};
@@ -32,6 +33,9 @@ const INITRD_BYTES: u64 = 512 << 20;
 
 /// Working sets.
 const WORKING_SETS: [&str; 2] = ["16M", "256M"];
+
+/// More memory than a migration to a host that has nothing takes there.
+pub const TAKEN_BYTES: usize = 1536 << 20;
 
 const MIB: f64 = (1 << 20) as f64;
 const PAGE_BYTES: u64 = 4096;
@@ -168,9 +172,11 @@ impl<'a> Bench<'a> {
         let mut stage = Stage::start(self.binaries, &guest, self.qemu_runs.max(2) + 1)?;
         let speed = Walked::speed(stage.pid()?)?;
         println!("the guest walks {:.0} MiB/s", speed * PAGE_BYTES as f64 / MIB);
-        let first_ways: Result<Vec<_>> =
-            (0..self.qemu_runs).map(|_| stage.measure(stage.next_host(), speed)).collect();
-        let first_ways = first_ways?;
+        let mut first_ways = Vec::new();
+        for _ in 0..self.qemu_runs {
+            memory::bring(TAKEN_BYTES)?;
+            first_ways.push(stage.measure(stage.next_host(), speed)?);
+        }
         let mut ours = Vec::new();
         for run in 0..self.runs {
             let to = if run % 2 == 0 { stage.last_host() } else { stage.next_host() };
