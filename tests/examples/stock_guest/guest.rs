@@ -126,6 +126,12 @@ impl<'a> Guest<'a> {
         Ok((output.trim().to_owned(), code))
     }
 
+    /// Starts a command that goes on by itself. It is no job of the guest's shell: one that ends while busybox' shell waits for
+    /// a line without echo interrupts it, and the shell takes that for the end of its input.
+    pub fn leave_running(&mut self, command: &str) -> Result<()> {
+        self.run(&format!("(setsid {command} < /dev/null > /dev/null 2>&1 &)")).map(drop)
+    }
+
     /// Waits until a condition of the guest's shell holds.
     pub fn wait_for(&mut self, condition: &str) -> Result<()> {
         self.run(&format!("until {condition}; do sleep 0.05; done"))

@@ -29,7 +29,7 @@ pub fn start(guest: &mut Guest<'_>) -> Result<()> {
     guest.run("dmesg -n 1; : > /run/wrong")?;
     for (name, script) in LOADS {
         guest.run(&format!("cat > /run/{name}.sh <<'EOF'\n{script}\nEOF\ntrue"))?;
-        guest.run(&format!("setsid sh /run/{name}.sh < /dev/null > /dev/null 2>&1 & true"))?;
+        guest.leave_running(&format!("sh /run/{name}.sh"))?;
     }
     Ok(())
 }

@@ -61,15 +61,11 @@ impl Stream {
     /// Opens it.
     pub fn open(from: &mut Guest<'_>, to: &mut Guest<'_>, address: &str) -> Result<Self> {
         // Its input stays open: at the end of that it would end its half of the connection, and the other side all of it.
-        to.run(&format!(
-            "setsid sh -c 'sleep 100000 | nc -l -p {PORT} > /run/got' < /dev/null > /dev/null 2>&1 & true"
-        ))?;
+        to.leave_running(&format!("sh -c 'sleep 100000 | nc -l -p {PORT} > /run/got'"))?;
         to.wait_for(&format!("netstat -ltn | grep -q :{PORT}"))?;
         // Never again: a connection that breaks ends it.
         let numbers = "i=0; while :; do i=$((i+1)); echo $i; sleep 0.02; done";
-        from.run(&format!(
-            "setsid sh -c '({numbers}) | nc {address} {PORT}' < /dev/null > /dev/null 2>&1 & true"
-        ))?;
+        from.leave_running(&format!("sh -c '({numbers}) | nc {address} {PORT}'"))?;
         let mut stream = Self { received: 0 };
         stream.check(to)?;
         Ok(stream)

@@ -7,6 +7,7 @@ use proto::limits::BLOCK_BYTES;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Seek as _, SeekFrom};
+use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,9 +18,9 @@ use vmm::{
     MachineState, Memory,
 };
 
-/// Longest wait for anything that the guest prints: its own work takes seconds, interpreted twice, and six times that on a
+/// Longest wait for anything that the guest prints: its own work takes seconds, interpreted twice, and many times that on a
 /// machine that is busy with other things.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(180);
 
 /// How often the console is looked at.
 const POLL: Duration = Duration::from_millis(5);
@@ -29,6 +30,9 @@ const NO_PCI: &str = "PCI: Fatal: No config space access function found";
 
 /// Rounds of copying before the guest is stopped: all of it, and what was written meanwhile.
 const ROUNDS_WHILE_RUNNING: u32 = 2;
+
+/// Pages of a word of the dirty log.
+const WORD_PAGES: u64 = 64;
 
 /// Pages that are compared at once.
 const COPY_PAGES: usize = 256;
@@ -99,6 +103,7 @@ impl Guest {
         let next = Self::new(shape)?;
         let (from, to) = (self.machine.memory().clone(), next.machine.memory().clone());
         self.machine.start_dirty_log()?;
+        let began = Instant::now();
         let mut pages = 0;
         for _ in 0..ROUNDS_WHILE_RUNNING {
             pages += self.copy_dirty(&from, &to)?;
@@ -110,29 +115,32 @@ impl Guest {
         let last_pages = self.copy_dirty(&from, &to)?;
         next.machine.load(&MachineState::decode(&state)?)?;
         let blackout = stopped.elapsed();
+        let moved = began.elapsed();
         prove_equal(&from, &to)?;
         next.machine.resume();
         *self = Self { seen: self.seen, commands: self.commands, ..next };
-        Ok(Hop { blackout, pages: pages + last_pages, last_pages })
+        Ok(Hop { moved, blackout, pages: pages + last_pages, last_pages })
     }
 
     /// Copies every page whose bit is set, clearing the bit before the page is read.
     fn copy_dirty(&self, from: &Memory, to: &Memory) -> Result<u64> {
         let mut dirty = Vec::new();
         self.machine.fetch_dirty(|first, words| dirty.push((first.0, words.to_vec())))?;
-        let mut buffer = vec![0; BLOCK_BYTES];
+        let mut buffer = vec![0; WORD_PAGES as usize * BLOCK_BYTES];
         let mut copied = 0;
         for (first, words) in dirty {
             for (at, word) in (0_u64..).zip(words).filter(|(_, word)| *word != 0) {
-                let start = first + at * 64;
+                let start = first + at * WORD_PAGES;
                 self.machine.clear_dirty(PageIndex(start), &[word])?;
-                let end = PageIndex((start + 64).min(from.page_count()));
+                let end = PageIndex((start + WORD_PAGES).min(from.page_count()));
                 // What was never touched is zero at both sides.
                 for range in from.resident(PageIndex(start)..end)? {
-                    for page in (range.start.0..range.end.0).filter(|page| word >> (page - start) & 1 == 1) {
-                        from.read_pages(PageIndex(page), &mut buffer)?;
-                        to.write_pages(PageIndex(page), &buffer)?;
-                        copied += 1;
+                    for run in runs(word, range.start.0 - start..range.end.0 - start) {
+                        let page = PageIndex(start + run.start);
+                        let bytes = &mut buffer[..(run.end - run.start) as usize * BLOCK_BYTES];
+                        from.read_pages(page, bytes)?;
+                        to.write_pages(page, bytes)?;
+                        copied += run.end - run.start;
                     }
                 }
             }
@@ -218,10 +226,24 @@ impl Guest {
 /// What a hop came to.
 #[derive(Debug, Clone, Copy)]
 pub struct Hop {
+    /// From the first round to the loaded state.
+    pub moved: Duration,
     pub blackout: Duration,
     /// Pages copied in all rounds, and of them with the guest at rest.
     pub pages: u64,
     pub last_pages: u64,
+}
+
+/// The runs of ones in a word, within a range of its bits.
+fn runs(word: u64, within: Range<u64>) -> Vec<Range<u64>> {
+    let mut runs: Vec<Range<u64>> = Vec::new();
+    for bit in within.filter(|bit| word >> bit & 1 == 1) {
+        match runs.last_mut() {
+            Some(run) if run.end == bit => run.end += 1,
+            _ => runs.push(bit..bit + 1),
+        }
+    }
+    runs
 }
 
 /// Fails with the pages that differ: their dirty bits were lost, or loading the state has changed them.
@@ -229,14 +251,18 @@ fn prove_equal(from: &Memory, to: &Memory) -> Result<()> {
     let all = PageIndex(0)..PageIndex(from.page_count());
     let mut differing = BTreeMap::new();
     let (mut here, mut there) = (vec![0; COPY_PAGES * BLOCK_BYTES], vec![0; COPY_PAGES * BLOCK_BYTES]);
-    for range in from.resident(all.clone())?.into_iter().chain(to.resident(all)?) {
-        for first in (range.start.0..range.end.0).step_by(COPY_PAGES) {
-            let bytes = usize::try_from(range.end.0 - first)?.min(COPY_PAGES) * BLOCK_BYTES;
-            from.read_pages(PageIndex(first), &mut here[..bytes])?;
-            to.read_pages(PageIndex(first), &mut there[..bytes])?;
-            let pages = here[..bytes].chunks(BLOCK_BYTES).zip(there[..bytes].chunks(BLOCK_BYTES));
-            for (page, (here, there)) in (first..).zip(pages).filter(|(_, (here, there))| here != there) {
-                differing.insert(page, difference(here, there));
+    // What neither side has ever touched is zero on both.
+    for range in either(from.resident(all.clone())?, to.resident(all)?) {
+        for first in range.clone().step_by(COPY_PAGES) {
+            let bytes = usize::try_from(range.end - first)?.min(COPY_PAGES) * BLOCK_BYTES;
+            let (here, there) = (&mut here[..bytes], &mut there[..bytes]);
+            from.read_pages(PageIndex(first), here)?;
+            to.read_pages(PageIndex(first), there)?;
+            // All at once: page by page only what differs is looked at.
+            if here != there {
+                let pages = here.chunks(BLOCK_BYTES).zip(there.chunks(BLOCK_BYTES));
+                let pages = (first..).zip(pages).filter(|(_, (here, there))| here != there);
+                differing.extend(pages.map(|(page, (here, there))| (page, difference(here, there))));
             }
         }
     }
@@ -247,6 +273,20 @@ fn prove_equal(from: &Memory, to: &Memory) -> Result<()> {
         differing.iter().take(SHOWN_PAGES).collect::<Vec<_>>()
     );
     Ok(())
+}
+
+/// What is in one of the two or in both, ascending and without overlaps.
+fn either(one: Vec<Range<PageIndex>>, other: Vec<Range<PageIndex>>) -> Vec<Range<u64>> {
+    let mut all: Vec<_> = one.into_iter().chain(other).map(|range| range.start.0..range.end.0).collect();
+    all.sort_by_key(|range| range.start);
+    let mut merged: Vec<Range<u64>> = Vec::new();
+    for range in all {
+        match merged.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => merged.push(range),
+        }
+    }
+    merged
 }
 
 /// Where two pages first differ, with what stands there on both sides, and how many bytes of theirs do.

@@ -131,7 +131,8 @@ fn clock(guest: &mut Guest) -> Result<()> {
 /// A press arrives as an input event of 24 bytes.
 fn power_button(guest: &mut Guest) -> Result<()> {
     guest.command("test -c /dev/input/event0")?;
-    guest.command("(head -c 24 /dev/input/event0 | wc -c | sed 's/^/PRESSED /') & true")?;
+    // No job of the shell, whose wait for a line its end would end.
+    guest.command("(head -c 24 /dev/input/event0 | wc -c | sed 's/^/PRESSED /' &)")?;
     // The reader has the device open before the button is pressed.
     guest.command("until ls -l /proc/[0-9]*/fd 2>/dev/null | grep -q event0; do usleep 10000; done")?;
     guest.machine.press_power_button()?;
