@@ -347,6 +347,11 @@ impl Supervisor {
             if entry.status.as_ref().is_some_and(|known| is_overtaken(&status, known)) {
                 return;
             }
+            let was = entry.status.as_ref().map(|known| known.guest_exit.as_str());
+            if status.guest_exit == "crash" && was != Some("crash") {
+                // Its own log goes with its directory, when the VM starts anew.
+                tracing::warn!(process = %key, cause = status.error, "a guest has crashed");
+            }
             let news = !entry.responsive || entry.status.as_ref() != Some(&status);
             entry.status = Some(status);
             entry.responsive = true;
