@@ -1,6 +1,10 @@
 //! Building the programs.
 
 use anyhow::{Context, Result, bail};
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::Signal;
+use std::io;
+use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -22,7 +26,7 @@ pub enum Profile {
 /// A cargo command in the workspace.
 pub fn cargo(arguments: &[&str]) -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.current_dir(tests::binaries::workspace_dir()).args(arguments);
+    command.current_dir(::tests::binaries::workspace_dir()).args(arguments);
     // Said by the cargo that runs us, about us. Build scripts that look at them would run again in every other build.
     let about_us = std::env::vars_os().map(|(name, _)| name);
     for name in about_us.filter(|name| {
@@ -47,7 +51,7 @@ pub fn run(command: &mut Command) -> Result<()> {
 
 /// Whether all programs are where they belong, as in the lab, which can't build any.
 pub fn is_prebuilt() -> bool {
-    std::env::var_os(tests::binaries::PREBUILT).is_some()
+    std::env::var_os(::tests::binaries::PREBUILT).is_some()
 }
 
 /// Builds all programs and the probe guest; returns the folder of the programs.
@@ -61,7 +65,7 @@ pub fn everything(profile: Profile) -> Result<PathBuf> {
 }
 
 fn build(profile: Profile, targets: &[&str]) -> Result<PathBuf> {
-    let root = tests::binaries::target_root();
+    let root = ::tests::binaries::target_root();
     let folder = match profile {
         Profile::Dev => root.join("debug"),
         Profile::Release => root.join("release"),
@@ -80,7 +84,7 @@ fn build(profile: Profile, targets: &[&str]) -> Result<PathBuf> {
         }
     }
     run(&mut command)?;
-    tests::build_probe()?;
+    ::tests::build_probe()?;
     Ok(folder)
 }
 
@@ -97,5 +101,46 @@ pub fn run_tests(targets: &[String]) -> Result<()> {
 
 /// Tells the harness in a child that everything is built.
 pub fn prebuilt(command: &mut Command) -> &mut Command {
-    command.env(tests::binaries::PREBUILT, "1")
+    command.env(::tests::binaries::PREBUILT, "1")
+}
+
+/// Makes the kernel end the child when this thread ends, also by a signal that nobody can handle.
+pub fn end_with_us(command: &mut Command) {
+    let pid = std::process::id();
+    let prepare = move || {
+        set_pdeathsig(Signal::SIGKILL)?;
+        // Whoever started it may have ended before the line above.
+        if nix::unistd::getppid().as_raw().unsigned_abs() == pid {
+            Ok(())
+        } else {
+            Err(io::ErrorKind::Other.into())
+        }
+    };
+    // SAFETY: two system calls and no allocation between fork and exec.
+    unsafe { command.pre_exec(prepare) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::{Duration, Instant};
+
+    #[test]
+    fn a_machine_ends_with_the_thread_that_runs_it() {
+        let starter = std::thread::spawn(|| {
+            let mut command = Command::new("sleep");
+            end_with_us(command.arg("1000"));
+            command.spawn().unwrap()
+        });
+        let mut child = starter.join().unwrap();
+        // Its starter is gone, and nobody else ends it.
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while child.try_wait().unwrap().is_none() {
+            if Instant::now() >= deadline {
+                child.kill().unwrap();
+                panic!("it outlives the thread that started it");
+            }
+            std::thread::park_timeout(Duration::from_millis(5));
+        }
+    }
 }

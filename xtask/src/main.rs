@@ -11,6 +11,7 @@
 #![expect(clippy::print_stdout, reason = "a program that talks to a person")]
 
 mod bench;
+mod beside;
 mod build;
 mod demo;
 mod guard;
@@ -36,7 +37,11 @@ enum Command {
     /// Shows a pool at work: three hosts, a VM, a live migration, a dead host
     Demo,
     /// Format, lints, tidy, all tests, a short chaos campaign
-    Test,
+    Test {
+        /// The quick scenarios of the lab, too, beside the end-to-end tests
+        #[arg(long)]
+        lab: bool,
+    },
     /// Builds the programs and the probe guest
     Build {
         /// With optimisation
@@ -79,7 +84,8 @@ enum Command {
 fn main() -> Result<ExitCode> {
     match Arguments::parse().command {
         Command::Demo => demo::run()?,
-        Command::Test => test::run()?,
+        Command::Test { lab: true } => test::run(test::Lab::Beside)?,
+        Command::Test { lab: false } => test::run(test::Lab::LeftOut)?,
         Command::Build { release } => {
             machine::prepare_build()?;
             build::programs(if release { build::Profile::Release } else { build::Profile::Dev })?;

@@ -1,5 +1,6 @@
 //! `cargo xtask test`: everything that must hold before a change lands.
 
+use crate::beside::Beside;
 use crate::build::{self, Profile, cargo, prebuilt};
 use crate::{lab, machine, tidy};
 use ::tests::binaries::workspace_dir;
@@ -18,8 +19,16 @@ const CHAOS_SEED: &str = "20261125";
 /// Packages whose integration tests start machines.
 const NEED_KVM: [&str; 3] = ["tests", "vmm", "poold-vm"];
 
+/// Whether the quick scenarios of the lab belong to it on a machine with KVM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lab {
+    /// They run beside the end-to-end tests.
+    Beside,
+    LeftOut,
+}
+
 /// Runs every check; the first one that fails ends it.
-fn check(steps: &mut Steps) -> Result<()> {
+fn check(steps: &mut Steps, lab: Lab) -> Result<()> {
     steps.step("format", || build::run(&mut cargo(&["fmt", "--all", "--check"])))?;
     steps.step("tidy", tidy::run)?;
     steps.step("lints", || {
@@ -34,7 +43,15 @@ fn check(steps: &mut Steps) -> Result<()> {
         build::run(&mut cargo(&["test", "--quiet", "-p", "xtask"]))?;
         build::run_tests(&["--exclude".to_owned(), "tests".to_owned()])
     })?;
+    // It only computes, on one core; pools of real processes wait for each other now and then.
+    let beside = match lab {
+        Lab::Beside => Some(Beside::start(&["lab", "--quick"], &lab::cache())?),
+        Lab::LeftOut => None,
+    };
     steps.step("end-to-end tests", || build::run_tests(&end_to_end()?))?;
+    if let Some(beside) = beside {
+        steps.step("rest of the lab", || beside.finish())?;
+    }
     steps.step("chaos", || {
         let mut campaign = Command::new(folder.join("chaos"));
         build::run(prebuilt(campaign.args(["--seed", CHAOS_SEED, "--minutes", CHAOS_MINUTES])))
@@ -69,15 +86,18 @@ fn end_to_end() -> Result<Vec<String>> {
 }
 
 /// Prepares the machine, then checks.
-pub fn run() -> Result<()> {
+pub fn run(lab: Lab) -> Result<()> {
     if !Uid::effective().is_root() {
         bail!(
             "the tests make network namespaces and small disks: run `sudo -E $(command -v cargo) xtask test`"
         );
     }
     let mut steps = Steps::default();
-    steps.step("machine", machine::prepare_test)?;
-    let result = check(&mut steps);
+    steps.step("machine", || {
+        machine::prepare_test()?;
+        if lab == Lab::Beside { machine::prepare_lab() } else { Ok(()) }
+    })?;
+    let result = check(&mut steps, lab);
     steps.print();
     result
 }

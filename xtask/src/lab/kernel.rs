@@ -92,14 +92,23 @@ fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
     Ok(())
 }
 
+/// By the lists of the archive, which a fresh machine may not have yet.
 fn newest_package() -> Result<String> {
+    if let Ok(package) = listed_package() {
+        return Ok(package);
+    }
+    build::run(Command::new("apt-get").args(["update", "-qq"]))?;
+    listed_package()
+}
+
+fn listed_package() -> Result<String> {
     let output =
         Command::new("apt-cache").args(["depends", META_PACKAGE]).output().context("start apt-cache")?;
     let text = String::from_utf8_lossy(&output.stdout);
     let found = text.lines().find_map(|line| line.trim().strip_prefix("Depends: "));
-    found.map(str::to_owned).with_context(|| {
-        format!("{META_PACKAGE} is not known: run `apt-get update` on a Debian with its main archive")
-    })
+    found
+        .map(str::to_owned)
+        .with_context(|| format!("{META_PACKAGE} is not known: the lab needs the main archive of a Debian"))
 }
 
 /// The only entry of a folder that starts with `prefix`.

@@ -48,7 +48,7 @@ const SCRATCH_BYTES: u64 = 8 << 30;
 const STARTS_MAX: u32 = 2;
 
 /// Folder of everything that is kept.
-fn cache() -> PathBuf {
+pub fn cache() -> PathBuf {
     ::tests::binaries::target_root().join("lab")
 }
 

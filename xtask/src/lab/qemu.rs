@@ -7,13 +7,11 @@
 //! the scenario has, and a margin.
 
 use super::scenarios::Scenario;
+use crate::build;
 use anyhow::{Context, Result};
-use nix::sys::prctl::set_pdeathsig;
-use nix::sys::signal::Signal;
 use serde_json::Value;
 use std::fs::{self, File};
 use std::io::{self, Write as _};
-use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -21,6 +19,10 @@ use std::time::{Duration, Instant};
 /// Its processor: everything that is interpreted but XSAVE, and but what is of no use without it: a guest's kernel tries what it
 /// is shown, and AVX is an invalid opcode then.
 const CPU: &str = "max,xsave=off,avx=off,avx2=off,fma=off,f16c=off,vaes=off,vpclmulqdq=off";
+
+/// Its processors. With a second one, interpreted by a second thread, a guest or the lab machine itself dies in one of fifteen
+/// boots (docs/adr/0077); for two busy threads of one guest it gains little.
+const PROCESSORS: &str = "1";
 
 /// Memory of the lab machine.
 const MEMORY_MIB: u32 = 4096;
@@ -95,22 +97,6 @@ impl Drop for Running {
     }
 }
 
-/// Makes the kernel end the child when this thread ends, also by a signal that nobody can handle.
-fn end_with_us(command: &mut Command) {
-    let pid = std::process::id();
-    let prepare = move || {
-        set_pdeathsig(Signal::SIGKILL)?;
-        // Whoever started it may have ended before the line above.
-        if nix::unistd::getppid().as_raw().unsigned_abs() == pid {
-            Ok(())
-        } else {
-            Err(io::ErrorKind::Other.into())
-        }
-    };
-    // SAFETY: two system calls and no allocation between fork and exec.
-    unsafe { command.pre_exec(prepare) };
-}
-
 impl LabMachine<'_> {
     /// Runs these scenarios until the machine has switched itself off; each report is passed on as it comes.
     pub fn run(&self, scenarios: &[&'static Scenario], mut report: impl FnMut(&Value)) -> Result<Ending> {
@@ -156,9 +142,7 @@ impl LabMachine<'_> {
         let cmdline =
             format!("console=ttyS0 quiet panic=-1 mitigations=off lab.scenarios={}", entries.join(","));
         let mut command = Command::new("qemu-system-x86_64");
-        command
-            .args(["-accel", "tcg,thread=multi", "-cpu", CPU, "-smp", "2", "-m"])
-            .arg(MEMORY_MIB.to_string());
+        command.args(["-accel", "tcg", "-cpu", CPU, "-smp", PROCESSORS, "-m"]).arg(MEMORY_MIB.to_string());
         command.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]);
         // A processor that resets by a triple fault says where it stood.
         command.args(["-d", "cpu_reset,guest_errors", "-D"]).arg(self.dir.join("qemu.log"));
@@ -173,7 +157,7 @@ impl LabMachine<'_> {
         let mut errors = console.try_clone().context("share the console's log")?;
         writeln!(errors, "{command:?}").context("write the console's log")?;
         command.stdin(Stdio::null()).stdout(console).stderr(errors);
-        end_with_us(&mut command);
+        build::end_with_us(&mut command);
         Ok(command)
     }
 }
@@ -199,28 +183,4 @@ pub fn tail(console: &Path) -> String {
     let lines: Vec<&str> = text.lines().collect();
     let from = lines.len().saturating_sub(LINES);
     format!("{}\n(all of it: {})", lines[from..].join("\n"), console.display())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_machine_ends_with_the_thread_that_runs_it() {
-        let starter = std::thread::spawn(|| {
-            let mut command = Command::new("sleep");
-            end_with_us(command.arg("1000"));
-            command.spawn().unwrap()
-        });
-        let mut child = starter.join().unwrap();
-        // Its starter is gone, and nobody else ends it.
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while child.try_wait().unwrap().is_none() {
-            if Instant::now() >= deadline {
-                child.kill().unwrap();
-                panic!("it outlives the thread that started it");
-            }
-            std::thread::park_timeout(Duration::from_millis(5));
-        }
-    }
 }
