@@ -4,7 +4,7 @@
 //!
 //! The owner is written when a host founds or joins a pool, before its configuration exists. `serve` opens only a log that
 //! bears it: a host whose log was lost, or belongs to an earlier attempt, must not vote under its old id, since it may have
-//! forgotten a vote or entries that it acknowledged.
+//! forgotten a vote or entries that it acknowledged. One that ends before what was acknowledged is not opened either ([`reached`](super::reached)).
 
 #[cfg(test)]
 mod tests;
@@ -12,6 +12,7 @@ mod tests;
 use super::TypeConfig;
 use super::codec::{open, seal};
 use super::flusher::Flusher;
+use super::reached::Reached;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use openraft::storage::{LogFlushed, RaftLogStorage};
@@ -76,6 +77,24 @@ pub enum LogOpenError {
         /// The host.
         host: HostId,
     },
+    /// It lacks what was in it.
+    #[error(
+        "the Raft log of {host} ends at entry {last} and term {term}, but {host} had acknowledged entry {acknowledged} and voted in \
+         term {voted}: its disk has lost or changed what was written. Take it out with `poolctl host forget` and let it join again \
+         with an empty folder"
+    )]
+    Reverted {
+        /// The host.
+        host: HostId,
+        /// Its last entry.
+        last: u64,
+        /// Its vote.
+        term: u64,
+        /// The last entry that it had.
+        acknowledged: u64,
+        /// The vote that it had given.
+        voted: u64,
+    },
     /// It is another host's.
     #[error("the Raft log belongs to {} of pool {}, not to {} of pool {}", found.host, found.pool_id, wanted.host, wanted.pool_id)]
     Foreign {
@@ -96,6 +115,7 @@ struct Shared {
     log: sled::Tree,
     meta: sled::Tree,
     flusher: Flusher,
+    reached: Arc<Reached>,
 }
 
 type Result<T, E = StorageError<u64>> = std::result::Result<T, E>;
@@ -133,7 +153,19 @@ impl LogStore {
             Some(_) => {}
         }
         store.finish_purge().await?;
+        store.check_reached(wanted.host)?;
         Ok(store)
+    }
+
+    /// Whether everything is there that this host has told others.
+    fn check_reached(&self, host: HostId) -> Result<(), LogOpenError> {
+        let marks = self.shared.reached.marks();
+        let last = self.last()?.max(self.purged()?).map_or(0, |id| id.index);
+        let term = self.get::<Vote<u64>>(VOTE)?.map_or(0, |vote| vote.leader_id.term);
+        if last >= marks.index && term >= marks.term {
+            return Ok(());
+        }
+        Err(LogOpenError::Reverted { host, last, term, acknowledged: marks.index, voted: marks.term })
     }
 
     async fn open_files(dir: &Path) -> io::Result<Self> {
@@ -147,7 +179,8 @@ impl LogStore {
         let tree = |name: &str| db.open_tree(name).map_err(io::Error::other);
         let (log, meta) = (tree("log")?, tree("meta")?);
         let flusher = Flusher::start(db, dir)?;
-        Ok(Self { shared: Arc::new(Shared { log, meta, flusher }) })
+        let reached = Arc::new(Reached::open(dir)?);
+        Ok(Self { shared: Arc::new(Shared { log, meta, flusher, reached }) })
     }
 
     /// Removes what a purge left that was interrupted between its mark and its end.
@@ -303,6 +336,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
             Ok(()) => self.sync().await,
             Err(error) => Err(error),
         };
+        let saved = saved.and_then(|()| self.shared.reached.voted(vote.leader_id.term));
         saved.map_err(|e| failed(ErrorSubject::Vote, ErrorVerb::Write, &e))
     }
 
@@ -325,24 +359,34 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         I: IntoIterator<Item = Entry<TypeConfig>> + OptionalSend,
         I::IntoIter: OptionalSend,
     {
-        let write = || -> io::Result<()> {
-            let mut batch = sled::Batch::default();
+        let write = || -> io::Result<Option<u64>> {
+            let (mut batch, mut last) = (sled::Batch::default(), None);
             for entry in entries {
+                last = Some(entry.log_id.index);
                 batch.insert(&key(entry.log_id.index), seal(&entry)?);
             }
-            self.shared.log.apply_batch(batch).map_err(io::Error::other)
+            self.shared.log.apply_batch(batch).map_err(io::Error::other)?;
+            Ok(last)
         };
-        write().map_err(|e| failed(ErrorSubject::Logs, ErrorVerb::Write, &e))?;
-        self.shared.flusher.when_durable(Box::new(move |result| callback.log_io_completed(result)));
+        let last = write().map_err(|e| failed(ErrorSubject::Logs, ErrorVerb::Write, &e))?;
+        // Not the whole store: it would wait for its own flusher where the last of it is dropped.
+        let reached = self.shared.reached.clone();
+        self.shared.flusher.when_durable(Box::new(move |result| {
+            let marked = result.and_then(|()| last.map_or(Ok(()), |index| reached.appended(index)));
+            callback.log_io_completed(marked);
+        }));
         Ok(())
     }
 
     async fn truncate(&mut self, log_id: LogId<u64>) -> Result<()> {
-        let removed = match self.remove(key(log_id.index)..) {
-            Ok(()) => self.sync().await,
-            Err(error) => Err(error),
+        let removed = async {
+            // Whatever was appended before has moved the mark by then.
+            self.sync().await?;
+            self.shared.reached.cut_off(log_id.index)?;
+            self.remove(key(log_id.index)..)?;
+            self.sync().await
         };
-        removed.map_err(|e| failed(ErrorSubject::Log(log_id), ErrorVerb::Delete, &e))
+        removed.await.map_err(|e| failed(ErrorSubject::Log(log_id), ErrorVerb::Delete, &e))
     }
 
     async fn purge(&mut self, log_id: LogId<u64>) -> Result<()> {

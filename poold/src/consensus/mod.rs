@@ -21,6 +21,7 @@ mod membership;
 mod network;
 mod propose;
 mod quorum;
+mod reached;
 mod read;
 pub mod recover;
 mod service;

@@ -35,7 +35,8 @@ async fn a_disk_that_can_not_sync_ends_raft() {
     let db = sled::Config::new().path(dir.path().join("raft")).flush_every_ms(None).open().unwrap();
     let (log, meta) = (db.open_tree("log").unwrap(), db.open_tree("meta").unwrap());
     let flusher = Flusher::spawn(db, failing_file(), dir.path()).unwrap();
-    let log = LogStore { shared: Arc::new(Shared { log, meta, flusher }) };
+    let reached = Arc::new(Reached::open(dir.path()).unwrap());
+    let log = LogStore { shared: Arc::new(Shared { log, meta, flusher, reached }) };
     let (store, state) =
         StateStore::open(&dir.path().join("snapshots"), pool_state::features::NEWEST).unwrap();
     let [ca_pem, cert_pem, key_pem] = [const { String::new() }; 3];
@@ -115,4 +116,41 @@ async fn a_log_that_is_just_being_closed_is_waited_for() {
     // Polled first, so that it finds the lock taken.
     let (opened, ()) = tokio::join!(LogStore::open(dir.path(), &owner), async { drop(held) });
     assert_eq!(opened.unwrap().try_get_log_entries(..).await.unwrap().len(), 3);
+}
+
+#[tokio::test]
+async fn a_log_that_ends_before_what_was_acknowledged_is_not_opened() {
+    let dir = tempfile::tempdir().unwrap();
+    let owner = LogOwner { pool_id: "p".to_owned(), host: HostId(1) };
+    let mut store = log(dir.path(), 1..=10, None).await;
+    store.shared.reached.appended(10).unwrap();
+    store.save_vote(&Vote::new(3, 1)).await.unwrap();
+    // Cut off on purpose, as a new leader asks for.
+    store.truncate(log_id(8)).await.unwrap();
+    drop(store);
+    let store = LogStore::open(dir.path(), &owner).await.unwrap();
+    // What sled does with a record whose bits have turned: it and everything behind it is gone.
+    store.remove(key(7)..).unwrap();
+    store.sync().await.unwrap();
+    drop(store);
+    let refused = LogStore::open(dir.path(), &owner).await.err().unwrap();
+    assert!(
+        matches!(refused, LogOpenError::Reverted { last: 6, acknowledged: 7, voted: 3, .. }),
+        "{refused}"
+    );
+    assert!(refused.to_string().contains("poolctl host forget"), "{refused}");
+    // A snapshot that was installed over it has everything.
+    let store = LogStore::open_files(dir.path()).await.unwrap();
+    store.put(PURGED, &log_id(100)).unwrap();
+    store.sync().await.unwrap();
+    drop(store);
+    let store = LogStore::open(dir.path(), &owner).await.unwrap();
+    store.put(VOTE, &Vote::<u64>::new(2, 1)).unwrap();
+    store.sync().await.unwrap();
+    drop(store);
+    let refused = LogStore::open(dir.path(), &owner).await.err().unwrap();
+    assert!(
+        matches!(refused, LogOpenError::Reverted { term: 2, voted: 3, .. }),
+        "a vote was lost: {refused}"
+    );
 }
