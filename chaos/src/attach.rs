@@ -64,6 +64,7 @@ pub fn run(config: &Config, target: &Target) -> Result<Report> {
     fs::create_dir_all(&config.dir).with_context(|| format!("create {}", config.dir.display()))?;
     let recorder = Recorder::new(&config.dir)?;
     let pool = Pool::attach(&target.poolctl_config)?;
+    check_whole(&pool)?;
     check_names(&pool)?;
     let lost_ms = u64::try_from(config.lost().as_millis()).unwrap_or(u64::MAX);
     recorder.add(Seen::Started { seed: config.seed, hosts: pool.hosts().len(), lost_ms });
@@ -77,6 +78,15 @@ pub fn run(config: &Config, target: &Target) -> Result<Report> {
 /// Whether a campaign chooses such a name.
 fn is_ours(kind: &str, name: &str) -> bool {
     name.starts_with(PREFIX) || (kind == "image" && name == PROBE_IMAGE)
+}
+
+/// What is missing at first would count as found.
+fn check_whole(pool: &Pool) -> Result<()> {
+    for host in pool.items(&["host", "list"])? {
+        let (name, state) = (&host["name"], host["state"].as_str().unwrap_or_default());
+        ensure!(state == "up", "host {name} is {state}: a campaign begins on a pool whose hosts are all up");
+    }
+    Ok(())
 }
 
 fn check_names(pool: &Pool) -> Result<()> {

@@ -1,5 +1,6 @@
 //! Injuries to a host's disk: no space left, and bits that are not what was written.
 
+use ::tests::wait::wait_for;
 use ::tests::{Host, Pool};
 use anyhow::{Context, Result, bail};
 use rand::SeedableRng;
@@ -9,7 +10,10 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+/// A small state is on disk within this.
+const SNAPSHOT_DEADLINE: Duration = Duration::from_secs(10);
 /// Most that is written before a disk counts as one that can't be filled: it is not the small one of a test pool.
 const BALLAST_BYTES_MAX: usize = 4 << 30;
 /// A piece of a file that is all zero was likely never written.
@@ -73,6 +77,19 @@ pub fn flip_bits(data_dir: &Path, bits: u64) -> Result<()> {
 /// As [`flip_bits`].
 pub fn flip_bits_of_log(data_dir: &Path, bits: u64) -> Result<()> {
     flip_bits_of_files(&[data_dir.join("raft/db")], bits)
+}
+
+/// Has a host make a snapshot of the state: it does so by itself after thousands of changes only.
+///
+/// # Errors
+/// There is none soon.
+pub fn take_snapshot(host: &Host) -> Result<()> {
+    host.inject("raft snapshot")?;
+    wait_for(SNAPSHOT_DEADLINE, "the host has a snapshot", || {
+        let mut files = Vec::new();
+        files_below(&host.data_dir().join("snapshots"), &mut files);
+        Ok(files.iter().any(|path| path.extension().is_none_or(|it| it != "tmp")))
+    })
 }
 
 /// Turns bits in the newest snapshot of the state below a data directory.

@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 
 /// A campaign of a long run: short enough for its record to be judged and read.
 const LEG: Duration = Duration::from_secs(600);
+/// What is left for the last campaign, at least: in less nothing happens.
+const LAST_LEG_MIN: Duration = Duration::from_secs(30);
 
 /// Injects faults into a pool of real processes under load, and checks what must always hold.
 #[derive(Debug, Parser)]
@@ -180,16 +182,19 @@ fn config_of(seed: u64, duration: Duration, dir: PathBuf, arguments: &Arguments)
     }
 }
 
+/// How long the campaign after so many others is; none: the run is over. The first one takes whatever was asked for.
+fn next_leg(before: u64, left: Duration) -> Option<Duration> {
+    (before == 0 || left >= LAST_LEG_MIN).then(|| left.min(LEG))
+}
+
 /// One campaign after the other; the exit code is that of the worst.
 fn marathon(first: u64, length: Duration, arguments: &Arguments) -> Result<ExitCode> {
     let end = Instant::now() + length;
     let (mut worst, mut sum) = (Verdict::Ok, Sum::default());
     for seed in first.. {
-        if Instant::now() >= end {
-            break;
-        }
+        let Some(leg) = next_leg(seed - first, end.saturating_duration_since(Instant::now())) else { break };
         let folder = arguments.dir.as_ref().map(|dir| dir.join(seed.to_string()));
-        let config = config_of(seed, LEG, announce(seed, folder)?, arguments);
+        let config = config_of(seed, leg, announce(seed, folder)?, arguments);
         let report = run_campaign(&config)?;
         worst = worst.min(report.verdict);
         sum.add(&report);
@@ -267,4 +272,18 @@ fn tell(report: &Report, dir: &Path) -> Result<ExitCode> {
     write!(out, "{}", report.text())?;
     writeln!(out, "{}", dir.join("report.html").display())?;
     Ok(ExitCode::from(report.verdict.exit_code()))
+}
+
+#[cfg(test)]
+mod tests_of_legs {
+    use super::*;
+
+    #[test]
+    fn a_long_run_is_as_long_as_was_asked_for() {
+        let seconds = Duration::from_secs;
+        assert_eq!(next_leg(0, seconds(900)), Some(LEG));
+        assert_eq!(next_leg(1, seconds(300)), Some(seconds(300)), "the last one is shorter");
+        assert_eq!(next_leg(0, seconds(20)), Some(seconds(20)));
+        assert_eq!(next_leg(1, seconds(20)), None, "too short for anything to happen");
+    }
 }

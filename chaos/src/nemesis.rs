@@ -202,6 +202,9 @@ fn strike_host(pool: &Pool, host: &Host, fault: Fault) -> Result<Undo> {
             Undo::Nothing
         }
         Fault::FlipKept { kept, bits, .. } => {
+            if kept == Kept::Snapshot {
+                injure::take_snapshot(host)?;
+            }
             host.kill9_daemon()?;
             match kept {
                 Kept::Log => injure::flip_bits_of_log(host.data_dir(), bits)?,

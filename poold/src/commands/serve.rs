@@ -56,6 +56,9 @@ pub async fn run(
         consensus.shutdown().await;
         return Err(too_old(level, config.feature_level()));
     }
+    if let Some(faults) = crate::faults::present() {
+        tokio::spawn(take_snapshots(faults, consensus.clone()));
+    }
     let shutdown = CancellationToken::new();
     let context = NodeContext {
         host: config.host(),
@@ -89,6 +92,14 @@ pub async fn run(
     }
     consensus.shutdown().await;
     outcome
+}
+
+/// Makes snapshots of the state when a campaign asks for them.
+async fn take_snapshots(faults: std::sync::Arc<crate::faults::Faults>, consensus: Consensus) {
+    loop {
+        faults.snapshot.notified().await;
+        consensus.take_snapshot().await;
+    }
 }
 
 async fn bind(address: SocketAddr) -> Result<TcpListener, Failure> {

@@ -272,6 +272,13 @@ impl Consensus {
         &self.raft
     }
 
+    /// Begins a snapshot of the state that is otherwise made after many entries.
+    pub async fn take_snapshot(&self) {
+        if let Err(error) = self.raft.trigger().snapshot().await {
+            tracing::warn!(%error, "no snapshot is made: Raft has stopped");
+        }
+    }
+
     /// Resolves when Raft has stopped by itself, with the cause; a daemon can't go on then.
     pub async fn failed(&self) -> String {
         let mut metrics = self.raft.metrics();

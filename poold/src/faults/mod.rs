@@ -47,6 +47,8 @@ pub struct Faults {
     pub disk: Arc<DiskFaults>,
     /// Of the calls that it gets.
     pub calls: CallFaults,
+    /// Asks for a snapshot of the state now, so that there is one to damage.
+    pub snapshot: tokio::sync::Notify,
 }
 
 /// A command was not understood; nothing was done.
@@ -55,7 +57,7 @@ pub enum FaultError {
     /// Nobody knows it.
     #[error(
         "`{line}` is no fault; there are: disk fail-reads|fail-writes|fail-syncs, disk sync-delay MS, clock SECONDS, calls delay \
-         MS PERCENT, calls duplicate MS PERCENT, disk|clock|calls clear"
+         MS PERCENT, calls duplicate MS PERCENT, disk|clock|calls clear, raft snapshot"
     )]
     Unknown {
         /// What was asked for.
@@ -96,6 +98,7 @@ impl Faults {
             ["disk", "clear"] => self.disk.clear(),
             ["clock", "clear"] => clock::shift(0),
             ["calls", "clear"] => self.calls.clear(),
+            ["raft", "snapshot"] => self.snapshot.notify_one(),
             _ => return Err(FaultError::Unknown { line: line.to_owned() }),
         }
         Ok(())
