@@ -119,6 +119,8 @@ fn drive(config: &Config, target: &Target, pool: &Pool, recorder: &Recorder, vms
         recorder.add(Seen::Part { part: Part::Healing });
         finale::wait_healed(pool, recorder, vms);
         recorder.add(Seen::Part { part: Part::Healed });
+        // The last moves of the load may be under way.
+        finale::wait_tasks_end(pool, recorder);
         finale::reboot_all(pool, recorder, vms);
         stop_looking.store(true, Ordering::Relaxed);
         ensure!(ended, "a client has panicked");
