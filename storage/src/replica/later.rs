@@ -1,9 +1,12 @@
 //! Reads for which no thread waits.
 //!
 //! ```text
-//!  lookup (locked) ─▶ runs of blocks that lie together ─▶ disk, unlocked ─▶ each block verified ─▶ done
-//!                                                             └ anything wrong ─▶ the same read again, locked
+//!  lookup (locked) ─▶ runs of blocks that lie together ─▶ disk, unlocked ─▶ done ─▶ each block verified by who is told
+//!                                                                                   └ anything wrong ─▶ the same read again, locked
 //! ```
+//! Whoever is told verifies, and not the disk's thread: what comes from the disk is in no cache, and each processor that looks at it has to
+//! fetch it anew.
+//!
 //! Between the lookup and the disk a block may be overwritten and its segment become another one. What was read then fails its
 //! checksum, and is looked up again under the lock, which keeps segments where they are.
 
@@ -24,6 +27,47 @@ use std::sync::{Arc, Mutex, PoisonError};
 /// What a read comes to: all blocks one behind the other.
 pub type ReadResult = Result<io::Result<Bytes>, WriteRefused>;
 
+/// A read that is over.
+pub enum Found {
+    /// Nothing is to be verified.
+    Known(ReadResult),
+    /// Blocks as they came from the disk.
+    Unverified(Unverified),
+}
+
+impl Found {
+    /// Verifies what was read; reads it again, on this thread, when it is not what it should be.
+    pub fn verified(self) -> ReadResult {
+        match self {
+            Self::Known(result) => result,
+            Self::Unverified(Unverified { wanted, runs, data }) => {
+                if runs.iter().all(|run| run.is_intact(wanted.part(run, &data))) {
+                    Ok(Ok(full(data)))
+                } else {
+                    wanted.read_together()
+                }
+            }
+        }
+    }
+}
+
+/// Blocks that nobody has compared with their checksums.
+pub struct Unverified {
+    wanted: Wanted,
+    runs: Vec<Run>,
+    /// All blocks that are wanted; those in no run are zero.
+    data: BytesMut,
+}
+
+/// What is to be read.
+struct Wanted {
+    reader: Reader,
+    volume: VolumeId,
+    epoch: Epoch,
+    view: View,
+    blocks: Range<BlockIndex>,
+}
+
 /// Blocks that lie together.
 struct Run {
     /// Whose blocks they are, for their checksums.
@@ -34,21 +78,19 @@ struct Run {
 }
 
 /// A read in several runs.
-struct Gathering {
-    reader: Reader,
-    volume: VolumeId,
-    epoch: Epoch,
-    view: View,
-    blocks: Range<BlockIndex>,
-    state: Mutex<GatheringState>,
-}
+struct Gathering(Mutex<GatheringState>);
 
 struct GatheringState {
     data: BytesMut,
+    /// Those that have been read.
+    runs: Vec<Run>,
     missing: usize,
     failed: bool,
-    done: Option<Box<dyn FnOnce(ReadResult) + Send>>,
+    /// Taken by the last run.
+    end: Option<(Wanted, Done)>,
 }
+
+type Done = Box<dyn FnOnce(Found) + Send>;
 
 impl Reader {
     /// Reads blocks for an owner at `epoch` and tells `done`, here or on the thread of the disk.
@@ -58,16 +100,18 @@ impl Reader {
         epoch: Epoch,
         view: View,
         blocks: Range<BlockIndex>,
-        done: impl FnOnce(ReadResult) + Send + 'static,
+        done: impl FnOnce(Found) + Send + 'static,
     ) {
-        let runs = match self.runs(volume, epoch, view, &blocks) {
-            Ok(Some(runs)) => runs,
-            Ok(None) => return done(self.read_together(volume, epoch, view, blocks)),
-            Err(refused) => return done(Err(refused)),
-        };
+        let runs = self.runs(volume, epoch, view, &blocks);
         let len = (blocks.end.0 - blocks.start.0) as usize * BLOCK_BYTES;
+        let wanted = Wanted { reader: self.clone(), volume, epoch, view, blocks };
+        let runs = match runs {
+            Ok(Some(runs)) => runs,
+            Ok(None) => return done(Found::Known(wanted.read_together())),
+            Err(refused) => return done(Found::Known(Err(refused))),
+        };
         if runs.is_empty() {
-            return done(Ok(Ok(Bytes::from(vec![0; len]))));
+            return done(Found::Known(Ok(Ok(Bytes::from(vec![0; len])))));
         }
         let is_one = runs.len() == 1 && runs[0].checksums.len() * BLOCK_BYTES == len;
         // One run is the read as it is; several are put together.
@@ -76,9 +120,9 @@ impl Reader {
             data = aligned(len);
             data.resize(len, 0);
         }
-        let state = GatheringState { data, missing: runs.len(), failed: false, done: Some(Box::new(done)) };
-        let (reader, state) = (self.clone(), Mutex::new(state));
-        let gathering = Arc::new(Gathering { reader, volume, epoch, view, blocks, state });
+        let (missing, end): (_, Option<(_, Done)>) = (runs.len(), Some((wanted, Box::new(done))));
+        let state = GatheringState { data, runs: Vec::with_capacity(missing), missing, failed: false, end };
+        let gathering = Arc::new(Gathering(Mutex::new(state)));
         for run in runs {
             let gathering = gathering.clone();
             let (location, len) = (run.location, run.checksums.len() * BLOCK_BYTES);
@@ -86,7 +130,7 @@ impl Reader {
                 location.segment,
                 u64::from(location.offset),
                 len,
-                Box::new(move |result| gathering.take(&run, result)),
+                Box::new(move |result| gathering.take(run, result)),
             );
         }
     }
@@ -115,16 +159,12 @@ impl Reader {
         }
         Ok(Some(runs))
     }
+}
 
+impl Wanted {
     /// The same under the lock, on this thread.
-    fn read_together(
-        &self,
-        volume: VolumeId,
-        epoch: Epoch,
-        view: View,
-        blocks: Range<BlockIndex>,
-    ) -> ReadResult {
-        let found = self.read(volume, epoch, view, blocks)?;
+    fn read_together(self) -> ReadResult {
+        let found = self.reader.read(self.volume, self.epoch, self.view, self.blocks)?;
         let mut data = BytesMut::with_capacity(found.len() * BLOCK_BYTES);
         for block in found {
             match block {
@@ -136,6 +176,16 @@ impl Reader {
             }
         }
         Ok(Ok(data.freeze()))
+    }
+
+    /// Where a run is in all that is wanted.
+    fn range(&self, run: &Run) -> Range<usize> {
+        let at = (run.first - self.blocks.start.0) as usize * BLOCK_BYTES;
+        at..at + run.checksums.len() * BLOCK_BYTES
+    }
+
+    fn part<'a>(&self, run: &Run, data: &'a [u8]) -> &'a [u8] {
+        &data[self.range(run)]
     }
 }
 
@@ -157,28 +207,31 @@ impl Run {
 
 impl Gathering {
     /// A run has been read.
-    fn take(&self, run: &Run, result: io::Result<BytesMut>) {
-        let intact = result.ok().filter(|data| run.is_intact(data));
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.missing -= 1;
-        match intact {
-            None => state.failed = true,
-            Some(data) if state.data.is_empty() => state.data = data,
-            Some(data) => {
-                let at = (run.first - self.blocks.start.0) as usize * BLOCK_BYTES;
-                state.data[at..at + data.len()].copy_from_slice(&data);
+    fn take(&self, run: Run, result: io::Result<BytesMut>) {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let GatheringState { data, runs, missing, failed, end } = &mut *state;
+        *missing -= 1;
+        match (result, &*end) {
+            (Ok(read), _) if data.is_empty() => {
+                *data = read;
+                runs.push(run);
             }
+            (Ok(read), Some((wanted, _))) => {
+                data[wanted.range(&run)].copy_from_slice(&read);
+                runs.push(run);
+            }
+            _ => *failed = true,
         }
-        if state.missing > 0 {
+        if *missing > 0 {
             return;
         }
-        let Some(done) = state.done.take() else { return };
-        let (data, failed) = (std::mem::take(&mut state.data), state.failed);
+        let Some((wanted, done)) = end.take() else { return };
+        let (data, runs, failed) = (std::mem::take(data), std::mem::take(runs), *failed);
         drop(state);
         done(if failed {
-            self.reader.read_together(self.volume, self.epoch, self.view, self.blocks.clone())
+            Found::Known(wanted.read_together())
         } else {
-            Ok(Ok(full(data)))
+            Found::Unverified(Unverified { wanted, runs, data })
         });
     }
 }

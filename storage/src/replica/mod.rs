@@ -39,7 +39,7 @@ pub use crate::map::BlockVersion;
 pub use checkpoint::{CheckpointError, Checkpoints};
 pub use engine::{Engine, MAP_PAGES_MAX, OpenError};
 pub use files::{Folder, SmallFiles};
-pub use later::ReadResult;
+pub use later::{Found, ReadResult};
 pub use op::{Attached, Op, OpError, OpKind, ReadBlock, Refused, Told, Watermark};
 pub use promise::Promises;
 pub use reader::{Reader, RepairCounts, Usage, Verified};

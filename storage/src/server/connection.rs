@@ -1,7 +1,7 @@
 //! One owner's conversation with the replica.
 
 use super::Shared;
-use super::work::{Owner, Work, of_mark, of_result};
+use super::work::{BlocksRead, Owner, Work, of_mark, of_result};
 use crate::frames::{FRAMES_MAX, Frame, FrameReader, FrameWriter, WriteChunks};
 use crate::replica::{Attached, OpError, OpKind, Watermark, WriteRefused};
 use crate::types::AttachRefused;
@@ -21,7 +21,24 @@ const ANSWERS_MAX: usize = 64;
 /// Requests of one owner that are worked on beside the stream.
 const BESIDE_MAX: usize = 32;
 
-type Outgoing = (Response, Bytes);
+/// What is to be sent.
+enum Outgoing {
+    Response(Response, Bytes),
+    /// Verified right before it is sent.
+    Blocks(RequestId, BlocksRead),
+}
+
+impl Outgoing {
+    fn frame(self) -> (Response, Bytes) {
+        match self {
+            Self::Response(response, data) => (response, data),
+            Self::Blocks(id, blocks) => {
+                let (answer, data) = blocks.answer();
+                (Response::Answer { id, answer }, data)
+            }
+        }
+    }
+}
 
 /// One connection.
 pub(super) struct Connection {
@@ -171,8 +188,8 @@ impl Connection {
                 // A place for the answer first: an owner that takes none is held up, and nothing is read for it.
                 let place = answers.clone().reserve_owned().await;
                 let place = place.map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
-                owner.read_later(&self.shared.store, view, blocks, move |answer, data| {
-                    place.send((Response::Answer { id, answer }, data));
+                owner.read_later(&self.shared.store, view, blocks, move |read| {
+                    place.send(Outgoing::Blocks(id, read));
                 });
                 Ok(())
             }
@@ -209,7 +226,10 @@ impl Connection {
 }
 
 async fn send(answers: &mpsc::Sender<Outgoing>, response: Response, data: Bytes) -> io::Result<()> {
-    answers.send((response, data)).await.map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))
+    answers
+        .send(Outgoing::Response(response, data))
+        .await
+        .map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))
 }
 
 /// Sends answers and, whenever they move, watermarks.
@@ -227,7 +247,9 @@ async fn send_all(
             },
             changed = marks.changed() => changed.map(|()| true).map_err(io::Error::other)?,
         };
-        answers.drain(..).for_each(|(response, data)| write.push(&response, &data));
+        for (response, data) in answers.drain(..).map(Outgoing::frame) {
+            write.push(&response, &data);
+        }
         if has_moved {
             write.push(&of_mark(*marks.borrow_and_update()), &Bytes::new());
         }

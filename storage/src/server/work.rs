@@ -2,8 +2,8 @@
 
 use crate::hashed::{Checksums, HashedBlocks};
 use crate::replica::{
-    BlockVersion, Changes, OpError, OpKind, ReadBlock, Reader, Refused, Session, Verified, Watermark, What,
-    WriteRefused,
+    BlockVersion, Changes, Found, OpError, OpKind, ReadBlock, Reader, Refused, Session, Verified, Watermark,
+    What, WriteRefused,
 };
 use crate::types::{Tail, View, VolumeProposal};
 use crate::wire::{
@@ -239,22 +239,17 @@ impl Owner {
         }
     }
 
-    /// Reads blocks and tells `done`, here or on a thread of the disk's.
+    /// Reads blocks and tells `done`, here or on a thread of the disk's, which must not be held up with the answer.
     pub fn read_later(
         &self,
         reader: &Reader,
         view: View,
         blocks: Range<BlockIndex>,
-        done: impl FnOnce(Answer, Bytes) + Send + 'static,
+        done: impl FnOnce(BlocksRead) + Send + 'static,
     ) {
         let owner = *self;
-        reader.read_later(self.volume, self.session.epoch, view, blocks, move |result| {
-            let (answer, data) = match result {
-                Ok(Ok(data)) => (Answer::Data, data),
-                Ok(Err(error)) => owner.damaged(&error),
-                Err(refused) => (of_refusal(refused), Bytes::new()),
-            };
-            done(answer, data);
+        reader.read_later(self.volume, self.session.epoch, view, blocks, move |found| {
+            done(BlocksRead { owner, found });
         });
     }
 
@@ -316,6 +311,23 @@ impl Owner {
     fn damaged(&self, error: &io::Error) -> (Answer, Bytes) {
         tracing::error!(%error, volume = %self.volume, "a block is damaged here");
         (Answer::Damaged, Bytes::new())
+    }
+}
+
+/// Blocks that were read for an owner.
+pub struct BlocksRead {
+    owner: Owner,
+    found: Found,
+}
+
+impl BlocksRead {
+    /// Verifies them.
+    pub fn answer(self) -> (Answer, Bytes) {
+        match self.found.verified() {
+            Ok(Ok(data)) => (Answer::Data, data),
+            Ok(Err(error)) => self.owner.damaged(&error),
+            Err(refused) => (of_refusal(refused), Bytes::new()),
+        }
     }
 }
 

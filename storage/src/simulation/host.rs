@@ -171,8 +171,8 @@ impl World {
             Ok(Work::ReadBlocks { id: request, view, blocks }) => {
                 self.read_beside(id, host, request, move |reader| {
                     let (tell, told) = std::sync::mpsc::channel();
-                    owner.read_later(reader, view, blocks, move |answer, data| {
-                        tell.send((answer, data)).unwrap();
+                    owner.read_later(reader, view, blocks, move |read| {
+                        tell.send(read.answer()).unwrap();
                     });
                     told.try_recv().expect("a simulated disk reads at once")
                 });
