@@ -186,7 +186,7 @@ mod tests {
         let kinds: BTreeSet<&str> = steps.iter().map(|step| step.fault.kind()).collect();
         // By scenarios only: bits are turned, since a second fault may take the good replicas away, and calls repeated, since what
         // was refused is not remembered yet (README, "Known").
-        assert_eq!(kinds.len(), 28, "{kinds:?}");
+        assert_eq!(kinds.len(), 29, "{kinds:?}");
         let aways: Vec<u64> = steps.iter().map(|step| step.fault.away_ms()).filter(|&ms| ms > 0).collect();
         assert!(aways.iter().any(|&ms| ms < SCALE.lost_ms / 3) && aways.iter().any(|&ms| ms > SCALE.lost_ms));
         assert!(steps.iter().any(|step| step.also.is_some()));

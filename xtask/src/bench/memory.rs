@@ -5,13 +5,33 @@
 //! soon after somebody else had given memory back would win by that alone.
 
 use anyhow::{Context, Result};
+use clap::ValueEnum;
 use memmap2::{Advice, MmapMut};
+
+/// What is done to free memory before a measurement.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum FreeMemory {
+    /// Nothing.
+    AsItIs,
+    /// It is brought back from whoever it was lent to.
+    AtHand,
+}
+
+impl FreeMemory {
+    /// Makes so much of it ready.
+    pub fn prepare(self, bytes: usize) -> Result<()> {
+        match self {
+            Self::AsItIs => Ok(()),
+            Self::AtHand => bring(bytes),
+        }
+    }
+}
 
 /// Bytes of which one is touched for each page.
 const PAGE_BYTES: usize = 4096;
 
 /// Makes so much free memory be there, for what is started next: it is lent again within seconds.
-pub fn bring(bytes: usize) -> Result<()> {
+fn bring(bytes: usize) -> Result<()> {
     let mut memory = MmapMut::map_anon(bytes).context("memory that is touched before a measurement")?;
     // Guests are in pieces of that size, which the kernel keeps apart from smaller ones; a kernel without them has only small ones.
     let _ = memory.advise(Advice::HugePage);

@@ -1,6 +1,6 @@
 //! Migrations of Debian's qemu, driven over QMP.
 
-use super::memory;
+use super::memory::FreeMemory;
 use super::migrate::{GuestSpec, TAKEN_BYTES, Walked};
 use super::report::Figures;
 use ::tests::wait_until;
@@ -172,7 +172,7 @@ impl Qemu {
 }
 
 /// Boots the guest, moves it to a second qemu, and sees it go on there.
-pub fn migrate(dir: &Path, guest: &GuestSpec<'_>, mode: Mode) -> Result<Figures> {
+pub fn migrate(dir: &Path, guest: &GuestSpec<'_>, mode: Mode, memory: FreeMemory) -> Result<Figures> {
     fs::write(dir.join("keys.psk"), format!("bench:{}\n", "5a".repeat(32)))?;
     let mut source = Qemu::start(dir, "source", guest, mode, &[])?;
     // The whole working set has been written by then.
@@ -182,7 +182,7 @@ pub fn migrate(dir: &Path, guest: &GuestSpec<'_>, mode: Mode) -> Result<Figures>
     let port = TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port();
     let uri = format!("tcp:127.0.0.1:{port}");
     target.ask("migrate-incoming", json!({"uri": uri}))?;
-    memory::bring(TAKEN_BYTES)?;
+    memory.prepare(TAKEN_BYTES)?;
     let (cpu_s, before) = (source.cpu_s()? + target.cpu_s()?, Walked::of(source.pid())?);
     source.ask("migrate", json!({"uri": uri}))?;
     let found = wait_until(PATIENCE, "qemu has migrated", || {

@@ -9,7 +9,7 @@
 
 mod stage;
 
-use super::memory;
+use super::memory::FreeMemory;
 use super::qemu::{self, Mode};
 use super::report::{Figures, Report, quantile};
 use crate::build::{self, Profile};
@@ -61,6 +61,9 @@ pub struct Options {
     /// Few runs, one of each mode of qemu: a minute instead of ten
     #[arg(long, conflicts_with_all = ["runs", "qemu_runs"])]
     quick: bool,
+    /// A machine that is virtual itself may have lent its free memory: at-hand compares what a machine with memory of its own does
+    #[arg(long, value_enum, default_value_t = FreeMemory::AsItIs)]
+    memory: FreeMemory,
     /// Only this working set, and not the rest
     #[arg(long)]
     working_set: Option<String>,
@@ -101,6 +104,7 @@ struct Bench<'a> {
     folder: &'a Path,
     runs: usize,
     qemu_runs: usize,
+    memory: FreeMemory,
     report: Report,
 }
 
@@ -121,6 +125,7 @@ pub fn run(options: &Options) -> Result<()> {
         folder: &folder.0.dir,
         runs,
         qemu_runs,
+        memory: options.memory,
         report: Report::default(),
     };
     let sets: Vec<&str> = match &options.working_set {
@@ -161,7 +166,7 @@ impl<'a> Bench<'a> {
         let guest = self.guest(&cmdline, mib.context("a set is MiB, as in 16M")? << 20);
         let mut theirs = Vec::new();
         for mode in Mode::ALL {
-            let figures = (0..self.qemu_runs).map(|_| qemu::migrate(self.folder, &guest, mode));
+            let figures = (0..self.qemu_runs).map(|_| qemu::migrate(self.folder, &guest, mode, self.memory));
             let figures = figures.collect::<Result<Vec<_>>>()?;
             for Figures { total_ms, blackout_ms, .. } in &figures {
                 println!("{}: {total_ms:.0} ms, {blackout_ms:.0} ms", mode.name());
@@ -174,7 +179,7 @@ impl<'a> Bench<'a> {
         println!("the guest walks {:.0} MiB/s", speed * PAGE_BYTES as f64 / MIB);
         let mut first_ways = Vec::new();
         for _ in 0..self.qemu_runs {
-            memory::bring(TAKEN_BYTES)?;
+            self.memory.prepare(TAKEN_BYTES)?;
             first_ways.push(stage.measure(stage.next_host(), speed)?);
         }
         let mut ours = Vec::new();
