@@ -184,8 +184,7 @@ mod tests {
     fn every_kind_of_fault_comes_and_absences_lie_around_the_loss() {
         let steps: Vec<Step> = Plan::new(1, SCALE).take(3000).collect();
         let kinds: BTreeSet<&str> = steps.iter().map(|step| step.fault.kind()).collect();
-        // By scenarios only: bits are turned, since a second fault may take the good replicas away, and calls repeated, since what
-        // was refused is not remembered yet (README, "Known").
+        // Bits are turned by scenarios only, since a second fault may take the good replicas away.
         assert_eq!(kinds.len(), 29, "{kinds:?}");
         let aways: Vec<u64> = steps.iter().map(|step| step.fault.away_ms()).filter(|&ms| ms > 0).collect();
         assert!(aways.iter().any(|&ms| ms < SCALE.lost_ms / 3) && aways.iter().any(|&ms| ms > SCALE.lost_ms));
