@@ -5,14 +5,19 @@
 //! itself, so one is made that nobody sees: it is attached nowhere, and goes with its only file. That needs a right which a confined
 //! process has given up, so its file is made before.
 //!
+//! A machine that is virtual itself and reports its free memory to its host (virtio-balloon's free page reporting) has lent just those
+//! pieces: it reports none that are smaller. There a large piece costs five milliseconds until it is back, and a memfd, which takes the
+//! small ones first, is three times as fast.
+//!
 //! What the guest touches still comes page by page: [`crate::Memory`] tells the kernel so for its mapping. Without any of it, memory is in a
 //! memfd, which is right and slower.
 
 use nix::errno::Errno;
 use std::ffi::CStr;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::path::Path;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// Commands of fsconfig(2), see linux/mount.h.
@@ -23,6 +28,13 @@ const FSMOUNT_CLOEXEC: libc::c_uint = 1;
 const MOUNT_ATTR_NOEXEC: libc::c_uint = 8;
 
 const MODE: libc::mode_t = 0o600;
+
+/// The devices of this machine that its host shows it, see Documentation/ABI/stable/sysfs-bus-virtio.
+const VIRTIO_DEVICES: &str = "/sys/bus/virtio/devices";
+
+/// The balloon's number, and its bit for reporting free pages: virtio 1.2, section 5.5.
+const BALLOON: &str = "0x0005";
+const BALLOON_F_PAGE_REPORTING: usize = 5;
 
 /// The file of a process that gives up its rights; taken by its machine.
 static EARLY: OnceLock<Mutex<Option<File>>> = OnceLock::new();
@@ -41,7 +53,25 @@ pub(crate) fn take() -> Option<File> {
 }
 
 fn make_or_say() -> Option<File> {
+    if lends_free_memory(Path::new(VIRTIO_DEVICES)) {
+        tracing::debug!(
+            "this machine lends its large pieces of free memory; guest memory is filled page by page"
+        );
+        return None;
+    }
     make().inspect_err(|error| tracing::debug!(%error, "guest memory is filled page by page")).ok()
+}
+
+/// Whether this machine reports its free memory to a host of its own.
+fn lends_free_memory(devices: &Path) -> bool {
+    let reports = |device: &Path| {
+        let number = fs::read_to_string(device.join("device")).unwrap_or_default();
+        // A digit for each bit, the lowest first.
+        let features = fs::read(device.join("features")).unwrap_or_default();
+        number.trim() == BALLOON && features.get(BALLOON_F_PAGE_REPORTING) == Some(&b'1')
+    };
+    // A machine without such devices has no such folder.
+    fs::read_dir(devices).is_ok_and(|found| found.flatten().any(|device| reports(&device.path())))
 }
 
 fn make() -> io::Result<File> {
@@ -81,6 +111,25 @@ fn owned(returned: libc::c_long) -> io::Result<OwnedFd> {
 mod tests {
     use super::*;
     use std::os::unix::fs::{FileExt, MetadataExt};
+
+    #[test]
+    fn a_machine_lends_memory_when_its_balloon_reports_free_pages() {
+        let devices = tempfile::tempdir().unwrap();
+        assert!(!lends_free_memory(&devices.path().join("absent")));
+        for (name, number, features) in [
+            ("virtio0", "0x0002\n", "1111111\n"),
+            ("virtio1", "0x0005\n", "0110101\n"),
+            ("virtio2", "0x0005\n", ""),
+        ] {
+            let device = devices.path().join(name);
+            fs::create_dir(&device).unwrap();
+            fs::write(device.join("device"), number).unwrap();
+            fs::write(device.join("features"), features).unwrap();
+        }
+        assert!(!lends_free_memory(devices.path()));
+        fs::write(devices.path().join("virtio1/features"), "0110010\n").unwrap();
+        assert!(lends_free_memory(devices.path()));
+    }
 
     /// Where this process may have one, which root may.
     #[test]
