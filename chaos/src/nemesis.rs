@@ -6,13 +6,21 @@ use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 use tests::process::Signal;
+use tests::wait::wait_for;
 use tests::{Host, Pool, VmProcess};
 
 use crate::fault::{DiskPart, Fault, Kept, Victim};
 use crate::injure;
 use crate::observation::{Recorder, Seen};
 use crate::pressure::{self, Squeezed};
+
+/// What a daemon says when its disk has failed.
+const STORE_FAILED: &str = "the block store has failed";
+
+/// How long it takes to end then.
+const ENDS_WITHIN: Duration = Duration::from_secs(2);
 
 /// A fault that has struck and is to be undone.
 #[derive(Debug)]
@@ -260,6 +268,14 @@ fn tell_daemon(host: &Host, fault: Fault) -> Result<Undo> {
     })
 }
 
+/// A daemon that has met a disk's fault ends, and may be about to when the fault is over already.
+fn let_it_end(host: &Host) {
+    if host.log_tail().contains(STORE_FAILED) {
+        // What it says may be from before its last start: then it lives.
+        wait_for(ENDS_WITHIN, "the daemon ends", || Ok(host.daemon().is_none())).ok();
+    }
+}
+
 /// Undoes a fault.
 ///
 /// # Errors
@@ -289,6 +305,7 @@ pub fn undo(pool: &Pool, recorder: &Recorder, struck: &Struck) -> Result<()> {
         Undo::LiftFilter(name) => pool.lift_filter(name),
         Undo::HealDisk(index) => {
             end_injection(pool.host(*index), "disk clear");
+            let_it_end(pool.host(*index));
             start(*index)
         }
         Undo::Inject(index, command) => {
