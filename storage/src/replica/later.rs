@@ -41,7 +41,7 @@ impl Found {
         match self {
             Self::Known(result) => result,
             Self::Unverified(Unverified { wanted, runs, data }) => {
-                if runs.iter().all(|run| run.is_intact(wanted.part(run, &data))) {
+                if runs.iter().all(|run| run.is_intact(&data[wanted.range(run)])) {
                     Ok(Ok(full(data)))
                 } else {
                     wanted.read_together()
@@ -182,10 +182,6 @@ impl Wanted {
     fn range(&self, run: &Run) -> Range<usize> {
         let at = (run.first - self.blocks.start.0) as usize * BLOCK_BYTES;
         at..at + run.checksums.len() * BLOCK_BYTES
-    }
-
-    fn part<'a>(&self, run: &Run, data: &'a [u8]) -> &'a [u8] {
-        &data[self.range(run)]
     }
 }
 
