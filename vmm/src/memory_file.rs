@@ -6,11 +6,11 @@
 //! process has given up, so its file is made before.
 //!
 //! A machine that is virtual itself and reports its free memory to its host (virtio-balloon's free page reporting) has lent just those
-//! pieces: it reports none that are smaller. There a large piece costs five milliseconds until it is back, and a memfd, which takes the
-//! small ones first, is three times as fast.
+//! pieces: it reports none that are smaller. There a large piece costs five milliseconds until it is back, and memory is in a memfd,
+//! which takes the small ones first (docs/adr/0057).
 //!
-//! What the guest touches still comes page by page: [`crate::Memory`] tells the kernel so for its mapping. Without any of it, memory is in a
-//! memfd, which is right and slower.
+//! What the guest touches still comes page by page: [`crate::Memory`] tells the kernel so for its mapping. Without large pieces it is in a
+//! memfd, too.
 
 use nix::errno::Errno;
 use std::ffi::CStr;
@@ -29,7 +29,7 @@ const MOUNT_ATTR_NOEXEC: libc::c_uint = 8;
 
 const MODE: libc::mode_t = 0o600;
 
-/// The devices of this machine that its host shows it, see Documentation/ABI/stable/sysfs-bus-virtio.
+/// The devices that this machine is shown by its host.
 const VIRTIO_DEVICES: &str = "/sys/bus/virtio/devices";
 
 /// The balloon's number, and its bit for reporting free pages: virtio 1.2, section 5.5.
