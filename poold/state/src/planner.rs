@@ -16,10 +16,7 @@ use crate::{
     entry::{Entry, Seed},
     limits::PLAN_COMMANDS_MAX,
     rejection::Rejection,
-    state::{
-        Desired, HaPolicy, HostState, Migration, MigrationPhase, MigrationPolicy, PoolState, Task, TaskKind,
-        Vm, Volume,
-    },
+    state::{Desired, HaPolicy, HostState, Migration, MigrationPhase, PoolState, Task, TaskKind, Vm, Volume},
 };
 use proto::VmId;
 use std::{cmp::Reverse, collections::BTreeSet};
@@ -126,10 +123,8 @@ impl Draft {
             };
             let vm = self.state.vms.get(&migration.vm);
             // Pages that come on demand may take longer, and end with their source.
-            let needs_source = migration.options.policy == MigrationPolicy::PostCopy;
-            let arrived = vm
-                .filter(|vm| migration.is_committed() && vm.is_reported_running())
-                .filter(|_| !needs_source);
+            let may_end = migration.is_committed() && !migration.options.policy.is_on_demand();
+            let arrived = vm.filter(|vm| may_end && vm.is_reported_running());
             if waits_for_source && stalled(entered_ms) {
                 let host = self.state.host_name(migration.source);
                 let reason = format!("host {host} does not carry out its part; look at its disk and its log");

@@ -8,7 +8,7 @@ use crate::{
     PoolState,
     outcome::Outcome,
     rejection::MemoryRejection,
-    state::{Host, MigrationOptions, MigrationPolicy, Vm},
+    state::{Host, MigrationOptions, Vm},
 };
 use proto::{ByteCount, HostId, MemoryPages, VmId};
 
@@ -17,8 +17,7 @@ impl PoolState {
     #[must_use]
     pub fn option_blockers(&self, vm: VmId, options: &MigrationOptions) -> Vec<MemoryRejection> {
         let is_huge = |vm: &&Vm| vm.spec.pages.is_huge();
-        let forbids = options.policy == MigrationPolicy::PostCopy;
-        let vm = self.vms.get(&vm).filter(is_huge).filter(|_| forbids);
+        let vm = self.vms.get(&vm).filter(is_huge).filter(|_| options.policy.is_on_demand());
         vm.map(|vm| MemoryRejection::HugePagesOnDemand { vm: vm.name.clone() }).into_iter().collect()
     }
 }

@@ -9,8 +9,8 @@ use crate::{
     outcome::Outcome,
     rejection::Rejection,
     state::{
-        Desired, EventKind, HaPolicy, Host, HostState, MigrationOutcome, MigrationPolicy, PoolState,
-        StartCause, TaskKind, TaskState, Vm, Volume,
+        Desired, EventKind, HaPolicy, Host, HostState, MigrationOutcome, PoolState, StartCause, TaskKind,
+        TaskState, Vm, Volume,
     },
 };
 use proto::{Epoch, HostId, VmId};
@@ -48,7 +48,7 @@ impl Change<'_> {
             let migration = self.state.migration(intent.migration)?;
             if migration.is_committed() && !self.state.host(migration.source)?.is_up() {
                 self.finish_migration(intent.migration, None)?;
-            } else if migration.is_committed() && migration.options.policy == MigrationPolicy::PostCopy {
+            } else if migration.is_committed() && migration.options.policy.is_on_demand() {
                 self.give_time_for_pages(intent.migration)?;
             }
         }

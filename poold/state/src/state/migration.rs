@@ -191,6 +191,12 @@ pub enum MigrationOutcome {
 }
 
 impl MigrationPolicy {
+    /// Whether the VM may run at the target before all of its memory is there.
+    #[must_use]
+    pub fn is_on_demand(self) -> bool {
+        self == Self::PostCopy
+    }
+
     /// The word that operators see and write.
     #[must_use]
     pub fn as_str(self) -> &'static str {
