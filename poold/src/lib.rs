@@ -17,6 +17,7 @@
 
 pub mod agent;
 pub mod api;
+mod calls;
 pub mod cli;
 pub mod clock;
 pub mod commands;

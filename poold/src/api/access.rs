@@ -22,17 +22,10 @@ mod tests;
 /// The paths of all calls at the port, from the descriptors that reflection serves.
 #[cfg(test)]
 pub fn paths() -> Vec<String> {
-    use prost::Message as _;
-    let set =
-        prost_types::FileDescriptorSet::decode(proto::DESCRIPTORS).expect("the descriptors are our own");
-    let services =
-        set.file.iter().flat_map(|file| file.service.iter().map(move |service| (file.package(), service)));
-    let paths = services.flat_map(|(package, service)| {
-        let methods = service.method.iter();
-        methods.map(move |method| format!("/{package}.{}/{}", service.name(), method.name()))
-    });
+    use crate::calls::{descriptors, methods};
+    let set = descriptors();
     // Served on unix sockets of VM processes, not here.
-    paths.filter(|path| !path.starts_with("/pool.v1.Machine/")).collect()
+    methods(&set).map(|method| method.path).filter(|path| !path.starts_with("/pool.v1.Machine/")).collect()
 }
 
 /// What a call needs.

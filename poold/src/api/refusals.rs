@@ -14,9 +14,8 @@
 use super::access::{Access, access_of};
 use super::principal::{Principal, principal_among};
 use super::status;
+use crate::calls::{Whole, descriptors, methods, take_ready};
 use crate::consensus::{Consensus, ProposeError, ProposeMeta};
-use bytes::Bytes;
-use http_body_util::{BodyExt as _, Full};
 use pool_state::command::Govern;
 use pool_state::features::Feature;
 use pool_state::state::Role;
@@ -47,8 +46,7 @@ struct Begin {
 
 /// Paths of the changes with one request and one answer.
 static CHANGES: LazyLock<BTreeSet<String>> = LazyLock::new(|| {
-    let set =
-        prost_types::FileDescriptorSet::decode(proto::DESCRIPTORS).expect("the descriptors are our own");
+    let set = descriptors();
     let meta = |field: &prost_types::FieldDescriptorProto| {
         field.number() == 1 && field.type_name() == ".pool.v1.RequestMeta"
     };
@@ -58,14 +56,8 @@ static CHANGES: LazyLock<BTreeSet<String>> = LazyLock::new(|| {
         .filter(|(_, message)| message.field.iter().any(meta))
         .map(|(package, message)| format!(".{package}.{}", message.name()))
         .collect();
-    let services =
-        set.file.iter().flat_map(|file| file.service.iter().map(move |service| (file.package(), service)));
-    let paths = services.flat_map(|(package, service)| {
-        let methods = service.method.iter().filter(|it| !it.client_streaming() && !it.server_streaming());
-        let methods = methods.filter(|it| changes.contains(it.input_type()));
-        methods.map(move |method| format!("/{package}.{}/{}", service.name(), method.name()))
-    });
-    paths.collect()
+    let concerned = methods(&set).filter(|method| method.is_unary && changes.contains(&method.input));
+    concerned.map(|method| method.path).collect()
 });
 
 /// Who asks for a change; none: it is no change, or its refusal leaves nothing.
@@ -167,9 +159,7 @@ where
         use futures::future::Either;
         let asker = asker(&request).filter(|_| self.consensus.local().has_feature(Feature::Refusals));
         let Some(asker) = asker else { return Either::Left(self.inner.call(request)) };
-        // The clone was not asked whether it is ready: the one that was takes this call.
-        let waiting = self.inner.clone();
-        let ready = std::mem::replace(&mut self.inner, waiting);
+        let ready = take_ready(&mut self.inner);
         Either::Right(Box::pin(serve(ready, request, self.consensus.clone(), asker)))
     }
 }
@@ -184,21 +174,18 @@ where
     S: Service<Request<Body>, Response = Response<B>> + Clone,
     B: Default,
 {
-    let (parts, body) = request.into_parts();
-    let Ok(content) = http_body_util::Limited::new(body, GRPC_MESSAGE_BYTES_MAX).collect().await else {
+    let Ok(whole) = Whole::read(request).await else {
         let text = format!("the request broke off, or has more than {GRPC_MESSAGE_BYTES_MAX} bytes");
         return Ok(Status::invalid_argument(text).into_http());
     };
-    let content = content.to_bytes();
-    let id = request_id(&content);
-    let copy = |content: Bytes| Request::from_parts(parts.clone(), Body::new(Full::new(content)));
-    let response = service.call(copy(content.clone())).await?;
-    let Some(id) = id.filter(|_| refused(&response)) else { return Ok(response) };
+    let response = service.call(whole.request()).await?;
+    let id = request_id(whole.content()).filter(|_| refused(&response));
+    let Some(id) = id else { return Ok(response) };
     match remember(&consensus, &id, asker).await {
         Ok(Remembered::Refused) => Ok(response),
         Ok(Remembered::Done) => {
             std::future::poll_fn(|context| service.poll_ready(context)).await?;
-            let again = service.call(copy(content)).await?;
+            let again = service.call(whole.request()).await?;
             Ok(if refused(&again) { done_before(&id).into_http() } else { again })
         }
         Err(status) => Ok(status.into_http()),

@@ -7,10 +7,6 @@
 //! Only calls with one request and one answer: what streams has an order of its own. Invariant: every call is served at least once,
 //! and its asker gets an answer to it.
 
-use bytes::Bytes;
-use http_body_util::{BodyExt as _, Full};
-use prost::Message as _;
-use proto::limits::GRPC_MESSAGE_BYTES_MAX;
 use rand::Rng as _;
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -22,6 +18,7 @@ use tonic::codegen::http::{Request, Response};
 use tower::{Layer, Service, ServiceExt as _};
 
 use super::Faults;
+use crate::calls::{Whole, descriptors, methods, take_ready};
 
 /// What happens to calls; nothing at first.
 #[derive(Debug, Default)]
@@ -76,15 +73,8 @@ impl CallFaults {
 
 /// Paths of calls with one request and one answer.
 static UNARY: LazyLock<BTreeSet<String>> = LazyLock::new(|| {
-    let set =
-        prost_types::FileDescriptorSet::decode(proto::DESCRIPTORS).expect("the descriptors are our own");
-    let services =
-        set.file.iter().flat_map(|file| file.service.iter().map(move |service| (file.package(), service)));
-    let methods = services.flat_map(|(package, service)| {
-        let unary = service.method.iter().filter(|it| !it.client_streaming() && !it.server_streaming());
-        unary.map(move |method| format!("/{package}.{}/{}", service.name(), method.name()))
-    });
-    methods.collect()
+    let set = descriptors();
+    methods(&set).filter(|method| method.is_unary).map(|method| method.path).collect()
 });
 
 /// Puts faults, if there may be any, in front of the services.
@@ -139,10 +129,7 @@ where
         let Some(faults) = faults.filter(|_| UNARY.contains(request.uri().path())) else {
             return Either::Left(self.inner.call(request));
         };
-        // The clone was not asked whether it is ready: the one that was takes this call.
-        let waiting = self.inner.clone();
-        let ready = std::mem::replace(&mut self.inner, waiting);
-        Either::Right(Box::pin(disturb(ready, request, faults.clone())))
+        Either::Right(Box::pin(disturb(take_ready(&mut self.inner), request, faults.clone())))
     }
 }
 
@@ -160,14 +147,9 @@ where
     let (delay, repetition) = (faults.calls.draw_delay(), faults.calls.draw_repetition());
     tokio::time::sleep(delay).await;
     let Some(later) = repetition else { return service.call(request).await };
-    let (parts, body) = request.into_parts();
-    let content = match http_body_util::Limited::new(body, GRPC_MESSAGE_BYTES_MAX).collect().await {
-        Ok(content) => content.to_bytes(),
-        // The asker is gone, or asks for too much: an empty request is refused as such.
-        Err(_) => Bytes::new(),
-    };
-    let copy = |content: Bytes| Request::from_parts(parts.clone(), Body::new(Full::new(content)));
-    let (first, second, again) = (copy(content.clone()), copy(content), service.clone());
+    // The asker is gone, or asks for too much: an empty request is refused as such.
+    let whole = Whole::read(request).await.unwrap_or_else(|head| head);
+    let (first, second, again) = (whole.request(), whole.request(), service.clone());
     tokio::spawn(async move {
         tokio::time::sleep(later).await;
         // Nobody waits for this answer.
@@ -179,6 +161,8 @@ where
 #[cfg(test)]
 mod tests {
     use super::*;
+    use bytes::Bytes;
+    use http_body_util::{BodyExt as _, Full};
     use std::convert::Infallible;
     use tokio::sync::mpsc;
 

@@ -1,5 +1,7 @@
 use super::*;
 use crate::test_pool::TestPool;
+use bytes::Bytes;
+use http_body_util::Full;
 use proto::v1::host_service_client::HostServiceClient;
 use proto::v1::{CreateJoinTokenRequest, HostChangeRequest, ListHostsRequest, RevokeJoinTokenRequest};
 use std::convert::Infallible;
@@ -88,7 +90,7 @@ fn every_change_with_one_request_is_concerned_and_what_only_looks_is_not() {
         assert!(!CHANGES.contains(path), "{path}");
     }
     // A client gives its id in the same place of every request.
-    let set = prost_types::FileDescriptorSet::decode(proto::DESCRIPTORS).unwrap();
+    let set = descriptors();
     for message in set.file.iter().flat_map(|file| &file.message_type) {
         let metas = message.field.iter().filter(|field| field.type_name() == ".pool.v1.RequestMeta");
         assert!(metas.map(prost_types::FieldDescriptorProto::number).all(|it| it == 1), "{}", message.name());
