@@ -10,7 +10,11 @@ use pool_state::{
     planner::{self, LeaderView},
 };
 use proto::HostId;
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 use tokio::sync::{mpsc, oneshot, watch};
 
 /// Renewals that wait for the task: one of each host of the largest pool, a few times over.
@@ -39,25 +43,32 @@ struct Renewal {
     answer: oneshot::Sender<u64>,
 }
 
+/// What the table knows of the hosts; nothing when this host does not lead.
+#[derive(Default)]
+struct Heard {
+    ages_ms: BTreeMap<HostId, u64>,
+    suspects: BTreeSet<HostId>,
+}
+
 /// Handle of the leader task; clones share it.
 #[derive(Clone)]
 pub struct LeaderHandle {
     renewals: mpsc::Sender<Renewal>,
-    ages_ms: Arc<watch::Sender<BTreeMap<HostId, u64>>>,
+    heard: Arc<watch::Sender<Heard>>,
 }
 
 /// The other end of a [`LeaderHandle`].
 pub struct LeaderQueue {
     renewals: mpsc::Receiver<Renewal>,
-    ages_ms: Arc<watch::Sender<BTreeMap<HostId, u64>>>,
+    heard: Arc<watch::Sender<Heard>>,
 }
 
 impl LeaderHandle {
     /// A handle and what [`run_leader`] needs to serve it.
     pub fn new() -> (Self, LeaderQueue) {
         let (sender, receiver) = mpsc::channel(RENEWALS_AHEAD);
-        let ages_ms = Arc::new(watch::Sender::new(BTreeMap::new()));
-        (Self { renewals: sender, ages_ms: ages_ms.clone() }, LeaderQueue { renewals: receiver, ages_ms })
+        let heard = Arc::new(watch::Sender::new(Heard::default()));
+        (Self { renewals: sender, heard: heard.clone() }, LeaderQueue { renewals: receiver, heard })
     }
 
     /// Renews the lease of a host. Returns the granted time in milliseconds, counted from the moment that the host sent
@@ -73,7 +84,7 @@ impl LeaderHandle {
 
     /// Milliseconds since each host was last heard of; empty when this host does not lead.
     pub fn ages_ms(&self) -> BTreeMap<HostId, u64> {
-        self.ages_ms.borrow().clone()
+        self.heard.borrow().ages_ms.clone()
     }
 }
 
@@ -84,7 +95,8 @@ fn now_ms() -> u64 {
 /// Runs until the node stops.
 pub async fn run_leader(context: NodeContext, queue: LeaderQueue) {
     let (decisions, decided) = mpsc::channel(DECISIONS_AHEAD);
-    tokio::join!(table_task(&context, queue, decisions), propose_task(&context, decided));
+    let heard = queue.heard.subscribe();
+    tokio::join!(table_task(&context, queue, decisions), propose_task(&context, decided, heard));
 }
 
 async fn table_task(context: &NodeContext, mut queue: LeaderQueue, decisions: mpsc::Sender<Decision>) {
@@ -128,7 +140,7 @@ async fn table_task(context: &NodeContext, mut queue: LeaderQueue, decisions: mp
             }
             None => {}
         }
-        publish_ages(&table, &state, leads.is_some(), &queue.ages_ms);
+        publish_heard(&table, &state, leads.is_some(), &queue.heard);
     }
 }
 
@@ -180,18 +192,22 @@ fn decide(
     answers
 }
 
-fn publish_ages(
-    table: &LeaseTable,
-    state: &PoolState,
-    leads: bool,
-    ages_ms: &watch::Sender<BTreeMap<HostId, u64>>,
-) {
+fn publish_heard(table: &LeaseTable, state: &PoolState, leads: bool, heard: &watch::Sender<Heard>) {
+    if !leads {
+        heard.send_replace(Heard::default());
+        return;
+    }
     let now = now_ms();
-    let known = state.members().filter_map(|host| table.age_ms(now, host.id).map(|age_ms| (host.id, age_ms)));
-    ages_ms.send_replace(if leads { known.collect() } else { BTreeMap::new() });
+    let members = || state.members().map(|host| host.id);
+    let ages = members().filter_map(|host| table.age_ms(now, host).map(|age_ms| (host, age_ms)));
+    heard.send_replace(Heard { ages_ms: ages.collect(), suspects: table.suspects(now, members()) });
 }
 
-async fn propose_task(context: &NodeContext, mut decided: mpsc::Receiver<Decision>) {
+async fn propose_task(
+    context: &NodeContext,
+    mut decided: mpsc::Receiver<Decision>,
+    heard: watch::Receiver<Heard>,
+) {
     let mut changes = context.consensus.watch();
     loop {
         tokio::select! {
@@ -208,7 +224,7 @@ async fn propose_task(context: &NodeContext, mut decided: mpsc::Receiver<Decisio
             continue;
         }
         changes.mark_unchanged();
-        let view = LeaderView { now_ms: crate::clock::pool_ms() };
+        let view = LeaderView { now_ms: crate::clock::pool_ms(), suspects: heard.borrow().suspects.clone() };
         // Together, so that many VMs of a lost host share the log's flushes; they were tried in this order.
         let plan = planner::plan(&context.consensus.local(), &view);
         futures::future::join_all(plan.into_iter().map(|command| context.decree(term, command))).await;

@@ -75,7 +75,7 @@ fn play(state: &PoolState, hosts: Vec<HostId>) -> WorstCase {
         advance(&mut draft, Command::HostLost { host: *host });
     }
     loop {
-        let recoveries: Vec<Command> = plan(&draft, &LeaderView { now_ms: 0 })
+        let recoveries: Vec<Command> = plan(&draft, &LeaderView::at(0))
             .into_iter()
             .filter(|command| matches!(command, Command::RecoverVm { .. }))
             .collect();

@@ -232,7 +232,7 @@ impl Pool {
 
     /// Lets the leader plan once; what it proposes is accepted.
     pub(crate) fn plan(&mut self) -> Vec<Command> {
-        let commands = planner::plan(&self.state, &LeaderView { now_ms: self.now_ms });
+        let commands = planner::plan(&self.state, &LeaderView::at(self.now_ms));
         for command in &commands {
             self.accept(command.clone());
         }

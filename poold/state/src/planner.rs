@@ -18,14 +18,24 @@ use crate::{
     rejection::Rejection,
     state::{Desired, HaPolicy, HostState, Migration, MigrationPhase, PoolState, Task, TaskKind, Vm, Volume},
 };
-use proto::VmId;
+use proto::{HostId, VmId};
 use std::{cmp::Reverse, collections::BTreeSet};
 
 /// What the leader knows besides the state.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LeaderView {
     /// Unix time.
     pub now_ms: u64,
+    /// Hosts that have been silent for some renewals, and may be lost soon.
+    pub suspects: BTreeSet<HostId>,
+}
+
+impl LeaderView {
+    /// A leader that hears everybody.
+    #[must_use]
+    pub const fn at(now_ms: u64) -> Self {
+        Self { now_ms, suspects: BTreeSet::new() }
+    }
 }
 
 /// The commands to propose, in this order; at most [`PLAN_COMMANDS_MAX`]. Each is safe to repeat.
@@ -36,7 +46,7 @@ pub fn plan(state: &PoolState, view: &LeaderView) -> Vec<Command> {
     draft.end_late_work();
     draft.end_stalled_moves();
     draft.begin_queued_moves();
-    draft.recover_vms();
+    draft.recover_vms(&view.suspects);
     draft.restart_cut_off_owners();
     draft.carry_tasks_on();
     draft.keep_replicas();
@@ -137,26 +147,44 @@ impl Draft {
         ends.into_iter().for_each(|command| self.propose(command));
     }
 
-    fn recover_vms(&mut self) {
+    /// Hosts that die together are declared lost one after the other. So those that are silent as well count as lost here: nothing
+    /// starts at them, and their VMs have their places before others of lower priority take them.
+    fn recover_vms(&mut self, suspects: &BTreeSet<HostId>) {
         if self.state.settings.ha_braked || self.state.settings.ha_disarmed {
             return;
         }
-        let lost = self.state.hosts.values().filter(|host| host.state == HostState::Lost);
-        let there = lost.flat_map(|host| self.state.index.vms_at(host.id));
-        let vms = there.filter_map(|id| self.state.vms.get(&id)).filter(|vm| needs_recovery(vm));
+        let lost: BTreeSet<HostId> = self.lost_hosts().collect();
+        if lost.is_empty() {
+            return;
+        }
+        let mut foreseen = Self { state: self.state.clone(), now_ms: self.now_ms, commands: Vec::new() };
+        for host in suspects {
+            foreseen.propose(Command::HostLost { host: *host });
+        }
+        foreseen.commands.clear();
+        let there = foreseen.lost_hosts().flat_map(|host| foreseen.state.index.vms_at(host));
+        let vms = there.filter_map(|id| foreseen.state.vms.get(&id)).filter(|vm| needs_recovery(vm));
         let mut waiting: Vec<(Reverse<u8>, VmId)> =
             vms.map(|vm| (Reverse(vm.spec.priority), vm.id)).collect();
         waiting.sort_unstable();
         for (_, id) in waiting {
-            if self.commands.len() >= PLAN_COMMANDS_MAX {
+            if foreseen.commands.len() >= PLAN_COMMANDS_MAX {
                 return;
             }
-            let Some(vm) = self.state.vms.get(&id) else { continue };
+            let Some(vm) = foreseen.state.vms.get(&id) else { continue };
             // A large VM that fits nowhere must not keep smaller ones of lower priority down.
-            let Ok(host) = self.state.host_for(vm) else { continue };
-            let expect_epoch = vm.epoch;
-            self.propose(Command::RecoverVm { vm: id, expect_epoch, host });
+            let Ok(host) = foreseen.state.host_for(vm) else { continue };
+            let is_due = vm.placement.is_some_and(|placement| lost.contains(&placement));
+            let recovery = Command::RecoverVm { vm: id, expect_epoch: vm.epoch, host };
+            foreseen.propose(recovery.clone());
+            if is_due {
+                self.propose(recovery);
+            }
         }
+    }
+
+    fn lost_hosts(&self) -> impl Iterator<Item = HostId> {
+        self.state.hosts.values().filter(|host| host.state == HostState::Lost).map(|host| host.id)
     }
 
     /// VMs that run and whose disk has no replica left that is in step with them: all of its in-sync ones have lost power and are

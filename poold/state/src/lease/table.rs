@@ -106,6 +106,13 @@ impl LeaseTable {
         self.heard_ms.get(&host).map(|heard| now_ms.saturating_sub(*heard))
     }
 
+    /// Hosts that have been silent for longer than chance explains; empty when this host does not lead.
+    #[must_use]
+    pub fn suspects(&self, now_ms: u64, members: impl IntoIterator<Item = HostId>) -> BTreeSet<HostId> {
+        let Some(since_ms) = self.leading_since_ms else { return BTreeSet::new() };
+        members.into_iter().filter(|host| self.is_suspect(now_ms, since_ms, *host)).collect()
+    }
+
     fn forget(&mut self) {
         self.leading_since_ms = None;
         self.ticked_ms = None;

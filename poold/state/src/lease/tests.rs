@@ -144,6 +144,22 @@ fn a_silent_host_is_lost_after_the_full_time_and_not_before() {
 }
 
 #[test]
+fn a_host_is_suspected_after_three_renewals_and_only_by_a_leader() {
+    let mut lab = Lab::new(3);
+    let suspects = |lab: &Lab| lab.table.suspects(lab.now_ms, [1, 2, 3].map(HostId));
+    lab.seconds(5, &[1, 2, 3]);
+    lab.seconds(2, &[1, 2]);
+    assert_eq!(suspects(&lab), [].into());
+    lab.seconds(1, &[1, 2]);
+    assert_eq!(suspects(&lab), [HostId(3)].into());
+    lab.renew(3);
+    assert_eq!(suspects(&lab), [].into());
+    lab.seconds(9, &[1, 2]);
+    lab.table.handle(lab.now_ms, LeaseEvent::LostLeadership);
+    assert_eq!(suspects(&lab), [].into());
+}
+
+#[test]
 fn a_new_leader_waits_the_full_time_first() {
     let mut lab = Lab::new(3);
     lab.seconds(60, &[1, 2]);

@@ -15,7 +15,7 @@ use proto::{ByteCount, HostId, VmId};
 use std::collections::BTreeSet;
 
 fn planned(pool: &Pool) -> Vec<Command> {
-    plan(&pool.state, &LeaderView { now_ms: pool.now_ms })
+    plan(&pool.state, &LeaderView::at(pool.now_ms))
 }
 
 fn recover(pool: &Pool, vm: VmId, host: HostId) -> Command {
@@ -60,6 +60,35 @@ fn vms_of_a_lost_host_are_recovered_by_priority_within_capacity() {
     }
     assert_eq!(planned(&pool), [], "no room is left");
     assert_eq!((pool.vm_state(lost[0]), pool.vm_state(none)), ("recovering", "failed"));
+}
+
+#[test]
+fn a_host_that_is_silent_too_keeps_places_for_its_vms_and_gets_none() {
+    for (high, silent_plan_is_empty) in [(2, true), (1, false)] {
+        let mut pool = Pool::new(3);
+        let hosts = pool.hosts();
+        let vms = [("low", 1, hosts[0]), ("high0", 9, hosts[1]), ("high1", 9, hosts[1])];
+        for (name, priority, host) in vms.into_iter().take(1 + high) {
+            let Command::CreateVm(create) = pool.create_vm(name, vec![], HaPolicy::Restart) else {
+                panic!("it creates")
+            };
+            let create = Command::CreateVm(CreateVm { priority, ..create });
+            let crate::Outcome::Vm(vm) = pool.accept(create) else { panic!("it is created") };
+            pool.start(vm, Some(host));
+            pool.runs(vm);
+        }
+        // The last host has room for two more.
+        for number in 0..2 {
+            pool.running_vm(&format!("there{number}"), hosts[2], HaPolicy::Restart);
+        }
+        pool.accept(Command::HostLost { host: hosts[0] });
+        let low = pool.state.index.vms_at(hosts[0]).next().expect("it was there");
+        let suspects = BTreeSet::from([hosts[1]]);
+        let silent = plan(&pool.state, &LeaderView { now_ms: pool.now_ms, suspects });
+        let at_the_last = [recover(&pool, low, hosts[2])];
+        assert_eq!(silent, if silent_plan_is_empty { &[][..] } else { &at_the_last }, "{high} VMs");
+        assert_eq!(planned(&pool), [recover(&pool, low, hosts[1])], "heard again, it has the most room");
+    }
 }
 
 #[test]

@@ -192,7 +192,7 @@ impl Storm {
     fn recover(&mut self) -> usize {
         let mut leaders = 1;
         loop {
-            let commands = plan(&self.state, &LeaderView { now_ms: self.now_ms });
+            let commands = plan(&self.state, &LeaderView::at(self.now_ms));
             if commands.is_empty() {
                 return leaders;
             }
@@ -274,7 +274,7 @@ fn play(hosts: usize, vms: usize) -> Figures {
     let host = *state.hosts.keys().next().expect("there are hosts");
     let (look, actions) = shortest(|| reconcile(state, host, storm.now_ms, &[]));
     assert!(!actions.is_empty(), "nothing runs there as far as it can see");
-    let (plan, rest) = shortest(|| plan(state, &LeaderView { now_ms: storm.now_ms }));
+    let (plan, rest) = shortest(|| plan(state, &LeaderView::at(storm.now_ms)));
     assert_eq!(rest, [], "nothing is left to do");
     let entry_bytes = storm.entry_bytes / storm.entries;
     Figures { vms, boot, faults, snapshot_bytes: bytes.len(), snapshot, restore, look, plan, entry_bytes }

@@ -558,7 +558,9 @@ impl World {
         // As the daemon does: at every change, and now and then for what the clock alone brings.
         let changed = self.planned != self.committed.revision;
         if changed || self.now_ms.is_multiple_of(PASS_MS) {
-            for command in plan(&self.committed, &LeaderView { now_ms: self.now_ms }) {
+            let members = self.committed.members().map(|host| host.id);
+            let suspects = self.hosts[leader].table.suspects(self.now_ms, members);
+            for command in plan(&self.committed, &LeaderView { now_ms: self.now_ms, suspects }) {
                 self.commit(command);
             }
             self.planned = self.committed.revision;

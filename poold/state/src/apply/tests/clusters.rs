@@ -102,7 +102,7 @@ fn vms_start_move_and_recover_within_their_cluster() {
     // The last host of the cluster dies, and those of the other one stand by.
     pool.runs(vm);
     pool.accept(Command::HostLost { host: hosts[2] });
-    assert_eq!(plan(&pool.state, &LeaderView { now_ms: pool.now_ms }), []);
+    assert_eq!(plan(&pool.state, &LeaderView::at(pool.now_ms)), []);
     let told = crate::explain::explain(&pool.state, pool.vm(vm));
     let first = told.hosts.iter().find(|verdict| verdict.host == hosts[0]).expect("all hosts are judged");
     assert!(first.reasons[0].contains("is of cluster fast"), "{:?}", first.reasons);

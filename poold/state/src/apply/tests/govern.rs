@@ -34,7 +34,7 @@ fn the_level_rises_by_one_entry_when_the_last_host_supports_it_and_never_goes_ba
     let hosts = pool.hosts();
     for host in &hosts[..2] {
         pool.accept(version(*host, NEWEST));
-        assert_eq!(plan(&pool.state, &LeaderView { now_ms: pool.now_ms }), [], "one is behind");
+        assert_eq!(plan(&pool.state, &LeaderView::at(pool.now_ms)), [], "one is behind");
         assert_eq!(pool.reject(raise(NEWEST)), "LEVEL_UNSUPPORTED");
         assert_eq!(pool.reject(newest()), "LEVEL_TOO_LOW", "an old daemon would not know it");
     }

@@ -33,7 +33,7 @@ fn a_host_leaves_when_its_copies_are_in_sync_elsewhere_and_not_before() {
     assert_eq!(pool.state.volume(id).unwrap().replicas, hosts[..3]);
     let task = retire(&mut pool, hosts[1], Copies::AsMany);
     assert_eq!(retire(&mut pool, hosts[1], Copies::AsMany), task, "asked for again it is the same");
-    let first = plan(&pool.state, &LeaderView { now_ms: pool.now_ms });
+    let first = plan(&pool.state, &LeaderView::at(pool.now_ms));
     assert!(!dropped(&first), "nothing goes before there is another one: {first:?}");
     for command in first {
         pool.accept(command);
@@ -71,7 +71,7 @@ fn what_was_made_for_nothing_goes_again() {
     let mut pool = Pool::new(4);
     let (id, hosts) = (pool.volume("data"), pool.hosts());
     let task = retire(&mut pool, hosts[0], Copies::AsMany);
-    for command in plan(&pool.state, &LeaderView { now_ms: pool.now_ms }) {
+    for command in plan(&pool.state, &LeaderView::at(pool.now_ms)) {
         pool.accept(command);
     }
     pool.accept(Command::CancelTask { task });
@@ -126,7 +126,7 @@ fn a_volume_has_one_replica_more_at_a_time_however_many_hosts_leave() {
     let create = Command::CreateVolume { name: "data".into(), size: ByteCount(1 << 30), replicas: Some(5) };
     let Outcome::Volume(id) = pool.accept(create) else { panic!("a volume") };
     let tasks = [1, 2, 3].map(|at| retire(&mut pool, hosts[at], Copies::AsMany));
-    for command in plan(&pool.state, &LeaderView { now_ms: pool.now_ms }) {
+    for command in plan(&pool.state, &LeaderView::at(pool.now_ms)) {
         pool.accept(command);
     }
     assert_eq!(pool.state.volume(id).unwrap().replicas.len(), 6);
@@ -142,7 +142,7 @@ fn a_volume_of_two_copies_goes_on_with_one_while_a_third_takes_a_place() {
     let create = Command::CreateVolume { name: "data".into(), size: ByteCount(1 << 30), replicas: Some(2) };
     let Outcome::Volume(id) = pool.accept(create) else { panic!("a volume") };
     retire(&mut pool, hosts[1], Copies::AsMany);
-    for command in plan(&pool.state, &LeaderView { now_ms: pool.now_ms }) {
+    for command in plan(&pool.state, &LeaderView::at(pool.now_ms)) {
         pool.accept(command);
     }
     let volume = pool.state.volume(id).unwrap();

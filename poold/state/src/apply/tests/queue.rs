@@ -181,7 +181,7 @@ fn a_move_that_its_vm_has_left_behind_is_refused_and_ended() {
     let begin = pool.entry(Command::BeginMigration { migration: queued[0] });
     let refused = state.apply(state.revision + 1, &begin).unwrap_err();
     assert_eq!(refused.reason_code(), "STALE_EPOCH");
-    let plan = crate::planner::plan(&state, &crate::planner::LeaderView { now_ms: pool.now_ms });
+    let plan = crate::planner::plan(&state, &crate::planner::LeaderView::at(pool.now_ms));
     assert!(
         matches!(plan[..], [Command::MigrationAbort { migration, .. }] if migration == queued[0]),
         "{plan:?}"

@@ -297,7 +297,7 @@ fn run_out(pool: &mut Pool) {
     pool.accept(Command::HaResume);
     for _ in 0..ROUNDS_MAX {
         pool.now_ms += pool.state.settings.timing.migration_copy_ms;
-        let view = LeaderView { now_ms: pool.now_ms };
+        let view = LeaderView::at(pool.now_ms);
         let commands = plan(&pool.state, &view);
         // A task that waits for something is ended by its deadline, some rounds from now.
         let idle = pool.state.tasks.values().all(|task| !task.is_running());

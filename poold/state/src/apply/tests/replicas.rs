@@ -18,7 +18,7 @@ fn volume(pool: &Pool, id: VolumeId) -> &Volume {
 /// Carries out what the leader plans until nothing is left, with owners that resync at once.
 pub(super) fn settle(pool: &mut Pool) {
     for _ in 0..32 {
-        let mut commands = plan(&pool.state, &LeaderView { now_ms: pool.now_ms });
+        let mut commands = plan(&pool.state, &LeaderView::at(pool.now_ms));
         for (id, service) in pool.state.volumes.values().filter_map(|it| Some((it.id, it.service.clone()?))) {
             let (data, epoch) = (volume(pool, id), volume(pool, id).epoch);
             if service.wanted == crate::state::ServiceWanted::Closed {

@@ -18,7 +18,7 @@ fn scrub(pool: &mut Pool, volume: VolumeId, replica: Option<HostId>) -> TaskId {
 }
 
 fn planned(pool: &Pool) -> Vec<Command> {
-    plan(&pool.state, &LeaderView { now_ms: pool.now_ms })
+    plan(&pool.state, &LeaderView::at(pool.now_ms))
 }
 
 fn seen(pool: &Pool, volume: VolumeId, task: TaskId, state: ObservedScrubState) -> ObservedScrub {

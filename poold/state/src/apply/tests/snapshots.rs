@@ -38,7 +38,7 @@ fn take(pool: &mut Pool, volume: VolumeId, name: &str) -> (SnapshotId, TaskId) {
 
 /// The volume's own process is opened by the leader, and serves.
 pub(super) fn open(pool: &mut Pool, volume: VolumeId) {
-    let commands = plan(&pool.state, &LeaderView { now_ms: pool.now_ms });
+    let commands = plan(&pool.state, &LeaderView::at(pool.now_ms));
     for command in commands {
         pool.accept(command);
     }
