@@ -306,8 +306,9 @@ async fn open_stores(
     let log = LogStore::open(&dir, &owner).await.map_err(failed)?;
     let purged = log.purged().map_err(|error| failed(error.into()))?;
     let dir = options.data_dir.join(SNAPSHOTS_DIR).display().to_string();
-    let (store, state) = StateStore::open(Path::new(&dir), options.feature_level)
+    let (mut store, state) = StateStore::open(Path::new(&dir), options.feature_level)
         .map_err(|source| StartError::Snapshots { dir: dir.clone(), source })?;
+    store.replay_quietly(log.last().map_err(|error| failed(error.into()))?);
     match purged {
         Some(purged) if store.last_applied() < Some(purged) => {
             Err(StartError::SnapshotLost { dir, log_begins: purged.index + 1, host: options.host })

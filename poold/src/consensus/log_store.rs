@@ -244,7 +244,11 @@ impl LogStore {
         without_holes(entries)
     }
 
-    fn last(&self) -> io::Result<Option<LogId<u64>>> {
+    /// The last entry, committed or not; none when all were dropped.
+    ///
+    /// # Errors
+    /// It can't be read.
+    pub fn last(&self) -> io::Result<Option<LogId<u64>>> {
         match self.shared.log.last().map_err(io::Error::other)? {
             Some((_, bytes)) => Ok(Some(open::<Entry<TypeConfig>>(&bytes)?.log_id)),
             None => Ok(None),

@@ -23,6 +23,8 @@ pub struct StateStore {
     publish: watch::Sender<Arc<PoolState>>,
     /// The membership as of the last applied entry: unlike openraft's own word for it, it has been committed.
     members: watch::Sender<StoredMembership<u64, BasicNode>>,
+    /// Entries up to here were said by an earlier run of this host.
+    said_up_to: u64,
 }
 
 impl StateStore {
@@ -39,7 +41,12 @@ impl StateStore {
         let content = snapshots.newest()?.map(|(content, _)| content).unwrap_or_default();
         let (publish, published) = watch::channel(Arc::new(content.state.clone()));
         let members = watch::Sender::new(content.membership.clone());
-        Ok((Self { content, snapshots, publish, members }, published))
+        Ok((Self { content, snapshots, publish, members, said_up_to: 0 }, published))
+    }
+
+    /// What the host's own log has up to here is applied without a word: said once more at each start, it would bury what is new.
+    pub fn replay_quietly(&mut self, up_to: Option<LogId<u64>>) {
+        self.said_up_to = up_to.map_or(0, |last| last.index);
     }
 
     /// Follows the committed membership.
@@ -67,7 +74,7 @@ impl StateStore {
             EntryPayload::Normal(entry) => {
                 let told = self.content.state.describe(&entry.command);
                 let result = self.content.state.apply(log_id.index, &entry);
-                if let Some((action, object)) = told {
+                if let Some((action, object)) = told.filter(|_| log_id.index > self.said_up_to) {
                     log_applied(log_id.index, &entry, (action, &object), &result);
                 }
                 return Applied::Entry(result);
