@@ -1,8 +1,9 @@
 //! What an operator does with hosts, users and VMs of a running pool.
 
 use anyhow::{Context, Result};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::process::Stdio;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tests::vms::PROBE_LIGHT;
 use tests::wait::wait_for;
@@ -56,6 +57,16 @@ fn a_drained_host_is_empty_and_gets_its_vms_back_without_a_reboot() -> Result<()
         let hosts: Vec<&str> = pool.hosts().iter().filter(named).map(tests::Host::name).collect();
         assert!(hosts.len() >= 2 && hosts.contains(&"h2"), "{task} is in the logs of {hosts:?} only");
     }
+    // A daemon that starts anew does not say again what it has said.
+    let host = pool.host(2);
+    host.restart_daemon()?;
+    pool.json(&["host", "cordon", "h1"])?;
+    let said = |action: &str| -> Result<usize> {
+        let log = std::fs::read_to_string(host.log_path())?;
+        Ok(log.lines().filter(|line| line.contains(&format!("action=\"{action}\""))).count())
+    };
+    wait_for(MOVE_DEADLINE, "it says what is new", || Ok(said("host.cordon")? == 1))?;
+    assert_eq!(said("host.drain")?, 1);
     Ok(())
 }
 
@@ -190,4 +201,34 @@ fn what_is_typed_reaches_the_guest_also_after_it_has_moved() -> Result<()> {
     let refused = pool.poolctl(&["console", "serial", "web"])?.expect_code(4)?;
     assert!(refused.stderr.contains("stopped"), "{}", refused.stderr);
     Ok(())
+}
+
+#[test]
+fn whoever_follows_a_console_misses_nothing_of_a_vm_that_moves() -> Result<()> {
+    let _turn = serial();
+    let pool = Pool::builder().timing(Timing::Fast).start()?;
+    pool.start_probe("web", "64MiB", PROBE_LIGHT, Some("h1"))?;
+    let mut follow = pool.poolctl_command(&["console", "log", "web", "--follow"]);
+    let mut follow = follow.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
+    let mut output = follow.stdout.take().context("it has an output")?;
+    let text = Arc::new(Mutex::new(Vec::new()));
+    let shared = text.clone();
+    let reader = std::thread::spawn(move || {
+        let mut buffer = [0; 4096];
+        while let Ok(len @ 1..) = output.read(&mut buffer) {
+            shared.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(&buffer[..len]);
+        }
+    });
+    for to in ["h2", "h3", "h1", "h2"] {
+        pool.wait_beats("web", 3, MOVE_DEADLINE)?;
+        pool.json(&["vm", "migrate", "web", "--to", to])?;
+    }
+    pool.wait_beats("web", 3, MOVE_DEADLINE)?;
+    let log = pool.console("web")?;
+    let seen = || String::from_utf8_lossy(&text.lock().unwrap_or_else(PoisonError::into_inner)).into_owned();
+    let all_seen = wait_for(MOVE_DEADLINE, "all of it is seen", || Ok(seen().starts_with(&log)));
+    follow.kill()?;
+    follow.wait()?;
+    reader.join().map_err(|_| anyhow::anyhow!("the reader panicked"))?;
+    all_seen.with_context(|| format!("the log:\n{log}\nwhat was followed:\n{}", seen()))
 }

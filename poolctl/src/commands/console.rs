@@ -31,7 +31,7 @@ pub async fn run(command: ConsoleCommand, session: &mut Session) -> Result<(), F
 async fn serial(vm: String, session: &mut Session) -> Result<(), Failure> {
     let request = VmRef { r#ref: vm.clone() };
     let log = call!(session.client, ConsoleServiceClient, log, request).await?;
-    let seen = Cursor { end: log.offset + log.data.len() as u64, overlaps: false };
+    let seen = Cursor { end: log.offset + log.data.len() as u64, ..Cursor::default() };
     let keyboard = Keyboard::open(&vm)?;
     // The client serves both at once; only the output needs the session to itself.
     let Session { client, output, .. } = session;
@@ -85,12 +85,12 @@ async fn follow(
             other => other?,
         };
         print(cursor.unseen_of_log(log))?;
-        let each = |piece| {
-            print(cursor.unseen_of_stream(piece))?;
-            Ok(ControlFlow::Continue(()))
+        let each = |piece| match cursor.unseen_of_stream(piece) {
+            Some(piece) => print(piece).map(ControlFlow::Continue),
+            None => Ok(ControlFlow::Break(())),
         };
-        // It never asks for a break: what ended is opened again.
-        let _continue = client.read(&mut stream, each).await?;
+        // What ended or has a gap is opened again.
+        let _ended = client.read(&mut stream, each).await?;
     }
 }
 
@@ -101,6 +101,8 @@ struct Cursor {
     end: u64,
     /// The live output may still repeat the end of the log.
     overlaps: bool,
+    /// The beginning of the live output is not seen yet.
+    begins: bool,
 }
 
 impl Cursor {
@@ -110,17 +112,19 @@ impl Cursor {
         if log_end < self.end {
             self.end = 0;
         }
-        self.overlaps = true;
+        (self.overlaps, self.begins) = (true, true);
         self.cut(log)
     }
 
-    /// The part of a live piece that is new.
-    fn unseen_of_stream(&mut self, piece: ConsoleLogResponse) -> ConsoleLogResponse {
-        self.overlaps &= piece.offset < self.end;
-        if !self.overlaps {
-            self.end = piece.offset;
+    /// The part of a live piece that is new; none when something is missing before it, which the log has. An empty piece says where
+    /// the output of a process begins: of the first one while the log is read, and of others when the VM has moved or started again.
+    fn unseen_of_stream(&mut self, piece: ConsoleLogResponse) -> Option<ConsoleLogResponse> {
+        let is_mark = piece.data.is_empty();
+        if is_mark && std::mem::take(&mut self.begins) {
+            return Some(piece);
         }
-        self.cut(piece)
+        self.overlaps &= !is_mark && piece.offset < self.end;
+        (self.overlaps || piece.offset == self.end).then(|| self.cut(piece))
     }
 
     fn cut(&mut self, mut piece: ConsoleLogResponse) -> ConsoleLogResponse {
@@ -145,9 +149,10 @@ mod tests {
     fn live_output_that_repeats_the_log_is_cut() {
         let mut cursor = Cursor::default();
         assert_eq!(cursor.unseen_of_log(piece(0, "abcd")), piece(0, "abcd"));
-        assert_eq!(cursor.unseen_of_stream(piece(1, "bc")).data, b"");
-        assert_eq!(cursor.unseen_of_stream(piece(3, "def")), piece(4, "ef"));
-        assert_eq!(cursor.unseen_of_stream(piece(6, "g")), piece(6, "g"));
+        assert_eq!(cursor.unseen_of_stream(piece(1, "")).unwrap().data, b"");
+        assert_eq!(cursor.unseen_of_stream(piece(1, "bc")).unwrap().data, b"");
+        assert_eq!(cursor.unseen_of_stream(piece(3, "def")), Some(piece(4, "ef")));
+        assert_eq!(cursor.unseen_of_stream(piece(6, "g")), Some(piece(6, "g")));
     }
 
     #[test]
@@ -158,13 +163,27 @@ mod tests {
     }
 
     #[test]
+    fn what_a_vm_said_while_nobody_followed_its_move_is_missed() {
+        let mut cursor = Cursor::default();
+        cursor.unseen_of_log(piece(0, "abcd"));
+        assert_eq!(cursor.unseen_of_stream(piece(3, "")), Some(piece(3, "")));
+        // It has moved and said nothing, and moved again.
+        assert_eq!(cursor.unseen_of_stream(piece(4, "")), Some(piece(4, "")));
+        assert_eq!(cursor.unseen_of_stream(piece(6, "")), None, "nothing else may ever come");
+        assert_eq!(cursor.unseen_of_log(piece(0, "abcdef")), piece(4, "ef"));
+        assert_eq!(cursor.unseen_of_stream(piece(6, "g")), Some(piece(6, "g")));
+        assert_eq!(cursor.unseen_of_stream(piece(8, "i")), None);
+    }
+
+    #[test]
     fn a_new_process_is_printed_from_its_beginning() {
         let mut cursor = Cursor::default();
         cursor.unseen_of_log(piece(0, "abcd"));
         // Its log is shorter than what was printed of the old one.
         assert_eq!(cursor.unseen_of_log(piece(0, "x")), piece(0, "x"));
-        assert_eq!(cursor.unseen_of_stream(piece(1, "y")), piece(1, "y"));
+        assert_eq!(cursor.unseen_of_stream(piece(1, "y")), Some(piece(1, "y")));
         // Live output that begins anew without a look at the log.
-        assert_eq!(cursor.unseen_of_stream(piece(0, "boot")), piece(0, "boot"));
+        assert_eq!(cursor.unseen_of_stream(piece(1, "")), Some(piece(1, "")));
+        assert_eq!(cursor.unseen_of_stream(piece(0, "")), None);
     }
 }

@@ -42,7 +42,7 @@ pub async fn log(supervisor: &Supervisor, vm: VmId) -> Result<AgentConsole, Stat
     }
 }
 
-/// Output from now on, until the process ends or the reader goes away.
+/// Output from now on, until the process ends or the reader goes away. The first piece is empty and says where it begins.
 ///
 /// # Errors
 /// No process of the VM here, or it does not answer.
@@ -52,6 +52,9 @@ pub async fn follow(supervisor: &Supervisor, vm: VmId) -> Result<ConsoleStream, 
     let mut offset = status.console_bytes;
     let (sender, receiver) = mpsc::channel(PIECES_AHEAD);
     tokio::spawn(async move {
+        if sender.send(Ok(AgentConsole { data: Vec::new(), offset })).await.is_err() {
+            return;
+        }
         while let Ok(piece) = read(&machine, offset).await {
             offset = piece.offset + piece.data.len() as u64;
             if piece.data.is_empty() {
