@@ -72,7 +72,7 @@ pub fn run(config: &Config, target: &Target) -> Result<Report> {
     let done = drive(config, target, &pool, &recorder, &vms);
     let cleaned = clean(&pool, &recorder);
     done.and(cleaned)?;
-    report::write(&config.dir, &recorder.all())
+    report::write(&config.dir, &recorder.read_back(&config.dir)?)
 }
 
 /// Whether a campaign chooses such a name.

@@ -134,7 +134,7 @@ pub fn run_watched(config: &Config, drive: impl FnOnce(&Pool, &Recorder) -> Resu
     record_lost_writes(&logs, &recorder);
     record_floods(&logs, &recorder);
     done?;
-    report::write(&config.dir, &recorder.all())
+    report::write(&config.dir, &recorder.read_back(&config.dir)?)
 }
 
 /// Faults and load, for the time of the campaign.

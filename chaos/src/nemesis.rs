@@ -16,8 +16,8 @@ use crate::injure;
 use crate::observation::{Recorder, Seen};
 use crate::pressure::{self, Squeezed};
 
-/// What a daemon says when its disk has failed.
-const STORE_FAILED: &str = "the block store has failed";
+/// What a daemon says when its disk has failed: below its block store, or below its Raft log.
+const DISK_FAILED: [&str; 2] = ["the block store has failed", "the Raft log can't be made durable"];
 
 /// How long it takes to end then.
 const ENDS_WITHIN: Duration = Duration::from_secs(2);
@@ -270,7 +270,8 @@ fn tell_daemon(host: &Host, fault: Fault) -> Result<Undo> {
 
 /// A daemon that has met a disk's fault ends, and may be about to when the fault is over already.
 fn let_it_end(host: &Host) {
-    if host.log_tail().contains(STORE_FAILED) {
+    let tail = host.log_tail();
+    if DISK_FAILED.iter().any(|said| tail.contains(said)) {
         // What it says may be from before its last start: then it lives.
         wait_for(ENDS_WITHIN, "the daemon ends", || Ok(host.daemon().is_none())).ok();
     }
@@ -333,14 +334,14 @@ fn filter_name() -> String {
 /// Records which epochs a host that was away has on its disk as promised, before its daemon can change them.
 fn record_promises(host: &Host, recorder: &Recorder) {
     let folder = host.data_dir().join("store/promises");
-    let mut promises = std::collections::BTreeMap::new();
+    let mut promises = Vec::new();
     for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
         let volume =
             entry.file_name().to_str().and_then(|name| name.strip_prefix("vol-")?.parse::<u64>().ok());
         let content = std::fs::read_to_string(entry.path()).unwrap_or_default();
         let epoch = content.split_ascii_whitespace().next().and_then(|epoch| epoch.parse().ok());
         if let Some(volume) = volume {
-            promises.insert(volume, epoch.unwrap_or(0));
+            promises.push((volume, epoch.unwrap_or(0)));
         }
     }
     recorder.add(Seen::Promises { host: host.name().to_owned(), promises });

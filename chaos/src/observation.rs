@@ -2,7 +2,6 @@
 
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
@@ -55,23 +54,12 @@ pub enum Seen {
     },
     /// The guest printed a line; `offset` is its place in the console of the copy.
     Guest { copy: CopyId, offset: u64, line: GuestLine },
-    /// The pool said what a volume's epoch is, as of a revision.
-    Volume { name: String, revision: u64, epoch: u64 },
-    /// The pool said which replicas of a volume are in sync.
-    InSync {
-        volume: String,
-        revision: u64,
-        hosts: Vec<String>,
-        /// Number and epoch of the volume, and version of its in-sync set; 0 in older timelines.
-        #[serde(default)]
-        id: u64,
-        #[serde(default)]
-        epoch: u64,
-        #[serde(default)]
-        isr_version: u64,
-    },
+    /// The pool said which replicas of a volume are in sync and what its epoch is, as of a revision. A name may be another volume's
+    /// later; its number is its own.
+    InSync { volume: String, revision: u64, hosts: Vec<String>, id: u64, epoch: u64, isr_version: u64 },
     /// What a host that was away has on its disk, before its daemon runs again: the epoch that it has promised for each volume.
-    Promises { host: String, promises: BTreeMap<u64, u64> },
+    /// Pairs, since in JSON the keys of a map are no numbers.
+    Promises { host: String, promises: Vec<(u64, u64)> },
     /// The pool said who leads.
     Leader { host: String },
     /// Some host said where a VM is placed, as of a revision of that VM.
@@ -227,6 +215,15 @@ impl Recorder {
         inner.file.flush().ok();
         inner.all.clone()
     }
+
+    /// Everything, read back from the timeline in `dir`: what is judged is what a replay will judge.
+    ///
+    /// # Errors
+    /// As [`read_timeline`].
+    pub fn read_back(&self, dir: &Path) -> anyhow::Result<Vec<Observation>> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner).file.flush()?;
+        read_timeline(dir)
+    }
 }
 
 /// Reads the timeline of a run.
@@ -251,8 +248,13 @@ mod tests {
     fn a_timeline_reads_back_as_it_was_seen() {
         let copy = CopyId { vm: 1, epoch: 2, host: "h1".to_owned(), process: 3 };
         let line = GuestLine::Boot { disk_counter: 4, errors: 0 };
-        let observation = Observation { at_ms: 5, seen: Seen::Guest { copy, offset: 0, line } };
-        let text = serde_json::to_string(&observation).unwrap();
-        assert_eq!(serde_json::from_str::<Observation>(&text).unwrap(), observation);
+        let promises = vec![(30, 3), (35, 1)];
+        for seen in
+            [Seen::Guest { copy, offset: 0, line }, Seen::Promises { host: "h1".to_owned(), promises }]
+        {
+            let observation = Observation { at_ms: 5, seen };
+            let text = serde_json::to_string(&observation).unwrap();
+            assert_eq!(serde_json::from_str::<Observation>(&text).unwrap(), observation);
+        }
     }
 }

@@ -199,9 +199,8 @@ pub fn record_state(pool: &Pool, recorder: &Recorder) {
     if let Ok(list) = pool.json(&["volume", "list"]) {
         for volume in list["items"].as_array().into_iter().flatten() {
             let revision = volume["revision"].as_u64().or_else(|| list["revision"].as_u64());
-            if let (Some(epoch), Some(revision)) = (volume["epoch"].as_u64(), revision) {
-                recorder.add(Seen::Volume { name: text(&volume["name"]), revision, epoch });
-                recorder.add(in_sync_seen(volume, revision));
+            if let Some(seen) = revision.and_then(|revision| in_sync_seen(volume, revision)) {
+                recorder.add(seen);
             }
         }
     }
@@ -212,16 +211,16 @@ pub fn record_state(pool: &Pool, recorder: &Recorder) {
     }
 }
 
-fn in_sync_seen(volume: &serde_json::Value, revision: u64) -> Seen {
+fn in_sync_seen(volume: &serde_json::Value, revision: u64) -> Option<Seen> {
     let replicas = volume["replicas"].as_array().into_iter().flatten();
     let hosts = replicas
         .filter(|replica| replica["state"] == "in-sync")
         .filter_map(|replica| Some(replica["host"].as_str()?.to_owned()))
         .collect();
-    let id = volume["id"].as_str().and_then(|id| id.strip_prefix("vol-")?.parse().ok()).unwrap_or(0);
-    let (name, epoch) = (volume["name"].as_str().unwrap_or_default(), volume["epoch"].as_u64().unwrap_or(0));
-    let isr_version = volume["isr_version"].as_u64().unwrap_or(0);
-    Seen::InSync { volume: name.to_owned(), revision, hosts, id, epoch, isr_version }
+    let id = volume["id"].as_str()?.strip_prefix("vol-")?.parse().ok()?;
+    let name = volume["name"].as_str()?.to_owned();
+    let (epoch, isr_version) = (volume["epoch"].as_u64()?, volume["isr_version"].as_u64()?);
+    Some(Seen::InSync { volume: name, revision, hosts, id, epoch, isr_version })
 }
 
 /// Records where VMs are, as any one host shows it, and as the majority knows it.

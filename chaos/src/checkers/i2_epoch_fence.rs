@@ -23,14 +23,15 @@ pub fn check(observations: &[Observation]) -> Vec<Violation> {
 }
 
 fn check_volume_epochs(observations: &[Observation]) -> Vec<Violation> {
-    let mut volumes: BTreeMap<&str, BTreeMap<u64, (u64, u64)>> = BTreeMap::new();
+    // By their numbers: a name may be another volume's later.
+    let mut volumes: BTreeMap<(u64, &str), BTreeMap<u64, (u64, u64)>> = BTreeMap::new();
     for observation in observations {
-        if let Seen::Volume { name, revision, epoch } = &observation.seen {
-            volumes.entry(name).or_default().insert(*revision, (*epoch, observation.at_ms));
+        if let Seen::InSync { volume, id, revision, epoch, .. } = &observation.seen {
+            volumes.entry((*id, volume)).or_default().insert(*revision, (*epoch, observation.at_ms));
         }
     }
     let mut violations = Vec::new();
-    for (name, revisions) in volumes {
+    for ((_, name), revisions) in volumes {
         let mut highest = 0;
         for (revision, (epoch, at_ms)) in revisions {
             if epoch < highest {
@@ -133,7 +134,8 @@ fn check_promises(observations: &[Observation]) -> Vec<Violation> {
             Seen::Promises { host, promises } => {
                 let of_host = spoken.iter().filter(|((of, _), _)| of == host);
                 for ((_, volume), promised) in of_host {
-                    let kept = promises.get(volume).copied().unwrap_or(0);
+                    let kept =
+                        promises.iter().find_map(|(of, epoch)| (of == volume).then_some(*epoch)).unwrap_or(0);
                     if kept < *promised {
                         let text =
                             format!("vol-{volume}: {host} has promised epoch {promised} and kept {kept}");
@@ -159,11 +161,15 @@ mod tests {
 
     #[test]
     fn an_epoch_that_goes_down_is_found_and_a_stale_answer_is_not() {
-        let volume =
-            |at_ms, revision, epoch| at(at_ms, Seen::Volume { name: "v".to_owned(), revision, epoch });
+        let volume = |id, revision, epoch| {
+            let (volume, hosts) = ("v".to_owned(), vec!["h1".to_owned()]);
+            at(revision, Seen::InSync { volume, revision, hosts, id, epoch, isr_version: 1 })
+        };
         // The second answer came from a host that lags: its revision says so.
-        assert_eq!(check(&[volume(1, 20, 4), volume(2, 10, 3)]), []);
-        assert_eq!(check(&[volume(1, 20, 4), volume(2, 30, 3)]).len(), 1);
+        assert_eq!(check(&[volume(5, 20, 4), volume(5, 10, 3)]), []);
+        assert_eq!(check(&[volume(5, 20, 4), volume(5, 30, 3)]).len(), 1);
+        // It was deleted, and another one has its name.
+        assert_eq!(check(&[volume(5, 20, 4), volume(6, 30, 0)]), []);
     }
 
     #[test]
@@ -180,9 +186,8 @@ mod tests {
             let (volume, hosts) = ("v".to_owned(), vec!["h1".to_owned(), "h2".to_owned()]);
             at(at_ms, Seen::InSync { volume, revision: at_ms, hosts, id: 5, epoch, isr_version: 9 })
         };
-        let promises = |at_ms, epoch| {
-            at(at_ms, Seen::Promises { host: "h2".to_owned(), promises: BTreeMap::from([(5, epoch)]) })
-        };
+        let promises =
+            |at_ms, epoch| at(at_ms, Seen::Promises { host: "h2".to_owned(), promises: vec![(5, epoch)] });
         let served = [owner(1, 3, true, 0, 0), in_sync(2, 3), in_sync(3, 4)];
         let stale = Seen::InSync {
             volume: "v".to_owned(),
@@ -192,12 +197,12 @@ mod tests {
             epoch: 3,
             isr_version: 8,
         };
-        let left = at(4, Seen::Promises { host: "h3".to_owned(), promises: BTreeMap::new() });
+        let left = at(4, Seen::Promises { host: "h3".to_owned(), promises: Vec::new() });
         assert_eq!(check(&[served[0].clone(), at(2, stale), left]), []);
         // Epoch 4 is known to the pool; nobody has seen its owner serve.
         assert_eq!(check(&[served.to_vec(), vec![promises(4, 3)]].concat()), []);
         assert_eq!(check(&[served.to_vec(), vec![promises(4, 2)]].concat()).len(), 1);
-        let gone = at(4, Seen::Promises { host: "h2".to_owned(), promises: BTreeMap::new() });
+        let gone = at(4, Seen::Promises { host: "h2".to_owned(), promises: Vec::new() });
         assert_eq!(check(&[served.to_vec(), vec![gone]].concat()).len(), 1);
     }
 
