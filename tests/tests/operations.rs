@@ -207,7 +207,8 @@ fn what_is_typed_reaches_the_guest_also_after_it_has_moved() -> Result<()> {
 fn whoever_follows_a_console_misses_nothing_of_a_vm_that_moves() -> Result<()> {
     let _turn = serial();
     let pool = Pool::builder().timing(Timing::Fast).start()?;
-    pool.start_probe("web", "64MiB", PROBE_LIGHT, Some("h1"))?;
+    // It says something many times a second, so also while nobody follows it.
+    pool.start_probe("web", "64MiB", "wss=64K rate=2M disk=1", Some("h1"))?;
     let mut follow = pool.poolctl_command(&["console", "log", "web", "--follow"]);
     let mut follow = follow.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
     let mut output = follow.stdout.take().context("it has an output")?;
