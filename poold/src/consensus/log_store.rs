@@ -169,7 +169,7 @@ impl LogStore {
     }
 
     async fn open_files(dir: &Path) -> io::Result<Self> {
-        wait_until_released(&dir.join(DB_FILE)).await?;
+        clear_when_released(dir).await?;
         let db = sled::Config::new()
             .path(dir)
             .cache_capacity(CACHE_BYTES)
@@ -256,22 +256,37 @@ impl LogStore {
     }
 }
 
-/// Waits while another handle still locks the file. sled gives it back in the background after the last handle was dropped; if
-/// it is really in use, opening it says so.
-async fn wait_until_released(file: &Path) -> io::Result<()> {
+/// Waits while another handle still locks the files, and removes what an interrupted start left of them. sled gives them back in the
+/// background after the last handle was dropped; if they are really in use, opening them says so.
+async fn clear_when_released(dir: &Path) -> io::Result<()> {
     let deadline = Instant::now() + RELEASE_TIMEOUT;
     loop {
-        let opened = match File::open(file) {
+        let opened = match File::open(dir.join(DB_FILE)) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             opened => opened?,
         };
         match Flock::lock(opened, FlockArg::LockExclusiveNonblock) {
+            Ok(_lock) => return remove_unfinished_snapshots(dir),
             Err((_, Errno::EWOULDBLOCK)) if Instant::now() < deadline => {
                 tokio::time::sleep(RELEASE_RETRY).await
             }
-            Ok(_) | Err(_) => return Ok(()),
+            Err(_) => return Ok(()),
         }
     }
+}
+
+/// sled writes a snapshot of its own index beside the last one and renames it. One that lacks the rename, after a cut of power or for
+/// want of space, would be taken for the newest, and the log for damaged.
+fn remove_unfinished_snapshots(dir: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        if name.to_str().is_some_and(|name| name.starts_with("snap.") && name.ends_with(".generating")) {
+            tracing::warn!(file = %entry.path().display(), "an unfinished snapshot of the Raft log's index is removed");
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 fn key(index: u64) -> [u8; 8] {

@@ -64,6 +64,18 @@ async fn an_interrupted_purge_is_finished_at_the_next_start() {
 }
 
 #[tokio::test]
+async fn a_start_that_the_power_or_the_space_ended_does_not_damage_the_log() {
+    let dir = tempfile::tempdir().unwrap();
+    drop(log(dir.path(), 1..=50, None).await);
+    let unfinished = dir.path().join("snap.00000000000FFFFF.generating");
+    fs::write(&unfinished, b"").unwrap();
+    let owner = LogOwner { pool_id: "p".to_owned(), host: HostId(1) };
+    let mut store = LogStore::open(dir.path(), &owner).await.unwrap();
+    assert_eq!(store.try_get_log_entries(0..200).await.unwrap().len(), 50);
+    assert!(!unfinished.exists());
+}
+
+#[tokio::test]
 async fn a_peer_gets_no_more_than_one_message_holds() {
     let dir = tempfile::tempdir().unwrap();
     let mut store = log(dir.path(), 1..=10, None).await;
