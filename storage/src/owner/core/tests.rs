@@ -1,5 +1,6 @@
 //! The owner alone: scripted replicas that confirm after a time of their own.
 
+use super::writes::SPACE_PATIENCE;
 use super::*;
 use crate::hashed::HashedBlocks;
 use crate::owner::config::{ActivationStart, ReplicaEndpoint};
@@ -24,6 +25,8 @@ struct Script {
     /// Requests to make everything durable.
     flushes: usize,
     replied: Vec<CommandId>,
+    /// Writes that found no space.
+    refused: Vec<CommandId>,
     /// A replica that may become a member.
     resynced: Option<HostId>,
     generations: u64,
@@ -70,6 +73,7 @@ impl Script {
             flushes: 0,
             resynced: None,
             replied: Vec::new(),
+            refused: Vec::new(),
             generations: 0,
             commands: 0,
         };
@@ -137,7 +141,10 @@ impl Script {
                 let response = Response::Answer { id, answer };
                 Some(Input::Received { host, generation, response, data: Bytes::new() })
             }
-            Output::Reply { id, .. } => {
+            Output::Reply { id, reply } => {
+                if matches!(reply, Reply::Done(Err(VolumeError::NoSpace))) {
+                    self.refused.push(id);
+                }
                 self.replied.push(id);
                 None
             }
@@ -244,6 +251,28 @@ fn a_slow_member_stays_where_the_set_is_too_small_without_it_or_all_are_slow() {
     script.delays = [ms(400); 3];
     script.run(Duration::from_secs(40));
     assert_eq!(script.left(), [], "nobody is faster");
+}
+
+#[test]
+fn a_write_waits_for_a_replica_with_space_that_is_away_for_a_moment_and_not_for_ever() {
+    let mut script = Script::new(2);
+    let generation = |script: &Script, host| script.owner.peers[&host].generation().unwrap();
+    let (full, away) = (HostId(2), HostId(3));
+    let gone = Input::Disconnected { host: away, generation: generation(&script, away) };
+    script.input(gone);
+    script.run(Duration::from_secs(2));
+    assert_eq!(script.view.isr.len(), 2);
+    let (generation, written) = (generation(&script, full), script.owner.status().acknowledged);
+    let response = Response::Watermark { written, durable: Sequence(0), full: true };
+    script.input(Input::Received { host: full, generation, response, data: Bytes::new() });
+    let content = Some(HashedBlocks::new(VOLUME, BlockIndex(7), Bytes::from_static(&[0; BLOCK])));
+    let write = script.command(Command::Write { first: BlockIndex(7), count: 1, content });
+    script.now = SPACE_PATIENCE - ms(1);
+    script.input(Input::Tick);
+    assert!(!script.replied.contains(&write), "a host that restarts is back by then");
+    script.now = SPACE_PATIENCE + ms(1);
+    script.input(Input::Tick);
+    assert_eq!(script.refused, [write]);
 }
 
 #[test]

@@ -24,6 +24,10 @@ use std::time::Duration;
 /// A member whose disk is full is asked so often whether it has space again.
 const FULL_POLL: Duration = Duration::from_secs(1);
 
+/// So long a write that finds no space waits for a replica that is away and may have some: a host that restarts is back by then, and
+/// guests bear a disk that stands for so long much better than an error.
+pub const SPACE_PATIENCE: Duration = Duration::from_secs(30);
+
 /// A write that waits to be issued, or for its acknowledgement.
 #[derive(Debug)]
 pub struct Write {
@@ -292,7 +296,9 @@ impl Owner {
             return Space::Enough;
         }
         let comes = |(host, peer): (&HostId, &Peer)| {
-            !active.is_member(*host) && !peer.full && (peer.is_live() || peer.joining.is_some())
+            let is_back_soon = self.now < peer.away_since + SPACE_PATIENCE;
+            let is_there = peer.is_live() || peer.joining.is_some() || is_back_soon;
+            !active.is_member(*host) && !peer.full && is_there
         };
         let helps = self.full_member_to_leave().is_some() || self.peers.iter().any(comes);
         if helps { Space::Soon } else { Space::None }
