@@ -4,7 +4,8 @@ use crate::guest::{Guest, PATIENCE};
 use anyhow::{Context as _, Result, ensure};
 use std::time::Instant;
 
-/// Each counts its rounds in a file of its name; what goes wrong stands in /run/wrong.
+/// Each counts its rounds in a file of its name; what goes wrong stands in /run/wrong. All of them rest between two rounds: where
+/// one processor interprets everything, guests that never do leave nothing for the copy of their memory.
 const LOADS: [(&str, &str); 4] = [
     // Sleeps are timer interrupts of each vCPU.
     ("timer0", "exec taskset 1 sh -c 'while :; do sleep 0.01; i=$((i+1)); echo $i > /run/timer0; done'"),
@@ -14,13 +15,13 @@ const LOADS: [(&str, &str); 4] = [
         "clock",
         "while :; do read a b < /proc/uptime; n=${a%.*}${a#*.}; [ $n -ge ${last:-0} ] || \
          echo clock $last $n >> /run/wrong; last=$n; w=$(date +%s); [ $w -ge ${wall:-0} ] || \
-         echo wall $wall $w >> /run/wrong; wall=$w; i=$((i+1)); echo $i > /run/clock; done",
+         echo wall $wall $w >> /run/wrong; wall=$w; i=$((i+1)); echo $i > /run/clock; sleep 0.02; done",
     ),
     (
         "disk",
         "while :; do seq $i $((i+20000)) > /root/block; sync /root/block; sum=$(md5sum < /root/block); \
          echo 1 > /proc/sys/vm/drop_caches; [ \"$sum\" = \"$(md5sum < /root/block)\" ] || echo disk >> /run/wrong; \
-         i=$((i+1)); echo $i > /run/disk; done",
+         i=$((i+1)); echo $i > /run/disk; sleep 0.2; done",
     ),
 ];
 

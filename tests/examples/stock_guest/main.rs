@@ -3,12 +3,13 @@
 //! in its machine, with each host in a network namespace.
 //!
 //! ```text
-//!  small DISK MOVES    two guests with busybox: networks, VLAN, a growing disk, a stream between them, moves of both
+//!  small DISK MOVES    two guests with busybox: networks, VLAN, a growing disk, a stream between them, moves of both, dead hosts
 //!  debian DISK MOVES   one guest with systemd: a login, moves
 //! ```
 
 #![expect(clippy::print_stdout, reason = "a program that talks to a person")]
 
+mod deaths;
 mod guest;
 mod loads;
 mod network;
@@ -133,9 +134,14 @@ fn small(pool: &Pool, disk: &str, moves: u32, steps: &Steps) -> Result<Value> {
         network::hears(&mut two, address)?;
     }
     steps.say("moved");
+    deaths::of_a_replica(pool, ["one", "two"], &mut one)?;
+    stream.check(&mut two).context("after the death of a host that both only had copies at")?;
+    steps.say("a host with copies has died and is back");
     one.check_kernel()?;
     two.check_kernel()?;
     drop(two);
+    let (one, away_seconds) = deaths::of_its_host(pool, one, BUSYBOX)?;
+    steps.say("its host has died, it is back");
     restart_by_operator(pool, one, BUSYBOX)?;
     steps.say("rebooted");
     for name in ["one", "two"] {
@@ -149,6 +155,7 @@ fn small(pool: &Pool, disk: &str, moves: u32, steps: &Steps) -> Result<Value> {
         "memory": "proved equal",
         "slowest_blackout_ms": slowest,
         "numbers_on_the_stream": stream.received(),
+        "back_after_the_death_of_its_host_seconds": away_seconds,
     }))
 }
 
