@@ -22,9 +22,12 @@ pub fn check(observations: &[Observation]) -> Vec<Violation> {
     violations
 }
 
+/// Epochs of a volume by revision, and when they were seen.
+type Epochs = BTreeMap<u64, (u64, u64)>;
+
 fn check_volume_epochs(observations: &[Observation]) -> Vec<Violation> {
     // By their numbers: a name may be another volume's later.
-    let mut volumes: BTreeMap<(u64, &str), BTreeMap<u64, (u64, u64)>> = BTreeMap::new();
+    let mut volumes: BTreeMap<(u64, &str), Epochs> = BTreeMap::new();
     for observation in observations {
         if let Seen::InSync { volume, id, revision, epoch, .. } = &observation.seen {
             volumes.entry((*id, volume)).or_default().insert(*revision, (*epoch, observation.at_ms));
