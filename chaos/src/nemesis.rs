@@ -4,6 +4,7 @@ use anyhow::{Context, Result, bail};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
+use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -241,31 +242,47 @@ fn tell_daemon(host: &Host, fault: Fault) -> Result<Undo> {
     let index = host.index();
     Ok(match fault {
         Fault::FailDisk { part, .. } => {
-            host.inject(match part {
-                DiskPart::Reads => "disk fail-reads",
-                DiskPart::Writes => "disk fail-writes",
-                DiskPart::Syncs => "disk fail-syncs",
-            })?;
+            tell(
+                host,
+                match part {
+                    DiskPart::Reads => "disk fail-reads",
+                    DiskPart::Writes => "disk fail-writes",
+                    DiskPart::Syncs => "disk fail-syncs",
+                },
+            )?;
             Undo::HealDisk(index)
         }
         Fault::SlowSyncs { delay_ms, .. } => {
-            host.inject(&format!("disk sync-delay {delay_ms}"))?;
+            tell(host, &format!("disk sync-delay {delay_ms}"))?;
             Undo::Inject(index, "disk clear")
         }
         Fault::ShiftClock { seconds, .. } => {
-            host.inject(&format!("clock {seconds}"))?;
+            tell(host, &format!("clock {seconds}"))?;
             Undo::Inject(index, "clock clear")
         }
         Fault::DelayCalls { delay_ms, percent, .. } => {
-            host.inject(&format!("calls delay {delay_ms} {percent}"))?;
+            tell(host, &format!("calls delay {delay_ms} {percent}"))?;
             Undo::Inject(index, "calls clear")
         }
         Fault::RepeatCalls { later_ms, percent, .. } => {
-            host.inject(&format!("calls duplicate {later_ms} {percent}"))?;
+            tell(host, &format!("calls duplicate {later_ms} {percent}"))?;
             Undo::Inject(index, "calls clear")
         }
         _ => unreachable!("daemons are told of no other fault"),
     })
+}
+
+/// Tells it. One that is stopped just now takes it when it goes on, after nobody waits for its answer any more: it counts as told, so that
+/// what it will have is undone.
+fn tell(host: &Host, fault: &str) -> Result<()> {
+    let is_late = |error: &anyhow::Error| {
+        let kind = error.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
+        matches!(kind, Some(ErrorKind::WouldBlock | ErrorKind::TimedOut))
+    };
+    match host.inject(fault) {
+        Err(error) if is_late(&error) => Ok(()),
+        told => told,
+    }
 }
 
 /// A daemon that has met a disk's fault ends, and may be about to when the fault is over already.
