@@ -242,14 +242,12 @@ fn tell_daemon(host: &Host, fault: Fault) -> Result<Undo> {
     let index = host.index();
     Ok(match fault {
         Fault::FailDisk { part, .. } => {
-            tell(
-                host,
-                match part {
-                    DiskPart::Reads => "disk fail-reads",
-                    DiskPart::Writes => "disk fail-writes",
-                    DiskPart::Syncs => "disk fail-syncs",
-                },
-            )?;
+            let fault = match part {
+                DiskPart::Reads => "disk fail-reads",
+                DiskPart::Writes => "disk fail-writes",
+                DiskPart::Syncs => "disk fail-syncs",
+            };
+            tell(host, fault)?;
             Undo::HealDisk(index)
         }
         Fault::SlowSyncs { delay_ms, .. } => {

@@ -16,6 +16,7 @@
 //! Deliberately absent: mocks, a client library of its own (the command line is the interface under test), async code.
 
 pub mod binaries;
+pub mod console;
 pub mod disks;
 pub mod fabric;
 pub mod guest_memory;
@@ -36,6 +37,7 @@ pub mod vms;
 pub mod wait;
 
 pub use binaries::{Binaries, build_probe};
+pub use console::Follower;
 pub use disks::DiskKind;
 pub use fabric::{Network, Traffic};
 pub use guest_memory::GuestMemory;

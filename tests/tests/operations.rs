@@ -1,13 +1,12 @@
 //! What an operator does with hosts, users and VMs of a running pool.
 
 use anyhow::{Context, Result};
-use std::io::{Read, Write};
+use std::io::Write;
 use std::process::Stdio;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tests::vms::PROBE_LIGHT;
 use tests::wait::wait_for;
-use tests::{Pool, pool::Timing, serial};
+use tests::{Follower, Pool, pool::Timing, serial};
 
 /// A VM of a test moves within this, on two busy cores.
 const MOVE_DEADLINE: Duration = Duration::from_secs(60);
@@ -209,27 +208,13 @@ fn whoever_follows_a_console_misses_nothing_of_a_vm_that_moves() -> Result<()> {
     let pool = Pool::builder().timing(Timing::Fast).start()?;
     // It says something many times a second, so also while nobody follows it.
     pool.start_probe("web", "64MiB", "wss=64K rate=2M disk=1", Some("h1"))?;
-    let mut follow = pool.poolctl_command(&["console", "log", "web", "--follow"]);
-    let mut follow = follow.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
-    let mut output = follow.stdout.take().context("it has an output")?;
-    let text = Arc::new(Mutex::new(Vec::new()));
-    let shared = text.clone();
-    let reader = std::thread::spawn(move || {
-        let mut buffer = [0; 4096];
-        while let Ok(len @ 1..) = output.read(&mut buffer) {
-            shared.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(&buffer[..len]);
-        }
-    });
+    let follower = Follower::open(&pool, "web")?;
     for to in ["h2", "h3", "h1", "h2"] {
         pool.wait_beats("web", 3, MOVE_DEADLINE)?;
         pool.json(&["vm", "migrate", "web", "--to", to])?;
     }
     pool.wait_beats("web", 3, MOVE_DEADLINE)?;
     let log = pool.console("web")?;
-    let seen = || String::from_utf8_lossy(&text.lock().unwrap_or_else(PoisonError::into_inner)).into_owned();
-    let all_seen = wait_for(MOVE_DEADLINE, "all of it is seen", || Ok(seen().starts_with(&log)));
-    follow.kill()?;
-    follow.wait()?;
-    reader.join().map_err(|_| anyhow::anyhow!("the reader panicked"))?;
-    all_seen.with_context(|| format!("the log:\n{log}\nwhat was followed:\n{}", seen()))
+    let all_seen = wait_for(MOVE_DEADLINE, "all of it is seen", || Ok(follower.text().starts_with(&log)));
+    all_seen.with_context(|| format!("the log:\n{log}\nwhat was followed:\n{}", follower.text()))
 }

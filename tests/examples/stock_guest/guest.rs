@@ -1,11 +1,10 @@
 //! A VM whose console an operator types into, over moves and reboots: one sitting, never opened anew while the VM moves.
 
 use anyhow::{Context as _, Result, bail, ensure};
-use std::io::{Read as _, Write as _};
+use std::io::Write as _;
 use std::process::{Child, ChildStdin, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tests::{Pool, wait_until};
+use tests::{Follower, Pool, wait_until};
 
 /// Longest wait for a boot or a shutdown: systemd, interpreted twice.
 pub const BOOT_PATIENCE: Duration = Duration::from_secs(240);
@@ -25,43 +24,30 @@ pub struct Login {
 
 /// `poolctl console log --follow` and `poolctl console serial`, both ended when dropped.
 struct Sitting {
-    children: [Child; 2],
+    follower: Follower,
+    serial: Child,
     stdin: ChildStdin,
-    text: Arc<Mutex<String>>,
 }
 
 impl Drop for Sitting {
     fn drop(&mut self) {
-        for child in &mut self.children {
-            // It may have ended by itself.
-            drop(child.kill());
-            drop(child.wait());
-        }
+        // It may have ended by itself.
+        drop(self.serial.kill());
+        drop(self.serial.wait());
     }
 }
 
 impl Sitting {
     fn open(pool: &Pool, vm: &str) -> Result<Self> {
-        let mut follow = pool.poolctl_command(&["console", "log", vm, "--follow"]);
-        let mut follow = follow.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
-        let mut output = follow.stdout.take().context("it has an output")?;
-        let text = Arc::new(Mutex::new(String::new()));
-        let shared = text.clone();
-        std::thread::spawn(move || {
-            let mut buffer = [0; 4096];
-            while let Ok(len @ 1..) = output.read(&mut buffer) {
-                let piece = String::from_utf8_lossy(&buffer[..len]).replace('\r', "");
-                shared.lock().unwrap_or_else(PoisonError::into_inner).push_str(&piece);
-            }
-        });
+        let follower = Follower::open(pool, vm)?;
         let mut serial = pool.poolctl_command(&["console", "serial", vm]);
         let mut serial = serial.stdin(Stdio::piped()).stdout(Stdio::null()).spawn()?;
         let stdin = serial.stdin.take().context("it has an input")?;
-        Ok(Self { children: [follow, serial], stdin, text })
+        Ok(Self { follower, serial, stdin })
     }
 
     fn text(&self) -> String {
-        self.text.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.follower.text().replace('\r', "")
     }
 }
 
