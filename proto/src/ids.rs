@@ -3,7 +3,7 @@
 //! An object's id is the index of the Raft entry that created it: never used twice, ordered by creation.
 //! It prints with its kind (`vm-17`), and that form is what operators see and type.
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 use std::{fmt, str::FromStr};
 
 /// The text is no id of the wanted kind.
@@ -88,19 +88,35 @@ object_id!(
     TokenId, "token-"
 );
 
+/// Largest position that is taken from outside. It is far from 2^64, so that whoever counts on from it does not overflow.
+const POSITION_MAX: u64 = 1 << 63;
+
+/// Takes a position from outside.
+fn bounded<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+    let value = u64::deserialize(deserializer)?;
+    if value > POSITION_MAX {
+        let problem = format!("position {value} is beyond {POSITION_MAX}, which no counter reaches");
+        return Err(D::Error::custom(problem));
+    }
+    Ok(value)
+}
+
 macro_rules! position {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
         #[derive(
             Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
         )]
-        pub struct $name(pub u64);
+        pub struct $name(#[serde(deserialize_with = "bounded")] pub u64);
 
         impl $name {
+            /// The largest one that is taken from outside: as a bound, all of them.
+            pub const MAX: Self = Self(POSITION_MAX);
+
             /// The position after this one.
             ///
             /// # Panics
-            /// At 2^64, which no counter of the pool reaches.
+            /// At 2^64, which no counter of the pool reaches; what is decoded is at most [`Self::MAX`].
             #[must_use]
             pub fn next(self) -> Self {
                 Self(self.0.checked_add(1).expect("a 64-bit counter does not overflow"))
@@ -180,6 +196,19 @@ mod tests {
         assert_eq!("vm-17".parse(), Ok(VmId(17)));
         for bad in ["vm-", "vm-+1", "17", "vol-17", "vm-99999999999999999999999"] {
             assert!(bad.parse::<VmId>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_position_that_none_reaches_is_refused_where_it_is_decoded() {
+        let decode = |value: u64| {
+            let bytes = postcard::to_stdvec(&value).unwrap();
+            postcard::from_bytes::<Sequence>(&bytes).ok()
+        };
+        assert_eq!(decode(44), Some(Sequence(44)));
+        assert_eq!(decode(Sequence::MAX.0), Some(Sequence::MAX));
+        for beyond in [Sequence::MAX.next().0, u64::MAX - 1, u64::MAX] {
+            assert_eq!(decode(beyond), None, "{beyond}");
         }
     }
 

@@ -287,8 +287,10 @@ impl<S: AsyncRead + Unpin> FrameReader<S> {
 mod tests {
     use super::*;
     use crate::log::disk::is_aligned;
-    use crate::wire::Request;
+    use crate::types::Tail;
+    use crate::wire::{Request, RequestId};
     use proptest::prelude::*;
+    use proto::{Epoch, Sequence};
     use tokio::net::UnixStream;
 
     fn runtime() -> tokio::runtime::Runtime {
@@ -321,6 +323,18 @@ mod tests {
             bytes.extend(body);
             drop(runtime().block_on(trusted(&bytes).next::<Request>()));
         }
+    }
+
+    #[test]
+    fn a_position_from_which_nothing_can_follow_is_refused() {
+        let begin = |sequence| {
+            let last = Tail { epoch: Epoch(4), sequence };
+            let mut bytes = BytesMut::new();
+            put_header(&mut bytes, &Request::Begin { id: RequestId(1), last }, 0);
+            runtime().block_on(trusted(&bytes).next::<Request>())
+        };
+        assert!(begin(Sequence::MAX).is_ok());
+        assert_eq!(begin(Sequence(u64::MAX)).unwrap_err().kind(), io::ErrorKind::InvalidData);
     }
 
     #[test]

@@ -103,12 +103,12 @@ impl Entry {
         }
     }
 
-    /// Checks the entry's size and fields without keeping the bytes.
+    /// Checks the entry's size and fields, and that a host that gets it can read it: what is in the log stays there.
     ///
     /// # Errors
-    /// As [`encode`](Self::encode).
+    /// As [`encode`](Self::encode) and [`decode`](Self::decode).
     pub fn check(&self) -> Result<(), EntryError> {
-        self.encode().map(drop)
+        Self::decode(&self.encode()?).map(drop)
     }
 }
 

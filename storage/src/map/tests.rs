@@ -140,7 +140,7 @@ fn changes_after_a_cut_are_found_without_reading_the_rest() {
     }
     disk.checkpoint(&mut maps);
     let mut again = Maps::new(maps.roots().clone(), maps.live().clone(), 10_000);
-    let written = Sequence(1_501)..=Sequence(u64::MAX);
+    let written = Sequence(1_501)..=Sequence::MAX;
     let found = again.changed(&disk, TREE, written.clone(), ALL, 100).unwrap();
     assert_eq!(found, [5, 300 * 128 + 3, 999 * 128].map(BlockIndex));
     assert!(disk.reads.get() < 15, "{} pages were read", disk.reads.get());
@@ -349,7 +349,7 @@ proptest! {
             prop_assert_eq!(entry, model.get(&block).copied());
         }
         let after = Sequence(sequence / 2);
-        let written = after.next()..=Sequence(u64::MAX);
+        let written = after.next()..=Sequence::MAX;
         let changed = maps.changed(&disk, TREE, written, BlockIndex(0)..BlockIndex(4_000), usize::MAX).unwrap();
         let expected: Vec<_> =
             model.iter().filter(|(_, entry)| entry.version.sequence > after).map(|(block, _)| BlockIndex(*block)).collect();

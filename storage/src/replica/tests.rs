@@ -45,7 +45,7 @@ fn a_snapshot_keeps_what_is_overwritten() {
     );
     let reader = store.engine.reader();
     let all = || BlockIndex(0)..BlockIndex(99);
-    let written = Sequence(0)..=Sequence(u64::MAX);
+    let written = Sequence(0)..=Sequence::MAX;
     let since = Some(SnapshotId(5));
     let changes = super::Changes { view: View::Live, since, written, range: all(), limit: 9 };
     let changed = reader.changed(VOLUME, &changes).unwrap();

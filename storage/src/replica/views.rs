@@ -82,7 +82,7 @@ impl Catalog {
                     if !written.contains(&at.sequence) {
                         continue;
                     }
-                    Sequence(0)..=Sequence(u64::MAX)
+                    Sequence(0)..=Sequence::MAX
                 }
                 _ => written.clone(),
             };

@@ -320,7 +320,7 @@ impl Resync {
     }
 
     fn list_changed(&self, whom: Whom, ask: SyncAsk, from: BlockIndex) -> SyncRequest {
-        let upto = self.upto().unwrap_or(Sequence(u64::MAX));
+        let upto = self.upto().unwrap_or(Sequence::MAX);
         let Leg { view, since, after, .. } = self.leg;
         let request = Request::Changed { id: RequestId(0), view, since, after, upto, from };
         SyncRequest { whom, ask, request, data: Bytes::new() }

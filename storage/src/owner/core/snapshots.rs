@@ -158,7 +158,7 @@ fn request_of(look: Look) -> Option<(Request, BlockIndex)> {
     Some(match look {
         Look::Allocated { view, from, end } => (Request::Allocated { id, view, from, end }, from),
         Look::Changed { view, since, from } => {
-            let (after, upto) = (Sequence(0), Sequence(u64::MAX));
+            let (after, upto) = (Sequence(0), Sequence::MAX);
             (Request::Changed { id, view, since: Some(since), after, upto, from }, from)
         }
         Look::Verify { view, from, .. } => (Request::Verify { id, view, from }, from),

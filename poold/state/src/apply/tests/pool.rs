@@ -2,12 +2,12 @@
 
 use crate::{
     Command, Entry, EntryError, Outcome, PoolState, RejectionClass, Timing,
-    command::{Govern, HostFacts, InitPool, JoinHost},
+    command::{Govern, HostFacts, InitPool, JoinHost, LastSequence},
     fixture::{Pool, facts, init_pool},
     limits::{EVENTS_MAX, REFUSALS_MAX, REQUESTS_MAX, TOKENS_MAX},
     state::{ContentHash, HaPolicy},
 };
-use proto::{ByteCount, Epoch, HostId, TokenId, VmId};
+use proto::{ByteCount, Epoch, HostId, MigrationId, Sequence, TokenId, VmId, VolumeId};
 
 #[test]
 fn nothing_happens_before_the_pool_is_founded() {
@@ -276,6 +276,10 @@ fn an_entry_survives_its_encoding_and_is_bounded() {
     assert!(matches!(unnamed.check(), Err(EntryError::RequestIdLength { bytes: 0 })));
     let nobody = Entry { principal: "x".repeat(200), ..entry };
     assert!(matches!(nobody.check(), Err(EntryError::PrincipalLength { .. })));
+    // Every host would stop where it counts on from it.
+    let last_sequences = vec![LastSequence { volume: VolumeId(3), sequence: Sequence(u64::MAX - 1) }];
+    let endless = pool.entry(Command::MigrationCommit { migration: MigrationId(4), last_sequences });
+    assert!(matches!(endless.check(), Err(EntryError::Codec(_))));
 }
 
 #[test]
