@@ -182,6 +182,7 @@ pub struct Forecast {
 pub struct Convergence {
     policy: Policy,
     limit: Duration,
+    hash_bytes_per_s: u64,
     started: Moment,
     deadline: Moment,
     first_round: Duration,
@@ -237,8 +238,8 @@ fn speed(throttle_percent: u8) -> f64 {
 /// Fixed cost of a blackout besides the last pages: pausing, draining, state, the commit, activating and resuming.
 const FIXED_COST: Duration = Duration::from_millis(12);
 
-/// Bytes that a proof hashes per second, over all threads; a cautious figure.
-const PROOF_BYTES_PER_S: f64 = 3e9;
+/// Bytes that a proof hashes per second, over all threads, where nothing else is known.
+const HASH_BYTES_PER_S: u64 = 3_000_000_000;
 
 impl Convergence {
     /// For a migration that starts at `now`. A zero `limit` means the default.
@@ -248,6 +249,7 @@ impl Convergence {
         Self {
             policy,
             limit,
+            hash_bytes_per_s: HASH_BYTES_PER_S,
             started: now,
             deadline: now.after(GENTLE_DEADLINE),
             first_round: Duration::ZERO,
@@ -262,6 +264,12 @@ impl Convergence {
             model: GuestModel::default(),
             last: None,
         }
+    }
+
+    /// The same on a host that was measured.
+    #[must_use]
+    pub fn with_hash_speed(self, bytes_per_s: u64) -> Self {
+        Self { hash_bytes_per_s: bytes_per_s.max(1), ..self }
     }
 
     /// The limit as raised so far.
@@ -286,7 +294,7 @@ impl Convergence {
     pub fn after_round(&mut self, now: Moment, facts: RoundFacts) -> Decision {
         self.learn(facts);
         let predicted = self.time_of(facts.dirty_pages);
-        let fixed = fixed_cost(facts.proof_pages);
+        let fixed = self.fixed_cost(facts.proof_pages);
         if self.is_forced(now, predicted) {
             return Decision::Stop { blackout_expected: predicted + fixed };
         }
@@ -345,6 +353,12 @@ impl Convergence {
             }
         }
         None
+    }
+
+    /// What a blackout costs besides the last pages.
+    fn fixed_cost(&self, proof_pages: u64) -> Duration {
+        let bytes = proof_pages as usize * PAGE_BYTES;
+        FIXED_COST + Duration::from_secs_f64(bytes as f64 / self.hash_bytes_per_s as f64)
     }
 
     /// What the limit leaves for the last pages.
@@ -423,12 +437,6 @@ impl Convergence {
         }
         true
     }
-}
-
-/// What a blackout costs besides the last pages.
-fn fixed_cost(proof_pages: u64) -> Duration {
-    let bytes = proof_pages as usize * PAGE_BYTES;
-    FIXED_COST + Duration::from_secs_f64(bytes as f64 / PROOF_BYTES_PER_S)
 }
 
 #[cfg(test)]

@@ -15,6 +15,10 @@
 //! it sent of the sample. At the pause it reads these pages again ([`PageHashes::first_changed`]). To hash every page was a
 //! third of all that a migration costs the processors (ADR 50).
 
+mod speed;
+
+pub use speed::hash_bytes_per_s;
+
 use crate::{
     bitmap::PageBitmap,
     machine::{PAGE_BYTES, SourceVm, VmError},

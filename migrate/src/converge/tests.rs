@@ -29,6 +29,25 @@ fn an_idle_guest_stops_after_the_first_round() {
 }
 
 #[test]
+fn what_the_proof_costs_at_this_host_is_part_of_the_expected_blackout() {
+    let expected = |bytes_per_s| {
+        let mut controller = Convergence::new(Policy::Default, Duration::ZERO, Moment::default());
+        if let Some(bytes_per_s) = bytes_per_s {
+            controller = controller.with_hash_speed(bytes_per_s);
+        }
+        let took = Duration::from_secs(1);
+        let facts = RoundFacts { data_pages: 1 << 15, took, dirty_pages: 10, proof_pages: 1 << 15 };
+        match controller.after_round(Moment::default().after(took), facts) {
+            Decision::Stop { blackout_expected } => blackout_expected.as_secs_f64(),
+            other => panic!("{other:?}"),
+        }
+    };
+    assert!(expected(None) < 0.1);
+    // 128 MiB at 64 MiB/s.
+    assert!((expected(Some(64 << 20)) - 2.0).abs() < 0.1);
+}
+
+#[test]
 fn a_busy_guest_gets_a_raised_limit_before_it_is_slowed() {
     // 20,000 pages take 80 ms: too many for 30 ms, fine for 120.
     let (_, end, controller) = run(Policy::Default, |_| 20_000);

@@ -13,7 +13,7 @@ use crate::{
     bitmap::PageBitmap,
     machine::SourceVm,
     moment::Moment,
-    proof::{OfSource, hash_memory},
+    proof::{OfSource, hash_bytes_per_s, hash_memory},
     source::{
         CancelRefused, CommitRefused, OutcomeConflict, Proof, ReclaimRefused, Source, SourceCommand,
         SourceEvent, SourcePhase, SourceProgress, SourceSettings,
@@ -63,6 +63,7 @@ impl SourceTask {
             policy: config.policy,
             downtime_limit: config.downtime_limit,
             proof: config.proof,
+            hash_bytes_per_s: hash_bytes_per_s(proof_threads()),
             memory_pages: vm.memory_pages(),
         };
         let (source, commands) = Source::start(settings, Moment::default());
@@ -91,6 +92,11 @@ impl SourceTask {
         spawn_driver("migrate-out", &meter, run)?;
         Ok(SourceHandle { requests, progress })
     }
+}
+
+/// Threads that hash memory at the pause.
+fn proof_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 /// Who waits for the answer to the request being handled.
@@ -165,7 +171,7 @@ impl<V: SourceVm> Driver<V> {
                 Some(done) = work.recv() => self.done(done),
                 Some(link) = links.recv() => {
                     if is_final {
-                        link.close();
+                        link.close("the migration is over");
                         continue;
                     }
                     self.linked(link)
@@ -233,7 +239,7 @@ impl<V: SourceVm> Driver<V> {
     fn linked(&mut self, link: Link) -> SourceEvent {
         if let Some(old) = self.link.replace(link) {
             self.bytes_before += old.bytes_sent();
-            old.close();
+            old.close("another link follows");
         }
         SourceEvent::Connected
     }
@@ -265,9 +271,9 @@ impl<V: SourceVm> Driver<V> {
             SourceCommand::CallOff => self.shared.is_called_off.store(true, Ordering::Relaxed),
             SourceCommand::Resume => self.resume(),
             SourceCommand::StopTracking => self.job(Job::StopTracking),
-            SourceCommand::CloseLink => {
+            SourceCommand::CloseLink { why } => {
                 if let Some(link) = &self.link {
-                    link.close();
+                    link.close(&why);
                 }
             }
             SourceCommand::AnswerCommitProposed(result) => {
@@ -438,8 +444,7 @@ impl<V: SourceVm> Driver<V> {
         let meter = self.meter.clone();
         tokio::task::spawn_blocking(move || {
             let _counted = meter.count();
-            let threads = std::thread::available_parallelism().map_or(1, usize::from);
-            let event = match hash_memory(&OfSource(&*vm), threads, &shared.is_called_off) {
+            let event = match hash_memory(&OfSource(&*vm), proof_threads(), &shared.is_called_off) {
                 Ok(Some(proof)) => SourceEvent::MemoryHashed(proof),
                 Ok(None) => return,
                 Err(error) => SourceEvent::VmFailed { error: error.to_string() },
@@ -450,7 +455,7 @@ impl<V: SourceVm> Driver<V> {
 
     async fn close(&mut self) {
         if let Some(link) = self.link.take() {
-            link.close();
+            link.close("ended by the source");
             // The runtime must not end before the packet that says so has left, or the target waits for its idle timeout.
             let _ = tokio::time::timeout(CLOSE_TIMEOUT, link.endpoint.wait_idle()).await;
         }

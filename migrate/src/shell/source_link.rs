@@ -56,10 +56,10 @@ impl Link {
         sent(&self.connection) + self.more().iter().map(sent).sum::<u64>()
     }
 
-    /// Closes all connections.
-    pub(super) fn close(&self) {
+    /// Closes all connections; tells the target why.
+    pub(super) fn close(&self, why: &str) {
         for connection in self.more().iter().chain([&self.connection]) {
-            connection.close(0_u8.into(), b"ended by the source");
+            connection.close(0_u8.into(), why.as_bytes());
         }
     }
 }

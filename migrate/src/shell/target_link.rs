@@ -36,6 +36,9 @@ const HANDSHAKES_MAX: usize = 8;
 /// Time for a handshake; a stranger holds one of the places that long.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// Letters of a source's last words that are kept.
+const WHY_CHARS_MAX: usize = 300;
+
 /// Work for the thread that owns the received memory, in order.
 pub(super) enum ApplyJob {
     /// A batch as it came, with the index of its stream.
@@ -200,7 +203,9 @@ async fn serve_control(
     };
     let event = match connection.close_reason() {
         Some(ConnectionError::ApplicationClosed(close)) if close.error_code == 0_u8.into() => {
-            TargetEvent::LinkClosed
+            let why = String::from_utf8_lossy(&close.reason);
+            let why = why.chars().filter(|letter| !letter.is_control()).take(WHY_CHARS_MAX).collect();
+            TargetEvent::LinkClosed { why }
         }
         Some(reason) => TargetEvent::LinkLost { error: reason.to_string() },
         None => TargetEvent::LinkLost { error },

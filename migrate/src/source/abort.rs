@@ -56,7 +56,7 @@ impl Source {
             }
             _ => (Step::Resuming, vec![SourceCommand::Resume, SourceCommand::CallOff]),
         };
-        commands.push(SourceCommand::CloseLink);
+        commands.push(SourceCommand::CloseLink { why: cause.to_string() });
         self.enter(State::Aborting(Aborting { cause, step }));
         commands
     }

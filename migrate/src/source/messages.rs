@@ -133,7 +133,7 @@ impl Source {
     pub(super) fn finish(&mut self, stop: &Stop) -> Vec<SourceCommand> {
         self.stats.blackout = stop.timeline.parts(stop.resumed);
         self.enter(State::Done { resumed: stop.resumed.is_some() });
-        vec![SourceCommand::CloseLink]
+        vec![SourceCommand::CloseLink { why: "the machine has moved".to_owned() }]
     }
 
     pub(super) fn on_commit_proposed(&mut self) -> Vec<SourceCommand> {

@@ -38,7 +38,7 @@ pub use types::{
 
 use crate::{
     bitmap::PageBitmap,
-    converge::{Convergence, Decision, Forecast, RoundFacts},
+    converge::{Convergence, Decision, Forecast, Policy, RoundFacts},
     encode::{RoundScope, RoundTotals},
     machine::{PausedVm, VcpuActivity},
     moment::Moment,
@@ -60,6 +60,10 @@ const BLACKOUT_FACTOR: u32 = 10;
 
 /// Least blackout deadline: a proposal through a busy daemon takes this long at worst, and an abort costs a whole copy.
 const BLACKOUT_DEADLINE_MIN: Duration = Duration::from_secs(2);
+
+/// The same for [`Policy::MustFinish`], which ends whatever the blackout: a target that is only slow gets all the time that it needs.
+/// One that is gone breaks the link long before.
+const BLACKOUT_DEADLINE_MIN_FORCED: Duration = STALL_TIMEOUT;
 
 /// Factor of the predicted blackout that the deadline leaves room for: a large guest with a proof, or a forced stop, is
 /// known to take longer than the limit.
@@ -212,7 +216,8 @@ impl Source {
     /// A source that starts at `now`, with the commands that begin it.
     #[must_use]
     pub fn start(settings: SourceSettings, now: Moment) -> (Self, Vec<SourceCommand>) {
-        let convergence = Convergence::new(settings.policy, settings.downtime_limit, now);
+        let convergence = Convergence::new(settings.policy, settings.downtime_limit, now)
+            .with_hash_speed(settings.hash_bytes_per_s);
         let state = State::Connecting { deadline: now.after(CONNECT_TIMEOUT) };
         let (connections, memory_pages) = (settings.connections, settings.memory_pages);
         let source = Self {
@@ -320,7 +325,11 @@ impl Source {
 
     fn blackout_deadline(&self) -> Duration {
         let by_limit = self.convergence.limit() * BLACKOUT_FACTOR;
-        by_limit.max(BLACKOUT_DEADLINE_MIN).max(self.stats.blackout_expected * EXPECTED_FACTOR)
+        let least = match self.settings.policy {
+            Policy::MustFinish => BLACKOUT_DEADLINE_MIN_FORCED,
+            _ => BLACKOUT_DEADLINE_MIN,
+        };
+        by_limit.max(least).max(self.stats.blackout_expected * EXPECTED_FACTOR)
     }
 
     fn on_connected(&mut self) -> Vec<SourceCommand> {

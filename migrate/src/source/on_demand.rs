@@ -105,7 +105,7 @@ impl Source {
             stop.serving.wanted.clear();
             *deadline = Some(now.after(RECONNECT_PAUSE));
         }
-        vec![SourceCommand::CloseLink]
+        vec![SourceCommand::CloseLink { why: "the link broke, another one follows".to_owned() }]
     }
 
     pub(super) fn connect_again(&mut self, now: Moment) -> Vec<SourceCommand> {

@@ -21,6 +21,7 @@ fn new() -> Source {
         policy: Policy::Default,
         downtime_limit: Duration::from_millis(30),
         proof: Proof::Full,
+        hash_bytes_per_s: 3_000_000_000,
         memory_pages: MemoryPages::Small,
     };
     let (source, commands) = Source::start(settings, at(0));
@@ -265,6 +266,14 @@ fn a_blackout_that_is_known_to_be_long_gets_a_later_deadline() {
     let mut source = ready();
     source.stats.blackout_expected = Duration::from_secs(3);
     assert_eq!(source.blackout_deadline(), Duration::from_secs(12));
+}
+
+#[test]
+fn a_move_that_must_finish_gets_a_later_deadline() {
+    let mut source = ready();
+    assert_eq!(source.blackout_deadline(), BLACKOUT_DEADLINE_MIN);
+    source.settings.policy = Policy::MustFinish;
+    assert_eq!(source.blackout_deadline(), BLACKOUT_DEADLINE_MIN_FORCED);
 }
 
 /// Committed, and the target has not said that the machine runs there.

@@ -59,6 +59,8 @@ pub struct SourceSettings {
     pub downtime_limit: Duration,
     /// How memory is proved.
     pub proof: Proof,
+    /// Bytes of memory that this host hashes in a second.
+    pub hash_bytes_per_s: u64,
     /// What memory is made of.
     pub memory_pages: MemoryPages,
 }
@@ -195,7 +197,10 @@ pub enum SourceCommand {
     /// End dirty tracking, after whatever still uses it.
     StopTracking,
     /// Give up the link.
-    CloseLink,
+    CloseLink {
+        /// For the target's operator, who may hear of it first.
+        why: String,
+    },
     /// Answer to [`SourceEvent::CommitProposed`].
     AnswerCommitProposed(Result<(), CommitRefused>),
     /// Answer to [`SourceEvent::Outcome`].

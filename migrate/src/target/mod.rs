@@ -194,7 +194,7 @@ impl Target {
             TargetEvent::MissingListed(missing) => self.on_missing_listed(&missing),
             TargetEvent::Filled => self.on_filled(),
             TargetEvent::LinkLost { error } => self.on_link_lost(error),
-            TargetEvent::LinkClosed => self.on_link_closed(),
+            TargetEvent::LinkClosed { why } => self.on_link_closed(why),
             TargetEvent::Resumed(parts) => self.on_resumed(parts),
             TargetEvent::Discard => {
                 if !matches!(self.state, State::Discarded) {

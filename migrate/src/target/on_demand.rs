@@ -89,6 +89,10 @@ impl Target {
     }
 
     pub(super) fn on_link_lost(&mut self, error: String) -> Vec<TargetCommand> {
+        self.without_link(TargetFailure::Link { error })
+    }
+
+    fn without_link(&mut self, failure: TargetFailure) -> Vec<TargetCommand> {
         match &mut self.state {
             State::Ready(Ready { fill: Some(fill), .. }) => {
                 fill.supply = Supply::Broken;
@@ -99,18 +103,18 @@ impl Target {
                 if filling.fill.is_filled { Vec::new() } else { vec![TargetCommand::Starve(Supply::Broken)] }
             }
             State::Ready(_) | State::Filling(_) => Vec::new(),
-            _ => self.fail(TargetFailure::Link { error }),
+            _ => self.fail(failure),
         }
     }
 
     /// A source closes the link when it has all it waits for, or when it gives up.
-    pub(super) fn on_link_closed(&mut self) -> Vec<TargetCommand> {
+    pub(super) fn on_link_closed(&mut self, why: String) -> Vec<TargetCommand> {
         match &self.state {
             State::Filling(filling) if filling.fill.is_filled => {
                 self.enter(State::Resumed);
                 Vec::new()
             }
-            _ => self.on_link_lost("closed by the source".to_owned()),
+            _ => self.without_link(TargetFailure::GivenUp { why }),
         }
     }
 

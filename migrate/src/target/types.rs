@@ -56,7 +56,10 @@ pub enum TargetEvent {
     /// Every missing page has come.
     Filled,
     /// The source has closed the link: it has nothing more to say.
-    LinkClosed,
+    LinkClosed {
+        /// In its words.
+        why: String,
+    },
     /// Pages or state could not be taken.
     Failed(TargetFailure),
     /// The link is gone.
@@ -111,6 +114,12 @@ pub enum TargetFailure {
     Link {
         /// In words.
         error: String,
+    },
+    /// The source did not go on.
+    #[error("the source gave up: {why}")]
+    GivenUp {
+        /// In its words.
+        why: String,
     },
     /// The source does not fit.
     #[error("the source was refused: {refusal}")]

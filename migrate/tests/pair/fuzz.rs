@@ -267,6 +267,7 @@ fn play_source(rng: &mut StdRng) -> Source {
         policy: [Policy::Default, Policy::PostCopy][rng.random_range(0..2)],
         downtime_limit: Duration::from_millis(30),
         proof: [Proof::Full, Proof::Skip][rng.random_range(0..2)],
+        hash_bytes_per_s: [0, 3_000_000_000, u64::MAX][rng.random_range(0..3)],
         memory_pages: proto::MemoryPages::Small,
     };
     let (mut source, commands) = Source::start(settings, Moment::default());

@@ -134,6 +134,7 @@ impl World {
             policy: plan.policy,
             downtime_limit: plan.downtime_limit,
             proof: plan.proof,
+            hash_bytes_per_s: 3_000_000_000,
             memory_pages: MemoryPages::Small,
         };
         let (source, commands) = Source::start(settings, Moment::default());
@@ -289,7 +290,7 @@ impl World {
         let (first, second) = (notice(&mut self.rng), notice(&mut self.rng));
         let by_source = error == CLOSED_BY_SOURCE;
         let at_target = if by_source {
-            TargetEvent::LinkClosed
+            TargetEvent::LinkClosed { why: error.to_owned() }
         } else {
             TargetEvent::LinkLost { error: error.to_owned() }
         };
@@ -456,7 +457,7 @@ impl World {
                     self.source_vm.stop_dirty_tracking().unwrap();
                     self.later(step, Happening::Source(SourceEvent::TrackingStopped));
                 }
-                SourceCommand::CloseLink => self.cut(CLOSED_BY_SOURCE),
+                SourceCommand::CloseLink { .. } => self.cut(CLOSED_BY_SOURCE),
                 SourceCommand::AnswerCommitProposed(Ok(())) => self.promised(),
                 SourceCommand::AnswerOutcome(answer) => {
                     assert!(answer.is_ok(), "{answer:?}: {:?}", self.plan);
