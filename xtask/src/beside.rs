@@ -1,4 +1,4 @@
-//! A command of this program that runs beside others: what leaves a processor free shares the time of what does not.
+//! A command that runs beside others: what leaves a processor free shares the time of what does not.
 //!
 //! Its output goes to a file, and from there to the terminal when it is waited for: two outputs at once are none. It has the
 //! lowest priority, so that the deadlines of what runs in front are kept. It ends with whoever has started it.
@@ -23,10 +23,25 @@ pub struct Beside {
 impl Beside {
     /// Starts this program with these arguments; what it prints goes to a file in `folder`.
     pub fn start(arguments: &[&str], folder: &Path) -> Result<Self> {
-        let own = std::env::current_exe().context("find the running program")?;
+        let mut own = Command::new(std::env::current_exe().context("find the running program")?);
+        Self::start_command(own.args(arguments), folder)
+    }
+
+    /// Starts a command; what it prints goes to a file in `folder`.
+    pub fn start_command(wanted: &Command, folder: &Path) -> Result<Self> {
         let mut command = Command::new("nice");
-        command.args(["-n", PRIORITY]).arg(own).args(arguments);
-        Self::spawn(command, &arguments.join(" "), folder)
+        command.args(["-n", PRIORITY]).arg(wanted.get_program()).args(wanted.get_args());
+        for (name, value) in wanted.get_envs() {
+            match value {
+                Some(value) => command.env(name, value),
+                None => command.env_remove(name),
+            };
+        }
+        if let Some(dir) = wanted.get_current_dir() {
+            command.current_dir(dir);
+        }
+        let words: Vec<_> = wanted.get_args().map(|word| word.to_string_lossy()).collect();
+        Self::spawn(command, &words.join(" "), folder)
     }
 
     fn spawn(mut command: Command, name: &str, folder: &Path) -> Result<Self> {

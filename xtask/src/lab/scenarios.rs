@@ -144,7 +144,7 @@ pub static SCENARIOS: [Scenario; 13] = [
         seconds: 900,
         usual: false,
         needs: &[Need::Pool],
-        script: "exec /lab/target/debug/chaos --seed 20261125 --minutes 1.5",
+        script: "exec /lab/target/debug/chaos --seed 20261125 --minutes 3",
     },
 ];
 
