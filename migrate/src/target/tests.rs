@@ -139,6 +139,14 @@ fn a_ready_target_outlives_its_link_and_everything_else_does_not() {
 }
 
 #[test]
+fn a_target_says_why_its_source_gave_up() {
+    let mut target = receiving();
+    handle(&mut target, TargetEvent::LinkClosed { why: "cancelled".to_owned() });
+    let TargetPhase::Failed { failure } = target.phase() else { panic!("{:?}", target.phase()) };
+    assert_eq!(failure.to_string(), "the source gave up: cancelled");
+}
+
+#[test]
 fn a_source_that_does_not_fit_is_refused_with_the_reason() {
     let refusal = |change: fn(&mut ToTarget)| {
         let (mut target, mut hello) = (new(), hello());

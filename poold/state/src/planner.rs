@@ -139,7 +139,7 @@ impl Draft {
                 let host = self.state.host_name(migration.source);
                 let reason = format!("host {host} does not carry out its part; look at its disk and its log");
                 ends.push(Command::MigrationAbort { migration: id, reason });
-            } else if arrived.is_some_and(|vm| stalled(vm.running_since_ms)) {
+            } else if arrived.is_some() && stalled(entered_ms) {
                 // The record is the source's; it may still come.
                 ends.push(Command::MigrationDone { migration: id, record: None });
             }

@@ -272,6 +272,11 @@ impl Change<'_> {
         self.give_time(id, self.state.settings.timing.migration_copy_ms)
     }
 
+    /// The VM runs at the target, with all of its memory; what comes after it is one more step.
+    pub(super) fn give_time_for_record(&mut self, id: MigrationId) -> Result<(), Rejection> {
+        self.give_time(id, self.state.settings.timing.migration_step_ms)
+    }
+
     fn give_time(&mut self, id: MigrationId, duration_ms: u64) -> Result<(), Rejection> {
         let deadline_ms = self.time_ms.saturating_add(duration_ms);
         let migration = self.migration_mut(id)?;

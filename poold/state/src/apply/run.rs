@@ -50,6 +50,8 @@ impl Change<'_> {
                 self.finish_migration(intent.migration, None)?;
             } else if migration.is_committed() && migration.options.policy.is_on_demand() {
                 self.give_time_for_pages(intent.migration)?;
+            } else if migration.is_committed() {
+                self.give_time_for_record(intent.migration)?;
             }
         }
         Ok(Outcome::Vm(id))
@@ -60,7 +62,9 @@ impl Change<'_> {
         let time_ms = self.time_ms;
         let vm = self.vm_mut(id)?;
         vm.running_epoch = Some(vm.epoch);
-        vm.running_since_ms = time_ms;
+        if !vm.start_cause.is_live() {
+            vm.running_since_ms = time_ms;
+        }
         vm.problem = None;
         let (epoch, starting) = (vm.epoch, vm.desired != Desired::Stopped);
         if starting {
@@ -131,8 +135,11 @@ impl Change<'_> {
         check_up(self.state.host(host)?)?;
         let failures = failures_after(vm, cause, self.time_ms);
         // A process dies of its host: one day that is well again, and until then the back-off bounds the effort.
-        // Nor is it the VM's fault that the hosts of its disks are away: it comes up when they do.
-        let gives_up = *cause != RestartCause::ProcessDied && self.state.missing_disk(vm).is_none();
+        // Nor is it the VM's fault that the hosts of its disks are away: it comes up when they do. And what a move has brought is
+        // booted anew before it is judged: it is more likely that the move has failed.
+        let gives_up = *cause != RestartCause::ProcessDied
+            && !vm.start_cause.is_live()
+            && self.state.missing_disk(vm).is_none();
         if failures > RESTARTS_MAX && gives_up {
             let problem = format!("{}; given up after {RESTARTS_MAX} restarts in a row", describe(cause));
             self.end_run(id, Some(cut(&problem)))?;
@@ -193,9 +200,11 @@ impl Change<'_> {
     }
 }
 
-/// Restarts in a row including this one. A reboot is no failure; a VM that was up for a while begins anew.
+/// Restarts in a row including this one. A reboot is no failure; a VM that was up for a while begins anew, wherever it was: a move
+/// neither ends that while nor does one that fails.
 fn failures_after(vm: &Vm, cause: &RestartCause, now_ms: u64) -> u32 {
-    let stable = vm.is_reported_running() && now_ms.saturating_sub(vm.running_since_ms) >= RESTART_STABLE_MS;
+    let was_up = vm.is_reported_running() || vm.start_cause.is_live();
+    let stable = was_up && now_ms.saturating_sub(vm.running_since_ms) >= RESTART_STABLE_MS;
     let before = if stable { 0 } else { vm.failures };
     if cause.is_wanted() { before } else { before.saturating_add(1) }
 }

@@ -59,7 +59,7 @@ impl Local<'_> {
             return Some(restart(vm, RestartCause::Requested).into());
         }
         // It existed: it ran, or it was prepared to receive the VM.
-        if vm.is_reported_running() || matches!(vm.start_cause, StartCause::Migration | StartCause::Reclaim) {
+        if vm.is_reported_running() || vm.start_cause.is_live() {
             return Some(self.lost_on_arrival(vm).unwrap_or_else(|| died(vm)).into());
         }
         self.start(vm)

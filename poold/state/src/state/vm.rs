@@ -42,7 +42,7 @@ pub struct Vm {
     pub intent: Option<Intent>,
     /// Epoch at which its process was last reported as running; it runs when this equals `epoch`.
     pub running_epoch: Option<Epoch>,
-    /// Unix time of that report.
+    /// Unix time of the first such report since its boot: a move goes on with it.
     pub running_since_ms: u64,
     /// Why the current epoch was started.
     pub start_cause: StartCause,
@@ -135,6 +135,14 @@ pub enum StartCause {
     Migration,
     /// It came back to the source of a move whose target died before it ran.
     Reclaim,
+}
+
+impl StartCause {
+    /// Whether the guest went on, and did not boot.
+    #[must_use]
+    pub fn is_live(self) -> bool {
+        matches!(self, Self::Migration | Self::Reclaim)
+    }
 }
 
 /// What locks a VM.

@@ -88,9 +88,10 @@ impl Owner {
         let reclaims = matches!(start, ActivationStart::Reclaim { .. }) && config.epoch > epoch;
         let refused = match &self.state {
             State::Inactive => None,
-            // At rest since the hand-over, or told of the epoch that must not have been active.
+            // At rest since the hand-over, or told of the epoch that must not have been active, or already of the one at which it is
+            // given back: that one is its own.
             State::Active(active) if reclaims && active.drain == Drain::Done => None,
-            State::Fenced(of) if reclaims && *of < config.epoch => None,
+            State::Fenced(of) if reclaims && *of <= config.epoch => None,
             State::Fenced(epoch) => Some(ActivateError::Fenced { epoch: *epoch }),
             State::Activating(_) => Some(ActivateError::WrongState { state: VolumeState::Activating, epoch }),
             State::Active(_) => Some(ActivateError::WrongState { state: VolumeState::Active, epoch }),

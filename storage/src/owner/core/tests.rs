@@ -317,3 +317,24 @@ fn a_resynced_replica_is_no_member_before_it_has_what_others_had_acknowledged() 
     script.input(Input::Received { host, generation, response, data: Bytes::new() });
     assert_eq!(script.view.isr.len(), 3);
 }
+
+/// Its daemon may have known of that epoch, and refused a proposal for it, before it passes on that the volume is given back.
+#[test]
+fn an_owner_that_has_heard_of_the_epoch_at_which_it_is_given_back_takes_it() {
+    let mut script = Script::new(2);
+    let (never, back) = (Epoch(2), Epoch(3));
+    script.owner.fence(back);
+    assert!(matches!(script.owner.state, State::Fenced(of) if of == back));
+    let config = VolumeConfig { epoch: back, ..script.owner.config.clone() };
+    script.view.epoch = back;
+    script.command(Command::Activate {
+        config: config.clone(),
+        start: ActivationStart::Reclaim { last: Sequence(0), never },
+    });
+    assert!(matches!(script.owner.state, State::Active(_)), "{}", script.owner.describe());
+    // Whoever has heard of a later one is over.
+    script.owner.fence(Epoch(4));
+    script
+        .command(Command::Activate { config, start: ActivationStart::Reclaim { last: Sequence(0), never } });
+    assert!(matches!(script.owner.state, State::Fenced(Epoch(4))));
+}

@@ -5,7 +5,7 @@ use crate::{
     command::{RestartCause, StopReason},
     fixture::Pool,
     limits::{RESTART_STABLE_MS, RESTARTS_MAX},
-    state::{HaPolicy, StopMode},
+    state::{HaPolicy, StartCause, StopMode},
 };
 use proto::{Epoch, VmId};
 
@@ -129,6 +129,49 @@ fn a_vm_whose_processes_die_is_never_given_up() {
         pool.now_ms += wait_ms;
     }
     assert_ne!(pool.vm_state(vm), "failed");
+}
+
+#[test]
+fn a_vm_whose_move_failed_boots_anew_whatever_was_before() {
+    let mut pool = Pool::new(3);
+    let hosts = pool.hosts();
+    let vm = pool.running_vm("web", hosts[0], HaPolicy::Restart);
+    for _ in 0..RESTARTS_MAX {
+        let again = restart(&pool, vm, RestartCause::ProcessDied);
+        pool.accept(again);
+        pool.runs(vm);
+    }
+    pool.committed(vm, hosts[1]);
+    pool.accept(Command::HostLost { host: hosts[1] });
+    assert_eq!(pool.vm(vm).start_cause, StartCause::Reclaim);
+    let unproved = RestartCause::Failed { problem: "its disks may have been active elsewhere".into() };
+    let anew = restart(&pool, vm, unproved.clone());
+    pool.accept(anew);
+    assert_eq!(pool.vm_state(vm), "starting");
+    let last = restart(&pool, vm, unproved);
+    pool.accept(last);
+    assert_eq!(pool.vm_state(vm), "failed", "that boot was its own");
+}
+
+#[test]
+fn a_vm_that_stays_up_may_move_meanwhile() {
+    let mut pool = Pool::new(2);
+    let hosts = pool.hosts();
+    let vm = pool.running_vm("web", hosts[0], HaPolicy::Restart);
+    for _ in 0..3 {
+        let crash = restart(&pool, vm, RestartCause::ProcessDied);
+        pool.accept(crash);
+        pool.runs(vm);
+    }
+    for target in [hosts[1], hosts[0]] {
+        pool.now_ms += RESTART_STABLE_MS / 2;
+        let migration = pool.committed(vm, target);
+        pool.runs(vm);
+        pool.accept(Command::MigrationDone { migration, record: None });
+    }
+    let crash = restart(&pool, vm, RestartCause::ProcessDied);
+    pool.accept(crash);
+    assert_eq!(pool.vm(vm).failures, 1);
 }
 
 #[test]
