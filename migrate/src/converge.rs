@@ -238,18 +238,15 @@ fn speed(throttle_percent: u8) -> f64 {
 /// Fixed cost of a blackout besides the last pages: pausing, draining, state, the commit, activating and resuming.
 const FIXED_COST: Duration = Duration::from_millis(12);
 
-/// Bytes that a proof hashes per second, over all threads, where nothing else is known.
-const HASH_BYTES_PER_S: u64 = 3_000_000_000;
-
 impl Convergence {
-    /// For a migration that starts at `now`. A zero `limit` means the default.
+    /// For a migration that starts at `now`, from a host whose proof hashes so many bytes a second. A zero `limit` means the default.
     #[must_use]
-    pub fn new(policy: Policy, limit: Duration, now: Moment) -> Self {
+    pub fn new(policy: Policy, limit: Duration, hash_bytes_per_s: u64, now: Moment) -> Self {
         let limit = if limit.is_zero() { DOWNTIME_LIMIT_DEFAULT } else { limit };
         Self {
             policy,
             limit,
-            hash_bytes_per_s: HASH_BYTES_PER_S,
+            hash_bytes_per_s: hash_bytes_per_s.max(1),
             started: now,
             deadline: now.after(GENTLE_DEADLINE),
             first_round: Duration::ZERO,
@@ -264,12 +261,6 @@ impl Convergence {
             model: GuestModel::default(),
             last: None,
         }
-    }
-
-    /// The same on a host that was measured.
-    #[must_use]
-    pub fn with_hash_speed(self, bytes_per_s: u64) -> Self {
-        Self { hash_bytes_per_s: bytes_per_s.max(1), ..self }
     }
 
     /// The limit as raised so far.

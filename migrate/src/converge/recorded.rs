@@ -3,6 +3,7 @@
 //! A trace says for each step which pages were written; so a round of any length, begun at any time, has exactly the dirty
 //! pages that it would have had. The guest's time runs slower while it is slowed.
 
+use super::tests::HASH_BYTES_PER_S;
 use super::*;
 use crate::PageBitmap;
 use proto::PageIndex;
@@ -78,7 +79,7 @@ struct Outcome {
 
 /// Moves the guest over a link that carries so many pages a second.
 fn follow(recording: &Recording, policy: Policy, pages_per_s: f64) -> Outcome {
-    let mut controller = Convergence::new(policy, Duration::ZERO, Moment::default());
+    let mut controller = Convergence::new(policy, Duration::ZERO, HASH_BYTES_PER_S, Moment::default());
     let (mut pages, mut throttle, mut time, mut guest_time) = (recording.pages as f64, 0, 0.0, 0.0);
     let mut forecasts: Vec<(f64, Forecast)> = Vec::new();
     for round in 1..200 {

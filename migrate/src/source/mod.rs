@@ -216,8 +216,8 @@ impl Source {
     /// A source that starts at `now`, with the commands that begin it.
     #[must_use]
     pub fn start(settings: SourceSettings, now: Moment) -> (Self, Vec<SourceCommand>) {
-        let convergence = Convergence::new(settings.policy, settings.downtime_limit, now)
-            .with_hash_speed(settings.hash_bytes_per_s);
+        let convergence =
+            Convergence::new(settings.policy, settings.downtime_limit, settings.hash_bytes_per_s, now);
         let state = State::Connecting { deadline: now.after(CONNECT_TIMEOUT) };
         let (connections, memory_pages) = (settings.connections, settings.memory_pages);
         let source = Self {

@@ -50,7 +50,7 @@ pub struct Verified {
 }
 
 /// Whenever it was written.
-const EVER: RangeInclusive<Sequence> = Sequence(0)..=Sequence::MAX;
+pub(super) const EVER: RangeInclusive<Sequence> = Sequence(0)..=Sequence::MAX;
 
 /// A write as another replica needs it. No data: zeros, or no write.
 pub type RecentData = (RecentWrite, Option<Bytes>);

@@ -2,6 +2,7 @@
 
 use super::catalog::Catalog;
 use super::layers::Layer;
+use super::reader::EVER;
 use super::volume::Volume;
 use crate::log::{Record, RecordKind, block_checksum};
 use crate::map::{BlockVersion, Content, Entry, MapError, PageReader, TreeId};
@@ -82,7 +83,7 @@ impl Catalog {
                     if !written.contains(&at.sequence) {
                         continue;
                     }
-                    Sequence(0)..=Sequence::MAX
+                    EVER
                 }
                 _ => written.clone(),
             };
