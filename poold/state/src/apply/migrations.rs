@@ -12,7 +12,7 @@ use crate::{
         MigrationPhase, MigrationRecord, MoveCause, TargetChoice, TargetEndpoint, TaskKind, TaskState, Vm,
     },
 };
-use proto::{HostId, MigrationId, VmId};
+use proto::{HostId, MigrationId, Sequence, VmId};
 
 impl Change<'_> {
     pub(super) fn start_migration(
@@ -316,7 +316,8 @@ fn check_sequences(id: MigrationId, vm: &Vm, last_sequences: &[LastSequence]) ->
             return Err(mismatch(*disk));
         }
     }
-    let wrong = |last: &&LastSequence| !vm.spec.disks.contains(&last.volume);
+    // The next sequence must exist; no real writer comes near the end of 64 bits.
+    let wrong = |last: &&LastSequence| !vm.spec.disks.contains(&last.volume) || last.sequence > Sequence::MAX;
     match last_sequences.iter().find(wrong) {
         Some(last) => Err(mismatch(last.volume)),
         None => Ok(()),

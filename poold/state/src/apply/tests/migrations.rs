@@ -173,8 +173,12 @@ fn a_commit_needs_one_last_sequence_for_each_disk() {
     let id = pool.copying(vm, hosts[1]);
     let volume = pool.disk(vm).id;
     let last = |volume, sequence| LastSequence { volume, sequence: Sequence(sequence) };
-    let wrong =
-        [vec![], vec![last(volume, 1), last(volume, 2)], vec![last(volume, 1), last(VolumeId(999), 1)]];
+    let wrong = [
+        vec![],
+        vec![last(volume, 1), last(volume, 2)],
+        vec![last(volume, 1), last(VolumeId(999), 1)],
+        vec![last(volume, u64::MAX)],
+    ];
     for last_sequences in wrong {
         let commit = Command::MigrationCommit { migration: id, last_sequences };
         assert_eq!(pool.reject(commit), "LAST_SEQUENCE_MISMATCH");
