@@ -1,4 +1,4 @@
-//! Damage on the disk of a replica: found by a scrub, by itself and on demand, repaired, and counted. What volumes take.
+//! Damage on the disk of a replica: found by a scrub on demand, repaired, and counted. What volumes take.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -8,7 +8,6 @@ use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
 use std::time::Duration;
 use tests::nbd::qemu_io;
-use tests::vms::PROBE_LIGHT;
 use tests::wait::wait_for;
 use tests::{Host, Pool, pool::Timing, serial};
 
@@ -119,43 +118,5 @@ fn what_is_damaged_everywhere_fails_the_scrub_and_is_said() -> Result<()> {
     assert!(qemu_io(&uri, &["read -P 0x5a 0 4k"]).is_err());
     qemu_io(&uri, &["write -P 0x77 0 4k", "flush", "read -P 0x77 0 4k"])?;
     pool.json(&["volume", "scrub", "data"])?;
-    Ok(())
-}
-
-#[test]
-fn volumes_are_scrubbed_by_themselves_and_the_next_owner_goes_on() -> Result<()> {
-    let _turn = serial();
-    let pool = Pool::builder().timing(Timing::Fast).start()?;
-    pool.start_probe("web", "64MiB", PROBE_LIGHT, Some("h1"))?;
-    pool.wait_probe("web", PATIENCE, "writes", |now| now.acked >= 10)?;
-    // Slowly enough to be seen: the guest's disk has some megabytes.
-    pool.json(&["volume", "create", "data", "--size", "64MiB"])?;
-    let uri = pool.serve_nbd("data", "h2")?;
-    qemu_io(&uri, &["write -P 0x5a 0 24M", "flush"])?;
-    let begun = pool.json(&["volume", "scrub", "data", "--rate", "2MiB", "--async"])?;
-    let task = begun["id"].as_str().context("a task")?.to_owned();
-    wait_for(PATIENCE, "it tells how far it is", || {
-        let progress = pool.json(&["task", "show", &task])?["progress"].clone();
-        Ok(progress["percent"].as_f64().is_some_and(|percent| percent > 0.0)
-            && progress["remaining_ms"].as_u64().is_some())
-    })?;
-    let process = *pool.host_named("h2")?.volume_processes().first().context("a process serves")?;
-    process.kill9()?;
-    pool.wait_new_volume_process("h2", process)?;
-    wait_for(PATIENCE, "the next process scrubs for the same task", || {
-        let shown = pool.json(&["volume", "show", "data"])?;
-        Ok(shown["scrub"]["task"] == task.as_str() && number(&shown["scrub"]["checked"], "checked")? > 0)
-    })?;
-    pool.json(&["task", "cancel", &task])?;
-    wait_for(PATIENCE, "it has ended", || Ok(pool.json(&["volume", "show", "data"])?["scrub"].is_null()))?;
-    // By itself, also while a VM runs.
-    pool.json(&["pool", "set", "scrub-interval=1s", "scrub-rate=512MiB"])?;
-    wait_for(PATIENCE, "both are scrubbed", || {
-        let volumes = pool.items(&["volume", "list"])?;
-        Ok(volumes.len() == 2 && volumes.iter().all(|volume| !volume["last_scrub"].is_null()))
-    })?;
-    pool.json(&["pool", "set", "scrub-interval=never"])?;
-    let last = pool.wait_beats("web", 3, PATIENCE)?;
-    ensure!(last.errors.is_empty(), "{last:?}");
     Ok(())
 }

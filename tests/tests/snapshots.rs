@@ -1,4 +1,4 @@
-//! Snapshots, clones and reverts, with clients and with a running VM.
+//! Snapshots, clones and reverts, with clients.
 
 use anyhow::{Context, Result, ensure};
 use std::fs;
@@ -10,7 +10,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use tests::nbd::{qemu_io, tool};
-use tests::vms::PROBE_LIGHT;
 use tests::wait::wait_for;
 use tests::{Pool, pool::Timing, serial};
 
@@ -80,30 +79,6 @@ fn snapshots_hold_what_was_there_and_go_in_any_order() -> Result<()> {
     )?;
     pool.json(&["volume", "delete", "data"])?;
     qemu_io(&copy, &["read -P 0x44 4M 1M", "read -P 0x22 5M 7M", "read -P 0x11 1M 3M", "read -P 0 0 1M"])?;
-    Ok(())
-}
-
-#[test]
-fn a_running_vm_is_kept_in_a_snapshot_and_taken_back_to_it() -> Result<()> {
-    let _turn = serial();
-    let pool = Pool::builder().timing(Timing::Fast).start()?;
-    pool.start_probe("web", "64MiB", PROBE_LIGHT, Some("h1"))?;
-    let disk = pool.vm("web")?["disks"][0].as_str().context("a disk")?.to_owned();
-    pool.wait_probe("web", PATIENCE, "writes", |now| now.acked >= 10)?;
-    pool.json(&["volume", "snapshot", &disk, "early"])?;
-    let early = format!("{disk}@early");
-    let then = pool.probe("web")?;
-    pool.wait_probe("web", PATIENCE, "goes on after the snapshot", |now| {
-        now.acked > then.acked + 5 && now.errors.is_empty()
-    })?;
-    let refused = pool.poolctl(&["volume", "revert", &early])?.expect_code(4)?;
-    assert!(refused.stderr.contains("poolctl vm stop web"), "{}", refused.stderr);
-    pool.json(&["vm", "stop", "web"])?;
-    pool.json(&["volume", "revert", &early])?;
-    // A second machine from the same moment, beside the first one.
-    pool.json(&["volume", "clone", &early, "twin"])?;
-    pool.json(&["vm", "start", "web"])?;
-    pool.wait_probe("web", PATIENCE, "verifies its old disk", |now| now.acked > 0 && now.errors.is_empty())?;
     Ok(())
 }
 

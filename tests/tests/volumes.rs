@@ -9,7 +9,6 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 use tests::nbd::{copy_out, qemu_io, socket_of, tool};
-use tests::vms::PROBE_LIGHT;
 use tests::wait::wait_for;
 use tests::{Pool, pool::Timing, serial};
 
@@ -171,36 +170,6 @@ fn nothing_is_answered_without_a_lease() -> Result<()> {
     host.start_daemon()?;
     wait_for(PATIENCE, "it answers with a new lease", || Ok(reading.try_wait()?.is_some()))?;
     assert!(reading.wait()?.success());
-    Ok(())
-}
-
-#[test]
-fn a_volume_belongs_to_its_vm_or_to_its_clients() -> Result<()> {
-    let _turn = serial();
-    let pool = Pool::builder().hosts(1).timing(Timing::Fast).start()?;
-    pool.start_probe("web", "64MiB", PROBE_LIGHT, Some("h1"))?;
-    let disk = pool.vm("web")?["disks"][0].as_str().context("a disk")?.to_owned();
-    let listen = format!("unix:{}", pool.dir().join("nbd.sock").display());
-    let serve = ["volume", "nbd", &disk, "--listen", &listen];
-    let refused = pool.poolctl(&serve)?.expect_code(4)?;
-    assert!(refused.stderr.contains("poolctl vm stop web"), "{}", refused.stderr);
-    pool.json(&["vm", "stop", "web"])?;
-    pool.json(&serve)?;
-    // Twice the same is the same.
-    pool.json(&serve)?;
-    let refused = pool.poolctl(&["vm", "start", "web"])?.expect_code(4)?;
-    assert!(refused.stderr.contains("--stop"), "{}", refused.stderr);
-    pool.poolctl(&["volume", "delete", &disk])?.expect_code(4)?;
-    pool.json(&["volume", "nbd", &disk, "--stop"])?;
-    pool.json(&["vm", "start", "web"])?;
-    // An address that can't be had is the operator's to know, and leaves nothing.
-    pool.json(&["volume", "create", "other", "--size", "1MiB"])?;
-    for address in ["unix:/proc/nbd.sock", "192.0.2.1:10809"] {
-        let failed = pool.poolctl(&["volume", "nbd", "other", "--listen", address])?.expect_code(1)?;
-        assert!(failed.stderr.contains("choose another address"), "{}", failed.stderr);
-    }
-    assert_eq!(pool.json(&["volume", "show", "other"])?["owner"], "");
-    pool.poolctl(&["volume", "nbd", "other", "--listen", "here"])?.expect_code(2)?;
     Ok(())
 }
 

@@ -36,12 +36,8 @@ struct Arguments {
 enum Command {
     /// Shows a pool at work: three hosts, a VM, a live migration, a dead host
     Demo,
-    /// Format, lints, tidy, all tests, a short chaos campaign
-    Test {
-        /// The quick scenarios of the lab, too, beside the end-to-end tests
-        #[arg(long)]
-        lab: bool,
-    },
+    /// Format, lints, tidy, all tests, a short chaos campaign, the quick scenarios of the lab
+    Test,
     /// Builds the programs and the probe guest
     Build {
         /// With optimisation
@@ -84,8 +80,7 @@ enum Command {
 fn main() -> Result<ExitCode> {
     match Arguments::parse().command {
         Command::Demo => demo::run()?,
-        Command::Test { lab: true } => test::run(test::Lab::Beside)?,
-        Command::Test { lab: false } => test::run(test::Lab::LeftOut)?,
+        Command::Test => test::run()?,
         Command::Build { release } => {
             machine::prepare_build()?;
             build::programs(if release { build::Profile::Release } else { build::Profile::Dev })?;

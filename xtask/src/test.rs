@@ -19,16 +19,11 @@ const CHAOS_SEED: &str = "20261125";
 /// Packages whose integration tests start machines.
 const NEED_KVM: [&str; 3] = ["tests", "vmm", "poold-vm"];
 
-/// Whether the quick scenarios of the lab belong to it on a machine with KVM.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Lab {
-    /// They run beside the end-to-end tests.
-    Beside,
-    LeftOut,
-}
+/// The tests with real daemons that start none.
+pub const WITHOUT_KVM: [&str; 7] = ["copies", "damage", "govern", "joining", "scrub", "snapshots", "volumes"];
 
 /// Runs every check; the first one that fails ends it.
-fn check(steps: &mut Steps, lab: Lab) -> Result<()> {
+fn check(steps: &mut Steps) -> Result<()> {
     steps.step("format", || build::run(&mut cargo(&["fmt", "--all", "--check"])))?;
     steps.step("tidy", tidy::run)?;
     let mut lints = cargo(&["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"]);
@@ -42,22 +37,17 @@ fn check(steps: &mut Steps, lab: Lab) -> Result<()> {
         build::run(&mut cargo(&["test", "--quiet", "-p", "xtask"]))?;
         build::run_tests(&["--exclude".to_owned(), "tests".to_owned()])
     })?;
-    // It only computes, on one core; pools of real processes wait for each other now and then.
-    let beside = match lab {
-        Lab::Beside => Some(Beside::start(&["lab", "--quick"], &lab::cache())?),
-        Lab::LeftOut => None,
-    };
     steps.step("end-to-end tests", || build::run_tests(&end_to_end()?))?;
-    if let Some(beside) = beside {
-        steps.step("rest of the lab", || beside.finish())?;
-    }
-    // On a clean checkout they compile what they look at: for minutes, which a campaign leaves to them, as it waits for its faults.
+    // Both only compute: for minutes, which a campaign leaves to them, as it waits for its faults. On a clean checkout the lints compile
+    // what they look at.
+    let lab = Beside::start(&["lab", "--quick"], &lab::cache())?;
     let lints = Beside::start_command(&lints, &target_root().join("lints"))?;
     steps.step("chaos", || {
         let mut campaign = Command::new(folder.join("chaos"));
         build::run(prebuilt(campaign.args(["--seed", CHAOS_SEED, "--minutes", CHAOS_MINUTES])))
     })?;
-    steps.step("rest of the lints", || lints.finish())
+    steps.step("rest of the lints", || lints.finish())?;
+    steps.step("rest of the lab", || lab.finish())
 }
 
 /// Here what needs no KVM, in the lab the rest.
@@ -68,6 +58,9 @@ fn check_without_kvm(steps: &mut Steps) -> Result<()> {
         build::run_tests(&words(&["--lib", "--bins"]))?;
         let without = NEED_KVM.into_iter().flat_map(|package| ["--exclude", package]);
         build::run_tests(&words(&without.chain(["--test", "*"]).collect::<Vec<_>>()))
+    })?;
+    steps.step("end-to-end tests without VMs", || {
+        build::run_tests(&words(&WITHOUT_KVM.iter().flat_map(|name| ["--test", name]).collect::<Vec<_>>()))
     })?;
     steps.step("lab", lab::everything)
 }
@@ -88,7 +81,7 @@ fn end_to_end() -> Result<Vec<String>> {
 }
 
 /// Prepares the machine, then checks.
-pub fn run(lab: Lab) -> Result<()> {
+pub fn run() -> Result<()> {
     if !Uid::effective().is_root() {
         bail!(
             "the tests make network namespaces and small disks: run `sudo -E $(command -v cargo) xtask test`"
@@ -97,9 +90,9 @@ pub fn run(lab: Lab) -> Result<()> {
     let mut steps = Steps::default();
     steps.step("machine", || {
         machine::prepare_test()?;
-        if lab == Lab::Beside { machine::prepare_lab() } else { Ok(()) }
+        machine::prepare_lab()
     })?;
-    let result = check(&mut steps, lab);
+    let result = check(&mut steps);
     steps.print();
     result
 }

@@ -69,7 +69,8 @@ const BLACKOUT_DEADLINE_MIN_FORCED: Duration = STALL_TIMEOUT;
 /// known to take longer than the limit.
 const EXPECTED_FACTOR: u32 = 4;
 
-/// A copy that moves less than [`STALL_BYTES`] in this time will not end: the target takes nothing any more.
+/// A copy that moves less than [`STALL_BYTES`] in this time, and gets through no page, will not end: the target takes nothing any
+/// more.
 const STALL_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// More than keep-alives and retransmissions come to in [`STALL_TIMEOUT`].
@@ -103,8 +104,16 @@ struct Copying {
     since: Moment,
     sent: Option<RoundTotals>,
     received_at: Option<Moment>,
-    /// When, and at which count of bytes on the network, it last got on.
-    moved: (Moment, u64),
+    moved: Moved,
+}
+
+/// When a copy last got on, and how far. Pages count besides bytes: a long run of zeros is looked at for minutes on a slow host, and
+/// next to nothing of it is sent.
+#[derive(Debug, Clone, Copy)]
+struct Moved {
+    at: Moment,
+    link_bytes: u64,
+    pages_remaining: u64,
 }
 
 /// The machine stands still.
@@ -270,7 +279,7 @@ impl Source {
             State::Saving { stop } | State::Finishing { stop, .. } | State::Ready { stop } => {
                 Some(stop.deadline)
             }
-            State::Copying(copying) => Some(copying.moved.0.after(STALL_TIMEOUT)),
+            State::Copying(copying) => Some(copying.moved.at.after(STALL_TIMEOUT)),
             State::Proposed { .. } | State::Aborting(_) => None,
             State::Done { .. } | State::Aborted { .. } | State::Lost { .. } => None,
         }
@@ -351,7 +360,8 @@ impl Source {
         if !matches!(self.state, State::Greeting { .. } | State::Copying(_)) {
             return Vec::new();
         }
-        let moved = (now, self.stats.bytes_sent);
+        let MigrationStats { bytes_sent: link_bytes, pages_remaining, .. } = self.stats;
+        let moved = Moved { at: now, link_bytes, pages_remaining };
         self.enter(State::Copying(Copying { round, since: now, sent: None, received_at: None, moved }));
         self.stats.rounds = round.0;
         vec![SourceCommand::SendRound { round, scope }]
@@ -428,12 +438,14 @@ impl Source {
     }
 
     fn on_progress(&mut self, now: Moment, link_bytes: u64, pages_remaining: u64) -> Vec<SourceCommand> {
-        self.stats.bytes_sent = self.stats.bytes_sent.max(link_bytes);
+        let link_bytes = self.stats.bytes_sent.max(link_bytes);
+        self.stats.bytes_sent = link_bytes;
         self.stats.pages_remaining = pages_remaining;
         if let State::Copying(copying) = &mut self.state
-            && self.stats.bytes_sent >= copying.moved.1 + STALL_BYTES
+            && (link_bytes >= copying.moved.link_bytes + STALL_BYTES
+                || pages_remaining != copying.moved.pages_remaining)
         {
-            copying.moved = (now, self.stats.bytes_sent);
+            copying.moved = Moved { at: now, link_bytes, pages_remaining };
         }
         self.estimate(now);
         Vec::new()

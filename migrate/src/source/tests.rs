@@ -227,13 +227,22 @@ fn a_copy_that_does_not_get_on_is_given_up() {
     message(&mut source, 2, ToSource::Welcome { ports: Vec::new(), kept: Kept::Nothing });
     source.handle(at(2), SourceEvent::BulkOpened);
     source.handle(at(3), SourceEvent::TrackingStarted);
-    let progress = |link_bytes| SourceEvent::Progress { link_bytes, pages_remaining: 9, cpu: Duration::ZERO };
-    source.handle(at(30_000), progress(1 << 20));
-    assert!(source.handle(at(60_003), SourceEvent::Tick).is_empty());
-    source.handle(at(89_000), progress((1 << 20) + 2000));
-    assert!(source.handle(at(89_999), SourceEvent::Tick).is_empty());
-    source.handle(at(90_000), SourceEvent::Tick);
-    source.handle(at(90_001), SourceEvent::TrackingStopped);
+    let progress = |link_bytes, pages_remaining| SourceEvent::Progress {
+        link_bytes,
+        pages_remaining,
+        cpu: Duration::ZERO,
+    };
+    source.handle(at(10_000), progress(1 << 16, 9));
+    // Bytes move, while a batch is long.
+    source.handle(at(60_000), progress(1 << 20, 9));
+    assert!(source.handle(at(119_000), SourceEvent::Tick).is_empty());
+    // Zeros: pages, and next to no bytes.
+    source.handle(at(119_500), progress((1 << 20) + 1000, 4));
+    assert!(source.handle(at(179_000), SourceEvent::Tick).is_empty());
+    source.handle(at(179_000), progress((1 << 20) + 2000, 4));
+    assert!(source.handle(at(179_499), SourceEvent::Tick).is_empty());
+    source.handle(at(179_500), SourceEvent::Tick);
+    source.handle(at(179_501), SourceEvent::TrackingStopped);
     assert!(matches!(source.phase(), SourcePhase::Aborted { cause: AbortCause::Stalled { .. } }));
 }
 

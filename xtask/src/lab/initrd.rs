@@ -13,13 +13,26 @@ use super::kernel::Kernel;
 use super::programs::{self, Kind, Program, Programs};
 use super::scenarios::{Need, SCENARIOS, Scenario};
 use crate::build::Profile;
+use crate::test::WITHOUT_KVM;
 use anyhow::{Context, Result};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Modules of the lab machine: KVM, its disk, networks between namespaces.
-const LAB_MODULES: [&str; 9] =
-    ["kvm_amd", "virtio_pci", "virtio_blk", "ext4", "tun", "veth", "bridge", "8021q", "sch_tbf"];
+/// Modules of the lab machine: KVM, its disk, networks between namespaces and out of them, disks of hosts.
+const LAB_MODULES: [&str; 12] = [
+    "kvm_amd",
+    "virtio_pci",
+    "virtio_blk",
+    "ext4",
+    "loop",
+    "tun",
+    "veth",
+    "bridge",
+    "8021q",
+    "sch_tbf",
+    "nft_chain_nat",
+    "nft_masq",
+];
 
 /// Modules of the Linux guest: its devices.
 pub const GUEST_MODULES: [&str; 6] =
@@ -27,8 +40,11 @@ pub const GUEST_MODULES: [&str; 6] =
 
 pub const BUSYBOX: &str = "/bin/busybox";
 
-/// Programs of Debian that the harness calls, for which busybox has no match.
-const TOOLS: [&str; 3] = ["ip", "tc", "nsenter"];
+/// Programs of Debian that a pool and its harness call, for which busybox has no match.
+const TOOLS: [&str; 5] = ["ip", "tc", "nsenter", "nft", "mkfs.ext4"];
+
+/// The same for the tests.
+const TEST_TOOLS: [&str; 2] = ["qemu-io", "nbdcopy"];
 
 /// Debian's qemu, and what it loads for its smallest machine.
 const QEMU: [&str; 1] = ["qemu-system-x86_64"];
@@ -90,8 +106,8 @@ impl Contents<'_> {
             archive.copy(&format!("{place}/{}", program.name), &small)?;
             packed.push(small);
         }
-        let tools = TOOLS.iter().filter(|_| self.needs(Need::Pool));
-        for tool in tools.chain(QEMU.iter().filter(|_| self.needs(Need::Qemu))) {
+        let tools = [(&TOOLS[..], Need::Pool), (&TEST_TOOLS, Need::Tests), (&QEMU, Need::Qemu)];
+        for tool in tools.iter().filter(|(_, need)| self.needs(*need)).flat_map(|(tools, _)| *tools) {
             let path = programs::find(tool)?;
             archive.copy(&format!("lab/tools/{tool}"), &path)?;
             packed.push(path);
@@ -112,7 +128,7 @@ impl Contents<'_> {
 
     /// Each program with the folder that it belongs into.
     fn programs(&self) -> Result<Vec<(String, Program)>> {
-        let built = Programs::build(self.profile)?;
+        let built = Programs::build(self.profile, self.needs(Need::Tests))?;
         let tests = format!("{BUILT}/deps");
         let mut all = vec![
             (tests.clone(), built.get(Kind::Test, "vmm-machine")?),
@@ -128,7 +144,11 @@ impl Contents<'_> {
         }
         if self.needs(Need::Tests) {
             all.push((tests.clone(), built.get(Kind::Test, "vm-process")?));
-            all.extend(built.tests_of("tests").into_iter().map(|program| (tests.clone(), program)));
+            let of_pools = built.tests_of("tests").into_iter();
+            let with_vms = of_pools.filter(|program| {
+                program.name.strip_prefix("tests-").is_none_or(|name| !WITHOUT_KVM.contains(&name))
+            });
+            all.extend(with_vms.map(|program| (tests.clone(), program)));
         }
         Ok(all)
     }

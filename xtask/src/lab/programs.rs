@@ -7,8 +7,9 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// The integration test of the machine by itself.
+/// The integration test of the machine by itself, and all of them.
 const MACHINE_TESTS: &str = "machine";
+const ALL_TESTS: &str = "*";
 
 /// An executable and the name of its target.
 #[derive(Debug, Clone)]
@@ -42,12 +43,14 @@ impl Kind {
 pub struct Programs(Vec<(Kind, Program)>);
 
 impl Programs {
-    /// Builds all programs, tests and examples, as `cargo xtask test` does; optimised, only what scenarios run.
-    pub fn build(profile: Profile) -> Result<Self> {
+    /// Builds all programs, tests and examples, as `cargo xtask test` does; optimised, only what scenarios run: without a need
+    /// for tests only those of the machine.
+    pub fn build(profile: Profile, needs_tests: bool) -> Result<Self> {
+        let tests = if needs_tests { ALL_TESTS } else { MACHINE_TESTS };
         let mut command = cargo(&["build"]);
         command.args(ALL_PACKAGES).args(["--message-format", "json-render-diagnostics"]);
         match profile {
-            Profile::Release => command.args(["--release", "--bins", "--examples", "--test", MACHINE_TESTS]),
+            Profile::Release => command.args(["--release", "--bins", "--examples", "--test", tests]),
             Profile::Dev | Profile::Sabotage => command.arg("--all-targets"),
         };
         let output = command.stderr(Stdio::inherit()).output().context("start cargo")?;

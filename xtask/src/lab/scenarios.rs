@@ -40,12 +40,12 @@ impl Scenario {
 const SCENARIO: Scenario =
     Scenario { name: "", about: "", seconds: 300, usual: true, needs: &[], script: "" };
 
-/// Those that `cargo xtask lab --quick` runs, and `cargo xtask test --lab` beside its end-to-end tests: what no machine can show whose
-/// KVM interprets its guests. The machine's own tests run everywhere else, too.
+/// Those that `cargo xtask lab --quick` runs, and `cargo xtask test` beside its campaign: what no machine can show whose KVM interprets
+/// its guests. The machine's own tests run everywhere else, too.
 pub const QUICK: [&str; 2] = ["linux", "hops"];
 
-/// Longest run of the quick scenarios, from the first package that is fetched to the last result: about as long as the tests
-/// beside which they run with what these leave of two cores.
+/// Longest run of the quick scenarios, from the first package that is fetched to the last result, with what the
+/// campaign and the lints leave of two cores.
 pub const QUICK_SECONDS_MAX: u64 = 600;
 
 /// In the order in which they run.
