@@ -54,9 +54,10 @@ pub fn is_prebuilt() -> bool {
     std::env::var_os(::tests::binaries::PREBUILT).is_some()
 }
 
-/// Builds all programs and the probe guest; returns the folder of the programs.
+/// Builds all programs and the probe guest; returns the folder of the programs. With the few examples, which choose the features that
+/// tests have: programs alone would be built once more for the tests.
 pub fn programs(profile: Profile) -> Result<PathBuf> {
-    build(profile, &["--bins"])
+    build(profile, &["--bins", "--examples"])
 }
 
 /// Builds all programs, tests and examples, and the probe guest; returns the folder of the programs.

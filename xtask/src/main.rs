@@ -57,12 +57,12 @@ enum Command {
         /// Only lists the scenarios
         #[arg(long)]
         list: bool,
-        /// Only the quick ones
+        /// Only the quick ones, with the programs of the tests
         #[arg(long)]
         quick: bool,
-        /// With optimised programs: long to build, several times as fast where they are interpreted
-        #[arg(long, conflicts_with = "quick")]
-        release: bool,
+        /// With the programs of the tests: quick to build, too slow for a pool where they are interpreted
+        #[arg(long)]
+        dev: bool,
         /// Which ones; all of them by default
         scenarios: Vec<String>,
     },
@@ -89,8 +89,8 @@ fn main() -> Result<ExitCode> {
         Command::Bench { what } => what.run()?,
         Command::Lab { list: true, .. } => lab::list(),
         Command::Lab { quick: true, .. } => lab::quick()?,
-        Command::Lab { scenarios, release: true, .. } => lab::run(&scenarios, build::Profile::Release)?,
-        Command::Lab { scenarios, .. } => lab::run(&scenarios, build::Profile::Dev)?,
+        Command::Lab { scenarios, dev: true, .. } => lab::run(&scenarios, build::Profile::Dev)?,
+        Command::Lab { scenarios, .. } => lab::run(&scenarios, build::Profile::Release)?,
         Command::CollectLeftovers => guard::run(),
         Command::Chaos { arguments } => return chaos(&arguments),
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use tests::{Follower, Pool, wait_until};
 
 /// Longest wait for a boot or a shutdown: systemd, interpreted twice.
-pub const BOOT_PATIENCE: Duration = Duration::from_secs(240);
+pub const BOOT_PATIENCE: Duration = Duration::from_secs(600);
 
 /// Longest wait for a command of the guest.
 pub const PATIENCE: Duration = Duration::from_secs(60);

@@ -23,6 +23,9 @@ for disk in /sys/block/vd*; do
 done
 mount -t ext4 /dev/lab/scratch /tmp
 chmod 1777 /tmp
+# Debian's qemu takes no other one for this.
+mkdir -p /var
+ln -s /tmp /var/tmp
 ulimit -n 4096
 export POOL_TESTS_PREBUILT=1 CARGO_TARGET_DIR=/lab/target LAB_DIR=/lab RUST_BACKTRACE=0 TERM=dumb
 

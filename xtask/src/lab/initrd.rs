@@ -51,8 +51,8 @@ const QEMU: [&str; 1] = ["qemu-system-x86_64"];
 const QEMU_FOLDER: &str = "/usr/share/qemu";
 const QEMU_FILES: [&str; 4] = ["bios-microvm.bin", "qboot.rom", "pvh.bin", "linuxboot_dma.bin"];
 
-/// Programs that a pool consists of, and the campaign program.
-const POOL: [&str; 4] = ["poold", "poold-vm", "poolctl", "chaos"];
+/// Programs that a pool consists of.
+const POOL: [&str; 3] = ["poold", "poold-vm", "poolctl"];
 
 /// Where the harness looks for programs that are built already.
 const BUILT: &str = "lab/target/debug";
@@ -142,8 +142,10 @@ impl Contents<'_> {
             all.push((BUILT.to_owned(), Program { name: "xtask".to_owned(), path }));
             all.push((BUILT.to_owned(), built.get(Kind::Example, "tests-stock_guest")?));
         }
-        if self.needs(Need::Tests) {
+        if self.needs(Need::Process) {
             all.push((tests.clone(), built.get(Kind::Test, "vm-process")?));
+        }
+        if self.needs(Need::Tests) {
             let of_pools = built.tests_of("tests").into_iter();
             let with_vms = of_pools.filter(|program| {
                 program.name.strip_prefix("tests-").is_none_or(|name| !WITHOUT_KVM.contains(&name))

@@ -7,9 +7,9 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// The integration test of the machine by itself, and all of them.
-const MACHINE_TESTS: &str = "machine";
-const ALL_TESTS: &str = "*";
+/// The integration tests of the machine and of a VM's process by themselves, and all there are.
+const OWN_TESTS: [&str; 4] = ["--test", "machine", "--test", "process"];
+const ALL_TESTS: [&str; 2] = ["--test", "*"];
 
 /// An executable and the name of its target.
 #[derive(Debug, Clone)]
@@ -43,14 +43,13 @@ impl Kind {
 pub struct Programs(Vec<(Kind, Program)>);
 
 impl Programs {
-    /// Builds all programs, tests and examples, as `cargo xtask test` does; optimised, only what scenarios run: without a need
-    /// for tests only those of the machine.
-    pub fn build(profile: Profile, needs_tests: bool) -> Result<Self> {
-        let tests = if needs_tests { ALL_TESTS } else { MACHINE_TESTS };
+    /// Builds all programs, tests and examples, as `cargo xtask test` does; optimised, only what scenarios run.
+    pub fn build(profile: Profile, needs_all_tests: bool) -> Result<Self> {
+        let tests = if needs_all_tests { &ALL_TESTS[..] } else { &OWN_TESTS };
         let mut command = cargo(&["build"]);
         command.args(ALL_PACKAGES).args(["--message-format", "json-render-diagnostics"]);
         match profile {
-            Profile::Release => command.args(["--release", "--bins", "--examples", "--test", tests]),
+            Profile::Release => command.args(["--release", "--bins", "--examples"]).args(tests),
             Profile::Dev | Profile::Sabotage => command.arg("--all-targets"),
         };
         let output = command.stderr(Stdio::inherit()).output().context("start cargo")?;
