@@ -32,7 +32,8 @@ impl Binaries {
             }
             // Cargo's own lock on the target directory makes concurrent builds wait for each other.
             // As `cargo xtask` builds them, so that what it has built is not built again with other features.
-            cargo(&["build", "--workspace", "--exclude", "xtask", "--bins"]).map_err(|e| format!("{e:#}"))
+            cargo(&["build", "--workspace", "--exclude", "xtask", "--bins", "--examples"])
+                .map_err(|e| format!("{e:#}"))
         });
         if let Err(error) = built {
             bail!("{error}");

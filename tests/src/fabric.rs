@@ -386,7 +386,7 @@ mod tests {
         assert!(!connects(&fabric), "what should be lost gets through");
         (0..2).for_each(|host| fabric.lift(host, "cut3").unwrap());
         wait_for(deadline, "control gets through again", || Ok(connects(&fabric))).unwrap();
-        fabric.lose_all(0, 2, "lossy", &["numgen random mod 100 < 100"]).unwrap();
+        fabric.lose_all(0, 2, "lossy", &["numgen random mod 100 <= 99"]).unwrap();
         assert!(!connects(&fabric), "everything is lost and something gets through");
         (0..2).for_each(|host| fabric.lift(host, "lossy").unwrap());
         // A link that carries next to nothing; then one without a limit.

@@ -3,6 +3,7 @@
 use anyhow::{Context, Result, bail};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::Signal;
+use std::ffi::OsStr;
 use std::io;
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
@@ -95,7 +96,7 @@ pub fn example(profile: Profile, name: &str) -> Result<PathBuf> {
 }
 
 /// Runs tests of what [`everything`] has built; `targets` chooses among them.
-pub fn run_tests(targets: &[String]) -> Result<()> {
+pub fn run_tests<S: AsRef<OsStr>>(targets: &[S]) -> Result<()> {
     let mut command = cargo(&["test", "--quiet", "--no-fail-fast"]);
     run(prebuilt(command.args(ALL_PACKAGES).args(targets)))
 }

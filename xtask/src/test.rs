@@ -31,10 +31,7 @@ fn check(steps: &mut Steps) -> Result<()> {
         steps.step("lints", || build::run(&mut lints))?;
         return check_without_kvm(steps);
     }
-    steps.step("unit tests", || {
-        build::run(&mut cargo(&["test", "--quiet", "-p", "xtask"]))?;
-        build::run_tests(&["--exclude".to_owned(), "tests".to_owned()])
-    })?;
+    steps.step("unit tests", || unit_tests(&["tests"]))?;
     steps.step("end-to-end tests", || build::run_tests(&end_to_end()?))?;
     // Both only compute: for minutes, which a campaign leaves to them, as it waits for its faults. On a clean checkout the lints compile
     // what they look at.
@@ -48,17 +45,19 @@ fn check(steps: &mut Steps) -> Result<()> {
     steps.step("rest of the lab", || lab.finish())
 }
 
-/// Here what needs no KVM, in the lab the rest.
+/// All unit tests, and the integration tests of all packages but these.
+fn unit_tests(without: &[&str]) -> Result<()> {
+    build::run(&mut cargo(&["test", "--quiet", "-p", "xtask"]))?;
+    build::run_tests(&["--lib", "--bins"])?;
+    let without = without.iter().flat_map(|package| ["--exclude", package]);
+    build::run_tests(&without.chain(["--test", "*"]).collect::<Vec<_>>())
+}
+
+/// Here what needs no KVM, in the lab a choice of the rest.
 fn check_without_kvm(steps: &mut Steps) -> Result<()> {
-    let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
-    steps.step("unit tests", || {
-        build::run(&mut cargo(&["test", "--quiet", "-p", "xtask"]))?;
-        build::run_tests(&words(&["--lib", "--bins"]))?;
-        let without = NEED_KVM.into_iter().flat_map(|package| ["--exclude", package]);
-        build::run_tests(&words(&without.chain(["--test", "*"]).collect::<Vec<_>>()))
-    })?;
+    steps.step("unit tests", || unit_tests(&NEED_KVM))?;
     steps.step("end-to-end tests without VMs", || {
-        build::run_tests(&words(&WITHOUT_KVM.iter().flat_map(|name| ["--test", name]).collect::<Vec<_>>()))
+        build::run_tests(&WITHOUT_KVM.iter().flat_map(|name| ["--test", name]).collect::<Vec<_>>())
     })?;
     steps.step("lab", lab::stand_in)?;
     println!(

@@ -202,7 +202,9 @@ impl Host {
         let directory = self.root.path().join(name);
         std::fs::create_dir(&directory).unwrap();
         std::fs::copy(probe(), directory.join("kernel")).unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_poold-vm"));
+        // Beside the tests, also where both were brought to from another machine.
+        let program = tests::binaries::target_dir().unwrap().join("poold-vm");
+        let mut command = Command::new(program);
         command.arg("--dir").arg(&directory).arg("--replica-dir").arg(self.replica_dir());
         if nix::unistd::Uid::effective().is_root() {
             command.args(["--uid", &UID.to_string()]);
