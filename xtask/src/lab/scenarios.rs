@@ -93,7 +93,7 @@ pub static SCENARIOS: [Scenario; 13] = [
     Scenario {
         name: "pool",
         about: "two stock guests in a pool of three hosts: boot from their disks, networks, VLAN, a growing disk, four moves under load, dead hosts, reboot, power button",
-        seconds: 900,
+        seconds: 1500,
         needs: &[Need::Pool, Need::Small],
         script: "/lab/target/debug/tests-stock_guest small /dev/lab/small 4 && test -s $LAB_DETAILS",
         ..SCENARIO
