@@ -6,8 +6,8 @@ use std::process::{Child, ChildStdin, Stdio};
 use std::time::Duration;
 use tests::{Follower, Pool, wait_until};
 
-/// Longest wait for a boot or a shutdown: systemd, interpreted twice.
-pub const BOOT_PATIENCE: Duration = Duration::from_secs(600);
+/// Longest wait for a boot or a shutdown: systemd, interpreted twice, beside three daemons.
+pub const BOOT_PATIENCE: Duration = Duration::from_secs(1200);
 
 /// Longest wait for a command of the guest.
 pub const PATIENCE: Duration = Duration::from_secs(60);
