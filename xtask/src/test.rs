@@ -25,6 +25,9 @@ fn check(steps: &mut Steps) -> Result<()> {
     steps.step("format", || build::run(&mut cargo(&["fmt", "--all", "--check"])))?;
     steps.step("tidy", tidy::run)?;
     let mut lints = cargo(&["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"]);
+    // A folder of their own: in the common one every other cargo would wait for them.
+    let lints_folder = target_root().join("lints");
+    lints.env("CARGO_TARGET_DIR", &lints_folder);
     let folder = steps.step("build", || build::everything(Profile::Dev))?;
     if let Some(why) = machine::kvm_is_missing() {
         println!("{why}: the lab stands in for it, with a choice of what needs it");
@@ -32,11 +35,10 @@ fn check(steps: &mut Steps) -> Result<()> {
         return check_without_kvm(steps);
     }
     steps.step("unit tests", || unit_tests(&["tests"]))?;
+    // On a clean checkout the lints compile what they look at, for minutes; real processes that wait for each other leave these to them.
+    let lints = Beside::start_command(&lints, &lints_folder)?;
     steps.step("end-to-end tests", || build::run_tests(&end_to_end()?))?;
-    // Both only compute: for minutes, which a campaign leaves to them, as it waits for its faults. On a clean checkout the lints compile
-    // what they look at.
     let lab = Beside::start(&["lab", "--quick"], &lab::cache())?;
-    let lints = Beside::start_command(&lints, &target_root().join("lints"))?;
     steps.step("chaos", || {
         let mut chaos = Command::new(folder.join("chaos"));
         build::run(prebuilt(chaos.args(CAMPAIGN)))
