@@ -178,8 +178,9 @@ async fn a_guest_that_outruns_the_link_runs_before_its_pages_are_there() {
     let record = done.migration.unwrap().record.unwrap();
     let faulted = record.pages.as_ref().map_or(0, |pages| pages.faulted);
     assert!(!record.memory_proved, "it did not go over on demand: {record:?}");
-    // Who waits for a page waits for that page, and not for what the background sends before it.
-    assert!(faulted >= 10 && record.fault_mean_ms < 20.0, "{record:?}");
+    // Who waits for a page waits for that page, and not for what the background sends before it: half of the last round, in the mean.
+    let last_round_ms = record.per_round.last().map_or(0.0, |round| round.ms);
+    assert!(faulted >= 10 && record.fault_mean_ms < last_round_ms / 4.0, "{record:?}");
     eprintln!(
         "on demand: moved in {:.0} ms, blackout {:.1} ms, {faulted} pages were waited for, {:.2} ms in the mean",
         record.total_ms, record.blackout_ms, record.fault_mean_ms
