@@ -8,6 +8,14 @@ use std::sync::OnceLock;
 /// Set by whoever has just built everything; the harness then builds nothing.
 pub const PREBUILT: &str = "POOL_TESTS_PREBUILT";
 
+/// What is built together: always the same packages, since another choice has other features of shared dependencies and builds
+/// them once more. Without xtask, which runs while it builds.
+pub const ALL_PACKAGES: [&str; 3] = ["--workspace", "--exclude", "xtask"];
+
+/// All programs, with the few examples, which choose the features that tests have: programs alone would be built once more for the
+/// tests.
+pub const PROGRAMS: [&str; 2] = ["--bins", "--examples"];
+
 /// Paths of the programs.
 #[derive(Debug, Clone)]
 pub struct Binaries {
@@ -31,9 +39,7 @@ impl Binaries {
                 return Ok(());
             }
             // Cargo's own lock on the target directory makes concurrent builds wait for each other.
-            // As `cargo xtask` builds them, so that what it has built is not built again with other features.
-            cargo(&["build", "--workspace", "--exclude", "xtask", "--bins", "--examples"])
-                .map_err(|e| format!("{e:#}"))
+            cargo(&[&["build"][..], &ALL_PACKAGES, &PROGRAMS].concat()).map_err(|e| format!("{e:#}"))
         });
         if let Err(error) = built {
             bail!("{error}");

@@ -1,5 +1,6 @@
 //! Building the programs.
 
+use ::tests::binaries::{ALL_PACKAGES, PROGRAMS};
 use anyhow::{Context, Result, bail};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::Signal;
@@ -8,10 +9,6 @@ use std::io;
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::Command;
-
-/// What is built together: always the same packages, since another choice has other features of shared dependencies and builds
-/// them once more. Without this program, which runs while it builds.
-pub const ALL_PACKAGES: [&str; 3] = ["--workspace", "--exclude", "xtask"];
 
 /// How to compile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,10 +52,9 @@ pub fn is_prebuilt() -> bool {
     std::env::var_os(::tests::binaries::PREBUILT).is_some()
 }
 
-/// Builds all programs and the probe guest; returns the folder of the programs. With the few examples, which choose the features that
-/// tests have: programs alone would be built once more for the tests.
+/// Builds all programs and the probe guest; returns the folder of the programs.
 pub fn programs(profile: Profile) -> Result<PathBuf> {
-    build(profile, &["--bins", "--examples"])
+    build(profile, &PROGRAMS)
 }
 
 /// Builds all programs, tests and examples, and the probe guest; returns the folder of the programs.

@@ -47,10 +47,11 @@ fn check(steps: &mut Steps) -> Result<()> {
     steps.step("rest of the lab", || lab.finish())
 }
 
-/// All unit tests, and the integration tests of all packages but these.
+/// All unit tests and examples of the documentation, and the integration tests of all packages but these.
 fn unit_tests(without: &[&str]) -> Result<()> {
     build::run(&mut cargo(&["test", "--quiet", "-p", "xtask"]))?;
     build::run_tests(&["--lib", "--bins"])?;
+    build::run_tests(&["--doc"])?;
     let without = without.iter().flat_map(|package| ["--exclude", package]);
     build::run_tests(&without.chain(["--test", "*"]).collect::<Vec<_>>())
 }

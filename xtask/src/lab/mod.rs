@@ -67,19 +67,12 @@ pub fn list() {
 /// Runs the quick scenarios.
 pub fn quick() -> Result<()> {
     let bound = Bound::At(Instant::now() + Duration::from_secs(QUICK_SECONDS_MAX));
-    execute(&scenarios::quick(), &How { bound, ..How::default() })
+    execute(&named(&QUICK)?, &How { bound, ..How::default() })
 }
 
 /// Runs the named scenarios, or all usual ones.
 pub fn run<S: AsRef<str>>(names: &[S], profile: Profile) -> Result<()> {
-    let mut chosen = Vec::new();
-    for name in names {
-        let name = name.as_ref();
-        chosen.push(
-            named(name)
-                .with_context(|| format!("there is no scenario {name}; see `cargo xtask lab --list`"))?,
-        );
-    }
+    let mut chosen = named(names)?;
     if chosen.is_empty() {
         chosen.extend(SCENARIOS.iter().filter(|scenario| scenario.usual));
     }
@@ -88,8 +81,7 @@ pub fn run<S: AsRef<str>>(names: &[S], profile: Profile) -> Result<()> {
 
 /// Runs one scenario with optimised programs and shows what it prints.
 pub fn show(name: &str) -> Result<()> {
-    let scenario = named(name).with_context(|| format!("there is no scenario {name}"))?;
-    execute(&[scenario], &How { console: Console::Shown, profile: Profile::Release, ..How::default() })
+    execute(&named(&[name])?, &How { console: Console::Shown, profile: Profile::Release, ..How::default() })
 }
 
 /// Runs one scenario with optimised programs and returns the details that it left.

@@ -1,6 +1,7 @@
 //! Our programs as the lab machine runs them: built here, stripped, with the libraries that they load.
 
-use crate::build::{ALL_PACKAGES, Profile, cargo};
+use crate::build::{Profile, cargo};
+use ::tests::binaries::{ALL_PACKAGES, PROGRAMS};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use std::collections::BTreeSet;
@@ -49,7 +50,7 @@ impl Programs {
         let mut command = cargo(&["build"]);
         command.args(ALL_PACKAGES).args(["--message-format", "json-render-diagnostics"]);
         match profile {
-            Profile::Release => command.args(["--release", "--bins", "--examples"]).args(tests),
+            Profile::Release => command.arg("--release").args(PROGRAMS).args(tests),
             Profile::Dev | Profile::Sabotage => command.arg("--all-targets"),
         };
         let output = command.stderr(Stdio::inherit()).output().context("start cargo")?;

@@ -1,5 +1,7 @@
 //! What can be run in the lab machine.
 
+use anyhow::{Context, Result};
+
 /// What a scenario needs besides the machine's own programs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Need {
@@ -154,14 +156,13 @@ pub static SCENARIOS: [Scenario; 13] = [
     },
 ];
 
-/// The quick ones.
-pub fn quick() -> Vec<&'static Scenario> {
-    SCENARIOS.iter().filter(|scenario| QUICK.contains(&scenario.name)).collect()
-}
-
-/// A scenario by its name.
-pub fn named(name: &str) -> Option<&'static Scenario> {
-    SCENARIOS.iter().find(|scenario| scenario.name == name)
+/// Scenarios by their names.
+pub fn named<S: AsRef<str>>(names: &[S]) -> Result<Vec<&'static Scenario>> {
+    let find = |name: &str| {
+        let found = SCENARIOS.iter().find(|scenario| scenario.name == name);
+        found.with_context(|| format!("there is no scenario {name}; see `cargo xtask lab --list`"))
+    };
+    names.iter().map(|name| find(name.as_ref())).collect()
 }
 
 #[cfg(test)]
@@ -173,8 +174,8 @@ mod tests {
         for (index, scenario) in SCENARIOS.iter().enumerate() {
             assert!(SCENARIOS[..index].iter().all(|other| other.name != scenario.name), "{}", scenario.name);
         }
-        assert!(QUICK.iter().chain(&STAND_IN).all(|name| named(name).is_some()), "one is not there");
-        for scenario in quick() {
+        assert!(named(&STAND_IN).is_ok(), "one is not there");
+        for scenario in named(&QUICK).unwrap() {
             assert!(scenario.needs.is_empty(), "{} needs more than it may", scenario.name);
         }
     }
