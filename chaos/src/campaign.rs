@@ -34,8 +34,9 @@ const WATCH_DAEMONS_EVERY: Duration = Duration::from_millis(200);
 /// Disk of each host, small enough to be filled; it holds images, logs and every replica with room.
 const HOST_DISK_BYTES: u64 = 2 << 30;
 
-/// What the probe guests do: a small working set, so that migrations converge, and steady disk writes.
-pub const GUEST_CMDLINE: &str = "wss=8M rate=20M disk=1";
+/// What the probe guests do: a small working set, so that migrations converge, and steady disk writes. They wait in a loop: whether a
+/// copy runs is judged by its processor time.
+pub const GUEST_CMDLINE: &str = "wss=8M rate=20M disk=1 busy=1";
 /// Memory of each guest.
 const GUEST_MEMORY: &str = "64MiB";
 /// Size of each guest's volume.

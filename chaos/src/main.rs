@@ -162,7 +162,7 @@ fn main() -> Result<ExitCode> {
 
 /// Runs a campaign, and tells what it came to.
 fn run_campaign(config: &Config) -> Result<Report> {
-    let turn = tests::serial();
+    let turn = tests::alone();
     let report = campaign::run(config)?;
     drop(turn);
     tell(&report, &config.dir)?;
@@ -250,7 +250,7 @@ fn scenarios(names: &[String]) -> Result<ExitCode> {
 fn run_scenario(name: &str, scenario: &scenario::Scenario, dir: Option<PathBuf>) -> Result<Report> {
     writeln!(std::io::stdout(), "── {name}: {}", scenario.says)?;
     let dir = folder(dir, name)?;
-    let turn = tests::serial();
+    let turn = tests::alone();
     let report = scenario::run(scenario, dir.clone())?;
     drop(turn);
     tell(&report, &dir)?;

@@ -17,7 +17,7 @@ const MIGRATE_EVERY: Duration = Duration::from_millis(700);
 /// Pause between two changes of objects.
 const CHANGE_EVERY: Duration = Duration::from_millis(1500);
 /// What the guests that are created and deleted do: next to nothing.
-const RACER_CMDLINE: &str = "wss=1M rate=1M";
+const RACER_CMDLINE: &str = "wss=1M rate=1M busy=1";
 /// Objects of the API client that may exist at once: the oldest is deleted first.
 const OBJECTS_MAX: usize = 4;
 

@@ -153,7 +153,7 @@ impl HostConfig {
             ));
         }
         if let Some(filter) = &self.log_filter
-            && let Err(error) = tracing_subscriber::EnvFilter::try_new(filter)
+            && let Err(error) = filter.parse::<tracing_subscriber::filter::Targets>()
         {
             return Err(format!("`log_filter` {filter} says nothing that can be logged by: {error}"));
         }
@@ -191,6 +191,7 @@ impl HostConfig {
 mod tests {
     use super::*;
     use std::collections::BTreeSet;
+    use tracing::Level;
 
     fn valid() -> HostConfig {
         HostConfig {
@@ -216,6 +217,17 @@ mod tests {
         let without = HostConfig { metrics: None, ..valid() };
         without.save(dir.path()).unwrap();
         assert_eq!(HostConfig::load(dir.path()).unwrap(), Some(without));
+    }
+
+    #[test]
+    fn what_is_logged_usually_is_what_was_meant() {
+        let of = |filter: &str| filter.parse::<tracing_subscriber::filter::Targets>().unwrap();
+        for (filter, own) in [(LOG_FILTER, Level::INFO), (COMMAND_LOG_FILTER, Level::WARN)] {
+            let filter = of(filter);
+            assert!(filter.would_enable("poold::reconcile", &own));
+            assert!(!filter.would_enable("openraft::engine", &Level::ERROR));
+        }
+        assert!(!of(LOG_FILTER).would_enable("sled", &Level::INFO));
     }
 
     #[test]

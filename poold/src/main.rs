@@ -6,10 +6,18 @@ use poold::commands;
 use poold::config::{COMMAND_LOG_FILTER, HostConfig, LOG_FILTER, LogFormat};
 use poold::logs::LogWriter;
 use std::process::ExitCode;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
 
 /// Threads of the runtime: the daemon waits for disks and peers; the VMs need the cores.
 const WORKER_THREADS: usize = 2;
+
+/// The first of these that says something and can be read.
+fn log_filter(wishes: [Option<String>; 3]) -> Targets {
+    let wishes = wishes.iter().flatten().filter(|wish| !wish.is_empty());
+    wishes.flat_map(|wish| wish.parse()).next().unwrap_or_default()
+}
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -27,17 +35,18 @@ fn main() -> ExitCode {
         // A command says itself what it has done.
         _ => COMMAND_LOG_FILTER,
     };
-    let filter = config.and_then(|config| config.log_filter).unwrap_or_else(|| usual.to_owned());
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(filter));
+    let configured = config.and_then(|config| config.log_filter);
+    let filter = log_filter([std::env::var("RUST_LOG").ok(), configured, Some(usual.to_owned())]);
     let writer = match &cli.command {
         CliCommand::Serve { data, .. } if is_member => LogWriter::at(data),
         _ => LogWriter::stderr(),
     };
-    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer).with_ansi(false);
+    let lines = tracing_subscriber::fmt::layer().with_writer(writer).with_ansi(false);
+    let logs = tracing_subscriber::registry().with(filter);
     if log_json {
-        logs.json().init()
+        logs.with(lines.json()).init()
     } else {
-        logs.init()
+        logs.with(lines).init()
     }
     if let Some(sabotage) = proto::Sabotage::chosen() {
         tracing::error!(

@@ -12,9 +12,8 @@ pub const PREBUILT: &str = "POOL_TESTS_PREBUILT";
 /// them once more. Without xtask, which runs while it builds.
 pub const ALL_PACKAGES: [&str; 3] = ["--workspace", "--exclude", "xtask"];
 
-/// All programs, with the few examples, which choose the features that tests have: programs alone would be built once more for the
-/// tests.
-pub const PROGRAMS: [&str; 2] = ["--bins", "--examples"];
+/// All programs.
+pub const PROGRAMS: &str = "--bins";
 
 /// Paths of the programs.
 #[derive(Debug, Clone)]
@@ -39,7 +38,7 @@ impl Binaries {
                 return Ok(());
             }
             // Cargo's own lock on the target directory makes concurrent builds wait for each other.
-            cargo(&[&["build"][..], &ALL_PACKAGES, &PROGRAMS].concat()).map_err(|e| format!("{e:#}"))
+            cargo(&[&["build"][..], &ALL_PACKAGES, &[PROGRAMS]].concat()).map_err(|e| format!("{e:#}"))
         });
         if let Err(error) = built {
             bail!("{error}");

@@ -45,6 +45,6 @@ pub use host::Host;
 pub use output::Output;
 pub use pool::{Injection, Pool, PoolBuilder, Proof, Timing};
 pub use process::{ProcessId, VmProcess};
-pub use turn::serial;
+pub use turn::{alone, in_turn};
 pub use vms::VmSpec;
 pub use wait::wait_until;

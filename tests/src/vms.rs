@@ -30,8 +30,11 @@ pub const BOOT_DEADLINE: Duration = Duration::from_secs(60);
 /// Name under which the probe guest is imported.
 pub const PROBE_IMAGE: &str = "probe";
 
-/// Work of a probe guest that fits into any test: a small working set and steady disk writes.
-pub const PROBE_LIGHT: &str = "wss=4M disk=1";
+/// Work of a probe guest that fits into any test: a small working set and steady disk writes, a fifth of a processor in all.
+pub const PROBE_LIGHT: &str = "wss=1M rate=16M disk=1";
+
+/// The same, waiting in a loop: whoever judges by its processor time whether it runs can't miss it, however fast the machine is.
+pub const PROBE_BUSY: &str = "wss=1M rate=16M disk=1 busy=1";
 
 /// The number in the id of a VM as `poolctl` shows it.
 #[must_use]

@@ -3,8 +3,16 @@
 use anyhow::{Result, bail};
 use std::time::{Duration, Instant};
 
-/// Pause between two looks at a condition: short against every bound that tests check, long against the cost of a look.
+/// Pause between two looks at a condition: short against every bound that tests check. It grows with the time that was waited: a look
+/// is often a `poolctl`, and what is awaited for long wants the processor itself.
 const LOOK_AGAIN: Duration = Duration::from_millis(15);
+const LOOK_AGAIN_MAX: Duration = Duration::from_millis(75);
+/// Looks in the time that was waited.
+const LOOKS: u32 = 20;
+
+fn pause(waited: Duration) -> Duration {
+    (waited / LOOKS).clamp(LOOK_AGAIN, LOOK_AGAIN_MAX)
+}
 
 /// Calls `look` until it yields a value, and returns that.
 ///
@@ -31,7 +39,7 @@ pub fn wait_until<T>(
                 None => bail!("waited {deadline:?} in vain: {what}"),
             }
         }
-        std::thread::sleep(LOOK_AGAIN);
+        std::thread::sleep(pause(start.elapsed()));
     }
 }
 
@@ -59,7 +67,7 @@ pub async fn until<T, F: Future<Output = Option<T>>>(
             return found;
         }
         assert!(start.elapsed() < deadline, "waited {deadline:?} in vain: {what}");
-        tokio::time::sleep(LOOK_AGAIN).await;
+        tokio::time::sleep(pause(start.elapsed())).await;
     }
 }
 

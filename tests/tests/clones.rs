@@ -5,13 +5,13 @@ use std::time::Duration;
 use tests::nbd::{qemu_io, tool};
 use tests::vms::PROBE_LIGHT;
 use tests::wait::wait_for;
-use tests::{Pool, pool::Timing, serial};
+use tests::{Pool, in_turn, pool::Timing};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
 #[test]
 fn a_running_vm_is_copied_and_both_run_on() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().timing(Timing::Fast).start()?;
     pool.start_probe("web", "64MiB", PROBE_LIGHT, Some("h1"))?;
     pool.wait_probe("web", PATIENCE, "writes", |now| now.acked >= 10)?;
@@ -43,7 +43,7 @@ fn a_running_vm_is_copied_and_both_run_on() -> Result<()> {
 
 #[test]
 fn a_full_clone_shares_nothing_and_is_made_whoever_dies() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().timing(Timing::Default).start()?;
     pool.json(&["volume", "create", "data", "--size", "256MiB"])?;
     let uri = pool.serve_nbd("data", "h1")?;

@@ -3,14 +3,14 @@
 use anyhow::{Context, Result};
 use std::time::Duration;
 use tests::vms::PROBE_LIGHT;
-use tests::{Pool, pool::Timing, serial};
+use tests::{Pool, in_turn, pool::Timing};
 
 /// More than a bundle of three hosts may have: what is bounded is bounded by far less for each host.
 const BUNDLE_BYTES_MAX: u64 = 4 << 20;
 
 #[test]
 fn vms_stay_in_their_cluster_and_a_bundle_tells_of_all_hosts_also_of_a_dead_one() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().timing(Timing::Fast).start()?;
     pool.json(&["cluster", "create", "fast", "--cpu-profile", "host"])?;
     for host in ["h2", "h3"] {

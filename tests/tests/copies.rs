@@ -9,7 +9,7 @@ use std::process::Stdio;
 use std::time::Duration;
 use tests::nbd::tool;
 use tests::wait::{wait_for, wait_until};
-use tests::{Pool, pool::Timing, serial};
+use tests::{Pool, in_turn, pool::Timing};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -35,7 +35,7 @@ fn compare(one: &Path, other: &Path) -> Result<()> {
 
 #[test]
 fn images_come_in_and_go_out_as_they_are() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().timing(Timing::Fast).start()?;
     let raw = raw_image(pool.dir())?;
     let packed = pool.dir().join("packed.qcow2");
@@ -77,7 +77,7 @@ fn images_come_in_and_go_out_as_they_are() -> Result<()> {
 
 #[test]
 fn an_export_tells_how_far_it_is() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().timing(Timing::Fast).start()?;
     let raw = raw_image(pool.dir())?;
     pool.json(&["volume", "import", "data", &text(&raw)])?;
@@ -101,7 +101,7 @@ fn an_export_tells_how_far_it_is() -> Result<()> {
 
 #[test]
 fn an_import_that_breaks_off_leaves_nothing() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().timing(Timing::Fast).start()?;
     // So much that it is not over before it is broken off.
     let size = 64_u64 << 30;

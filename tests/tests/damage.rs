@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 use tests::nbd::{copy_out, qemu_io};
 use tests::wait::wait_for;
-use tests::{Host, Pool, pool::Timing, serial};
+use tests::{Host, Pool, in_turn, pool::Timing};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const BLOCK: usize = 4096;
@@ -57,7 +57,7 @@ fn healthy(pool: &Pool) -> Result<()> {
 
 #[test]
 fn swapped_blocks_are_noticed_and_put_right_and_a_cut_log_is_copied_anew() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().timing(Timing::Fast).start()?;
     let victim = measured(&pool, "h1")?;
     pool.json(&["volume", "create", "data", "--size", "32MiB"])?;
@@ -115,7 +115,7 @@ fn swapped_blocks_are_noticed_and_put_right_and_a_cut_log_is_copied_anew() -> Re
 
 #[test]
 fn garbage_on_any_port_is_refused_counted_and_disturbs_nobody() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().timing(Timing::Fast).start()?;
     let host = measured(&pool, "h2")?;
     pool.json(&["volume", "create", "data", "--size", "16MiB"])?;

@@ -4,9 +4,9 @@ use anyhow::{Context, Result};
 use std::time::{Duration, Instant};
 use tests::machine::Machine;
 use tests::probe::Summary;
-use tests::vms::PROBE_LIGHT;
+use tests::vms::{PROBE_BUSY, PROBE_LIGHT};
 use tests::wait::wait_for;
-use tests::{Pool, VmProcess, pool::Timing, serial};
+use tests::{Pool, VmProcess, alone, in_turn, pool::Timing};
 
 /// The promise to the operator, at default timings.
 const RECOVERY_MAX: Duration = Duration::from_secs(20);
@@ -19,7 +19,7 @@ fn probe_of(process: &VmProcess) -> Result<Summary> {
 
 #[test]
 fn a_vm_goes_on_while_its_daemon_is_dead_and_the_next_daemon_finds_it() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().timing(Timing::Default).start()?;
     pool.start_probe("web", "64MiB", PROBE_LIGHT, Some("h2"))?;
     let process = pool.vm_process("web")?;
@@ -51,7 +51,7 @@ fn a_vm_goes_on_while_its_daemon_is_dead_and_the_next_daemon_finds_it() -> Resul
 
 #[test]
 fn a_vm_of_a_killed_host_runs_elsewhere_within_20_s_with_all_its_data() -> Result<()> {
-    let _turn = serial();
+    let _turn = alone();
     let pool = Pool::builder().timing(Timing::Default).start()?;
     let victim = pool.host_besides(&[pool.leader()?.name()])?;
     pool.start_probe("web", "64MiB", PROBE_LIGHT, Some(victim.name()))?;
@@ -81,10 +81,10 @@ fn a_vm_of_a_killed_host_runs_elsewhere_within_20_s_with_all_its_data() -> Resul
 
 #[test]
 fn a_paused_old_owner_neither_runs_nor_writes_when_it_comes_back() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().timing(Timing::Fast).start()?;
     let victim = pool.host_besides(&[pool.leader()?.name()])?;
-    pool.start_probe("web", "64MiB", PROBE_LIGHT, Some(victim.name()))?;
+    pool.start_probe("web", "64MiB", PROBE_BUSY, Some(victim.name()))?;
     pool.wait_probe("web", Duration::from_secs(30), "writes", |now| now.acked >= 20)?;
     let old = pool.vm_process("web")?;
     let acked_before = probe_of(&old)?.acked;
@@ -127,7 +127,7 @@ fn a_paused_old_owner_neither_runs_nor_writes_when_it_comes_back() -> Result<()>
 
 #[test]
 fn a_killed_vm_process_is_started_again_at_a_higher_epoch() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().timing(Timing::Fast).start()?;
     pool.start_probe("web", "64MiB", PROBE_LIGHT, Some("h3"))?;
     pool.wait_probe("web", Duration::from_secs(30), "writes", |now| now.acked >= 10)?;
@@ -149,10 +149,10 @@ fn a_killed_vm_process_is_started_again_at_a_higher_epoch() -> Result<()> {
 
 #[test]
 fn a_host_cut_off_stops_its_vm_before_it_runs_elsewhere() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().timing(Timing::Fast).network(tests::Network::Namespaces).start()?;
     let victim = pool.host_besides(&[pool.leader()?.name()])?;
-    pool.start_probe("web", "64MiB", PROBE_LIGHT, Some(victim.name()))?;
+    pool.start_probe("web", "64MiB", PROBE_BUSY, Some(victim.name()))?;
     let old = pool.vm_process("web")?;
     let others: Vec<usize> = (0..3).filter(|&index| index != victim.index()).collect();
     pool.cut(&[&others, &[victim.index()]])?;

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use std::time::Duration;
 use tests::vms::PROBE_LIGHT;
-use tests::{Pool, pool::Timing, serial};
+use tests::{Pool, alone, pool::Timing};
 
 /// Bounds of the design, in bytes.
 const DAEMON_BYTES_MAX: u64 = 60 << 20;
@@ -11,7 +11,7 @@ const VM_EXTRA_BYTES_MAX: u64 = 40 << 20;
 
 #[test]
 fn daemon_and_vm_process_stay_small() -> Result<()> {
-    let _turn = serial();
+    let _turn = alone();
     let pool = Pool::builder().timing(Timing::Default).start()?;
     for host in pool.hosts() {
         let daemon = host.daemon().expect("the daemon runs");

@@ -6,7 +6,7 @@ use std::io::Write;
 use std::path::Path;
 use std::time::Duration;
 use tests::vms::PROBE_LIGHT;
-use tests::{DiskKind, Pool, pool::Timing, serial};
+use tests::{DiskKind, Pool, in_turn, pool::Timing};
 
 /// Size of each host's disk: a little more than what a host must have free to join.
 const DISK_BYTES: u64 = 1200 << 20;
@@ -36,7 +36,7 @@ fn know_disks(pool: &Pool, is_so: impl Fn(u64) -> bool) -> Result<()> {
 
 #[test]
 fn an_image_that_does_not_fit_is_refused_and_leaves_nothing() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().timing(Timing::Fast).disk(DiskKind::Memory, DISK_BYTES).start()?;
     let file = pool.dir().join("large.img");
     fs::write(&file, vec![0x5A; 64 << 20])?;
@@ -67,7 +67,7 @@ fn an_image_that_does_not_fit_is_refused_and_leaves_nothing() -> Result<()> {
 
 #[test]
 fn a_guest_whose_replicas_have_no_space_goes_on_when_there_is_some() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().timing(Timing::Fast).disk(DiskKind::Memory, DISK_BYTES).start()?;
     pool.start_probe("web", "64MiB", PROBE_LIGHT, Some("h1"))?;
     let full = pool.host(2);

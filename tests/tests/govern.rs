@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use std::fs;
 use std::time::Duration;
 use tests::wait::wait_for;
-use tests::{Pool, pool::Timing, serial};
+use tests::{Pool, in_turn, pool::Timing};
 
 /// A host that is back has told its facts within this, on two busy cores.
 const SOON: Duration = Duration::from_secs(30);
@@ -15,7 +15,7 @@ fn level(pool: &Pool) -> Result<u64> {
 
 #[test]
 fn a_pool_is_upgraded_host_by_host_and_then_gets_another_authority() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     // Daemons that support level 2 only, as the version before did.
     let pool = Pool::builder().timing(Timing::Fast).feature_level(2).start()?;
     let volume = ["volume", "create", "old", "--size", "1MiB"];

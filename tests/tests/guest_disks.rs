@@ -6,7 +6,7 @@ use std::time::Duration;
 use tests::nbd::qemu_io;
 use tests::vms::PROBE_LIGHT;
 use tests::wait::wait_for;
-use tests::{Pool, pool::Timing, serial};
+use tests::{Pool, in_turn, pool::Timing};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -20,7 +20,7 @@ fn seen(pool: &Pool, mib: u64) -> Result<()> {
 
 #[test]
 fn a_running_guest_uses_the_space_that_its_disk_gains_also_after_a_move() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().timing(Timing::Fast).start()?;
     pool.start_probe("web", "64MiB", PROBE_LIGHT, Some("h1"))?;
     pool.json(&["volume", "resize", "web-disk", "32MiB"])?;
@@ -43,7 +43,7 @@ fn a_running_guest_uses_the_space_that_its_disk_gains_also_after_a_move() -> Res
 
 #[test]
 fn a_volume_belongs_to_its_vm_or_to_its_clients() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().hosts(1).timing(Timing::Fast).start()?;
     pool.start_probe("web", "64MiB", PROBE_LIGHT, Some("h1"))?;
     let disk = pool.vm("web")?["disks"][0].as_str().context("a disk")?.to_owned();
@@ -73,7 +73,7 @@ fn a_volume_belongs_to_its_vm_or_to_its_clients() -> Result<()> {
 
 #[test]
 fn a_running_vm_is_kept_in_a_snapshot_and_taken_back_to_it() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().timing(Timing::Fast).start()?;
     pool.start_probe("web", "64MiB", PROBE_LIGHT, Some("h1"))?;
     let disk = pool.vm("web")?["disks"][0].as_str().context("a disk")?.to_owned();
@@ -97,7 +97,7 @@ fn a_running_vm_is_kept_in_a_snapshot_and_taken_back_to_it() -> Result<()> {
 
 #[test]
 fn volumes_are_scrubbed_by_themselves_and_the_next_owner_goes_on() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().timing(Timing::Fast).start()?;
     pool.start_probe("web", "64MiB", PROBE_LIGHT, Some("h1"))?;
     pool.wait_probe("web", PATIENCE, "writes", |now| now.acked >= 10)?;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use tests::huge_pages::HugePages;
 use tests::vms::{PROBE_IMAGE, PROBE_LIGHT};
 use tests::wait::wait_for;
-use tests::{Pool, pool::Timing, serial};
+use tests::{Pool, alone, pool::Timing};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -26,7 +26,7 @@ fn wait_huge_memory(pool: &Pool, bytes: u64) -> Result<()> {
 
 #[test]
 fn memory_in_huge_pages_is_had_where_hosts_keep_some_and_moves() -> Result<()> {
-    let _turn = serial();
+    let _turn = alone();
     // All hosts of this pool are this machine: its pages are for whoever takes them first.
     let mut pages = HugePages::add(0)?;
     let before = pages.count;

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use std::time::Duration;
 use tests::wait::wait_for;
-use tests::{Pool, pool::Timing, serial};
+use tests::{Pool, in_turn, pool::Timing};
 
 /// Hosts and tokens as the operator sees them: what must not change by a refused join.
 fn members(pool: &Pool) -> Result<(Vec<String>, String)> {
@@ -14,7 +14,7 @@ fn members(pool: &Pool) -> Result<(Vec<String>, String)> {
 
 #[test]
 fn three_hosts_form_a_pool_that_any_of_them_serves() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().timing(Timing::Fast).start()?;
     let status = pool.json(&["pool", "status"])?;
     assert_eq!(status["hosts"], 3, "{status}");
@@ -39,7 +39,7 @@ fn three_hosts_form_a_pool_that_any_of_them_serves() -> Result<()> {
 
 #[test]
 fn a_host_with_a_bad_token_is_refused_and_changes_nothing() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let mut pool = Pool::builder().hosts(1).timing(Timing::Fast).start()?;
     let used = pool.create_token(&[])?;
     pool.prepare_host()?;
@@ -111,7 +111,7 @@ fn with_address(token: &str, old: &str, new: &str) -> String {
 
 #[test]
 fn a_token_of_another_pool_joins_that_pool_only() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let mut ours = Pool::builder().hosts(1).timing(Timing::Fast).start()?;
     let other = Pool::builder().name("other").hosts(1).timing(Timing::Fast).start()?;
     let before = (members(&ours)?, members(&other)?);

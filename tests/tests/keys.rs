@@ -5,14 +5,14 @@ use std::fs;
 use std::time::{Duration, Instant};
 use tests::vms::PROBE_LIGHT;
 use tests::wait::wait_for;
-use tests::{Pool, pool::Timing, serial};
+use tests::{Pool, in_turn, pool::Timing};
 
 /// A host that shows another key is known again within this, on two busy cores.
 const SOON: Duration = Duration::from_secs(30);
 
 #[test]
 fn a_host_comes_with_another_key_and_the_old_one_is_void() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().timing(Timing::Fast).start()?;
     let host = pool.host_besides(&[pool.leader()?.name()])?;
     let name = host.name().to_owned();

@@ -5,7 +5,7 @@ use std::time::Duration;
 use tests::nbd::qemu_io;
 use tests::vms::PROBE_LIGHT;
 use tests::wait::wait_for;
-use tests::{Pool, pool::Timing, serial};
+use tests::{Pool, in_turn, pool::Timing};
 
 /// Copies of a few megabytes, on two busy cores.
 const PATIENCE: Duration = Duration::from_secs(90);
@@ -20,7 +20,7 @@ fn in_sync(pool: &Pool, volume: &str) -> Result<Vec<String>> {
 
 #[test]
 fn a_host_is_removed_without_ever_having_fewer_copies() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().hosts(4).timing(Timing::Fast).start()?;
     // One volume that a VM writes to, and one that nobody has open.
     pool.start_probe("web", "64MiB", PROBE_LIGHT, Some("h1"))?;

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tests::process::{ProcessId, Signal};
 use tests::vms::{PROBE_IMAGE, PROBE_LIGHT};
 use tests::wait::{wait_for, wait_until};
-use tests::{Host, Network, Pool, Traffic, machine::Machine, pool::Timing, serial};
+use tests::{Host, Network, Pool, Traffic, alone, in_turn, machine::Machine, pool::Timing};
 
 /// Number of processes of any VM in the pool.
 fn vm_processes(pool: &Pool) -> usize {
@@ -21,7 +21,7 @@ fn wait_one_process(pool: &Pool) -> Result<()> {
 
 #[test]
 fn a_vm_of_512_mib_moves_there_and_back_and_its_record_accounts_for_the_blackout() -> Result<()> {
-    let _turn = serial();
+    let _turn = alone();
     let pool = Pool::builder().timing(Timing::Default).start()?;
     pool.start_probe("web", "512MiB", "wss=64M rate=20M disk=1", Some("h1"))?;
     // The whole working set has been written once before the move.
@@ -63,7 +63,7 @@ fn a_vm_of_512_mib_moves_there_and_back_and_its_record_accounts_for_the_blackout
 
 #[test]
 fn a_vm_of_two_vcpus_moves_there_and_back_with_all_of_its_memory_proved() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().hosts(2).timing(Timing::Fast).start()?;
     pool.import_probe()?;
     pool.create_volume("data", "16MiB", 2)?;
@@ -103,7 +103,7 @@ fn a_vm_of_two_vcpus_moves_there_and_back_with_all_of_its_memory_proved() -> Res
 
 #[test]
 fn a_move_that_is_cancelled_leaves_the_vm_where_it_was() -> Result<()> {
-    let _turn = serial();
+    let _turn = alone();
     let pool = Pool::builder().hosts(2).timing(Timing::Fast).start()?;
     pool.start_probe("web", "256MiB", "wss=128M rate=100M disk=1", Some("h1"))?;
     pool.wait_probe("web", Duration::from_secs(90), "one pass over its memory", |now| now.pass >= 1)?;
@@ -136,7 +136,7 @@ fn a_move_that_is_cancelled_leaves_the_vm_where_it_was() -> Result<()> {
 
 #[test]
 fn a_leader_that_dies_during_a_move_harms_neither_the_move_nor_the_vm() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().timing(Timing::Fast).start()?;
     let leader = pool.leader()?;
     let source = pool.host_besides(&[leader.name()])?.name();
@@ -162,7 +162,7 @@ fn a_leader_that_dies_during_a_move_harms_neither_the_move_nor_the_vm() -> Resul
 
 #[test]
 fn a_target_that_dies_during_a_move_leaves_the_vm_at_its_source() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().timing(Timing::Fast).start()?;
     let target = pool.host_besides(&[pool.leader()?.name()])?;
     let source = pool.host_besides(&[target.name()])?;
@@ -197,7 +197,7 @@ fn move_to_hanging(pool: &Pool, target: &Host) -> Result<ProcessId> {
 /// The target's daemon hangs while the pool decides, so its VM process never hears that it may run; then the host dies.
 #[test]
 fn a_target_that_dies_between_the_commit_and_the_first_instruction_gives_the_vm_back() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().timing(Timing::Fast).start()?;
     let target = pool.host_besides(&[pool.leader()?.name()])?;
     let source = pool.host_besides(&[target.name()])?;
@@ -230,12 +230,12 @@ fn a_target_that_dies_between_the_commit_and_the_first_instruction_gives_the_vm_
 /// with the process of the VM that it had.
 #[test]
 fn a_source_that_hangs_after_the_commit_never_runs_its_copy_again() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().timing(Timing::Fast).start()?;
     let leader = pool.leader()?.name();
     let target = pool.host_besides(&[leader])?;
     let source = pool.host_besides(&[leader, target.name()])?;
-    pool.start_probe("web", "64MiB", "wss=8M rate=4M disk=1", Some(source.name()))?;
+    pool.start_probe("web", "64MiB", "wss=8M rate=4M disk=1 busy=1", Some(source.name()))?;
     pool.wait_probe("web", Duration::from_secs(60), "writes", |now| now.acked >= 10)?;
     let (old, before) = (pool.vm_process("web")?, pool.probe("web")?);
     let daemon = move_to_hanging(&pool, target)?;
@@ -308,7 +308,7 @@ fn wait_process_state(pool: &Pool, state: &str) -> Result<()> {
 /// The link breaks for longer than the pool waits for anybody; the guest waits, and goes on by itself with all of its memory.
 #[test]
 fn a_guest_whose_pages_come_on_demand_waits_for_its_link_and_finds_its_memory_whole() -> Result<()> {
-    let _turn = serial();
+    let _turn = alone();
     let pool = Pool::builder().timing(Timing::Fast).network(Network::Namespaces).start()?;
     let (_, target) = move_without_its_memory(&pool)?;
     pool.cut_traffic(target.index(), Traffic::Migration, "pages")?;
@@ -332,7 +332,7 @@ fn a_guest_whose_pages_come_on_demand_waits_for_its_link_and_finds_its_memory_wh
 /// What its source had is lost, and nobody else has it: it boots anew, with everything that it was told is on its disk.
 #[test]
 fn a_guest_whose_source_dies_before_all_of_its_pages_are_there_boots_anew() -> Result<()> {
-    let _turn = serial();
+    let _turn = alone();
     let pool = Pool::builder().timing(Timing::Fast).network(Network::Namespaces).start()?;
     let (source, _) = move_without_its_memory(&pool)?;
     let (before, epoch) = (pool.probe("web")?, pool.vm("web")?["epoch"].as_u64());

@@ -9,7 +9,7 @@ use std::time::Duration;
 use tests::fabric::Network;
 use tests::links::{EchoStream, Sniffer, echo, has_carrier, links, taps};
 use tests::wait::{wait_for, wait_until};
-use tests::{Pool, pool::Timing, serial};
+use tests::{Pool, in_turn, pool::Timing};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -42,7 +42,7 @@ fn wait_echoes(pool: &Pool, name: &str, more: u64) -> Result<()> {
 
 #[test]
 fn guests_on_two_hosts_talk_and_go_on_while_either_moves() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let Some(pool) = pool(2)? else { return Ok(()) };
     pool.json(&["net", "create", "lan", "--bridge", "guest0", "--subnet", "10.7.0.0/24"])?;
     let one = start(&pool, "one", "lan", "10.7.0.3", "h1")?;
@@ -101,7 +101,7 @@ fn guests_on_two_hosts_talk_and_go_on_while_either_moves() -> Result<()> {
 
 #[test]
 fn a_vm_without_a_lease_is_unplugged_and_a_network_behind_nat_comes_and_goes() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let Some(pool) = pool(1)? else { return Ok(()) };
     let (host, _) = pool.namespaces(0)?;
     let net = pool.json(&["net", "create", "lab", "--nat", "10.8.0.0/24", "--dns", "10.8.0.1"])?;

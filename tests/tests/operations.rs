@@ -4,16 +4,16 @@ use anyhow::{Context, Result};
 use std::io::Write;
 use std::process::Stdio;
 use std::time::Duration;
-use tests::vms::PROBE_LIGHT;
+use tests::vms::{PROBE_BUSY, PROBE_LIGHT};
 use tests::wait::wait_for;
-use tests::{Follower, Pool, pool::Timing, serial};
+use tests::{Follower, Pool, in_turn, pool::Timing};
 
 /// A VM of a test moves within this, on two busy cores.
 const MOVE_DEADLINE: Duration = Duration::from_secs(60);
 
 #[test]
 fn a_drained_host_is_empty_and_gets_its_vms_back_without_a_reboot() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().timing(Timing::Fast).start()?;
     for name in ["one", "two"] {
         pool.start_probe(name, "64MiB", PROBE_LIGHT, Some("h2"))?;
@@ -71,9 +71,9 @@ fn a_drained_host_is_empty_and_gets_its_vms_back_without_a_reboot() -> Result<()
 
 #[test]
 fn a_paused_vm_moves_and_stays_paused() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().timing(Timing::Fast).start()?;
-    pool.start_probe("web", "64MiB", PROBE_LIGHT, Some("h1"))?;
+    pool.start_probe("web", "64MiB", PROBE_BUSY, Some("h1"))?;
     pool.json(&["vm", "pause", "web"])?;
     wait_for(MOVE_DEADLINE, "it is paused", || Ok(pool.vm("web")?["state"] == "paused"))?;
     pool.json(&["vm", "migrate", "web", "--to", "h2"])?;
@@ -94,7 +94,7 @@ fn a_paused_vm_moves_and_stays_paused() -> Result<()> {
 
 #[test]
 fn a_wiped_host_joins_again_after_the_dead_one_was_forgotten() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().timing(Timing::Fast).start()?;
     pool.start_probe("web", "64MiB", PROBE_LIGHT, Some("h1"))?;
     let victim = pool.host_named("h3")?;
@@ -115,7 +115,7 @@ fn a_wiped_host_joins_again_after_the_dead_one_was_forgotten() -> Result<()> {
 
 #[test]
 fn a_change_without_a_majority_says_so() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().timing(Timing::Fast).start()?;
     pool.start_probe("web", "64MiB", PROBE_LIGHT, Some("h1"))?;
     pool.host_named("h2")?.kill9_daemon()?;
@@ -129,7 +129,7 @@ fn a_change_without_a_majority_says_so() -> Result<()> {
 
 #[test]
 fn a_user_may_do_what_its_role_says_until_it_is_deleted() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().hosts(1).timing(Timing::Fast).start()?;
     let folder = tempfile::tempdir()?;
     let config = |name: &str| folder.path().join(format!("{name}.toml")).to_string_lossy().into_owned();
@@ -156,7 +156,7 @@ fn a_user_may_do_what_its_role_says_until_it_is_deleted() -> Result<()> {
 
 #[test]
 fn groups_keep_vms_apart_and_plans_say_what_would_happen() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().hosts(2).timing(Timing::Fast).start()?;
     for name in ["one", "two"] {
         pool.start_probe(name, "64MiB", PROBE_LIGHT, Some("h1"))?;
@@ -177,7 +177,7 @@ fn groups_keep_vms_apart_and_plans_say_what_would_happen() -> Result<()> {
 
 #[test]
 fn what_is_typed_reaches_the_guest_also_after_it_has_moved() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().hosts(2).timing(Timing::Fast).start()?;
     pool.start_probe("web", "64MiB", PROBE_LIGHT, Some("h2"))?;
     let heard = |words: &str| -> Result<()> {
@@ -204,7 +204,7 @@ fn what_is_typed_reaches_the_guest_also_after_it_has_moved() -> Result<()> {
 
 #[test]
 fn whoever_follows_a_console_misses_nothing_of_a_vm_that_moves() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().timing(Timing::Fast).start()?;
     // It says something many times a second, so also while nobody follows it.
     pool.start_probe("web", "64MiB", "wss=64K rate=2M disk=1", Some("h1"))?;

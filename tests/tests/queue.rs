@@ -5,7 +5,7 @@ use serde_json::Value;
 use std::time::Duration;
 use tests::vms::VmSpec;
 use tests::wait::{wait_for, wait_until};
-use tests::{Pool, pool::Timing, serial};
+use tests::{Pool, in_turn, pool::Timing};
 
 const NAMES: [&str; 4] = ["vm1", "vm2", "vm3", "vm4"];
 
@@ -22,7 +22,7 @@ fn phases(pool: &Pool) -> Result<Vec<String>> {
 
 #[test]
 fn moves_beyond_the_limit_wait_for_their_turn_whatever_becomes_of_the_leader() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().timing(Timing::Fast).start()?;
     let leader = pool.leader()?;
     let source = pool.host_besides(&[leader.name()])?.name();

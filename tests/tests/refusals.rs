@@ -6,7 +6,7 @@ use std::io::Write;
 use std::net::{TcpStream, UdpSocket};
 use std::time::Duration;
 use tests::vms::PROBE_LIGHT;
-use tests::{Pool, VmSpec, pool::Timing, serial};
+use tests::{Pool, VmSpec, in_turn, pool::Timing};
 
 /// Fields of a volume that move with what its guest does.
 const MEASURED: [&str; 3] = ["io", "used_bytes", "physical_bytes"];
@@ -37,7 +37,7 @@ fn objects(pool: &Pool) -> Result<Vec<Value>> {
 
 #[test]
 fn impossible_requests_have_exit_codes_and_change_nothing() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().hosts(2).timing(Timing::Fast).vm_memory_bytes(256 << 20).start()?;
     pool.start_probe("small", "64MiB", PROBE_LIGHT, Some("h1"))?;
     // It fills the second host, so that nothing else fits there.
@@ -90,7 +90,7 @@ fn impossible_requests_have_exit_codes_and_change_nothing() -> Result<()> {
 
 #[test]
 fn garbage_on_the_ports_disturbs_nothing() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().timing(Timing::Fast).start()?;
     pool.start_probe("vm1", "64MiB", PROBE_LIGHT, None)?;
     let daemons: Vec<_> = pool.hosts().iter().map(tests::Host::daemon).collect();

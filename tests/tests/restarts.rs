@@ -4,7 +4,7 @@ use anyhow::Result;
 use serde_json::json;
 use std::time::{Duration, Instant};
 use tests::wait::wait_for;
-use tests::{Pool, VmSpec, pool::Timing, serial};
+use tests::{Pool, VmSpec, in_turn, pool::Timing};
 
 /// A lost host, the back-off of three restarts and some boots fit in, on two busy cores.
 const SOON: Duration = Duration::from_secs(60);
@@ -17,7 +17,7 @@ fn made(pool: &Pool, name: &str, cmdline: &str, priority: &str) -> Result<()> {
 
 #[test]
 fn a_guest_that_crashes_is_started_again_ever_later_and_given_up_at_last() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().hosts(1).timing(Timing::Fast).start()?;
     pool.import_probe()?;
     let disks: &[&str] = &[];
@@ -47,7 +47,7 @@ fn a_guest_that_crashes_is_started_again_ever_later_and_given_up_at_last() -> Re
 
 #[test]
 fn the_vm_of_higher_priority_comes_back_first_and_the_other_when_there_is_room() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     // Each host has room for two of these VMs.
     let pool = Pool::builder().hosts(2).timing(Timing::Fast).vm_memory_bytes(130 << 20).start()?;
     pool.import_probe()?;
@@ -69,7 +69,7 @@ fn the_vm_of_higher_priority_comes_back_first_and_the_other_when_there_is_room()
 
 #[test]
 fn the_plan_for_two_dead_hosts_is_what_happens_when_they_die() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     // Each host has room for two of these VMs.
     let pool = Pool::builder().hosts(5).timing(Timing::Fast).vm_memory_bytes(130 << 20).start()?;
     pool.import_probe()?;

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 use tests::nbd::qemu_io;
 use tests::wait::wait_for;
-use tests::{Host, Pool, pool::Timing, serial};
+use tests::{Host, Pool, in_turn, pool::Timing};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const BLOCK: usize = 4096;
@@ -53,7 +53,7 @@ fn number(value: &Value, what: &str) -> Result<u64> {
 
 #[test]
 fn damage_is_found_on_demand_repaired_and_counted_and_used_space_is_known() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().timing(Timing::Fast).start()?;
     pool.json(&["volume", "create", "data", "--size", "64MiB"])?;
     let uri = pool.serve_nbd("data", "h1")?;
@@ -103,7 +103,7 @@ fn damage_is_found_on_demand_repaired_and_counted_and_used_space_is_known() -> R
 
 #[test]
 fn what_is_damaged_everywhere_fails_the_scrub_and_is_said() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().hosts(2).timing(Timing::Fast).start()?;
     pool.json(&["volume", "create", "data", "--size", "16MiB"])?;
     let uri = pool.serve_nbd("data", "h1")?;

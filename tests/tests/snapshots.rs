@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 use tests::nbd::{qemu_io, tool};
 use tests::wait::wait_for;
-use tests::{Pool, pool::Timing, serial};
+use tests::{Pool, in_turn, pool::Timing};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -25,7 +25,7 @@ fn compare(one: &Path, other: &Path) -> Result<()> {
 
 #[test]
 fn snapshots_hold_what_was_there_and_go_in_any_order() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().timing(Timing::Fast).start()?;
     pool.json(&["volume", "create", "data", "--size", "32MiB"])?;
     let uri = pool.serve_nbd("data", "h1")?;
@@ -174,7 +174,7 @@ fn check_prefix(image: &Path, acked_before: u64, acked_after: u64) -> Result<()>
 
 #[test]
 fn snapshots_under_writes_hold_a_moment_whoever_dies_meanwhile() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().timing(Timing::Fast).start()?;
     pool.json(&["volume", "create", "data", "--size", "16MiB"])?;
     let uri = pool.serve_nbd("data", "h1")?;
@@ -222,7 +222,7 @@ fn snapshots_under_writes_hold_a_moment_whoever_dies_meanwhile() -> Result<()> {
 
 #[test]
 fn a_host_that_was_away_has_all_snapshots_clones_and_reverts_when_it_is_back() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().timing(Timing::Fast).start()?;
     pool.json(&["volume", "create", "data", "--size", "16MiB"])?;
     let uri = pool.serve_nbd("data", "h1")?;

@@ -4,7 +4,7 @@ use anyhow::Result;
 use std::time::{Duration, Instant};
 use tests::vms::PROBE_LIGHT;
 use tests::wait::{wait_for, wait_until};
-use tests::{Pool, VmSpec, pool::Timing, serial};
+use tests::{Pool, VmSpec, alone, pool::Timing};
 
 /// As long as a host may get no processor at the default timing, by which it is lost after fifteen seconds; the fast one is a fifth.
 const STARVED: Duration = Duration::from_secs(10);
@@ -21,7 +21,7 @@ fn pass(time: Duration) -> Result<()> {
 
 #[test]
 fn a_host_without_a_processor_for_a_while_is_not_taken_for_dead() -> Result<()> {
-    let _turn = serial();
+    let _turn = alone();
     let pool = Pool::builder().timing(Timing::Fast).start()?;
     let leader = pool.leader()?;
     let starved = pool.host_besides(&[leader.name()])?;
@@ -56,7 +56,7 @@ fn nobody_was_lost(pool: &Pool) -> Result<()> {
 
 #[test]
 fn ten_seconds_without_a_processor_cost_nothing_at_default_timings() -> Result<()> {
-    let _turn = serial();
+    let _turn = alone();
     let pool = Pool::builder().timing(Timing::Default).start()?;
     let leader = pool.leader()?;
     let starved = pool.host_besides(&[leader.name()])?;
@@ -75,7 +75,7 @@ fn ten_seconds_without_a_processor_cost_nothing_at_default_timings() -> Result<(
 
 #[test]
 fn nothing_is_recovered_when_most_hosts_vanish_until_an_operator_says_so() -> Result<()> {
-    let _turn = serial();
+    let _turn = alone();
     // Seven, so that the majority of the five voters is left when four hosts are gone.
     let pool = Pool::builder().hosts(7).timing(Timing::Fast).start()?;
     let voters = wait_until(SOON, "five hosts vote", || {

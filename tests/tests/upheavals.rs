@@ -7,7 +7,7 @@ use std::process::{Child, Stdio};
 use std::time::Duration;
 use tests::vms::PROBE_LIGHT;
 use tests::wait::wait_for;
-use tests::{Pool, VmSpec, pool::Timing, serial};
+use tests::{Pool, VmSpec, in_turn, pool::Timing};
 
 /// An election, a lost host and a boot fit in several times, on two busy cores.
 const SOON: Duration = Duration::from_secs(40);
@@ -49,7 +49,7 @@ impl Drop for Watch {
 
 #[test]
 fn tasks_and_watches_outlive_leaders_and_a_dead_host_is_vouched_for() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().timing(Timing::Fast).start()?;
     wait_for(SOON, "three hosts vote", || {
         Ok(pool.json(&["pool", "status"])?["voters"].as_array().is_some_and(|voters| voters.len() == 3))
@@ -105,7 +105,7 @@ fn tasks_and_watches_outlive_leaders_and_a_dead_host_is_vouched_for() -> Result<
 
 #[test]
 fn the_leader_is_removed_and_its_pool_goes_on_without_it() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().hosts(4).timing(Timing::Fast).start()?;
     let leader = pool.leader()?;
     pool.start_probe("web", "64MiB", PROBE_LIGHT, Some(leader.name()))?;
@@ -128,7 +128,7 @@ fn the_leader_is_removed_and_its_pool_goes_on_without_it() -> Result<()> {
 
 #[test]
 fn a_pool_is_recovered_from_a_backup_at_one_host_and_the_old_side_is_fenced() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().timing(Timing::Fast).start()?;
     pool.start_probe("web", "64MiB", PROBE_LIGHT, Some("h3"))?;
     let last = pool.wait_probe("web", SOON, "writes", |now| now.acked >= 20)?;

@@ -10,7 +10,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 use tests::nbd::{copy_out, qemu_io, socket_of, tool};
 use tests::wait::wait_for;
-use tests::{Pool, pool::Timing, serial};
+use tests::{Pool, in_turn, pool::Timing};
 
 /// Longest wait for something that takes seconds on two busy cores.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -39,7 +39,7 @@ fn as_a_file(pool: &Pool, uri: &str) -> Result<()> {
 
 #[test]
 fn real_clients_read_and_write_a_volume_and_nothing_is_left_when_it_is_stopped() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().timing(Timing::Fast).start()?;
     pool.json(&["volume", "create", "data", "--size", "64MiB"])?;
     let uri = pool.serve_nbd("data", "h1")?;
@@ -95,7 +95,7 @@ fn real_clients_read_and_write_a_volume_and_nothing_is_left_when_it_is_stopped()
 
 #[test]
 fn what_was_written_is_served_by_another_host_when_process_and_host_are_killed() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().timing(Timing::Default).start()?;
     pool.json(&["volume", "create", "data", "--size", "16MiB"])?;
     let uri = pool.serve_nbd("data", "h1")?;
@@ -145,7 +145,7 @@ fn what_was_written_is_served_by_another_host_when_process_and_host_are_killed()
 
 #[test]
 fn nothing_is_answered_without_a_lease() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().timing(Timing::Fast).start()?;
     pool.json(&["volume", "create", "data", "--size", "16MiB"])?;
     let listen = format!("{}:0", pool.host(1).address().ip());
@@ -175,7 +175,7 @@ fn nothing_is_answered_without_a_lease() -> Result<()> {
 
 #[test]
 fn a_volume_grows_and_is_limited_while_it_is_served() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let pool = Pool::builder().timing(Timing::Fast).start()?;
     pool.json(&["volume", "create", "data", "--size", "16MiB"])?;
     let uri = pool.serve_nbd("data", "h1")?;
@@ -217,7 +217,7 @@ fn a_volume_grows_and_is_limited_while_it_is_served() -> Result<()> {
 
 #[test]
 fn a_replica_that_stays_away_is_made_anew_with_and_without_an_owner() -> Result<()> {
-    let _turn = serial();
+    let _turn = in_turn();
     let mut builder = Pool::builder();
     builder = builder.hosts(5).timing(Timing::Fast);
     let pool = builder.start()?;

@@ -10,6 +10,9 @@ use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::Command;
 
+/// All programs and all tests.
+pub const EVERYTHING: [&str; 2] = [PROGRAMS, "--tests"];
+
 /// How to compile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Profile {
@@ -54,12 +57,12 @@ pub fn is_prebuilt() -> bool {
 
 /// Builds all programs and the probe guest; returns the folder of the programs.
 pub fn programs(profile: Profile) -> Result<PathBuf> {
-    build(profile, &PROGRAMS)
+    build(profile, &[PROGRAMS])
 }
 
-/// Builds all programs, tests and examples, and the probe guest; returns the folder of the programs.
+/// Builds all programs and tests, and the probe guest; returns the folder of the programs. Examples are built by who runs them.
 pub fn everything(profile: Profile) -> Result<PathBuf> {
-    build(profile, &["--all-targets"])
+    build(profile, &EVERYTHING)
 }
 
 fn build(profile: Profile, targets: &[&str]) -> Result<PathBuf> {

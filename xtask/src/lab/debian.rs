@@ -5,6 +5,7 @@ use super::kernel::only_entry;
 use crate::{build, machine};
 use anyhow::{Context, Result};
 use std::fs;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -55,9 +56,11 @@ pub struct Debian {
 }
 
 impl Debian {
-    /// The one in `cache`, made first if there is none.
+    /// The one of this recipe in `cache`, made first if there is none.
     pub fn make(cache: &Path) -> Result<Self> {
-        let made = cache.join("debian");
+        let mut recipe = DefaultHasher::new();
+        (RELEASE, PACKAGES, DISK_BYTES, UUID, CUSTOMISE).hash(&mut recipe);
+        let made = cache.join(format!("debian-{:016x}", recipe.finish()));
         if !made.is_dir() {
             machine::prepare_lab_debian()?;
             println!("making a disk with Debian (once, a minute or two)");

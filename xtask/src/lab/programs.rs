@@ -1,6 +1,6 @@
 //! Our programs as the lab machine runs them: built here, stripped, with the libraries that they load.
 
-use crate::build::{Profile, cargo};
+use crate::build::{EVERYTHING, Profile, cargo};
 use ::tests::binaries::{ALL_PACKAGES, PROGRAMS};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
@@ -11,6 +11,9 @@ use std::process::{Command, Stdio};
 /// The integration tests of the machine and of a VM's process by themselves, and all there are.
 const OWN_TESTS: [&str; 4] = ["--test", "machine", "--test", "process"];
 const ALL_TESTS: [&str; 2] = ["--test", "*"];
+
+/// The examples that scenarios run.
+const EXAMPLES: [&str; 4] = ["--example", "lab", "--example", "stock_guest"];
 
 /// An executable and the name of its target.
 #[derive(Debug, Clone)]
@@ -44,15 +47,16 @@ impl Kind {
 pub struct Programs(Vec<(Kind, Program)>);
 
 impl Programs {
-    /// Builds all programs, tests and examples, as `cargo xtask test` does; optimised, only what scenarios run.
+    /// Builds what scenarios run; with the profile of the tests everything that `cargo xtask test` builds, which is there already.
     pub fn build(profile: Profile, needs_all_tests: bool) -> Result<Self> {
         let tests = if needs_all_tests { &ALL_TESTS[..] } else { &OWN_TESTS };
         let mut command = cargo(&["build"]);
         command.args(ALL_PACKAGES).args(["--message-format", "json-render-diagnostics"]);
         match profile {
-            Profile::Release => command.arg("--release").args(PROGRAMS).args(tests),
-            Profile::Dev | Profile::Sabotage => command.arg("--all-targets"),
+            Profile::Release => command.args(["--release", PROGRAMS]).args(tests),
+            Profile::Dev | Profile::Sabotage => command.args(EVERYTHING),
         };
+        command.args(EXAMPLES);
         let output = command.stderr(Stdio::inherit()).output().context("start cargo")?;
         ensure!(output.status.success(), "`{command:?}` failed ({})", output.status);
         let mut built = Vec::new();

@@ -110,11 +110,11 @@ pub static SCENARIOS: [Scenario; 13] = [
     },
     Scenario {
         name: "pool-debian",
-        about: "a stock Debian in a pool of three hosts: a login, four moves under load, reboot, power button",
+        about: "a stock Debian in a pool of three hosts: a login, a move there and back under load, reboot, power button",
         seconds: 3600,
         usual: false,
         needs: &[Need::Pool, Need::Debian],
-        script: "/lab/target/debug/tests-stock_guest debian /dev/lab/debian 4 && test -s $LAB_DETAILS",
+        script: "/lab/target/debug/tests-stock_guest debian /dev/lab/debian 2 && test -s $LAB_DETAILS",
     },
     Scenario {
         name: "boots",

@@ -66,6 +66,17 @@ long_mode:
 3:  hlt
     jmp 3b
 
+    .global timer_interrupt
+timer_interrupt:
+    pushq %rax
+    incq TIMER_INTERRUPTS
+    movl $0xfee000b0, %eax      # end of the interrupt, at the local APIC
+    movl $0, (%rax)
+    popq %rax
+    .global spurious_interrupt
+spurious_interrupt:
+    iretq
+
     .section .rodata.gdt, "a"
     .align 8
 gdt:

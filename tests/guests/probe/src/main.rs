@@ -11,13 +11,14 @@
 //! PROBE typed …                                         what came in on the serial port
 //! PROBE ERROR memory page=7 …                           an inconsistency; also counted in `errors`
 //! ```
-//! Parameters on the command line: `wss=64M` (working set), `light=1` (one word of each page
-//! instead of two stamps), `scatter=1` (in a scattered order), `initrd=1` (the working set lies in the initrd), `rate=20M` (bytes of it per second, judged by a TSC of 2 GHz;
-//! 0: as fast as it goes), `disk=1` (0: leave the disk alone), `turns=N` (power off after N turns; 0: never), `crash=1` (crash then), `net=1` (use the
-//! network card), `peer=10.7.0.2` (send this address datagrams); `load=1` (2: writes) instead of all this reads the disk at random,
-//! 32 requests in flight, and counts: `PROBE io done=1000 errors=0`.
+//! Parameters on the command line: `wss=64M` (working set), `light=1` (one word of each page instead of two stamps), `scatter=1` (in a
+//! scattered order), `initrd=1` (the working set lies in the initrd), `rate=20M` (bytes of it per second, judged by a TSC of 2 GHz; 0: as
+//! fast as it goes), `busy=1` (wait in a loop, so that processor time says whether it runs), `disk=1` (0: leave the disk alone),
+//! `turns=N` (power off after N turns; 0: never), `crash=1` (crash then), `net=1` (use the network card), `peer=10.7.0.2` (send this
+//! address datagrams); `load=1` (2: writes) instead of all this reads the disk at random, 32 requests in flight, and counts:
+//! `PROBE io done=1000 errors=0`.
 //!
-//! Everything is polled: the guest needs no interrupts.
+//! Devices are polled; between two looks, and where its rate lets it wait, the processor halts until its timer wakes it (`sleep.rs`).
 
 #![no_std]
 #![no_main]
@@ -29,6 +30,7 @@ mod net;
 mod params;
 mod runtime;
 mod serial;
+mod sleep;
 mod start;
 mod tcp;
 mod virtio;
@@ -49,6 +51,9 @@ const EXIT_PORT: u16 = 0xf4;
 #[unsafe(no_mangle)]
 extern "C" fn guest_main(start_info: u64) -> ! {
     let params = Params::parse(start::cmdline(start_info));
+    if !params.busy {
+        sleep::prepare();
+    }
     match params.load {
         0 => {}
         1 => load::run(virtio::Kind::Read),

@@ -4,7 +4,7 @@
 //! it moves, need not wait for its console.
 
 use crate::serial::say;
-use core::arch::x86_64::_rdtsc;
+use crate::sleep;
 use core::ptr;
 
 const PAGE: u64 = 4096;
@@ -105,8 +105,7 @@ impl Walker {
 
     /// Walks some pages on, at the given rate.
     pub fn turn(&mut self, pages_max: u64, rate: u64, errors: &mut u64) {
-        // SAFETY: rdtsc exists on every x86-64.
-        let started = unsafe { _rdtsc() };
+        let started = sleep::ticks();
         for walked in 0..pages_max.min(self.pages) {
             match self.step {
                 Step::Stamps => self.stamps(errors),
@@ -115,11 +114,7 @@ impl Walker {
             self.go_on();
             if rate != 0 && walked % PACE_PAGES == 0 {
                 let due = walked * PAGE * (TICKS_PER_SECOND >> 10) / (rate >> 10).max(1);
-                // After a migration the TSC may stand lower: then the wait is simply over.
-                // SAFETY: as above.
-                while unsafe { _rdtsc() }.wrapping_sub(started) < due {
-                    core::hint::spin_loop();
-                }
+                sleep::until(started, due);
             }
         }
     }

@@ -272,14 +272,25 @@ impl Net {
             self.tcp_again();
         }
         let (sent, echoed, answered) = (self.sent, self.echoed, self.answered);
-        say!("PROBE net sent=", sent, " echoed=", echoed, " answered=", answered, " stream=", self.tcp.echoed);
+        say!(
+            "PROBE net sent=",
+            sent,
+            " echoed=",
+            echoed,
+            " answered=",
+            answered,
+            " stream=",
+            self.tcp.echoed
+        );
     }
 
     fn receive(&mut self, frame: &[u8], len: usize, errors: &mut u64) {
         match u16_at(frame, 12) {
             0x0806 => self.receive_arp(frame),
             0x0800 if len >= DATA && frame[IP + 9] == PROTOCOL_UDP => self.receive_udp(frame, len, errors),
-            0x0800 if len >= UDP + TCP && frame[IP + 9] == PROTOCOL_TCP => self.receive_tcp(frame, len, errors),
+            0x0800 if len >= UDP + TCP && frame[IP + 9] == PROTOCOL_TCP => {
+                self.receive_tcp(frame, len, errors)
+            }
             _ => {}
         }
     }
@@ -332,7 +343,11 @@ impl Net {
         // An Ethernet frame may be longer than the packet in it.
         let end = (IP + usize::from(u16_at(frame, IP + 2))).min(len);
         let data = UDP + usize::from(frame[UDP + 12] >> 4) * 4;
-        if !is_at(frame, IP + 16, &self.ip) || u16_at(frame, UDP + 2) != PORT_ECHO || data < UDP + TCP || data > end {
+        if !is_at(frame, IP + 16, &self.ip)
+            || u16_at(frame, UDP + 2) != PORT_ECHO
+            || data < UDP + TCP
+            || data > end
+        {
             return;
         }
         if tcp_checksum(&frame[IP..end]) != 0 {

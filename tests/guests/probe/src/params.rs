@@ -12,6 +12,8 @@ pub struct Params {
     pub in_initrd: bool,
     /// Bytes of the working set per second; 0: no limit.
     pub rate: u64,
+    /// Wait in a loop.
+    pub busy: bool,
     /// Whether to use the disk.
     pub disk: bool,
     /// Whether to use the network card.
@@ -35,6 +37,7 @@ impl Params {
             scattered: false,
             in_initrd: false,
             rate: 0,
+            busy: false,
             disk: false,
             net: false,
             peer: [0; 4],
@@ -56,6 +59,7 @@ impl Params {
                 b"scatter" => params.scattered = value != 0,
                 b"initrd" => params.in_initrd = value != 0,
                 b"rate" => params.rate = value,
+                b"busy" => params.busy = value != 0,
                 b"disk" => params.disk = value != 0,
                 b"net" => params.net = value != 0,
                 b"turns" => params.turns = value,

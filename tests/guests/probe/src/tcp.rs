@@ -62,13 +62,7 @@ impl Tcp {
     }
 
     fn segment<'a>(&self, flags: u8, data: &'a [u8]) -> Segment<'a> {
-        Segment {
-            sequence: self.first_out,
-            acknowledged: self.next_in,
-            flags,
-            window: self.window(),
-            data,
-        }
+        Segment { sequence: self.first_out, acknowledged: self.next_in, flags, window: self.window(), data }
     }
 
     /// Takes a segment; what it calls for at once.

@@ -1,5 +1,6 @@
 //! A polled driver for the first virtio-mmio block device (virtio 1.2, 4.2 and 5.2): one request at a time.
 
+use crate::sleep;
 use core::ptr;
 use core::sync::atomic::{Ordering, fence};
 
@@ -190,7 +191,7 @@ impl Device {
             kick();
             // The index is the upper half of the first word.
             while (ptr::read_volatile(&raw const (*rings).used[0]) >> 16) as u16 != self.issued {
-                core::hint::spin_loop();
+                sleep::moment();
             }
             fence(Ordering::SeqCst);
             match ptr::read_volatile(&raw const (*rings).status) {
