@@ -81,3 +81,28 @@ pub fn alone() -> Turn {
 pub fn in_turn() -> Turn {
     TURNS.take(1)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc::{RecvTimeoutError, channel};
+    use std::time::Duration;
+
+    #[test]
+    fn two_go_side_by_side_and_whoever_wants_to_be_alone_waits_for_both() {
+        let (first, second) = (in_turn(), in_turn());
+        let (told, hears) = channel();
+        let third = std::thread::spawn(move || {
+            let turn = alone();
+            told.send(()).unwrap();
+            turn
+        });
+        let short = Duration::from_millis(50);
+        assert_eq!(hears.recv_timeout(short), Err(RecvTimeoutError::Timeout), "beside two");
+        drop(first);
+        assert_eq!(hears.recv_timeout(short), Err(RecvTimeoutError::Timeout), "beside one");
+        drop(second);
+        hears.recv_timeout(Duration::from_secs(30)).unwrap();
+        drop(third.join().unwrap());
+    }
+}

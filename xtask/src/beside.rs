@@ -23,25 +23,10 @@ pub struct Beside {
 impl Beside {
     /// Starts this program with these arguments; what it prints goes to a file in `folder`.
     pub fn start(arguments: &[&str], folder: &Path) -> Result<Self> {
-        let mut own = Command::new(std::env::current_exe().context("find the running program")?);
-        Self::start_command(own.args(arguments), folder)
-    }
-
-    /// Starts a command; what it prints goes to a file in `folder`.
-    pub fn start_command(wanted: &Command, folder: &Path) -> Result<Self> {
         let mut command = Command::new("nice");
-        command.args(["-n", PRIORITY]).arg(wanted.get_program()).args(wanted.get_args());
-        for (name, value) in wanted.get_envs() {
-            match value {
-                Some(value) => command.env(name, value),
-                None => command.env_remove(name),
-            };
-        }
-        if let Some(dir) = wanted.get_current_dir() {
-            command.current_dir(dir);
-        }
-        let words: Vec<_> = wanted.get_args().map(|word| word.to_string_lossy()).collect();
-        Self::spawn(command, &words.join(" "), folder)
+        command.args(["-n", PRIORITY]).arg(std::env::current_exe().context("find the running program")?);
+        command.args(arguments);
+        Self::spawn(command, &arguments.join(" "), folder)
     }
 
     fn spawn(mut command: Command, name: &str, folder: &Path) -> Result<Self> {

@@ -3,7 +3,7 @@
 use crate::beside::Beside;
 use crate::build::{self, Profile, cargo, prebuilt};
 use crate::{lab, machine, tidy};
-use ::tests::binaries::{target_root, workspace_dir};
+use ::tests::binaries::workspace_dir;
 use anyhow::{Context, Result, bail, ensure};
 use nix::unistd::Uid;
 use std::fs;
@@ -24,26 +24,23 @@ pub const WITHOUT_KVM: [&str; 7] = ["copies", "damage", "govern", "joining", "sc
 fn check(steps: &mut Steps) -> Result<()> {
     steps.step("format", || build::run(&mut cargo(&["fmt", "--all", "--check"])))?;
     steps.step("tidy", tidy::run)?;
-    let mut lints = cargo(&["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"]);
-    // A folder of their own: in the common one every other cargo would wait for them.
-    let lints_folder = target_root().join("lints");
-    lints.env("CARGO_TARGET_DIR", &lints_folder);
     let folder = steps.step("build", || build::everything(Profile::Dev))?;
+    // After the build, whose macros and build scripts they use.
+    steps.step("lints", || {
+        let lints = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"];
+        build::run(&mut cargo(&lints))
+    })?;
     if let Some(why) = machine::kvm_is_missing() {
         println!("{why}: the lab stands in for it, with a choice of what needs it");
-        steps.step("lints", || build::run(&mut lints))?;
         return check_without_kvm(steps);
     }
     steps.step("unit tests", || unit_tests(&["tests"]))?;
-    // On a clean checkout the lints compile what they look at, for minutes; real processes that wait for each other leave these to them.
-    let lints = Beside::start_command(&lints, &lints_folder)?;
     steps.step("end-to-end tests", || build::run_tests(&end_to_end()?))?;
     let lab = Beside::start(&["lab", "--quick"], &lab::cache())?;
     steps.step("chaos", || {
         let mut chaos = Command::new(folder.join("chaos"));
         build::run(prebuilt(chaos.args(CAMPAIGN)))
     })?;
-    steps.step("rest of the lints", || lints.finish())?;
     steps.step("rest of the lab", || lab.finish())
 }
 
