@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::probe::{self, Summary};
 use crate::process::VmProcess;
-use crate::wait::wait_until;
+use crate::wait::{wait_for, wait_until};
 use crate::{Pool, build_probe};
 
 /// What a VM of a test shall be like. The kernel is the probe guest.
@@ -80,6 +80,18 @@ impl Pool {
     /// When `poolctl` fails.
     pub fn create_volume(&self, name: &str, size: &str, replicas: u32) -> Result<Value> {
         self.json(&["volume", "create", name, "--size", size, "--replicas", &replicas.to_string()])
+    }
+
+    /// Waits until a volume has so many replicas, and all of them are in sync.
+    ///
+    /// # Errors
+    /// At the deadline.
+    pub fn wait_in_sync(&self, volume: &str, replicas: usize, deadline: Duration) -> Result<()> {
+        wait_for(deadline, &format!("all {replicas} replicas of {volume} are in sync"), || {
+            let volume = self.json(&["volume", "show", volume])?;
+            let found = volume["replicas"].as_array().context("a volume has replicas")?;
+            Ok(found.len() == replicas && found.iter().all(|replica| replica["state"] == "in-sync"))
+        })
     }
 
     /// Makes a VM that boots the probe guest.

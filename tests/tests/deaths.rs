@@ -70,11 +70,7 @@ fn a_vm_of_a_killed_host_runs_elsewhere_within_20_s_with_all_its_data() -> Resul
     // The host returns, and becomes a full member again.
     victim.start_daemon()?;
     pool.wait_host_state(victim.name(), "up", Duration::from_secs(30))?;
-    wait_for(Duration::from_secs(60), "all replicas are in sync again", || {
-        let volume = pool.json(&["volume", "show", "web-disk"])?;
-        let replicas = volume["replicas"].as_array().context("replicas")?;
-        Ok(replicas.len() == 3 && replicas.iter().all(|replica| replica["state"] == "in-sync"))
-    })?;
+    pool.wait_in_sync("web-disk", 3, Duration::from_secs(60))?;
     pool.wait_beats("web", 3, Duration::from_secs(20))?;
     Ok(())
 }

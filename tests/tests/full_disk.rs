@@ -82,11 +82,7 @@ fn a_guest_whose_replicas_have_no_space_goes_on_when_there_is_some() -> Result<(
         full.start_daemon()?;
     }
     pool.wait_hosts_up()?;
-    tests::wait::wait_for(Duration::from_secs(90), "all replicas are in sync again", || {
-        let volume = pool.json(&["volume", "show", "web-disk"])?;
-        let replicas = volume["replicas"].as_array().cloned().unwrap_or_default();
-        Ok(replicas.len() == 3 && replicas.iter().all(|replica| replica["state"] == "in-sync"))
-    })?;
+    pool.wait_in_sync("web-disk", 3, Duration::from_secs(90))?;
     let last = pool.wait_beats("web", 3, Duration::from_secs(20))?;
     pool.json(&["vm", "stop", "web"])?;
     pool.start_vm("web", Some("h3"))?;

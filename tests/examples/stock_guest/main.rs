@@ -19,7 +19,7 @@ use guest::{Guest, Login};
 use network::Stream;
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
-use tests::{Network, Pool, output, wait_until};
+use tests::{Network, Pool, output};
 
 /// Longest import, all of it interpreted: of 18 MiB that are not zero to three replicas, and of 300 MiB to two.
 const SMALL_IMPORT_DEADLINE: Duration = Duration::from_secs(120);
@@ -88,12 +88,7 @@ fn import(pool: &Pool, disk: &str, replicas: usize, deadline: Duration) -> Resul
     let began = Instant::now();
     output::run(&mut import, deadline)?.ok()?;
     println!("imported in {:.1} s", began.elapsed().as_secs_f64());
-    wait_until(deadline, "all replicas of root are in sync", || {
-        let volume = pool.json(&["volume", "show", "root"])?;
-        let states = volume["replicas"].as_array().context("replicas")?;
-        let in_sync = states.iter().filter(|replica| replica["state"] == "in-sync").count();
-        Ok((in_sync == replicas).then_some(()))
-    })
+    pool.wait_in_sync("root", replicas, deadline)
 }
 
 fn small(pool: &Pool, disk: &str, moves: u32, steps: &Steps) -> Result<Value> {
