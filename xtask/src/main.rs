@@ -11,7 +11,6 @@
 #![expect(clippy::print_stdout, reason = "a program that talks to a person")]
 
 mod bench;
-mod beside;
 mod build;
 mod demo;
 mod guard;

@@ -1,6 +1,5 @@
 //! `cargo xtask test`: everything that must hold before a change lands.
 
-use crate::beside::Beside;
 use crate::build::{self, Profile, cargo, prebuilt};
 use crate::{lab, machine, tidy};
 use ::tests::binaries::workspace_dir;
@@ -36,12 +35,12 @@ fn check(steps: &mut Steps) -> Result<()> {
     }
     steps.step("unit tests", || unit_tests(&["tests"]))?;
     steps.step("end-to-end tests", || build::run_tests(&end_to_end()?))?;
-    let lab = Beside::start(&["lab", "--quick"], &lab::cache())?;
+    // With nothing beside it: a guest whose lab machine gets no processor for 20 seconds complains of that, and it is right.
+    steps.step("lab", lab::quick)?;
     steps.step("chaos", || {
         let mut chaos = Command::new(folder.join("chaos"));
         build::run(prebuilt(chaos.args(CAMPAIGN)))
-    })?;
-    steps.step("rest of the lab", || lab.finish())
+    })
 }
 
 /// All unit tests and examples of the documentation, and the integration tests of all packages but these.

@@ -44,7 +44,7 @@ impl Scenario {
 const SCENARIO: Scenario =
     Scenario { name: "", about: "", seconds: 300, usual: true, needs: &[], script: "" };
 
-/// Those that `cargo xtask lab --quick` runs, and `cargo xtask test` beside its campaign: what no machine can show whose KVM interprets
+/// Those that `cargo xtask lab --quick` runs, and `cargo xtask test` before its campaign: what no machine can show whose KVM interprets
 /// its guests. The machine's own tests run everywhere else, too.
 pub const QUICK: [&str; 2] = ["linux", "hops"];
 
@@ -52,8 +52,7 @@ pub const QUICK: [&str; 2] = ["linux", "hops"];
 /// here, where each instruction of three daemons is interpreted.
 pub const STAND_IN: [&str; 6] = ["machine", "process", "linux", "hops", "demo", "pool"];
 
-/// Longest run of the quick scenarios, from the first package that is fetched to the last result, with what the
-/// campaign leaves of two cores.
+/// When the quick scenarios are given up, from the first package that is fetched on: twice what they take where it is slow.
 pub const QUICK_SECONDS_MAX: u64 = 600;
 
 /// In the order in which they run.
