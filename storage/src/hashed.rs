@@ -10,6 +10,7 @@ use proto::{BlockIndex, VolumeId};
 use serde::de::{Error, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 const CHECKSUM_BYTES: usize = size_of::<u64>();
@@ -19,9 +20,9 @@ const CHECKSUM_BYTES: usize = size_of::<u64>();
 pub struct Checksums(Arc<[u64]>);
 
 impl Checksums {
-    /// Those of blocks of a volume.
-    fn of(volume: VolumeId, first: BlockIndex, data: &[u8]) -> Self {
-        let blocks = (first.0..).zip(data.chunks_exact(BLOCK_BYTES));
+    /// Those of blocks of a volume: which ones, and what is in them.
+    pub(crate) fn of(volume: VolumeId, blocks: impl Iterator<Item = u64>, data: &[u8]) -> Self {
+        let blocks = blocks.zip(data.chunks_exact(BLOCK_BYTES));
         Self(blocks.map(|(block, content)| block_checksum(volume, BlockIndex(block), content)).collect())
     }
 
@@ -37,6 +38,11 @@ impl Checksums {
 
     pub(crate) fn to_vec(&self) -> Vec<u64> {
         self.0.to_vec()
+    }
+
+    /// Those of some of the blocks.
+    pub(crate) fn part(&self, blocks: Range<usize>) -> Self {
+        Self(self.0[blocks].into())
     }
 }
 
@@ -81,7 +87,7 @@ impl HashedBlocks {
     /// Hashes whole blocks that are to be written to a volume.
     #[must_use]
     pub fn new(volume: VolumeId, first: BlockIndex, data: Bytes) -> Self {
-        let checksums = Checksums::of(volume, first, &data);
+        let checksums = Checksums::of(volume, first.0.., &data);
         Self { data, checksums }
     }
 

@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 
 /// Version of the protocol; both sides must speak the same. Version 1: the first. Version 2: the longest tail is brought to
 /// other members write by write; void blocks are listed; an attachment tells whether the disk is full. Version 3: snapshots,
-/// repairs. Version 4: checksums go with what is written.
-pub const WIRE_VERSION: u32 = 4;
+/// repairs. Version 4: checksums go with what is written. Version 5: a resync copies neighbours together.
+pub const WIRE_VERSION: u32 = 5;
 
 /// Longest header in bytes: a list of changed blocks is the longest.
 pub const HEADER_BYTES_MAX: usize = 64 << 10;
@@ -29,6 +29,11 @@ pub const CHANGED_MAX: usize = 4096;
 /// Blocks that one `Verify` reads: some milliseconds of the disk.
 pub const VERIFY_MAX: usize = 256;
 
+/// Blocks in one `Fetch` or `Copy`: what one costs besides its data is small then, and a guest's write waits behind a few of them
+/// for as long as behind a large one of its own.
+pub const FETCH_BLOCKS_MAX: usize = 16;
+
+const _: () = assert!(FETCH_BLOCKS_MAX * BLOCK_BYTES <= DATA_BYTES_MAX);
 const _: () = assert!(CHANGED_MAX * 10 < HEADER_BYTES_MAX);
 const _: () = assert!(DATA_BYTES_MAX.is_multiple_of(BLOCK_BYTES));
 
@@ -43,6 +48,33 @@ pub struct WireVersion {
     pub epoch: Epoch,
     /// Its sequence.
     pub sequence: Sequence,
+}
+
+/// Neighbouring blocks of one version.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WireRun {
+    /// The first one.
+    pub first: BlockIndex,
+    /// How many.
+    pub count: u32,
+    /// Their version; zero for blocks that were never written.
+    pub version: WireVersion,
+    /// Whether they are zero: no data goes with them then.
+    pub zero: bool,
+}
+
+impl WireRun {
+    /// The block behind the last one; none when there can be no such block.
+    #[must_use]
+    pub fn end(&self) -> Option<BlockIndex> {
+        self.first.0.checked_add(u64::from(self.count)).map(BlockIndex)
+    }
+
+    /// Bytes of data that go with it.
+    #[must_use]
+    pub fn data_bytes(&self) -> usize {
+        if self.zero { 0 } else { self.count as usize * BLOCK_BYTES }
+    }
 }
 
 /// From the owner.
@@ -60,16 +92,16 @@ pub enum Request {
     Flush,
     /// Read blocks.
     Read { id: RequestId, view: View, first: BlockIndex, count: u32 },
-    /// One block with its version, for a resync.
-    Fetch { id: RequestId, view: View, block: BlockIndex },
+    /// Some blocks with their versions, for a resync.
+    Fetch { id: RequestId, view: View, first: BlockIndex, count: u32 },
     /// Intact content of blocks that are damaged.
     Repair { id: RequestId, first: BlockIndex },
     /// Read what a view does not share with the snapshot below it, from a block on, and compare it with its checksums.
     Verify { id: RequestId, view: View, from: BlockIndex },
     /// Blocks of a view that hold data, from a block on and before another.
     Allocated { id: RequestId, view: View, from: BlockIndex, end: BlockIndex },
-    /// A block of a resync; checksums as with a write.
-    Copy { id: RequestId, block: BlockIndex, version: WireVersion, checksums: Checksums },
+    /// Blocks of a resync, with a checksum for each one that is not zero.
+    Copy { id: RequestId, runs: Vec<WireRun>, checksums: Checksums },
     /// Blocks in which a view differs from a snapshot, or from nothing, and whose content was written after one sequence and up
     /// to another, from a block on.
     Changed {
@@ -168,8 +200,8 @@ pub enum Answer {
     Done,
     /// The data follows.
     Data,
-    /// The block's version; the data follows unless it is zero.
-    Block { version: WireVersion, zero: bool },
+    /// The blocks that were fetched, in order; the data of those that are not zero follows.
+    Runs(Vec<WireRun>),
     /// Changed or void blocks; more may follow after the last one if the list is full.
     Blocks { blocks: Vec<BlockIndex>, full: bool },
     /// A write; the data follows unless it is zero.

@@ -12,7 +12,7 @@ use crate::replica::{OpKind, Promises, Replica, SmallFiles};
 use crate::server::work::{Owner, Work};
 use crate::simulation::disk::SimDisk;
 use crate::types::{BoxFuture, Tail, View, VolumeOp, VolumeProposal};
-use crate::wire::{Request, RequestId, Response, WIRE_VERSION, WireVersion};
+use crate::wire::{FETCH_BLOCKS_MAX, Request, RequestId, Response, WIRE_VERSION, WireRun, WireVersion};
 use bytes::{Bytes, BytesMut};
 use proto::limits::BLOCK_BYTES;
 use proto::{AttachmentSecret, BlockIndex, Epoch, Incarnation, Sequence, SnapshotId, VolumeId};
@@ -50,9 +50,16 @@ fn requests() -> Vec<Request> {
         Request::Flush,
         Request::Read { id, view: View::Live, first, count },
         Request::Op { sequence, op: VolumeOp::Snapshot { snapshot: SnapshotId(8) } },
-        Request::Fetch { id, view: View::Snapshot(SnapshotId(8)), block: first },
+        Request::Fetch { id, view: View::Snapshot(SnapshotId(8)), first, count },
         Request::Freeze { id, snapshot: SnapshotId(8), tail },
-        Request::Copy { id, block: first, version, checksums: checksums(1) },
+        Request::Copy {
+            id,
+            runs: vec![
+                WireRun { first, count, version, zero: false },
+                WireRun { first: BlockIndex(9), count: 3, version, zero: true },
+            ],
+            checksums: checksums(2),
+        },
         Request::Changed {
             id,
             view: View::Live,
@@ -76,6 +83,13 @@ fn data_len(request: &Request) -> usize {
     }
 }
 
+/// What was taken stays within the volume and has all its data.
+fn check(first: BlockIndex, count: u32, content: Option<HashedBlocks>) {
+    assert!(first.0 + u64::from(count) <= BLOCKS, "within the volume");
+    let all = count as usize * BLOCK_BYTES;
+    assert!(content.is_none_or(|content| content.data().len() == all), "all its data");
+}
+
 /// What a peer sends to a replica server.
 fn decode_requests(bytes: &[u8]) {
     let mut replica = Replica::default();
@@ -88,10 +102,14 @@ fn decode_requests(bytes: &[u8]) {
         reader.trust();
         while let Ok(frame) = reader.next::<Request>().await {
             let Ok(work) = owner.plan(frame.header, frame.data) else { continue };
-            if let Work::Stream(OpKind::Write { first, count, content, .. }) = work {
-                assert!(first.0 + u64::from(count) <= BLOCKS, "within the volume");
-                let all = count as usize * BLOCK_BYTES;
-                assert!(content.is_none_or(|content| content.data().len() == all), "all its data");
+            match work {
+                Work::Stream(OpKind::Write { first, count, content, .. }) => check(first, count, content),
+                Work::Op { kind: OpKind::Copy { runs }, .. } => {
+                    let blocks: u32 = runs.iter().map(|run| run.count).sum();
+                    assert!(blocks as usize <= FETCH_BLOCKS_MAX, "as many as one copy may have");
+                    runs.into_iter().for_each(|run| check(run.first, run.count, run.content));
+                }
+                _ => {}
             }
         }
     });

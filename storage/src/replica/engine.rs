@@ -10,7 +10,7 @@
 use super::catalog::Catalog;
 use super::checkpoint::{CheckpointError, Checkpoints};
 use super::gc::Cleaning;
-use super::op::{Attached, Op, OpError, OpKind, Refused, Told, Watermark};
+use super::op::{Attached, CopiedRun, Op, OpError, OpKind, Refused, Told, Watermark};
 use super::promise::Promises;
 use super::reader::Reader;
 use super::space::{Pressure, SpaceWatch};
@@ -25,7 +25,7 @@ use crate::log::{
 use crate::map::TreeId;
 use crate::safety::Rule;
 use crate::types::Tail;
-use crate::wire::DATA_BYTES_MAX;
+use crate::wire::{DATA_BYTES_MAX, FETCH_BLOCKS_MAX};
 use bytes::Bytes;
 use proto::limits::BLOCK_BYTES;
 use proto::{BlockIndex, Epoch, VolumeId};
@@ -177,7 +177,7 @@ impl<T> Engine<T> {
     #[must_use]
     pub fn has_room(&self) -> bool {
         self.gathered.blocks + OP_BLOCKS_MAX <= BATCH_BLOCKS_MAX
-            && self.gathered.records.len() < BATCH_RECORDS_MAX
+            && self.gathered.records.len() + FETCH_BLOCKS_MAX <= BATCH_RECORDS_MAX
     }
 
     /// Checks an operation and puts its records into the batch. What does not write blocks must not mix with what others do
@@ -234,9 +234,12 @@ impl<T> Engine<T> {
                 self.gathered.sync = true;
                 self.gathered.marks.push((volume, asker));
             }
-            OpKind::Copy { block, version, content } => {
-                let tail = Tail { epoch: version.epoch, sequence: version.sequence };
-                self.gathered.push(volume, tail, block..BlockIndex(block.0 + 1), content, true);
+            OpKind::Copy { runs } => {
+                for CopiedRun { first, count, version, content } in runs {
+                    let tail = Tail { epoch: version.epoch, sequence: version.sequence };
+                    let blocks = first..BlockIndex(first.0 + u64::from(count));
+                    self.gathered.push(volume, tail, blocks, content, true);
+                }
                 self.gathered.dones.push(asker);
             }
             OpKind::Repair { first, data } => {

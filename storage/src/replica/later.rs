@@ -15,7 +15,7 @@ use super::state::WriteRefused;
 use super::views::Seen;
 use crate::log::disk::{aligned, full};
 use crate::log::{Location, block_checksum};
-use crate::map::Content;
+use crate::map::{BlockVersion, Content};
 use crate::types::View;
 use bytes::{Bytes, BytesMut};
 use proto::limits::BLOCK_BYTES;
@@ -24,8 +24,25 @@ use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// What a read comes to: all blocks one behind the other.
-pub type ReadResult = Result<io::Result<Bytes>, WriteRefused>;
+/// What a read comes to.
+pub type ReadResult = Result<io::Result<Blocks>, WriteRefused>;
+
+/// Blocks that were read.
+#[derive(Debug)]
+pub struct Blocks {
+    /// All of them, one behind the other.
+    pub data: Bytes,
+    /// The version of each, and whether it is zero; nothing unless they were asked for.
+    pub versions: Vec<(BlockVersion, bool)>,
+}
+
+/// What is wanted of blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Detail {
+    Data,
+    /// The version of each as well.
+    Versions,
+}
 
 /// A read that is over.
 pub enum Found {
@@ -42,7 +59,7 @@ impl Found {
             Self::Known(result) => result,
             Self::Unverified(Unverified { wanted, runs, data }) => {
                 if runs.iter().all(|run| run.is_intact(&data[wanted.range(run)])) {
-                    Ok(Ok(full(data)))
+                    Ok(Ok(Blocks { data: full(data), versions: wanted.versions }))
                 } else {
                     wanted.read_together()
                 }
@@ -66,6 +83,9 @@ struct Wanted {
     epoch: Epoch,
     view: View,
     blocks: Range<BlockIndex>,
+    detail: Detail,
+    /// As the lookup found them, if they are wanted.
+    versions: Vec<(BlockVersion, bool)>,
 }
 
 /// Blocks that lie together.
@@ -99,19 +119,20 @@ impl Reader {
         volume: VolumeId,
         epoch: Epoch,
         view: View,
-        blocks: Range<BlockIndex>,
+        (blocks, detail): (Range<BlockIndex>, Detail),
         done: impl FnOnce(Found) + Send + 'static,
     ) {
-        let runs = self.runs(volume, epoch, view, &blocks);
         let len = (blocks.end.0 - blocks.start.0) as usize * BLOCK_BYTES;
-        let wanted = Wanted { reader: self.clone(), volume, epoch, view, blocks };
-        let runs = match runs {
+        let reader = self.clone();
+        let mut wanted = Wanted { reader, volume, epoch, view, blocks, detail, versions: Vec::new() };
+        let runs = match wanted.look_up() {
             Ok(Some(runs)) => runs,
             Ok(None) => return done(Found::Known(wanted.read_together())),
             Err(refused) => return done(Found::Known(Err(refused))),
         };
         if runs.is_empty() {
-            return done(Found::Known(Ok(Ok(Bytes::from(vec![0; len])))));
+            let (data, versions) = (Bytes::from(vec![0; len]), wanted.versions);
+            return done(Found::Known(Ok(Ok(Blocks { data, versions }))));
         }
         let is_one = runs.len() == 1 && runs[0].checksums.len() * BLOCK_BYTES == len;
         // One run is the read as it is; several are put together.
@@ -134,19 +155,19 @@ impl Reader {
             );
         }
     }
+}
 
+impl Wanted {
     /// Where the blocks lie; `None`: something stands against reading them without the lock.
-    fn runs(
-        &self,
-        id: VolumeId,
-        epoch: Epoch,
-        view: View,
-        blocks: &Range<BlockIndex>,
-    ) -> Result<Option<Vec<Run>>, WriteRefused> {
-        let seen = self.change(|catalog| self.see(catalog, id, epoch, view, blocks))?;
+    fn look_up(&mut self) -> Result<Option<Vec<Run>>, WriteRefused> {
+        let Self { reader, volume, epoch, view, blocks, .. } = &*self;
+        let seen = reader.change(|catalog| reader.see(catalog, *volume, *epoch, *view, blocks))?;
         let mut runs: Vec<Run> = Vec::new();
-        for (block, seen) in (blocks.start.0..).zip(seen) {
-            let Ok(Seen { content, volume, .. }) = seen else { return Ok(None) };
+        for (block, seen) in (self.blocks.start.0..).zip(seen) {
+            let Ok(Seen { version, content, volume }) = seen else { return Ok(None) };
+            if self.detail == Detail::Versions {
+                self.versions.push((version, content == Content::Zero));
+            }
             let (location, checksum) = match content {
                 Content::Data { place, checksum } => (place.location(), checksum),
                 Content::Zero => continue,
@@ -159,23 +180,25 @@ impl Reader {
         }
         Ok(Some(runs))
     }
-}
 
-impl Wanted {
     /// The same under the lock, on this thread.
     fn read_together(self) -> ReadResult {
         let found = self.reader.read(self.volume, self.epoch, self.view, self.blocks)?;
-        let mut data = BytesMut::with_capacity(found.len() * BLOCK_BYTES);
+        let (mut data, mut versions) = (BytesMut::with_capacity(found.len() * BLOCK_BYTES), Vec::new());
         for block in found {
-            match block {
-                Ok(block) => match block.data {
-                    Some(block) => data.extend_from_slice(&block),
-                    None => data.resize(data.len() + BLOCK_BYTES, 0),
-                },
+            let block = match block {
+                Ok(block) => block,
                 Err(error) => return Ok(Err(error)),
+            };
+            if self.detail == Detail::Versions {
+                versions.push((block.version, block.data.is_none()));
+            }
+            match block.data {
+                Some(block) => data.extend_from_slice(&block),
+                None => data.resize(data.len() + BLOCK_BYTES, 0),
             }
         }
-        Ok(Ok(data.freeze()))
+        Ok(Ok(Blocks { data: data.freeze(), versions }))
     }
 
     /// Where a run is in all that is wanted.

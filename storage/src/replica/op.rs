@@ -90,8 +90,8 @@ pub enum OpKind {
     Flush,
     /// Intact content of blocks that are damaged here. Tells `Done`.
     Repair { first: BlockIndex, data: Bytes },
-    /// A block copied from another replica, kept if it is newer than what is here. No content: zeros. Tells `Done`.
-    Copy { block: BlockIndex, version: BlockVersion, content: Option<HashedBlocks> },
+    /// Blocks copied from another replica, each kept if it is newer than what is here; at most `FETCH_BLOCKS_MAX`. Tells `Done`.
+    Copy { runs: Vec<CopiedRun> },
     /// Voids everything after a position, durably. Tells `Done`.
     Truncate { cut: Tail },
     /// Everything since a snapshot is void; the layer of the volume begins anew on it. Tells `Done`.
@@ -104,6 +104,15 @@ pub enum OpKind {
     Begin { last: Tail },
     /// Nothing is missing up to this position; durable when told `Done`.
     Complete { tail: Tail },
+}
+
+/// Neighbouring blocks of one version, copied from another replica. No content: zeros.
+#[derive(Debug, Clone)]
+pub struct CopiedRun {
+    pub first: BlockIndex,
+    pub count: u32,
+    pub version: BlockVersion,
+    pub content: Option<HashedBlocks>,
 }
 
 /// What the asker of an operation is told.

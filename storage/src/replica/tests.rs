@@ -1,7 +1,7 @@
 //! Snapshots, checkpoints, damage and full disks, on a store in memory.
 
 use super::BlockVersion;
-use super::op::OpKind;
+use super::op::{CopiedRun, OpKind};
 use super::testing::{EPOCH, RamDisk, SEGMENT_BLOCKS, Store};
 use crate::hashed::HashedBlocks;
 use crate::log::SegmentId;
@@ -275,7 +275,8 @@ fn a_block_that_two_layers_have_is_repaired_in_both() {
     let version = BlockVersion { epoch: EPOCH, sequence: Sequence(1) };
     let block = BlockIndex(3);
     let content = Some(HashedBlocks::new(VOLUME, block, vec![7; BLOCK_BYTES].into()));
-    store.op(VOLUME, OpKind::Copy { block, version, content });
+    let run = CopiedRun { first: block, count: 1, version, content };
+    store.op(VOLUME, OpKind::Copy { runs: vec![run] });
     store.op(VOLUME, OpKind::Complete { tail: cut });
     assert_eq!(store.disk.damage(&[7; BLOCK_BYTES]), 2);
     let data = Bytes::from(vec![7; BLOCK_BYTES]);

@@ -184,11 +184,11 @@ impl Connection {
                 let done = self.shared.store.begin(owner.volume, owner.session, kind).await;
                 self.answer_beside(answers, id, async { (of_result(done.wait().await), Bytes::new()) }).await
             }
-            Work::ReadBlocks { id, view, blocks } => {
+            Work::ReadBlocks { id, view, blocks, detail } => {
                 // A place for the answer first: an owner that takes none is held up, and nothing is read for it.
                 let place = answers.clone().reserve_owned().await;
                 let place = place.map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
-                owner.read_later(&self.shared.store, view, blocks, move |read| {
+                owner.read_later(&self.shared.store, view, (blocks, detail), move |read| {
                     place.send(Outgoing::Blocks(id, read));
                 });
                 Ok(())

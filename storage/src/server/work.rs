@@ -2,14 +2,15 @@
 
 use crate::hashed::{Checksums, HashedBlocks};
 use crate::replica::{
-    BlockVersion, Changes, Found, OpError, OpKind, ReadBlock, Reader, Refused, Session, Verified, Watermark,
-    What, WriteRefused,
+    BlockVersion, Blocks, Changes, CopiedRun, Detail, Found, OpError, OpKind, Reader, Refused, Session,
+    Verified, Watermark, What, WriteRefused,
 };
 use crate::types::{Tail, View, VolumeProposal};
 use crate::wire::{
-    Answer, CHANGED_MAX, DATA_BYTES_MAX, Request, RequestId, Response, VERIFY_MAX, WireVersion,
+    Answer, CHANGED_MAX, DATA_BYTES_MAX, FETCH_BLOCKS_MAX, Request, RequestId, Response, VERIFY_MAX, WireRun,
+    WireVersion,
 };
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use proto::limits::BLOCK_BYTES;
 use proto::{BlockIndex, Sequence, SnapshotId, VolumeId};
 use std::io;
@@ -34,7 +35,7 @@ pub enum Work {
     /// An operation with an answer; begun in the stream's order.
     Op { id: RequestId, kind: OpKind },
     /// Blocks to be read; in any order.
-    ReadBlocks { id: RequestId, view: View, blocks: Range<BlockIndex> },
+    ReadBlocks { id: RequestId, view: View, blocks: Range<BlockIndex>, detail: Detail },
     /// Something else to read; in any order.
     Read { id: RequestId, reading: Reading },
     /// A change to be committed; in any order.
@@ -44,8 +45,6 @@ pub enum Work {
 /// What to read.
 #[derive(Debug)]
 pub enum Reading {
-    /// One block with its version.
-    Block { view: View, block: BlockIndex },
     /// Blocks to compare with their checksums.
     Verify { view: View, from: BlockIndex },
     /// Which blocks hold data.
@@ -117,10 +116,8 @@ impl Owner {
                 (id, OpKind::Write { tail, first, count, content })
             }
             Request::ExtendOp { id, tail, op } => (id, OpKind::Op { tail, op }),
-            Request::Copy { id, block, version, checksums } => {
-                let content = self.check_content(block, 1, checksums, data)?;
-                let WireVersion { epoch, sequence } = version;
-                (id, OpKind::Copy { block, version: BlockVersion { epoch, sequence }, content })
+            Request::Copy { id, runs, checksums } => {
+                (id, OpKind::Copy { runs: self.check_runs(&runs, &checksums, &data)? })
             }
             Request::Repair { id, first } => {
                 let count = u32::try_from(data.len() / BLOCK_BYTES).map_err(|_| ProtocolError::WrongData)?;
@@ -148,11 +145,14 @@ impl Owner {
                 if count as usize * BLOCK_BYTES > DATA_BYTES_MAX {
                     return Err(ProtocolError::OutOfRange);
                 }
-                return Ok(Work::ReadBlocks { id, view, blocks: first..end });
+                return Ok(Work::ReadBlocks { id, view, blocks: first..end, detail: Detail::Data });
             }
-            Request::Fetch { id, view, block } => {
-                self.check_range(block, 1)?;
-                (id, Reading::Block { view, block })
+            Request::Fetch { id, view, first, count } => {
+                let end = self.check_range(first, count)?;
+                if count as usize > FETCH_BLOCKS_MAX {
+                    return Err(ProtocolError::OutOfRange);
+                }
+                return Ok(Work::ReadBlocks { id, view, blocks: first..end, detail: Detail::Versions });
             }
             Request::Verify { id, view, from } => (id, Reading::Verify { view, from }),
             Request::Allocated { id, view, from, end } => {
@@ -173,8 +173,11 @@ impl Owner {
         let (first, count) = match request {
             Request::Write { first, count, .. }
             | Request::Read { first, count, .. }
+            | Request::Fetch { first, count, .. }
             | Request::Extend { first, count, .. } => (first, *count),
-            Request::Fetch { block, .. } | Request::Copy { block, .. } => (block, 1),
+            Request::Copy { runs, .. } => {
+                return runs.iter().all(|run| run.end().is_some_and(|end| end.0 <= self.blocks));
+            }
             Request::Changed { .. }
             | Request::Allocated { .. }
             | Request::Verify { .. }
@@ -212,10 +215,46 @@ impl Owner {
         HashedBlocks::hashed(data, checksums).map(Some).ok_or(ProtocolError::WrongData)
     }
 
+    /// What is copied.
+    fn check_runs(
+        &self,
+        runs: &[WireRun],
+        checksums: &Checksums,
+        data: &Bytes,
+    ) -> Result<Vec<CopiedRun>, ProtocolError> {
+        let (mut blocks, mut hashed) = (0, 0);
+        let mut copied = Vec::new();
+        for run in runs {
+            self.check_range(run.first, run.count)?;
+            blocks += run.count as usize;
+            if blocks > FETCH_BLOCKS_MAX {
+                return Err(ProtocolError::OutOfRange);
+            }
+            let content = if run.zero {
+                None
+            } else {
+                let end = hashed + run.count as usize;
+                if end > checksums.len() || end * BLOCK_BYTES > data.len() {
+                    return Err(ProtocolError::WrongData);
+                }
+                let data = data.slice(hashed * BLOCK_BYTES..end * BLOCK_BYTES);
+                let content = HashedBlocks::hashed(data, checksums.part(hashed..end));
+                hashed = end;
+                Some(content.ok_or(ProtocolError::WrongData)?)
+            };
+            let WireVersion { epoch, sequence } = run.version;
+            let version = BlockVersion { epoch, sequence };
+            copied.push(CopiedRun { first: run.first, count: run.count, version, content });
+        }
+        if hashed != checksums.len() || hashed * BLOCK_BYTES != data.len() {
+            return Err(ProtocolError::WrongData);
+        }
+        Ok(copied)
+    }
+
     /// Reads; blocking.
     pub fn read(&self, reader: &Reader, reading: Reading) -> (Answer, Bytes) {
         let result = match reading {
-            Reading::Block { view, block } => self.read_block(reader, view, block),
             Reading::NextWrite { after } => self.read_next_write(reader, after),
             Reading::Verify { view, from } => self.verify(reader, view, from),
             Reading::Allocated { view, from, end } => {
@@ -244,31 +283,13 @@ impl Owner {
         &self,
         reader: &Reader,
         view: View,
-        blocks: Range<BlockIndex>,
+        (blocks, detail): (Range<BlockIndex>, Detail),
         done: impl FnOnce(BlocksRead) + Send + 'static,
     ) {
-        let owner = *self;
-        reader.read_later(self.volume, self.session.epoch, view, blocks, move |found| {
-            done(BlocksRead { owner, found });
+        let (owner, first, of) = (*self, blocks.start, reader.clone());
+        reader.read_later(self.volume, self.session.epoch, view, (blocks, detail), move |found| {
+            done(BlocksRead { owner, reader: of, first, detail, found });
         });
-    }
-
-    fn read_block(
-        &self,
-        reader: &Reader,
-        view: View,
-        block: BlockIndex,
-    ) -> Result<(Answer, Bytes), WriteRefused> {
-        let end = BlockIndex(block.0.saturating_add(1));
-        let mut blocks = reader.read(self.volume, self.session.epoch, view, block..end)?;
-        Ok(match blocks.pop() {
-            Some(Ok(ReadBlock { version, data })) => {
-                let version = WireVersion { epoch: version.epoch, sequence: version.sequence };
-                (Answer::Block { version, zero: data.is_none() }, data.unwrap_or_default())
-            }
-            Some(Err(error)) => self.damaged(&error),
-            None => (Answer::Damaged, Bytes::new()),
-        })
     }
 
     fn read_next_write(&self, reader: &Reader, after: Sequence) -> Result<(Answer, Bytes), WriteRefused> {
@@ -317,6 +338,9 @@ impl Owner {
 /// Blocks that were read for an owner.
 pub struct BlocksRead {
     owner: Owner,
+    reader: Reader,
+    first: BlockIndex,
+    detail: Detail,
     found: Found,
 }
 
@@ -324,11 +348,35 @@ impl BlocksRead {
     /// Verifies them.
     pub fn answer(self) -> (Answer, Bytes) {
         match self.found.verified() {
-            Ok(Ok(data)) => (Answer::Data, data),
+            Ok(Ok(Blocks { data, .. })) if self.detail == Detail::Data => (Answer::Data, data),
+            Ok(Ok(blocks)) => of_versions(self.first, blocks),
+            // Not a block alone: its owner must know at once, and not with the next write.
+            Ok(Err(_)) if self.reader.is_lost(self.owner.volume) => (Answer::Broken, Bytes::new()),
             Ok(Err(error)) => self.owner.damaged(&error),
             Err(refused) => (of_refusal(refused), Bytes::new()),
         }
     }
+}
+
+/// Neighbours of one version go together; what is zero goes without its data.
+fn of_versions(first: BlockIndex, Blocks { data, versions }: Blocks) -> (Answer, Bytes) {
+    let mut runs = Vec::<WireRun>::new();
+    for (block, (BlockVersion { epoch, sequence }, zero)) in (first.0..).zip(versions) {
+        let version = WireVersion { epoch, sequence };
+        match runs.last_mut() {
+            Some(run) if run.version == version && run.zero == zero => run.count += 1,
+            _ => runs.push(WireRun { first: BlockIndex(block), count: 1, version, zero }),
+        }
+    }
+    if runs.iter().all(|run| !run.zero) {
+        return (Answer::Runs(runs), data);
+    }
+    let mut kept = BytesMut::with_capacity(data.len());
+    for run in runs.iter().filter(|run| !run.zero) {
+        let at = (run.first.0 - first.0) as usize * BLOCK_BYTES;
+        kept.extend_from_slice(&data[at..at + run.data_bytes()]);
+    }
+    (Answer::Runs(runs), kept.freeze())
 }
 
 fn of_blocks(blocks: Vec<BlockIndex>) -> Answer {
@@ -358,5 +406,64 @@ pub fn of_mark(mark: Watermark) -> Response {
         Some(Refused::Fenced { promised }) => Response::Fenced { promised },
         Some(Refused::Broken) => Response::Broken,
         None => Response::Watermark { written: mark.written, durable: mark.durable, full: mark.full },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::replica::Replica;
+    use proto::Epoch;
+
+    fn version(sequence: u64) -> BlockVersion {
+        BlockVersion { epoch: Epoch(1), sequence: Sequence(sequence) }
+    }
+
+    fn run(first: u64, count: u32, sequence: u64, zero: bool) -> WireRun {
+        let version = WireVersion { epoch: Epoch(1), sequence: Sequence(sequence) };
+        WireRun { first: BlockIndex(first), count, version, zero }
+    }
+
+    fn blocks(fills: &[u8]) -> Bytes {
+        fills.iter().flat_map(|fill| vec![*fill; BLOCK_BYTES]).collect::<Vec<_>>().into()
+    }
+
+    #[test]
+    fn neighbours_of_one_version_go_together_and_zeros_without_data() {
+        let versions = [(4, false), (4, false), (9, false), (3, true), (3, true), (9, false)];
+        let versions = versions.map(|(sequence, zero)| (version(sequence), zero)).to_vec();
+        let (answer, data) =
+            of_versions(BlockIndex(7), Blocks { data: blocks(&[1, 2, 3, 0, 0, 4]), versions });
+        let Answer::Runs(runs) = answer else { panic!("{answer:?}") };
+        let expected = [run(7, 2, 4, false), run(9, 1, 9, false), run(10, 2, 3, true), run(12, 1, 9, false)];
+        assert_eq!((&runs[..], &data), (&expected[..], &blocks(&[1, 2, 3, 4])));
+    }
+
+    #[test]
+    fn a_copy_is_taken_whole_or_not_at_all() {
+        let volume = VolumeId(1);
+        let mut replica = Replica::default();
+        replica.promise(Epoch(1));
+        let owner = Owner { volume, session: replica.attach(), blocks: 100 };
+        let plan = |runs: &[WireRun], hashed: &[u8], data: &[u8]| {
+            let checksums = HashedBlocks::new(volume, BlockIndex(0), blocks(hashed)).checksums().clone();
+            owner.plan(Request::Copy { id: RequestId(1), runs: runs.to_vec(), checksums }, blocks(data))
+        };
+        let runs = [run(7, 1, 4, false), run(20, 3, 2, true), run(9, 2, 5, false)];
+        let Ok(Work::Op { kind: OpKind::Copy { runs: copied }, .. }) = plan(&runs, &[1, 2, 3], &[1, 2, 3])
+        else {
+            panic!("it is refused")
+        };
+        let data = copied.iter().map(|run| run.content.as_ref().map(|content| content.data().clone()));
+        assert_eq!(data.collect::<Vec<_>>(), [Some(blocks(&[1])), None, Some(blocks(&[2, 3]))]);
+        assert_eq!(copied.iter().map(|run| run.version.sequence.0).collect::<Vec<_>>(), [4, 2, 5]);
+        for (hashed, data) in [(&[1, 2][..], &[1, 2, 3][..]), (&[1, 2, 3], &[1, 2]), (&[1; 4], &[1; 4])] {
+            let refused = plan(&runs, hashed, data);
+            assert!(matches!(refused, Err(ProtocolError::WrongData)), "{refused:?}");
+        }
+        for run in [run(99, 2, 4, true), run(0, 17, 4, true), run(u64::MAX, 1, 4, true), run(3, 0, 4, true)] {
+            let refused = plan(&[run], &[], &[]);
+            assert!(matches!(refused, Err(ProtocolError::OutOfRange)), "{refused:?}");
+        }
     }
 }

@@ -168,10 +168,10 @@ impl World {
             Ok(Work::Op { id: request, kind }) => {
                 self.submit(host, owner, kind, Asker { conn: id, what: What::Answer(request) });
             }
-            Ok(Work::ReadBlocks { id: request, view, blocks }) => {
+            Ok(Work::ReadBlocks { id: request, view, blocks, detail }) => {
                 self.read_beside(id, host, request, move |reader| {
                     let (tell, told) = std::sync::mpsc::channel();
-                    owner.read_later(reader, view, blocks, move |read| {
+                    owner.read_later(reader, view, (blocks, detail), move |read| {
                         tell.send(read.answer()).unwrap();
                     });
                     told.try_recv().expect("a simulated disk reads at once")

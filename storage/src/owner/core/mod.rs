@@ -13,7 +13,7 @@
 //! - [`activation`]: taking over.                - [`writes`]: writes, flushes, acknowledgement, drain.
 //! - [`reads`]: reads.                           - [`members`]: who is in the in-sync set, and proposals to change it.
 //! - [`habit`]: which write is going to be flushed. - [`slowness`]: members for which all wait.
-//! - [`resync`], [`syncing`]: making a replica equal.
+//! - [`resync`], [`syncing`], [`copies`]: making a replica equal.
 //! - [`snapshots`]: operations that write nothing, questions, repairs.
 //!
 //! Invariants: a write is acknowledged when every member of the in-sync set, and every replica that may have become one, has
@@ -23,6 +23,7 @@
 
 mod activation;
 mod attach;
+mod copies;
 mod habit;
 mod io;
 mod members;

@@ -1,4 +1,4 @@
-//! Making one replica equal to the in-sync set, block by block, each with its own version.
+//! Making one replica equal to the in-sync set, each block with its own version.
 //!
 //! ```text
 //!  Truncating, Forgetting ──▶ for each snapshot that is missing: Rebasing ──▶ Copying ──▶ Freezing
@@ -10,8 +10,8 @@
 //!
 //! Invariant: a source holds everything up to the point at which the live writes began, and is in sync as long as it is read.
 
+use super::copies::{Copies, Neighbours, NotWhatWasAsked, Stored};
 use super::io::Generation;
-use crate::hashed::HashedBlocks;
 use crate::owner::config::ResyncStatus;
 use crate::owner::lineage::{Leg, Plan};
 use crate::safety::Rule;
@@ -19,11 +19,8 @@ use crate::types::{Tail, View};
 use crate::wire::{Answer, Request, RequestId, WireVersion};
 use bytes::Bytes;
 use proto::{BlockIndex, HostId, Sequence, SnapshotId, VolumeId};
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
-
-/// Blocks on their way at a time: hides the round trip, and leaves room for the guest's own I/O.
-pub const COPIES_IN_FLIGHT: usize = 16;
 
 /// What is asked of target or source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,8 +34,8 @@ pub enum SyncAsk {
     Changed,
     /// As `Changed`, ahead of the copies: only to know how many there will be.
     Count,
-    Fetch(BlockIndex),
-    Copy(BlockIndex),
+    Fetch(Neighbours),
+    Copy(Neighbours),
     Complete,
 }
 
@@ -74,13 +71,6 @@ struct List {
     done: bool,
 }
 
-/// How far the copy of one block is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Step {
-    Fetching,
-    Storing,
-}
-
 #[derive(Debug)]
 enum Stage {
     Truncating { asked: bool },
@@ -111,12 +101,9 @@ pub struct Resync {
     voided: List,
     changed: List,
     count: List,
-    /// Blocks of this leg that were listed, and those that are dealt with.
-    listed: u64,
-    settled: u64,
+    /// The blocks of this leg.
+    copies: Copies,
     begun: Duration,
-    queue: VecDeque<BlockIndex>,
-    under_way: BTreeMap<BlockIndex, Step>,
     copied: u64,
 }
 
@@ -138,11 +125,8 @@ impl Resync {
             voided: List::default(),
             changed: List::default(),
             count: List::default(),
-            listed: 0,
-            settled: 0,
+            copies: Copies::default(),
             begun: now,
-            queue: VecDeque::new(),
-            under_way: BTreeMap::new(),
             copied: 0,
         };
         resync.forget_next();
@@ -163,7 +147,7 @@ impl Resync {
         self.voided = List::default();
         self.changed = List::default();
         self.count = List::default();
-        (self.listed, self.settled) = (0, 0);
+        self.copies = Copies::default();
         self.stage = match (self.leg.rebase, self.leg.view) {
             (Some(_), _) => Stage::Rebasing { asked: false },
             (None, View::Live) => Stage::Ready,
@@ -225,7 +209,7 @@ impl Resync {
                 Stage::Completing { .. } => true,
                 _ => false,
             };
-        let left = self.listed.saturating_sub(self.settled);
+        let left = self.copies.left();
         ResyncStatus { host, copied: self.copied, left, counted, running: now.saturating_sub(self.begun) }
     }
 
@@ -264,13 +248,7 @@ impl Resync {
         self.source = source;
         self.changed.asked = false;
         self.count.asked = false;
-        let is_fetching = |(_, step): &(&BlockIndex, &Step)| **step == Step::Fetching;
-        let fetching: Vec<BlockIndex> =
-            self.under_way.iter().filter(is_fetching).map(|(block, _)| *block).collect();
-        for block in fetching {
-            self.under_way.remove(&block);
-            self.queue.push_front(block);
-        }
+        self.copies.source_is_gone();
     }
 
     /// The next request, if there is something to ask.
@@ -284,7 +262,7 @@ impl Resync {
 
     fn next_copy(&mut self) -> Option<SyncRequest> {
         let id = RequestId(0);
-        let wants_more = self.queue.len() < COPIES_IN_FLIGHT;
+        let wants_more = self.copies.wants_more();
         if wants_more && !self.voided.done && !self.voided.asked {
             self.voided.asked = true;
             let request = Request::Voided { id, from: self.voided.from };
@@ -306,17 +284,9 @@ impl Resync {
             self.count.asked = true;
             return Some(self.list_changed(whom, SyncAsk::Count, self.count.from));
         }
-        if self.under_way.len() >= COPIES_IN_FLIGHT {
-            return None;
-        }
-        let block = self.queue.pop_front()?;
-        if self.under_way.insert(block, Step::Fetching).is_some() {
-            // Listed twice; the copy that is under way will do.
-            self.settled += 1;
-            return self.next_copy();
-        }
-        let request = Request::Fetch { id, view: self.leg.view, block };
-        Some(SyncRequest { whom, ask: SyncAsk::Fetch(block), request, data: Bytes::new() })
+        let next = self.copies.fetch_next()?;
+        let request = Request::Fetch { id, view: self.leg.view, first: next.first, count: next.count };
+        Some(SyncRequest { whom, ask: SyncAsk::Fetch(next), request, data: Bytes::new() })
     }
 
     fn list_changed(&self, whom: Whom, ask: SyncAsk, from: BlockIndex) -> SyncRequest {
@@ -357,68 +327,51 @@ impl Resync {
             }
             (SyncAsk::Begin, Answer::Done) => self.stage = Stage::Copying,
             (SyncAsk::Voided, Answer::Blocks { blocks, full }) => {
-                self.listed += blocks.len() as u64;
-                self.queue.extend(self.voided.take(blocks, full));
+                self.copies.list(blocks.len());
+                self.copies.push(self.voided.take(blocks, full));
             }
             (SyncAsk::Count, Answer::Blocks { blocks, full }) => {
-                self.listed += blocks.len() as u64;
+                self.copies.list(blocks.len());
                 self.count.take(blocks, full);
             }
             (SyncAsk::Changed, Answer::Blocks { blocks, full }) => {
                 if self.changed.from == BlockIndex(0) {
                     // The first page; the count goes on behind it.
-                    self.listed += blocks.len() as u64;
+                    self.copies.list(blocks.len());
                     self.count.take(blocks.clone(), full);
                 }
-                self.queue.extend(self.changed.take(blocks, full));
+                self.copies.push(self.changed.take(blocks, full));
             }
-            (SyncAsk::Fetch(block), Answer::Block { version, zero }) => {
-                return Ok(self.fetched(block, version, zero, data));
+            (SyncAsk::Fetch(asked), Answer::Runs(runs)) => {
+                // What was never written at the source is void or was never written at the target: both read as zero. What was
+                // written since the live writes began is on its way to the target, before the completion.
+                let upto = self.upto().unwrap_or(Sequence::MAX);
+                let is_wanted = |version: WireVersion| (Sequence(1)..=upto).contains(&version.sequence);
+                match self.copies.fetched(self.volume, asked, &runs, &data, is_wanted) {
+                    Ok(Some(stored)) => return Ok(Some(copy(asked, stored))),
+                    Ok(None) => {}
+                    Err(NotWhatWasAsked) => self.give_up_source(from),
+                }
             }
-            (SyncAsk::Copy(block), Answer::Done) => {
-                self.under_way.remove(&block);
-                self.copied += 1;
-                self.settled += 1;
-            }
+            (SyncAsk::Copy(blocks), Answer::Done) => self.copied += self.copies.stored(blocks),
             (SyncAsk::Complete, Answer::Done) => return Ok(None),
-            (SyncAsk::Fetch(_) | SyncAsk::Changed | SyncAsk::Count, _) => {
-                self.bad_sources.extend(from.map(|(host, _)| host));
-                self.set_source(None);
-            }
+            (SyncAsk::Fetch(_) | SyncAsk::Changed | SyncAsk::Count, _) => self.give_up_source(from),
             (ask, answer) => return Err(SyncError { ask, answer: format!("{answer:?}") }),
         }
         self.end_copying();
         Ok(None)
     }
 
-    fn fetched(
-        &mut self,
-        block: BlockIndex,
-        version: WireVersion,
-        zero: bool,
-        data: Bytes,
-    ) -> Option<SyncRequest> {
-        // Never written at the source, and void or never written at the target: both read as zero. Or written since the live
-        // writes began: then that write is on its way to the target, before the completion.
-        let is_live = self.upto().is_some_and(|upto| version.sequence > upto);
-        if version.sequence == Sequence(0) || is_live {
-            self.under_way.remove(&block);
-            self.settled += 1;
-            self.end_copying();
-            return None;
-        }
-        self.under_way.insert(block, Step::Storing);
-        let (data, checksums) = HashedBlocks::on_the_wire(self.volume, block, zero, data);
-        let request = Request::Copy { id: RequestId(0), block, version, checksums };
-        Some(SyncRequest { whom: Whom::Target, ask: SyncAsk::Copy(block), request, data })
+    fn give_up_source(&mut self, source: Option<(HostId, Generation)>) {
+        self.bad_sources.extend(source.map(|(host, _)| host));
+        self.set_source(None);
     }
 
     fn end_copying(&mut self) {
         let is_copied = matches!(self.stage, Stage::Copying)
             && self.voided.done
             && self.changed.done
-            && self.queue.is_empty()
-            && self.under_way.is_empty();
+            && self.copies.is_empty();
         if is_copied {
             self.stage = match self.leg.view {
                 View::Snapshot(_) => Stage::Freezing { asked: false },
@@ -426,6 +379,13 @@ impl Resync {
             };
         }
     }
+}
+
+/// Stores at the target what was fetched.
+fn copy(asked: Neighbours, stored: Stored) -> SyncRequest {
+    let Stored { runs, checksums, data } = stored;
+    let request = Request::Copy { id: RequestId(0), runs, checksums };
+    SyncRequest { whom: Whom::Target, ask: SyncAsk::Copy(asked), request, data }
 }
 
 impl List {
@@ -443,9 +403,12 @@ impl List {
 mod tests {
     use super::*;
     use crate::owner::lineage::Plan;
+    use crate::wire::WireRun;
+    use proto::Epoch;
 
     const TARGET: HostId = HostId(1);
     const SOURCE: (HostId, Generation) = (HostId(2), Generation(1));
+    const LAST: Tail = Tail { epoch: Epoch(1), sequence: Sequence(9) };
 
     fn blocks(range: std::ops::Range<u64>, full: bool) -> Answer {
         Answer::Blocks { blocks: range.map(BlockIndex).collect(), full }
@@ -462,7 +425,7 @@ mod tests {
         let mut resync = Resync::new(VolumeId(1), Tail::default(), plan, Duration::ZERO);
         assert_eq!(asks(&mut resync), [SyncAsk::Truncate]);
         resync.answered(SyncAsk::Truncate, None, Answer::Done, Bytes::new()).unwrap();
-        resync.begin(Tail::default()).unwrap();
+        resync.begin(LAST).unwrap();
         resync.answered(SyncAsk::Begin, None, Answer::Done, Bytes::new()).unwrap();
         resync.set_source(Some(SOURCE));
         assert_eq!(asks(&mut resync), [SyncAsk::Voided]);
@@ -485,9 +448,18 @@ mod tests {
         resync.answered(SyncAsk::Count, from, answer, data).unwrap();
         let status = resync.status(TARGET, Duration::ZERO);
         assert_eq!((status.left, status.counted), (150, true));
-        resync.answered(SyncAsk::Copy(BlockIndex(0)), None, Answer::Done, Bytes::new()).unwrap();
+        let asked = Neighbours { first: BlockIndex(0), count: 16 };
+        // Half of them were written since, and come by themselves.
+        let runs = [(0, 9), (8, 10)].map(|(first, sequence)| {
+            let version = WireVersion { epoch: LAST.epoch, sequence: Sequence(sequence) };
+            WireRun { first: BlockIndex(first), count: 8, version, zero: true }
+        });
+        let answer = Answer::Runs(runs.to_vec());
+        let follows = resync.answered(SyncAsk::Fetch(asked), Some(SOURCE), answer, Bytes::new()).unwrap();
+        assert_eq!(follows.map(|request| request.ask), Some(SyncAsk::Copy(asked)));
+        resync.answered(SyncAsk::Copy(asked), None, Answer::Done, Bytes::new()).unwrap();
         let status = resync.status(TARGET, Duration::ZERO);
-        assert_eq!((status.copied, status.left), (1, 149));
+        assert_eq!((status.copied, status.left), (8, 134));
     }
 
     #[test]

@@ -16,13 +16,14 @@ use report::{Row, print};
 use servers::{Cluster, Nbdkit};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Size of the log with which a restart is timed.
 const RESTART_MIB: u64 = 4096;
 
-/// Size of the volume of which a replica is away.
+/// Size of the volume of which a replica is away, and who that is.
 const RESYNC_MIB: u64 = 1024;
+const AWAY: u64 = 3;
 
 /// What is written meanwhile, in blocks here and there.
 const RESYNC_DIRTY_MIB: u64 = 64;
@@ -57,6 +58,8 @@ enum Job {
     Restart,
     /// What is sent to a replica that was away
     Resync,
+    /// How fast a replica gets everything that it missed
+    Rebuild,
     /// What the disk writes for each byte that a guest writes
     Amplification,
     /// Memory of the map of a full volume of 1 TiB
@@ -121,6 +124,9 @@ pub fn run(options: &Options) -> Result<()> {
     if wants(&Job::Resync) {
         rows.push(resync(&program, &dir)?);
     }
+    if wants(&Job::Rebuild) {
+        rows.push(rebuild(&program, &dir)?);
+    }
     fio::remove_files(&dir)?;
     if wants(&Job::Amplification) || wants(&Job::Map) {
         let program = servers::build_example("store_measure", profile)?;
@@ -142,7 +148,9 @@ impl Bench<'_> {
             Job::RandomRead => self.random_read(),
             Job::WriteFlush => self.write_flush(),
             Job::Sequential => self.sequential(),
-            Job::Restart | Job::Resync | Job::Amplification | Job::Map => bail!("{job:?} has no volume"),
+            Job::Restart | Job::Resync | Job::Rebuild | Job::Amplification | Job::Map => {
+                bail!("{job:?} has a volume of its own")
+            }
         }
     }
 
@@ -221,7 +229,6 @@ impl Bench<'_> {
 
 /// A replica is away while blocks are written, and gets them when it is back.
 fn resync(program: &Path, dir: &Path) -> Result<Row> {
-    const AWAY: u64 = 3;
     fio::remove_files(dir)?;
     let mut cluster = Cluster::start(program, dir, RESYNC_MIB)?;
     let target = Target::Nbd { socket: cluster.socket().to_owned(), export: "volume".to_owned() };
@@ -234,6 +241,21 @@ fn resync(program: &Path, dir: &Path) -> Result<Row> {
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     let row = Row::new("resync of a replica that was away", "MiB", "dirtied");
     Ok(row.at_most(mib(shipped), RESYNC_DIRTY_MIB as f64, 1.2))
+}
+
+/// A replica is away while all of the volume is written, and gets it when it is back: as fast as it was written to the others, at least.
+fn rebuild(program: &Path, dir: &Path) -> Result<Row> {
+    fio::remove_files(dir)?;
+    let mut cluster = Cluster::start(program, dir, RESYNC_MIB)?;
+    let target = Target::Nbd { socket: cluster.socket().to_owned(), export: "volume".to_owned() };
+    cluster.tell("kill", AWAY)?;
+    let written = fio::fill(&target, RESYNC_MIB << 20)?.bytes_per_s;
+    let begun = Instant::now();
+    cluster.tell("start", AWAY)?;
+    let rebuilt = (RESYNC_MIB << 20) as f64 / begun.elapsed().as_secs_f64();
+    cluster.stop()?;
+    let row = Row::new("rebuild of a replica", "MB/s", "written meanwhile");
+    Ok(row.at_least(rebuilt / 1e6, written / 1e6, 0.8))
 }
 
 /// A replica is killed with a long log and started again.
