@@ -68,12 +68,24 @@ impl Debian {
             drop(fs::remove_dir_all(&unfinished));
             fs::create_dir_all(&unfinished)?;
             fill(&unfinished)?;
+            remove_others(cache)?;
             // Last, so that an interrupted run leaves no half of a disk.
             fs::rename(&unfinished, &made)?;
         }
         let file = |name: &str| made.join(name);
         Ok(Self { disk: file("disk"), kernel: file("vmlinuz"), initrd: file("initrd") })
     }
+}
+
+/// Disks of recipes that are no more.
+fn remove_others(cache: &Path) -> Result<()> {
+    for entry in fs::read_dir(cache).with_context(|| format!("list {}", cache.display()))? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with("debian-") {
+            fs::remove_dir_all(entry.path()).context("remove an older disk with Debian")?;
+        }
+    }
+    Ok(())
 }
 
 fn fill(folder: &Path) -> Result<()> {
