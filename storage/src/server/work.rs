@@ -254,26 +254,24 @@ impl Owner {
 
     /// Reads; blocking.
     pub fn read(&self, reader: &Reader, reading: Reading) -> (Answer, Bytes) {
-        let result = match reading {
-            Reading::NextWrite { after } => self.read_next_write(reader, after),
-            Reading::Verify { view, from } => self.verify(reader, view, from),
-            Reading::Allocated { view, from, end } => {
-                Ok(self.listed(reader.allocated(self.volume, view, from..end, CHANGED_MAX)))
-            }
-            Reading::Changed { view, since, after, upto, from } => {
-                let written = Sequence(after.0.saturating_add(1))..=upto;
-                let range = from..BlockIndex(self.blocks);
-                let changes = Changes { view, since, written, range, limit: CHANGED_MAX };
-                Ok(self.listed(reader.changed(self.volume, &changes)))
-            }
-            Reading::Voided { from } => {
-                Ok(self.listed(reader.voided(self.volume, from..BlockIndex(self.blocks), CHANGED_MAX)))
-            }
-        };
+        let result =
+            match reading {
+                Reading::NextWrite { after } => self.read_next_write(reader, after),
+                Reading::Verify { view, from } => self.verify(reader, view, from),
+                Reading::Allocated { view, from, end } => {
+                    Ok(self.listed(reader, reader.allocated(self.volume, view, from..end, CHANGED_MAX)))
+                }
+                Reading::Changed { view, since, after, upto, from } => {
+                    let written = Sequence(after.0.saturating_add(1))..=upto;
+                    let range = from..BlockIndex(self.blocks);
+                    let changes = Changes { view, since, written, range, limit: CHANGED_MAX };
+                    Ok(self.listed(reader, reader.changed(self.volume, &changes)))
+                }
+                Reading::Voided { from } => Ok(self
+                    .listed(reader, reader.voided(self.volume, from..BlockIndex(self.blocks), CHANGED_MAX))),
+            };
         match result {
             Err(refused) => (of_refusal(refused), Bytes::new()),
-            // Not a block alone: its owner must know at once, and not with the next write.
-            Ok((Answer::Damaged, _)) if reader.is_lost(self.volume) => (Answer::Broken, Bytes::new()),
             Ok(answer) => answer,
         }
     }
@@ -308,7 +306,7 @@ impl Owner {
                 let cause = format!("the write after {after} is not among the latest");
                 (Answer::Failed { cause }, Bytes::new())
             }
-            Err(error) => self.damaged(&error),
+            Err(error) => self.damaged(reader, &error),
         })
     }
 
@@ -318,20 +316,22 @@ impl Owner {
             Ok(Verified { checked, damaged, next }) => {
                 (Answer::Verified { checked, damaged, next }, Bytes::new())
             }
-            Err(error) => self.damaged(&error),
+            Err(error) => self.damaged(reader, &error),
         })
     }
 
-    fn listed(&self, blocks: io::Result<Vec<BlockIndex>>) -> (Answer, Bytes) {
+    fn listed(&self, reader: &Reader, blocks: io::Result<Vec<BlockIndex>>) -> (Answer, Bytes) {
         match blocks {
             Ok(blocks) => (of_blocks(blocks), Bytes::new()),
-            Err(error) => self.damaged(&error),
+            Err(error) => self.damaged(reader, &error),
         }
     }
 
-    fn damaged(&self, error: &io::Error) -> (Answer, Bytes) {
+    fn damaged(&self, reader: &Reader, error: &io::Error) -> (Answer, Bytes) {
         tracing::error!(%error, volume = %self.volume, "a block is damaged here");
-        (Answer::Damaged, Bytes::new())
+        // Not a block alone: its owner must know at once, and not with the next write.
+        let is_lost = reader.is_lost(self.volume);
+        (if is_lost { Answer::Broken } else { Answer::Damaged }, Bytes::new())
     }
 }
 
@@ -350,9 +350,7 @@ impl BlocksRead {
         match self.found.verified() {
             Ok(Ok(Blocks { data, .. })) if self.detail == Detail::Data => (Answer::Data, data),
             Ok(Ok(blocks)) => of_versions(self.first, blocks),
-            // Not a block alone: its owner must know at once, and not with the next write.
-            Ok(Err(_)) if self.reader.is_lost(self.owner.volume) => (Answer::Broken, Bytes::new()),
-            Ok(Err(error)) => self.owner.damaged(&error),
+            Ok(Err(error)) => self.owner.damaged(&self.reader, &error),
             Err(refused) => (of_refusal(refused), Bytes::new()),
         }
     }

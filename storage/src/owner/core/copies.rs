@@ -9,7 +9,7 @@
 
 use crate::hashed::Checksums;
 use crate::wire::{FETCH_BLOCKS_MAX, WireRun, WireVersion};
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use proto::{BlockIndex, VolumeId};
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
@@ -25,8 +25,9 @@ pub struct Neighbours {
 }
 
 impl Neighbours {
+    /// A list may name blocks that no volume has: they are asked for like any other, and refused.
     fn blocks(self) -> Range<u64> {
-        self.first.0..self.first.0 + u64::from(self.count)
+        self.first.0..self.first.0.saturating_add(u64::from(self.count))
     }
 }
 
@@ -127,7 +128,7 @@ impl Copies {
         is_wanted: impl Fn(WireVersion) -> bool,
     ) -> Result<Option<Stored>, NotWhatWasAsked> {
         covers(asked, runs, data)?;
-        let (mut stored, mut numbers, mut kept) = (Vec::new(), Vec::new(), BytesMut::new());
+        let (mut stored, mut numbers, mut parts) = (Vec::new(), Vec::new(), Vec::new());
         let mut at = 0;
         for run in runs {
             let behind = at + run.data_bytes();
@@ -135,7 +136,7 @@ impl Copies {
             if is_wanted(run.version) {
                 self.under_way.extend(blocks.clone().map(|block| (BlockIndex(block), Step::Storing)));
                 stored.push(*run);
-                kept.extend_from_slice(&data[at..behind]);
+                parts.push(data.slice(at..behind));
                 numbers.extend(blocks.filter(|_| !run.zero));
             } else {
                 self.settle(blocks, Step::Fetching);
@@ -143,7 +144,8 @@ impl Copies {
             at = behind;
         }
         // Mostly all of it: then it is not copied.
-        let data = if kept.len() == data.len() { data.clone() } else { kept.freeze() };
+        let is_all = parts.iter().map(Bytes::len).sum::<usize>() == data.len();
+        let data = if is_all { data.clone() } else { parts.concat().into() };
         let checksums = Checksums::of(volume, numbers.into_iter(), &data);
         Ok((!stored.is_empty()).then_some(Stored { runs: stored, checksums, data }))
     }
@@ -173,14 +175,13 @@ pub struct NotWhatWasAsked;
 
 /// Whether the runs are the blocks that were asked for, with all their data.
 fn covers(asked: Neighbours, runs: &[WireRun], data: &Bytes) -> Result<(), NotWhatWasAsked> {
-    let Range { start, end } = asked.blocks();
-    let (mut next, mut bytes) = (BlockIndex(start), 0);
+    let (mut next, mut count, mut bytes) = (asked.first, 0, 0);
     for run in runs {
-        let behind = run.end().filter(|behind| run.first == next && behind.0 <= end);
-        next = behind.ok_or(NotWhatWasAsked)?;
+        next = run.end().filter(|_| run.first == next).ok_or(NotWhatWasAsked)?;
+        count += u64::from(run.count);
         bytes += run.data_bytes();
     }
-    if next.0 == end && bytes == data.len() { Ok(()) } else { Err(NotWhatWasAsked) }
+    if count == u64::from(asked.count) && bytes == data.len() { Ok(()) } else { Err(NotWhatWasAsked) }
 }
 
 #[cfg(test)]
@@ -245,6 +246,21 @@ mod tests {
         assert_eq!(copies.fetch_next(), Some(Neighbours { first: BlockIndex(8), count: 1 }));
         assert_eq!(copies.stored(asked), 1);
         assert!(!copies.is_empty(), "block 8 is being fetched");
+    }
+
+    #[test]
+    fn a_block_that_no_volume_has_is_no_answer() {
+        for first in [u64::MAX, u64::MAX - 1] {
+            let mut copies = copies((first..=u64::MAX).chain([7]));
+            let asked = copies.fetch_next().unwrap();
+            assert_eq!(asked.first.0, first);
+            assert_eq!(copies.fetch_next(), Some(Neighbours { first: BlockIndex(7), count: 1 }));
+            for runs in [vec![run(first, asked.count, 4, true)], vec![]] {
+                let stored = copies.fetched(VOLUME, asked, &runs, &Bytes::new(), |_| true);
+                assert_eq!(stored, Err(NotWhatWasAsked));
+            }
+            assert!(!copies.is_empty());
+        }
     }
 
     #[test]
