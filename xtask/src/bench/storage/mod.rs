@@ -158,17 +158,13 @@ impl Bench<'_> {
         self.options.mib << 20
     }
 
-    fn volume(&self) -> Target {
-        Target::Nbd { socket: self.cluster.socket().to_owned(), export: "volume".to_owned() }
-    }
-
     fn raw(&self, writers: u32) -> Target {
         Target::Files { dir: self.folder.join("raw"), writers }
     }
 
     /// Never-written blocks would make both sides look better than they are.
     fn fill(&self) -> Result<()> {
-        fio::fill(&self.volume(), self.bytes())?;
+        fio::fill(&self.cluster.volume(), self.bytes())?;
         fio::fill(&self.raw(1), self.bytes())?;
         Ok(())
     }
@@ -180,7 +176,7 @@ impl Bench<'_> {
     /// The volume's figures, with the processor time of all its processes for one request in microseconds.
     fn ours(&self, pattern: Pattern) -> Result<(Figures, f64)> {
         let before = self.cluster.cpu()?;
-        let figures = self.reference(&self.volume(), pattern)?;
+        let figures = self.reference(&self.cluster.volume(), pattern)?;
         let cpu = self.cluster.cpu()?.saturating_sub(before);
         Ok((figures, cpu.as_secs_f64() * 1e6 / figures.requests.max(1.0)))
     }
@@ -231,7 +227,7 @@ impl Bench<'_> {
 fn resync(program: &Path, dir: &Path) -> Result<Row> {
     fio::remove_files(dir)?;
     let mut cluster = Cluster::start(program, dir, RESYNC_MIB)?;
-    let target = Target::Nbd { socket: cluster.socket().to_owned(), export: "volume".to_owned() };
+    let target = cluster.volume();
     fio::fill(&target, RESYNC_MIB << 20)?;
     cluster.tell("kill", AWAY)?;
     fio::write_once(&target, RESYNC_MIB << 20, RESYNC_DIRTY_MIB << 20)?;
@@ -243,11 +239,11 @@ fn resync(program: &Path, dir: &Path) -> Result<Row> {
     Ok(row.at_most(mib(shipped), RESYNC_DIRTY_MIB as f64, 1.2))
 }
 
-/// A replica is away while all of the volume is written, and gets it when it is back: as fast as it was written to the others, at least.
+/// A replica is away while all of the volume is written, and gets it when it is back: about as fast as it was written to the others.
 fn rebuild(program: &Path, dir: &Path) -> Result<Row> {
     fio::remove_files(dir)?;
     let mut cluster = Cluster::start(program, dir, RESYNC_MIB)?;
-    let target = Target::Nbd { socket: cluster.socket().to_owned(), export: "volume".to_owned() };
+    let target = cluster.volume();
     cluster.tell("kill", AWAY)?;
     let written = fio::fill(&target, RESYNC_MIB << 20)?.bytes_per_s;
     let begun = Instant::now();
@@ -262,7 +258,7 @@ fn rebuild(program: &Path, dir: &Path) -> Result<Row> {
 fn restart(program: &Path, dir: &Path) -> Result<Row> {
     fio::remove_files(dir)?;
     let cluster = Cluster::start(program, dir, RESTART_MIB)?;
-    let target = Target::Nbd { socket: cluster.socket().to_owned(), export: "volume".to_owned() };
+    let target = cluster.volume();
     fio::fill(&target, RESTART_MIB << 20)?;
     cluster.kill()?;
     let took = servers::restart_time(program, dir, RESTART_MIB)?;

@@ -1,5 +1,6 @@
 //! The processes that are measured: a replicated volume, and nbdkit on a file.
 
+use super::fio::Target;
 use crate::build::{self, cargo};
 use anyhow::{Context, Result, bail};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
@@ -61,9 +62,9 @@ impl Cluster {
         Ok(Self { owner, input, output: lines, replicas, socket })
     }
 
-    /// Its NBD server.
-    pub fn socket(&self) -> &Path {
-        &self.socket
+    /// Its volume, for whoever reads and writes it.
+    pub fn volume(&self) -> Target {
+        Target::Nbd { socket: self.socket.clone(), export: "volume".to_owned() }
     }
 
     /// Tells the owner to do something with the replica of a host; returns the bytes that it has sent there.
